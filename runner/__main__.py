@@ -1,0 +1,143 @@
+"""``python -m runner``: compose the config, plan the run, show it or execute it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner import config as run_config
+from runner.errors import StageError, UserError
+from runner.groups import conf_folder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from runner.sweep import Sweep
+
+_codes: list[int] = []
+_sweep: Sweep | None = None
+
+
+def main() -> None:
+    """Entry point; ends the process with 0, 1 (failed), 2 (wrong input) or 128 + signal."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Everything, given the command line; returns the exit code."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        from runner import help as help_page
+
+        print(help_page.text(conf_folder()), end="")
+        return 0
+    import hydra
+
+    from runner.overrides import quote_paths
+
+    _register()
+    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+    sys.argv = [sys.argv[0], *quote_paths(arguments, multirun=multirun)]
+    # Hydra would print its own traceback and end with 1; raised, the error can be told better.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
+    if multirun:
+        _begin_sweep(arguments)
+    try:
+        compose(_job)()
+    except Exception as error:
+        _codes.append(_explain(error, arguments))
+    except BaseException as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        _codes.append(code)
+    finally:
+        if _sweep is not None:
+            _sweep.close(_codes)
+    return next((code for code in _codes if code >= 128), max(_codes, default=0))
+
+
+def _register() -> None:
+    from omegaconf import OmegaConf
+
+    run_config.register()
+    OmegaConf.register_new_resolver("runner_sweep_dir", _hydra_sweep_dir, replace=True)
+
+
+def _hydra_sweep_dir(dry_run: bool, output_dir: str) -> str:
+    """Hydra insists on writing a multirun.yaml; the runner keeps its own records."""
+    folder = tempfile.mkdtemp(prefix="runner-sweep-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _begin_sweep(arguments: list[str]) -> None:
+    global _sweep
+    from runner.sweep import Sweep
+
+    _sweep = Sweep.begin(arguments)
+
+
+def _job(cfg: DictConfig) -> None:
+    """One run. Failures become exit codes here, so that a sweep goes on to its next run."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from runner.console import Console
+    from runner.overrides import readable
+
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    choices = {str(k): v for k, v in hydra_config.runtime.choices.items()}
+    console = Console.for_stream(sys.stdout)
+    try:
+        try:
+            resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            config = OmegaConf.to_object(cfg)
+        except OmegaConfBaseException as error:
+            raise UserError(_missing(error) or readable(error)) from error
+        assert isinstance(config, run_config.RunConfig)
+        from runner.execute import execute
+
+        code = execute(config, resolved, overrides, choices, console, Path.cwd(), _sweep)
+    except UserError as error:
+        console.error(str(error))
+        code = 2
+    except StageError as error:
+        console.error(str(error))
+        code = 1
+    _codes.append(code)
+
+
+def _missing(error: Exception) -> str | None:
+    text = str(error)
+    if "Missing mandatory value" not in text:
+        return None
+    key = text.split("Missing mandatory value:", 1)[1].split()[0]
+    return f"{key} has no value: set it, for example {key}=torch.optim.RMSprop."
+
+
+def _explain(error: Exception, arguments: list[str]) -> int:
+    """Print one line for what went wrong in composition; other errors are bugs and raise."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from runner.console import Console
+    from runner.groups import groups
+    from runner.overrides import diagnose, readable
+
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        raise error
+    line = diagnose(arguments, groups(conf_folder())) or readable(error)
+    Console.for_stream(sys.stdout).error(line)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A command as it will be run and as a person can run it; pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments, and what changes in the environment. The working folder is the run's."""
+
+    argv: tuple[str, ...]
+    set_env: tuple[tuple[str, str], ...] = ()
+    unset_env: tuple[str, ...] = ()
+    unset_prefixes: tuple[str, ...] = ()
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """The environment to run in, from the runner's own."""
+        kept = {
+            key: value
+            for key, value in base.items()
+            if key not in self.unset_env and not key.startswith(self.unset_prefixes or ("\0",))
+        }
+        return kept | dict(self.set_env)
+
+    def shell(self) -> str:
+        """One line of shell, with each option on a line of its own when it is long."""
+        words = [shlex.quote(word) for word in self.argv]
+        prefix: list[str] = []
+        if self.unset_env or self.set_env:
+            prefix = ["env"]
+            prefix += [word for name in self.unset_env for word in ("-u", name)]
+            prefix += [f"{key}={shlex.quote(value)}" for key, value in self.set_env]
+        line = " ".join(prefix + words)
+        if len(line) <= 100:
+            return line
+        lines: list[str] = [" ".join(prefix + words[:1])] if prefix else [words[0]]
+        rest = words[1:]
+        while rest:
+            group = [rest.pop(0)]
+            while rest and not rest[0].startswith("-"):
+                group.append(rest.pop(0))
+            lines.append(" ".join(group))
+        return " \\\n    ".join(lines)

@@ -1,0 +1,138 @@
+"""What a person sees: colours and bars on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress
+
+# In a file a line of progress is worth having only now and then.
+PLAIN_SECONDS = 10.0
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+class Console:
+    """Prints to one stream."""
+
+    def __init__(self, rich: RichConsole) -> None:
+        self._rich = rich
+        self.fancy = rich.is_terminal and not rich.is_dumb_terminal
+
+    @classmethod
+    def for_stream(cls, stream: TextIO) -> Console:
+        """A console for ``stream``: fancy when that is a terminal."""
+        from rich.console import Console as RichConsole
+
+        # Rich would wrap a file's lines at 80; there every line stays whole.
+        width = None if stream.isatty() else 10_000
+        no_color = bool(os.environ.get("NO_COLOR"))
+        return cls(RichConsole(file=stream, width=width, no_color=no_color, highlight=False))
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        """One line, taken literally."""
+        self._rich.print(text, style=style, markup=False, soft_wrap=True)
+
+    def heading(self, text: str) -> None:
+        self.line()
+        self.line(text, style="bold")
+
+    def notice(self, text: str) -> None:
+        """Something worth knowing that stops nothing."""
+        self.line(f"note: {text}", style="yellow")
+
+    def error(self, text: str) -> None:
+        """The one line that says what is wrong; on standard error."""
+        from rich.console import Console as RichConsole
+
+        RichConsole(stderr=True, highlight=False, width=None if self.fancy else 10_000).print(
+            f"error: {text}", style="bold red", markup=False, soft_wrap=True
+        )
+
+    def stage(self, number: int, count: int, name: str, summary: str) -> None:
+        """A stage begins, or is seen to be done."""
+        self.line(f"[{number}/{count}] {name:<9} {summary}", style="bold cyan")
+
+    def bar(self, what: str, total: int) -> Bar:
+        """Progress over ``total`` of something."""
+        return Bar(self, what, total)
+
+    def _progress(self) -> Progress:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        return Progress(
+            TextColumn("      {task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._rich,
+            transient=True,
+        )
+
+
+class Bar(AbstractContextManager["Bar"]):
+    """A bar on a terminal; a line every ten seconds and one at the end elsewhere."""
+
+    def __init__(self, console: Console, what: str, total: int) -> None:
+        self.console, self.what, self.total = console, what, total
+        self.done = 0
+        self.detail = ""
+        self._started = time.monotonic()
+        self._printed = self._started
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Bar:
+        if self.console.fancy:
+            self._progress = self.console._progress()
+            self._task = self._progress.add_task(self.what, total=self.total, detail="")
+            self._progress.start()
+        return self
+
+    def update(self, done: int, detail: str = "") -> None:
+        """``done`` of the total are through."""
+        self.done, self.detail = done, detail or self.detail
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, detail=self.detail)
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self._print()
+
+    def _print(self) -> None:
+        seconds = time.monotonic() - self._started
+        words = [f"      {self.what} {self.done}/{self.total}", self.detail]
+        if 0 < self.done < self.total:
+            words.append(f"{duration(seconds / self.done * (self.total - self.done))} left")
+        self.console.line("  ".join(word for word in words if word))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._print()

@@ -1,0 +1,1 @@
+"""Engines: sets of executables that accept the files between stages."""

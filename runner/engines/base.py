@@ -1,0 +1,52 @@
+"""What every engine gives the plan: a command for each stage, as a pure function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from runner.commands import Command
+from runner.config import MemoryConfig, RunConfig
+from runner.formats.train_toml import WeightPaths
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The card that training will run on, read from its driver."""
+
+    name: str
+    memory_gb: float
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Where an engine lies and what it can do; ``missing`` says why it cannot run."""
+
+    python: str
+    version: str
+    source_path: str | None = None
+    missing: str | None = None
+
+
+class Engine(Protocol):
+    """Commands for the stages; paths are relative to the run's folder unless absolute."""
+
+    def cache_latents(
+        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+    ) -> Command: ...
+
+    def cache_text(
+        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+    ) -> Command: ...
+
+    def train(self, config: RunConfig) -> Command: ...
+
+    def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
+        """The command that writes ``evaluation.json``, if this engine has one."""
+
+    def files(self, config: RunConfig) -> dict[str, str]:
+        """Files of the engine's own that its commands read, by name."""
+
+    def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
+        """Whether to use torch.compile, and why not when it would be expected."""

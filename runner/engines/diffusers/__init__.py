@@ -1,0 +1,1 @@
+"""The embedded engine: every stage from diffusers, transformers and torch alone."""

@@ -1,0 +1,48 @@
+"""What every executable of this engine does at its edges: exit codes, signals, no network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from runner.errors import StageError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import TextIOWrapper
+    from types import FrameType
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Call `main` with the command line's arguments and exit.
+
+    0: done. 2: UserError (one line on stderr), or arguments argparse refused. 1: StageError (one
+    line), or a defect (its traceback). 130 and 143: interrupted and ended by SIGINT and SIGTERM,
+    after clean-up handlers have run.
+    """
+    # Models and tokenizers are local folders; a look-up would only hang on machines without a net.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _terminate)
+    # Progress is read line by line while the process runs, also through a pipe.
+    if hasattr(sys.stdout, "reconfigure"):
+        stdout: TextIOWrapper = sys.stdout  # type: ignore[assignment]
+        stdout.reconfigure(line_buffering=True)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    # Raised as SystemExit so that `finally` blocks remove temporary files.
+    sys.exit(128 + signum)

@@ -1,0 +1,70 @@
+"""The embedded engine's command for each stage; pure."""
+
+from __future__ import annotations
+
+from runner.commands import Command
+from runner.config import MemoryConfig, RunConfig
+from runner.engines.base import EngineFacts, Machine
+from runner.formats.train_toml import WeightPaths
+
+_PACKAGE = "runner.engines.diffusers"
+
+
+class DiffusersEngine:
+    """Executables of this package, run by the runner's own Python."""
+
+    def __init__(self, facts: EngineFacts) -> None:
+        self.facts = facts
+
+    def _module(self, name: str, *arguments: str) -> Command:
+        # The run's folder is the working folder, so Python must be told where the runner is when
+        # it is used from a checkout that is not installed.
+        path = self.facts.source_path
+        return Command(
+            (self.facts.python, "-m", f"{_PACKAGE}.{name}", *arguments),
+            set_env=(("PYTHONPATH", path),) if path else (),
+        )
+
+    def make_weights(self, folder: str) -> Command:
+        """Write the tiny model's random weights."""
+        return self._module("make_weights", "--output", folder)
+
+    def cache_latents(
+        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+    ) -> Command:
+        arguments = ["--dataset_config", dataset_toml, "--vae", weights.vae]
+        arguments += ["--vae_sample_size", str(memory.vae_tile or 0)]
+        if config.task.name == "i2v":
+            arguments += ["--i2v", "--image_encoder", weights.image_encoder]
+        return self._module("cache_latents", *arguments)
+
+    def cache_text(
+        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+    ) -> Command:
+        return self._module(
+            "cache_text",
+            *("--dataset_config", dataset_toml),
+            *("--text_encoder", weights.text_encoder),
+            *("--byt5", weights.byt5),
+            *("--batch_size", "4"),
+        )
+
+    def train(self, config: RunConfig) -> Command:
+        return self._module("train", "--config_file", "train.toml")
+
+    def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
+        return self._module(
+            "evaluate",
+            *("--config_file", "train.toml"),
+            *("--dataset_config", dataset_toml),
+            *("--lora", "lora.safetensors"),
+            *("--output", "evaluation.json"),
+        )
+
+    def files(self, config: RunConfig) -> dict[str, str]:
+        return {}
+
+    def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
+        if config.training.compile == "always":
+            return False, "training.compile=always has no effect with engine=diffusers."
+        return False, None

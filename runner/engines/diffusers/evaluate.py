@@ -1,0 +1,131 @@
+"""A loss that can be compared between runs: `python -m runner.engines.diffusers.evaluate`.
+
+The flow-matching loss of every cached item of a dataset, without the LoRA and with it, at eight
+fixed times. Times are t = (i + 0.5) / 8 for i in 0..7, unshifted, so that runs trained with
+different shifts are measured alike. The noise of an item at a time is seeded by the item's own
+latents and i: it is the same for every run on a dataset, whatever its order, batch size or seed.
+The loss is the mean over items and times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from runner.engines.diffusers import cli, data, flow, models, networks, options
+from runner.engines.diffusers.train import Device
+from runner.errors import UserError
+
+TIMES = tuple((index + 0.5) / 8 for index in range(8))
+
+
+def item_noise(latents: Tensor) -> Tensor:
+    """Standard normal noise [8, 32, F, h, w] for one item's latents [32, F, h, w], one per time."""
+    content = latents.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest()
+    noises = []
+    for index in range(len(TIMES)):
+        seed = hashlib.sha256(f"{digest}/{index}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+        noises.append(torch.randn(latents.shape, generator=generator))
+    return torch.stack(noises)
+
+
+@torch.no_grad()
+def item_losses(
+    model: nn.Module, item: flow.Item, device: Device, *, scale_condition: bool
+) -> list[float]:
+    """One item's loss at each of the eight times, computed one at a time."""
+    batch = flow.collate([item]).to(device.name)
+    losses = []
+    for noise, t in zip(item_noise(item.latents), TIMES, strict=True):
+        with device.autocast():
+            errors, _ = flow.training_step(
+                model,
+                batch,
+                noise[None].to(device.name),
+                torch.tensor([t], device=device.name),
+                scale_condition=scale_condition,
+            )
+        losses.append(errors.item())
+    return losses
+
+
+def evaluate(chosen: options.TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
+    """The figures that evaluation.json holds.
+
+    Raises:
+        UserError: caches, weights or a LoRA file that are missing or do not fit.
+    """
+    datasets = data.scan(dataset_config, chosen.task)
+    items = [item for dataset in datasets for item in dataset.items]
+    try:
+        weights = load_file(lora)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{lora}: not a LoRA file that can be read ({error})") from None
+    device = Device.choose(chosen)
+    model = models.load_transformer(chosen.dit, dtype=device.weights, device=device.name)
+    network = networks.from_weights(model, weights).eval()
+
+    sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}
+    shown = time.monotonic()
+    for number, cached in enumerate(items, 1):
+        item = data.load(cached)
+        for enabled, total in sums.items():
+            network.enabled = enabled
+            losses = item_losses(
+                model, item, device, scale_condition=not chosen.i2v_unscaled_condition
+            )
+            for index, loss in enumerate(losses):
+                total[index] += loss
+        if time.monotonic() - shown >= 1 or number == len(items):
+            shown = time.monotonic()
+            print(f"evaluated {number}/{len(items)} items", flush=True)
+    base, tuned = ([value / len(items) for value in sums[on]] for on in (False, True))
+    return {
+        "items": len(items),
+        "timesteps": list(TIMES),
+        "base_loss": sum(base) / len(base),
+        "loss": sum(tuned) / len(tuned),
+        "base_loss_by_timestep": base,
+        "loss_by_timestep": tuned,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate and write the figures as JSON, atomically. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="evaluate", description="Loss on a dataset.")
+    parser.add_argument("--config_file", required=True, help="train.toml of the run")
+    parser.add_argument("--dataset_config", required=True, help="dataset.toml to evaluate on")
+    parser.add_argument("--lora", required=True, help="LoRA file in musubi's names")
+    parser.add_argument("--output", required=True, help="evaluation.json to write")
+    parsed = parser.parse_args(arguments)
+    figures = evaluate(options.read(parsed.config_file), parsed.dataset_config, parsed.lora)
+    path = Path(parsed.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"base loss {figures['base_loss']:.6f}, with LoRA {figures['loss']:.6f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

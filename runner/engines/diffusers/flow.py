@@ -1,0 +1,209 @@
+"""The flow-matching training step of HunyuanVideo 1.5, as pure functions of their arguments.
+
+A clean latent x0 and normal noise n are mixed at a time t in 0..1, x = (1 - t) * x0 + t * n, and the
+network learns the velocity n - x0. Times, mixing, scaling and target are those musubi-tuner v0.3.4
+trains with (`tests/test_parity.py` holds its figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.errors import UserError
+
+# The VAE's `scaling_factor`; caches hold unscaled latents.
+VAE_SCALING_FACTOR = 1.03682
+LATENT_CHANNELS = 32
+TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one training example gives the network; shapes without a batch dimension.
+
+    Attributes:
+        latents: [32, F, h, w], unscaled.
+        text: Qwen2.5-VL embeddings [L, D].
+        byt5: ByT5 embeddings [L2, D2]; L2 is 0 when the caption quotes no text.
+        condition: i2v only, [33, F, h, w]: the first frame's unscaled latent, zeros after, and as
+            last channel the mask (1 on the first frame).
+        vision: i2v only, SigLIP embeddings [N, D3].
+    """
+
+    latents: Tensor
+    text: Tensor
+    byt5: Tensor
+    condition: Tensor | None = None
+    vision: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items of one latent shape, stacked; text padded to the longest, masks true on real tokens."""
+
+    latents: Tensor
+    text: Tensor
+    text_mask: Tensor
+    byt5: Tensor
+    byt5_mask: Tensor
+    condition: Tensor | None = None
+    vision: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{k: v if v is None else v.to(device) for k, v in vars(self).items()})
+
+    def repeat(self, count: int) -> Batch:
+        """The batch stacked `count` times, for several noises of the same items at once."""
+
+        def stack(tensor: Tensor) -> Tensor:
+            return tensor.repeat(count, *[1] * (tensor.dim() - 1))
+
+        return Batch(**{k: v if v is None else stack(v) for k, v in vars(self).items()})
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack items of equal latent shape into a batch of fp32 tensors.
+
+    A batch is t2v or i2v as a whole: the network decides on the whole batch whether image
+    embeddings count.
+    """
+    text, text_mask = _pad([item.text for item in items])
+    byt5, byt5_mask = _pad([item.byt5 for item in items])
+    conditions = [item.condition for item in items if item.condition is not None]
+    visions = [item.vision for item in items if item.vision is not None]
+    if any(len(part) not in (0, len(items)) for part in (conditions, visions)):
+        raise ValueError("a batch cannot mix items with and without a first-frame condition")
+    return Batch(
+        latents=torch.stack([item.latents.float() for item in items]),
+        text=text,
+        text_mask=text_mask,
+        byt5=byt5,
+        byt5_mask=byt5_mask,
+        condition=torch.stack([part.float() for part in conditions]) if conditions else None,
+        vision=torch.stack([part.float() for part in visions]) if visions else None,
+    )
+
+
+def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    longest = max(sequence.shape[0] for sequence in sequences)
+    padded = torch.zeros(len(sequences), longest, sequences[0].shape[1])
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        padded[row, : sequence.shape[0]] = sequence.float()
+        mask[row, : sequence.shape[0]] = True
+    return padded, mask
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times in 0..1 towards noise: s*t / (1 + (s-1)*t), the flow shift of SD3."""
+    return (t * shift) / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class TimeSampling:
+    """How training times are drawn; the fields are musubi's options of the same names.
+
+    `min_timestep` and `max_timestep` (0..1000) squeeze the drawn time into that range.
+    """
+
+    timestep_sampling: str = "shift"
+    discrete_flow_shift: float = 1.0
+    sigmoid_scale: float = 1.0
+    min_timestep: int | None = None
+    max_timestep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise UserError(
+                f"train.toml: timestep_sampling={self.timestep_sampling!r} is not supported by "
+                f"engine=diffusers; use one of {', '.join(TIMESTEP_SAMPLINGS)}"
+            )
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` times in 0..1, [count]."""
+        if self.timestep_sampling == "uniform":
+            t = torch.rand(count, generator=generator, device=generator.device)
+        else:
+            z = torch.randn(count, generator=generator, device=generator.device)
+            t = torch.sigmoid(z * self.sigmoid_scale)
+            if self.timestep_sampling == "shift":
+                t = shift_time(t, self.discrete_flow_shift)
+        low = (0.0 if self.min_timestep is None else self.min_timestep) / 1000
+        high = (1000.0 if self.max_timestep is None else self.max_timestep) / 1000
+        return t * (high - low) + low
+
+
+def model_input(noisy: Tensor, batch: Batch, *, scale_condition: bool) -> Tensor:
+    """The network's input [B, 65, F, h, w]: noisy latent 32, condition 32, mask 1.
+
+    Args:
+        noisy: [B, 32, F, h, w].
+        batch: gives the condition; none (t2v) means zeros and a zero mask.
+        scale_condition: multiply the condition latent by the VAE's factor, as the published
+            pipelines do; musubi trains with it unscaled.
+    """
+    if batch.condition is None:
+        empty = noisy.new_zeros((noisy.shape[0], LATENT_CHANNELS + 1, *noisy.shape[2:]))
+        return torch.cat([noisy, empty], dim=1)
+    latent, mask = batch.condition[:, :-1], batch.condition[:, -1:]
+    if scale_condition:
+        latent = latent * VAE_SCALING_FACTOR
+    return torch.cat([noisy, latent, mask], dim=1)
+
+
+def predict(model: nn.Module, hidden: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    """The network's velocity [B, 32, F, h, w].
+
+    Args:
+        model: a HunyuanVideo15Transformer3DModel.
+        hidden: [B, 65, F, h, w] from `model_input`.
+        timestep: [B], in 0..1001.
+        batch: gives the text and image embeddings.
+    """
+    network: Any = model
+    vision = batch.vision
+    if vision is None:
+        # No image tokens at all, rather than zeros that would only be masked out.
+        width = network.config.image_embed_dim
+        vision = batch.text.new_zeros((hidden.shape[0], 0, width))
+    return network(
+        hidden_states=hidden,
+        timestep=timestep,
+        encoder_hidden_states=batch.text,
+        encoder_attention_mask=batch.text_mask,
+        encoder_hidden_states_2=batch.byt5,
+        encoder_attention_mask_2=batch.byt5_mask,
+        image_embeds=vision,
+        return_dict=False,
+    )[0]
+
+
+def training_step(
+    model: nn.Module, batch: Batch, noise: Tensor, t: Tensor, *, scale_condition: bool = True
+) -> tuple[Tensor, Tensor]:
+    """One forward pass of flow matching.
+
+    Args:
+        model: a HunyuanVideo15Transformer3DModel.
+        batch: latents unscaled.
+        noise: [B, 32, F, h, w], standard normal.
+        t: [B], times in 0..1; 1 is pure noise. The network is told 1000 * t + 1.
+        scale_condition: see `model_input`.
+
+    Returns:
+        The squared error of each item, [B], whose mean is the loss, and the prediction
+        [B, 32, F, h, w].
+    """
+    latents = batch.latents * VAE_SCALING_FACTOR
+    mix = t.view(-1, 1, 1, 1, 1)
+    noisy = (1 - mix) * latents + mix * noise
+    hidden = model_input(noisy, batch, scale_condition=scale_condition)
+    prediction = predict(model, hidden, t * 1000.0 + 1, batch)
+    error = nn.functional.mse_loss(prediction.float(), noise - latents, reduction="none")
+    return error.mean(dim=(1, 2, 3, 4)), prediction

@@ -1,0 +1,204 @@
+"""Loading the five networks from local folders, and the sizes of the tiny stand-ins.
+
+Nothing here reaches for the network: a folder that is not there is a UserError. Every model comes
+back in evaluation mode. The heavy classes are imported from their own modules inside the
+functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
+        AutoencoderKLHunyuanVideo15,
+    )
+    from diffusers.models.transformers.transformer_hunyuan_video15 import (
+        HunyuanVideo15Transformer3DModel,
+    )
+
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
+
+# Real architectures, small numbers. What reaches across networks must agree: 32 latent channels,
+# text widths 64 and 32, image width 32.
+TINY_TRANSFORMER: dict[str, Any] = {
+    "in_channels": 65,  # 32 noisy latents, 32 of the condition, 1 mask
+    "out_channels": 32,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "mlp_ratio": 4.0,
+    "text_embed_dim": 64,
+    "text_embed_2_dim": 32,
+    "image_embed_dim": 32,
+    "rope_axes_dim": (4, 6, 6),
+}
+TINY_VAE: dict[str, Any] = {
+    "latent_channels": 32,
+    "block_out_channels": (8, 16, 32, 64, 64),
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 16,
+    "temporal_compression_ratio": 4,
+}
+TINY_TEXT_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,  # the caption's encoding is the third-last hidden state
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,  # wide enough for captions to differ by more than rounding
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1000000.0,
+        "mrope_section": [2, 3, 3],
+    },
+}
+TINY_BYT5: dict[str, Any] = {
+    "vocab_size": 384,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+}
+TINY_IMAGE_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,  # 16 tokens of 14x14 pixels
+    "patch_size": 14,
+}
+
+
+def load_vae(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> AutoencoderKLHunyuanVideo15:
+    """The VAE of a folder in diffusers' layout, in its stored type unless `dtype` is given."""
+    folder = _folder(path, "VAE", ("config.json",))
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
+        AutoencoderKLHunyuanVideo15,
+    )
+
+    vae = _load("VAE", folder, lambda: AutoencoderKLHunyuanVideo15.from_pretrained(
+        folder, local_files_only=True, torch_dtype=dtype))  # fmt: skip
+    return vae.to(device).eval()
+
+
+def load_transformer(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> HunyuanVideo15Transformer3DModel:
+    """The transformer of a weights file in Tencent's names, with its config.json beside it.
+
+    `path` is the file or its folder. A config.json that is not diffusers' own (Tencent's) means
+    the published size, which is the class's default. Raises UserError if keys or shapes differ
+    from the model's.
+    """
+    file = Path(path)
+    file = file / TRANSFORMER_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{file}: no transformer weights there; run the weights stage again")
+    import json
+
+    import torch
+    from diffusers.models.transformers.transformer_hunyuan_video15 import (
+        HunyuanVideo15Transformer3DModel,
+    )
+    from safetensors.torch import load_file
+
+    from runner.formats.transformer_keys import to_diffusers
+
+    config_file = file.with_name("config.json")
+    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    if config.get("_class_name") != "HunyuanVideo15Transformer3DModel":
+        config = {}
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+
+    def build() -> HunyuanVideo15Transformer3DModel:
+        # Built without storage: the file's tensors become the parameters, and nothing is copied.
+        with torch.device("meta"):
+            model = HunyuanVideo15Transformer3DModel(**options)
+        state = to_diffusers(load_file(file, device=device))
+        if dtype is not None:
+            state = {key: value.to(dtype) for key, value in state.items()}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model
+
+    model = _load("transformer", file, build)
+    # No frozen weight may gather gradients; training turns on what it adds.
+    return model.requires_grad_(False).eval()
+
+
+def load_text_encoder(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """Tokenizer and Qwen2.5-VL text model of `path`/tokenizer and `path`."""
+    folder = _folder(path, "text encoder", ("config.json", "tokenizer"))
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    tokenizer = _load("tokenizer", folder, lambda: Qwen2Tokenizer.from_pretrained(
+        folder / "tokenizer", local_files_only=True, padding_side="right"))  # fmt: skip
+    model = _load("text encoder", folder, lambda: Qwen2_5_VLTextModel.from_pretrained(
+        folder, local_files_only=True, dtype=dtype or "auto"))  # fmt: skip
+    return tokenizer, model.to(device).eval()
+
+
+def load_byt5(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """Tokenizer and T5 encoder of `path`/tokenizer and `path`."""
+    folder = _folder(path, "ByT5 encoder", ("config.json", "tokenizer"))
+    from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+    tokenizer = _load("tokenizer", folder, lambda: ByT5Tokenizer.from_pretrained(
+        folder / "tokenizer", local_files_only=True))  # fmt: skip
+    model = _load("ByT5 encoder", folder, lambda: T5EncoderModel.from_pretrained(
+        folder, local_files_only=True, dtype=dtype or "auto"))  # fmt: skip
+    return tokenizer, model.to(device).eval()
+
+
+def load_image_encoder(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """Image processor and SigLIP vision model of one folder."""
+    folder = _folder(path, "image encoder", ("config.json", "preprocessor_config.json"))
+    # The processor without torchvision, which also resizes as the published pipelines do.
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+    processor = _load("image processor", folder, lambda: SiglipImageProcessorPil.from_pretrained(
+        folder, local_files_only=True))  # fmt: skip
+    model = _load("image encoder", folder, lambda: SiglipVisionModel.from_pretrained(
+        folder, local_files_only=True, dtype=dtype or "auto"))  # fmt: skip
+    return processor, model.to(device).eval()
+
+
+def _folder(path: Path | str, what: str, needs: tuple[str, ...]) -> Path:
+    folder = Path(path)
+    missing = [name for name in needs if not (folder / name).exists()]
+    if missing:
+        raise UserError(f"{folder}: no {what} there ({missing[0]} is missing); make the weights")
+    return folder
+
+
+def _load(what: str, path: Path, build: Callable[[], Any]) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return build()
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: cannot load the {what}: {reason[0]}") from error

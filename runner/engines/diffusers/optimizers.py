@@ -1,0 +1,239 @@
+"""Optimizers and learning-rate schedules under musubi-tuner's option names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+from runner.engines.diffusers.options import TrainOptions
+from runner.errors import UserError
+
+Groups = list[dict[str, Any]]
+
+
+class Scheduler(Protocol):
+    """What the trainer needs of a schedule."""
+
+    def step(self) -> None:
+        """Go on to the next optimizer step's rate."""
+
+
+class Constant:
+    """The rate the optimizer was made with; for optimizers that keep a schedule of their own."""
+
+    def step(self) -> None:
+        """Nothing changes."""
+
+
+def parse_arguments(arguments: Iterable[str], option: str) -> dict[str, Any]:
+    """`["weight_decay=0.01", "betas=(0.9, 0.99)"]` as keyword arguments.
+
+    Raises:
+        UserError: no `=`, or a value that is no Python literal.
+    """
+    result: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        try:
+            if not equals or not key.strip().isidentifier():
+                raise ValueError
+            result[key.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            raise UserError(
+                f"train.toml: {option} {argument!r} must be name=value, value a Python literal"
+            ) from None
+    return result
+
+
+def is_schedulefree(options: TrainOptions) -> bool:
+    """Whether the optimizer keeps its own schedule, and wants train() and eval() around saving."""
+    return options.optimizer_type.lower().endswith("schedulefree")
+
+
+def shows_adapted_rate(options: TrainOptions) -> bool:
+    """Whether the optimizer finds its own step size d, so that d * lr is the rate to watch."""
+    name = options.optimizer_type.lower()
+    return name.startswith("dadapt") or "prodigy" in name
+
+
+def build_optimizer(options: TrainOptions, groups: Groups) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer, and its description for the LoRA file's metadata.
+
+    Short names are those musubi knows (AdamW8bit, Adafactor, AdamW); any other is a class of
+    torch.optim, or with dots a full class path.
+
+    Raises:
+        UserError: no such optimizer, a package that is not installed, 8-bit states without CUDA,
+            arguments it does not take.
+    """
+    arguments = parse_arguments(options.optimizer_args, "optimizer_args")
+    cls = _optimizer_class(options.optimizer_type)
+    rate: float | None = options.learning_rate
+    if cls.__name__ == "Adafactor" and cls.__module__.startswith("transformers"):
+        arguments.setdefault("relative_step", True)
+        arguments["relative_step"] |= bool(arguments.get("warmup_init"))
+        if arguments["relative_step"]:
+            rate = None
+            groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
+    try:
+        optimizer = cls(groups, lr=rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"train.toml: optimizer_type={options.optimizer_type!r} refused its options: {error}"
+        ) from None
+    text = ",".join(f"{key}={value}" for key, value in arguments.items())
+    name = f"{cls.__module__}.{cls.__name__}"
+    return optimizer, f"{name}({text})" if text else name
+
+
+def _optimizer_class(name: str) -> type:
+    short = name.lower()
+    if not name:
+        raise UserError("train.toml: optimizer_type is missing; name one, such as AdamW")
+    if short.endswith("8bit"):
+        return _bitsandbytes(name)
+    if short == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor
+    if short == "adamw":
+        return torch.optim.AdamW
+    return _import(name, "torch.optim", "optimizer_type")
+
+
+def _bitsandbytes(name: str) -> type:
+    advice = "use optimizer=adamw"
+    if not torch.cuda.is_available():
+        raise UserError(f"train.toml: optimizer_type={name!r} needs a CUDA GPU; {advice}")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            f"train.toml: optimizer_type={name!r} needs bitsandbytes, which is not installed "
+            f"(pip install bitsandbytes); {advice}"
+        ) from None
+    if name.lower() == "adamw8bit":
+        return bitsandbytes.optim.AdamW8bit
+    return _import(name, "bitsandbytes.optim", "optimizer_type")
+
+
+def _import(name: str, home: str, option: str) -> type:
+    module, _, leaf = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or home), leaf)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"train.toml: {option}={name!r} cannot be imported: {error}") from None
+    if not isinstance(found, type):
+        raise UserError(f"train.toml: {option}={name!r} is not a class")
+    return found
+
+
+def build_scheduler(
+    options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int
+) -> Scheduler:
+    """The schedule over `total_steps` optimizer steps.
+
+    Raises:
+        UserError: no such schedule, or warm-up steps given to one that takes none.
+    """
+    if is_schedulefree(options):
+        return Constant()
+    arguments = parse_arguments(options.lr_scheduler_args, "lr_scheduler_args")
+    if options.lr_scheduler_type:
+        name = options.lr_scheduler_type
+        cls = _import(name, "torch.optim.lr_scheduler", "lr_scheduler_type")
+        return _called(name, lambda: cls(optimizer, **arguments))
+    warmup = options.lr_warmup_steps
+    if isinstance(warmup, float):
+        warmup = int(warmup * total_steps)
+    name = options.lr_scheduler
+    if _is_relative(optimizer):
+        from transformers.optimization import AdafactorSchedule
+
+        _refuse_warmup("Adafactor with relative_step", warmup)
+        return AdafactorSchedule(optimizer, options.learning_rate)
+    if name.lower() == "rex":
+        return _called(name, lambda: rex(options, optimizer, warmup, total_steps, **arguments))
+    from transformers.optimization import get_scheduler
+
+    extra: dict[str, Any] = dict(arguments)
+    if name == "constant":
+        _refuse_warmup("lr_scheduler='constant'", warmup)
+    elif name == "cosine_with_restarts":
+        extra["num_cycles"] = options.lr_scheduler_num_cycles
+    elif name == "polynomial":
+        extra["power"] = options.lr_scheduler_power
+    elif name == "cosine_with_min_lr":
+        extra["num_cycles"] = options.lr_scheduler_num_cycles / 2
+        extra["min_lr_rate"] = options.lr_scheduler_min_lr_ratio
+    elif name == "inverse_sqrt":
+        extra["timescale"] = options.lr_scheduler_timescale
+    elif name not in ("constant_with_warmup", "linear", "cosine"):
+        raise UserError(f"train.toml: lr_scheduler={name!r} is not supported by engine=diffusers")
+    return _called(
+        name,
+        lambda: get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=extra,
+        ),
+    )
+
+
+def _is_relative(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("relative_step"))
+
+
+def _refuse_warmup(what: str, warmup: float) -> None:
+    if warmup:
+        raise UserError(
+            f"train.toml: {what} takes no lr_warmup_steps; use scheduler=constant_with_warmup"
+        )
+
+
+def _called(name: str, build: Any) -> Any:
+    try:
+        return build()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train.toml: lr_scheduler={name!r} refused its options: {error}") from None
+
+
+def rex(
+    options: TrainOptions,
+    optimizer: torch.optim.Optimizer,
+    warmup: int,
+    total: int,
+    rex_alpha: float = 0.1,
+    rex_beta: float = 0.9,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Reflected exponential decay (arXiv 2107.04197), with musubi's constants and warm-up.
+
+    With z the share of steps left, the rate falls from its top to `lr_scheduler_min_lr_ratio` of
+    it (0.01 if unset) as z / (alpha + beta * z). Warm-up climbs linearly from that minimum, which
+    is also the rate of the very first step.
+    """
+    ratio = options.lr_scheduler_min_lr_ratio
+    low = 0.01 if ratio is None else ratio
+    if not 0 <= low <= 1:
+        raise ValueError(f"lr_scheduler_min_lr_ratio={low} is not in 0..1")
+    if warmup > total:
+        raise ValueError(f"{warmup} warm-up steps are more than all {total} steps")
+
+    def factor(step: int) -> float:
+        if warmup and step <= 1:
+            return low
+        if step < warmup:
+            return low + (1 - low) * (step - 1) / (warmup - 1)
+        after, length = step - warmup, total - warmup
+        if after >= length:
+            return low
+        left = (length - after) / length
+        return low + (1 - low) * left / (rex_alpha + rex_beta * left)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,98 @@
+"""Captions to embeddings, as musubi-tuner v0.3.4 encodes them for HunyuanVideo 1.5.
+
+Qwen2.5-VL sees a caption inside a chat template; ByT5 sees only what the caption quotes, as text
+to be drawn in the picture. The wording of both is Tencent's, also to be read in diffusers'
+`pipeline_hunyuan_video1_5.py`. Where the two readings differ this follows musubi, so that either
+engine's caches are the other's: the template's aspects stand on lines of their own (diffusers:
+eight spaces apart), and at most 128 ByT5 tokens are kept (diffusers: 256).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+_ASPECTS = (
+    "You are a helpful assistant. Describe the video by detailing the following aspects:",
+    "1. The main content and theme of the video.",
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the "
+    "objects.",
+    "4. background environment, light, style and atmosphere.",
+    "5. camera angles, movements, and transitions used in the video.",
+)
+TEMPLATE_HEAD = "<|im_start|>system\n" + " \n".join(_ASPECTS) + "<|im_end|>\n<|im_start|>user\n"
+TEMPLATE_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+
+MAX_TOKENS = 1024  # of caption and tail; what is longer is cut
+MAX_GLYPH_TOKENS = 128  # bytes of quoted text, with its frame
+_HIDDEN_STATE = -3  # the third last of all layers' outputs, the last being the normalised one
+_QUOTED = (re.compile(r'"(.*?)"'), re.compile(r"“(.*?)”"))
+
+
+def template_tokens(tokenizer: Any) -> int:
+    """Tokens before the caption: they guide the encoder and are then cropped."""
+    return len(tokenizer(TEMPLATE_HEAD)["input_ids"])
+
+
+@torch.no_grad()
+def encode_captions(tokenizer: Any, text_encoder: Any, captions: list[str]) -> list[torch.Tensor]:
+    """Qwen2.5-VL embeddings of captions, each [L, D] bfloat16 without padding.
+
+    L counts the caption's tokens and the template's tail. Encoding many at once gives what
+    encoding one by one gives, to rounding: padding comes last and attention looks back only.
+    """
+    head = template_tokens(tokenizer)
+    tokens = tokenizer(
+        [f"{TEMPLATE_HEAD}{caption}{TEMPLATE_TAIL}" for caption in captions],
+        max_length=MAX_TOKENS + head,
+        truncation=True,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    states = text_encoder(
+        input_ids=tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states[_HIDDEN_STATE]
+    lengths = tokens["attention_mask"].sum(dim=1).tolist()
+    return [
+        state[head:length].to(torch.bfloat16) for state, length in zip(states, lengths, strict=True)
+    ]
+
+
+def glyph_text(caption: str) -> str | None:
+    """What ByT5 reads: `Text "...". ` for each text between double quotes, straight ones first.
+
+    None when the caption quotes nothing.
+    """
+    found = [text for pattern in _QUOTED for text in pattern.findall(caption)]
+    return "".join(f'Text "{text}". ' for text in found) or None
+
+
+@torch.no_grad()
+def encode_glyphs(tokenizer: Any, byt5: Any, caption: str) -> torch.Tensor:
+    """ByT5 embeddings of a caption's quoted text: [L2, D2] float16, or [0, D2] float32 for none."""
+    text = glyph_text(caption)
+    if text is None:
+        return torch.zeros(0, byt5.config.d_model, device=byt5.device)
+    tokens = tokenizer(
+        text, max_length=MAX_GLYPH_TOKENS, truncation=True, return_tensors="pt"
+    ).to(byt5.device)  # fmt: skip
+    states = byt5(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])[0]
+    return states[0].to(torch.float16)
+
+
+def encode_prompt(
+    tokenizer: Any, text_encoder: Any, byt5_tokenizer: Any, byt5: Any, prompt: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One prompt's embeddings, exactly as the text cache holds them.
+
+    Returns Qwen2.5-VL's [L, D] bfloat16 and ByT5's [L2, D2] float16 (float32 when L2 is 0).
+    """
+    (vl_embed,) = encode_captions(tokenizer, text_encoder, [prompt])
+    return vl_embed, encode_glyphs(byt5_tokenizer, byt5, prompt)

@@ -1,0 +1,333 @@
+"""Train a LoRA (LoHa, LoKr) on HunyuanVideo 1.5: `python -m runner.engines.diffusers.train`.
+
+Reads train.toml and dataset.toml in musubi-tuner's format and the caches they name; writes LoRA
+files, TensorBoard events under <logging_dir>/network_train and, if asked, previews. Relative paths
+are relative to the working directory, the run's folder. On the CPU everything is computed in fp32;
+on a GPU the frozen network and the arithmetic have the precision of train.toml, the trained weights
+fp32.
+
+The same train.toml, caches and machine give the same LoRA tensors, bit for bit: weights, order,
+noise and times are drawn from separate streams of the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from runner.engines.diffusers import cli, data, flow, models, networks, optimizers, options, sampling
+from runner.engines.diffusers.checkpoints import Checkpoints
+from runner.errors import StageError, UserError
+
+if TYPE_CHECKING:
+    from runner.engines.diffusers.options import TrainOptions
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_LONG_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to compute and in what precision; `weights` is the frozen network's."""
+
+    name: str
+    weights: torch.dtype
+    compute: torch.dtype
+
+    @classmethod
+    def choose(cls, chosen: TrainOptions) -> Device:
+        """The GPU if there is one; the CPU computes in fp32 whatever the file says."""
+        if not torch.cuda.is_available():
+            return cls("cpu", torch.float32, torch.float32)
+        compute = weights = _DTYPES.get(chosen.mixed_precision, torch.float32)
+        if chosen.dit_dtype is not None:
+            weights = _DTYPES[_LONG_DTYPES.get(chosen.dit_dtype, chosen.dit_dtype)]
+        if compute == torch.float32 and weights != torch.float32:
+            raise UserError(
+                f"train.toml: dit_dtype={chosen.dit_dtype!r} needs mixed_precision bf16 or fp16"
+            )
+        return cls("cuda", weights, compute)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision around a forward pass, nothing where all is fp32."""
+        if self.compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.name, dtype=self.compute)
+
+
+class Metrics:
+    """TensorBoard scalars under `<folder>/network_train`, on disk within a second.
+
+    Without a folder nothing is written.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._writer: Any = None
+        self._flushed = 0.0
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(Path(folder) / "network_train"), flush_secs=1)
+
+    def write(self, values: dict[str, float], step: int, *, flush: bool = False) -> None:
+        """Add values at `step`."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        if flush or time.monotonic() - self._flushed >= 0.5:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class AverageLoss:
+    """Mean over the last epoch's worth of losses: each batch's newest value, as musubi shows it."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+
+    def add(self, index: int, loss: float) -> None:
+        """Take the loss of the epoch's batch number `index`, from 0."""
+        if index < len(self._losses):
+            self._losses[index] = loss
+        else:
+            self._losses.append(loss)
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return math.fsum(self._losses) / len(self._losses)
+
+
+class Trainer:
+    """One training run, from loaded parts to saved files."""
+
+    def __init__(self, chosen: TrainOptions, datasets: Sequence[data.Dataset], seed: int) -> None:
+        """Load the transformer and build network, optimizer and schedule.
+
+        Raises:
+            UserError: an option this engine cannot honour, or weights that cannot be loaded.
+        """
+        self.options, self.datasets, self.seed = chosen, datasets, seed
+        self.device = Device.choose(chosen)
+        spec = networks.parse_spec(
+            chosen.network_module,
+            chosen.network_dim,
+            chosen.network_alpha,
+            chosen.network_dropout,
+            chosen.network_args,
+        )
+        self.times = flow.TimeSampling(
+            chosen.timestep_sampling,
+            chosen.discrete_flow_shift,
+            chosen.sigmoid_scale,
+            chosen.min_timestep,
+            chosen.max_timestep,
+        )
+        self.batches = len(data.epoch_batches(datasets, seed=seed, epoch=1))
+        self.steps_per_epoch = math.ceil(self.batches / chosen.gradient_accumulation_steps)
+        self.steps = chosen.max_train_steps
+        if chosen.max_train_epochs is not None:
+            self.steps = chosen.max_train_epochs * self.steps_per_epoch
+        self.epochs = math.ceil(self.steps / self.steps_per_epoch)
+
+        self.previewer = sampling.previewer(chosen, self.device.name)
+        self.model: Any = models.load_transformer(
+            chosen.dit, dtype=self.device.weights, device=self.device.name
+        )
+        self.model.requires_grad_(False)
+        self.network = networks.create(self.model, spec, seed=seed)
+        self.optimizer, described = optimizers.build_optimizer(
+            chosen, self.network.parameter_groups(chosen.learning_rate)
+        )
+        self.scheduler = optimizers.build_scheduler(chosen, self.optimizer, self.steps)
+        self.scaler = torch.amp.GradScaler(
+            self.device.name, enabled=self.device.compute == torch.float16
+        )
+        if chosen.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        # Streams of their own: another rank or dropout leaves noise and times as they are.
+        self.noise = torch.Generator().manual_seed(networks.derived_seed(seed, "noise"))
+        self.clock = torch.Generator().manual_seed(networks.derived_seed(seed, "times"))
+        torch.manual_seed(networks.derived_seed(seed, "dropout"))
+        self.metrics = Metrics(chosen.logging_dir)
+        self.checkpoints = Checkpoints(
+            chosen,
+            datasets,
+            optimizer=described,
+            seed=seed,
+            steps=self.steps,
+            epochs=self.epochs,
+            batches=self.batches,
+        )
+
+    def train(self) -> Path:
+        """Train to the end.
+
+        Returns:
+            The final LoRA file.
+
+        Raises:
+            StageError: the loss stopped being a number.
+        """
+        try:
+            if self.options.sample_at_first:
+                self._evaluating(lambda: self._preview(0))
+            average = AverageLoss()
+            progress = Progress(self.steps)
+            step = 0
+            for epoch in range(1, self.epochs + 1):
+                self._mode(training=True)
+                for index, loss in enumerate(self.updates(epoch)):
+                    step += 1
+                    average.add(index, loss)
+                    self.metrics.write(
+                        {"loss/current": loss, "loss/average": average.value, **self.rates}, step
+                    )
+                    progress.show(epoch, step, loss, average.value)
+                    if step >= self.steps:
+                        break
+                self.metrics.write({"loss/epoch": average.value}, epoch, flush=True)
+                self._evaluating(functools.partial(self._end_epoch, epoch, step))
+            self._mode(training=False)
+            return self.checkpoints.save_last(self.network, step=step)
+        finally:
+            self.metrics.close()
+
+    def updates(self, epoch: int) -> Iterator[float]:
+        """The optimizer steps of one epoch (from 1), giving the mean loss of each one's batches.
+
+        The learning rates that a step used are in `rates` after it.
+        """
+        batches = data.epoch_batches(self.datasets, seed=self.seed, epoch=epoch)
+        losses: list[float] = []
+        for number, batch in enumerate(data.load_batches(batches), 1):
+            losses.append(self._backward(batch))
+            full = len(losses) == self.options.gradient_accumulation_steps
+            if full or number == len(batches):
+                self._update()
+                yield statistics.fmean(losses)
+                losses.clear()
+
+    def _backward(self, batch: flow.Batch) -> float:
+        # Drawn on the CPU, so that noise is the same on every device.
+        noise = torch.randn(batch.latents.shape, generator=self.noise)
+        t = self.times.draw(len(noise), self.clock)
+        device = self.device.name
+        with self.device.autocast():
+            errors, _ = flow.training_step(
+                self.model,
+                batch.to(device),
+                noise.to(device),
+                t.to(device),
+                scale_condition=not self.options.i2v_unscaled_condition,
+            )
+        loss = errors.mean()
+        # As musubi: an epoch's last step counts as much as its batches, not as a full one.
+        self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise StageError("the loss is no longer a number; lower the learning rate")
+        return value
+
+    def _update(self) -> None:
+        groups = self.optimizer.param_groups
+        if self.options.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.max_grad_norm)
+        names = ["unet", "unet plus"]
+        self.rates = {f"lr/{name}": float(g["lr"]) for name, g in zip(names, groups, strict=False)}
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if optimizers.shows_adapted_rate(self.options):
+            for name, group in zip(names, groups, strict=False):
+                self.rates[f"lr/d*lr/{name}"] = float(group["d"] * group["lr"])
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _end_epoch(self, epoch: int, step: int) -> None:
+        path = self.checkpoints.save_epoch(self.network, epoch=epoch, step=step)
+        if path is not None:
+            print(f"saved {path}")
+        every = self.options.sample_every_n_epochs
+        if every is not None and epoch % every == 0:
+            self._preview(epoch)
+
+    def _preview(self, epoch: int) -> None:
+        if self.previewer is not None:
+            with torch.random.fork_rng(devices=[]), self.device.autocast():
+                self.previewer.sample(self.model, epoch=epoch)
+
+    def _evaluating(self, act: Callable[[], None]) -> None:
+        """Call `act` with the weights and modes that inference wants."""
+        self._mode(training=False)
+        act()
+        self._mode(training=True)
+
+    def _mode(self, *, training: bool) -> None:
+        self.network.train(training)
+        # Schedule-free optimizers keep other weights for training than for use.
+        switch = getattr(self.optimizer, "train" if training else "eval", None)
+        if callable(switch):
+            switch()
+
+
+class Progress:
+    """Lines on standard output, at most one a second and always the last."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._begun = self._shown = time.monotonic()
+
+    def show(self, epoch: int, step: int, loss: float, average: float) -> None:
+        """Say how far training is; `step` counts from 1."""
+        now = time.monotonic()
+        if now - self._shown < 1 and step not in (1, self._steps):
+            return
+        self._shown = now
+        speed = step / max(now - self._begun, 1e-9)
+        print(
+            f"step {step}/{self._steps} epoch {epoch} loss {loss:.4f} average {average:.4f} "
+            f"{speed:.2f} steps/s",
+            flush=True,
+        )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as train.toml says. Raises UserError before work starts, StageError after."""
+    parser = argparse.ArgumentParser(prog="train", description="Train a HunyuanVideo 1.5 LoRA.")
+    parser.add_argument("--config_file", required=True, help="train.toml")
+    chosen = options.read(parser.parse_args(arguments).config_file)
+    datasets = data.scan(chosen.dataset_config, chosen.task)
+    seed = random.SystemRandom().randrange(2**32) if chosen.seed is None else chosen.seed
+    if not torch.cuda.is_available():
+        # Costs nothing on the CPU, and says so if an operation has no deterministic form.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    trainer = Trainer(chosen, datasets, seed)
+    items = sum(len(dataset.items) for dataset in datasets)
+    print(
+        f"{items} items, {trainer.batches} batches an epoch, {trainer.steps} steps, "
+        f"{trainer.epochs} epochs, seed {seed}, on {trainer.device.name}"
+    )
+    print(f"saved {trainer.train()}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

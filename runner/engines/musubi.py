@@ -1,0 +1,94 @@
+"""musubi-tuner's command for each stage; pure.
+
+Written against v0.3.4 (commit 30c658c). Its package is run as modules, so that it makes no
+difference whether it was installed or lies in a checkout.
+"""
+
+from __future__ import annotations
+
+from runner.commands import Command
+from runner.config import MemoryConfig, RunConfig
+from runner.engines.base import EngineFacts, Machine
+from runner.formats.train_toml import WeightPaths
+
+VERSION = "v0.3.4"
+
+# Read by accelerate instead of the user's own default file, which could ask for several cards.
+_ACCELERATE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: 'NO'
+num_processes: 1
+num_machines: 1
+machine_rank: 0
+main_training_function: main
+use_cpu: false
+"""
+
+
+class MusubiEngine:
+    """musubi-tuner in an environment of its own."""
+
+    def __init__(self, facts: EngineFacts) -> None:
+        self.facts = facts
+
+    def _python(self, *arguments: str) -> Command:
+        path = self.facts.source_path
+        return Command(
+            (self.facts.python, *arguments),
+            set_env=(("PYTHONPATH", path),) if path else (),
+            unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
+            # A user's ACCELERATE_* variables would override the launcher's arguments.
+            unset_prefixes=("ACCELERATE_",),
+        )
+
+    def cache_latents(
+        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+    ) -> Command:
+        arguments = ["--dataset_config", dataset_toml, "--vae", weights.vae]
+        arguments += ["--vae_sample_size", str(memory.vae_tile or 0)]
+        if config.task.name == "i2v":
+            arguments += ["--i2v", "--image_encoder", weights.image_encoder]
+        return self._python("-m", "musubi_tuner.hv_1_5_cache_latents", *arguments)
+
+    def cache_text(
+        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+    ) -> Command:
+        arguments = ["--dataset_config", dataset_toml]
+        arguments += ["--text_encoder", weights.text_encoder, "--byt5", weights.byt5]
+        arguments += ["--batch_size", "4"]
+        if memory.fp8_text_encoder:
+            arguments.append("--fp8_vl")
+        return self._python("-m", "musubi_tuner.hv_1_5_cache_text_encoder_outputs", *arguments)
+
+    def train(self, config: RunConfig) -> Command:
+        return self._python(
+            *("-m", "accelerate.commands.launch"),
+            *("--config_file", "accelerate.yaml"),
+            *("--num_processes", "1"),
+            *("--num_machines", "1"),
+            *("--num_cpu_threads_per_process", "1"),
+            *("--dynamo_backend", "no"),
+            *("--mixed_precision", config.precision.mixed_precision),
+            *("--module", "musubi_tuner.hv_1_5_train_network"),
+            *("--config_file", "train.toml"),
+            *config.engine.extra_args,
+        )
+
+    def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
+        return None
+
+    def files(self, config: RunConfig) -> dict[str, str]:
+        return {"accelerate.yaml": _ACCELERATE}
+
+    def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
+        mode = config.training.compile
+        if mode != "auto":
+            return mode == "always", None
+        if machine is None:
+            return False, "torch.compile is off: no card was found here."
+        if config.precision.fp8_base and machine.capability < (8, 9):
+            return False, (
+                "torch.compile is off: below compute capability 8.9 "
+                f"({machine.name}) it cannot compile fp8."
+            )
+        return True, None

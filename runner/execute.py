@@ -1,0 +1,274 @@
+"""Carry out a plan: stages in order, each in the log and in MLflow, ended as it truly ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.config import RunConfig
+from runner.console import Console, duration
+from runner.engines.base import Engine
+from runner.errors import StageError, UserError
+from runner.facts import absolute, gather, refresh
+from runner.plan import Facts, Plan, Stage, commands_sh, make_plan
+from runner.process import Stopped, raise_on_signals
+from runner.record import Recorder
+from runner.rules import check
+from runner.stages import run_stage
+from runner.store import Store, write_text_atomic
+
+if TYPE_CHECKING:
+    from runner.sweep import Sweep
+    from runner.tracking.mlflow_run import NullWriter, RunWriter
+
+
+@dataclass
+class Context:
+    """What a stage works with."""
+
+    config: RunConfig
+    facts: Facts
+    engine: Engine
+    run_dir: Path
+    store: Store
+    console: Console
+    writer: RunWriter | NullWriter
+    plan: Plan
+    finished: dict[str, float] = field(default_factory=dict)
+
+    def replan(self) -> Plan:
+        """Look at weights and cache again, and plan with what is there now."""
+        self.facts = refresh(self.facts, self.config)
+        self.plan = make_plan(self.config, self.facts, self.engine)
+        return self.plan
+
+    def log(self, stage: str) -> Path:
+        """The log of one stage."""
+        return self.run_dir / "logs" / f"{stage}.log"
+
+
+def engine_for(config: RunConfig, facts: Facts) -> Engine:
+    """The engine that a config names."""
+    if config.engine.name == "diffusers":
+        from runner.engines.diffusers.commands import DiffusersEngine
+
+        return DiffusersEngine(facts.engine)
+    from runner.engines.musubi import MusubiEngine
+
+    return MusubiEngine(facts.engine)
+
+
+def execute(
+    config: RunConfig,
+    resolved: dict[str, Any],
+    overrides: list[str],
+    choices: dict[str, str],
+    console: Console,
+    cwd: Path,
+    sweep: Sweep | None,
+) -> int:
+    """Check, plan, and show or run one config; returns the exit code.
+
+    Raises :class:`UserError` before anything is written, :class:`StageError` after a stage
+    failed, and :class:`runner.process.Stopped` when a signal ended the run.
+    """
+    check(config)
+    _absolute_paths(config, cwd)
+    facts = _gather(config, cwd, console)
+    engine = engine_for(config, facts)
+    plan = make_plan(config, facts, engine)
+    if config.dry_run:
+        from runner.page import show_plan
+
+        show_plan(console, plan, config, facts)
+        return 0
+    if facts.engine.missing:
+        raise UserError(f"engine={config.engine.name}: {facts.engine.missing}")
+    raise_on_signals()
+    run = _Run(config, resolved, overrides, choices, console, facts, engine, plan, sweep)
+    return run.through()
+
+
+def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
+    """Read the facts, with a bar for sources that take a while to look through."""
+    started = time.monotonic()
+    shown: dict[str, Any] = {}
+
+    def progress(path: str, done: int, total: int) -> None:
+        if not shown and time.monotonic() - started < 1.0:
+            return
+        if shown.get("path") != path:
+            _close(shown)
+            shown["path"] = path
+            shown["bar"] = console.bar(f"reading {path}", total).__enter__()
+        shown["bar"].update(done)
+
+    try:
+        return gather(config, cwd, progress)
+    finally:
+        _close(shown)
+
+
+def _close(shown: dict[str, Any]) -> None:
+    bar = shown.pop("bar", None)
+    if bar is not None:
+        bar.__exit__(None, None, None)
+
+
+def _absolute_paths(config: RunConfig, cwd: Path) -> None:
+    """Commands run in the run's folder, so what they are given must not depend on ours."""
+    image = config.sampling.image_path
+    if image is not None:
+        path = absolute(image, cwd)
+        if not path.is_file():
+            raise UserError(f"sampling.image_path={image}: there is no such file.")
+        config.sampling.image_path = str(path)
+
+
+def run_folder(root: Path, name: str) -> Path:
+    """A new folder ``runs/<date>/<time>-<name>`` that no other run has."""
+    now = time.localtime()
+    day = root / "runs" / time.strftime("%Y-%m-%d", now)
+    slug = re.sub(r"[^\w.,=+-]+", "-", name).strip("-.") or "run"
+    base = f"{time.strftime('%H-%M-%S', now)}-{slug}"
+    for number in range(1000):
+        folder = day / (base if number == 0 else f"{base}-{number + 1}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise UserError(f"There is no free folder name left in {day}.")
+
+
+class _Run:
+    """One run from its folder to its end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        resolved: dict[str, Any],
+        overrides: list[str],
+        choices: dict[str, str],
+        console: Console,
+        facts: Facts,
+        engine: Engine,
+        plan: Plan,
+        sweep: Sweep | None,
+    ) -> None:
+        self.config, self.resolved, self.overrides = config, resolved, overrides
+        self.choices, self.console, self.sweep = choices, console, sweep
+        self.facts, self.engine, self.plan = facts, engine, plan
+        self.started = time.time()
+
+    def through(self) -> int:
+        """Run every stage; the run's status is settled whatever happens."""
+        root = self.facts.root
+        folder = run_folder(root, self.plan.name)
+        recorder = Recorder.open(
+            self.config,
+            self.resolved,
+            self.choices,
+            self.facts,
+            self.plan,
+            folder,
+            self.sweep,
+        )
+        context = Context(
+            config=self.config,
+            facts=self.facts,
+            engine=self.engine,
+            run_dir=folder,
+            store=Store(root / "cache"),
+            console=self.console,
+            writer=recorder.writer,
+            plan=self.plan,
+        )
+        self.console.heading(f"{self.plan.name}  in {folder}")
+        for notice in self.plan.notices:
+            self.console.notice(notice)
+        try:
+            self._write_files(folder, self.plan)
+            recorder.files()
+            self._stages(context, recorder)
+        except Stopped as stop:
+            recorder.finish("KILLED", f"ended by {stop}")
+            self.console.error(f"{self.plan.name} was ended by {stop}; what was finished is kept.")
+            raise
+        except (StageError, UserError) as error:
+            recorder.finish("FAILED", str(error))
+            raise
+        except Exception as error:
+            recorder.finish("FAILED", f"{type(error).__name__}: {error}")
+            raise
+        recorder.finish("FINISHED", "")
+        self._closing_words(context, recorder)
+        return 0
+
+    def _write_files(self, folder: Path, plan: Plan) -> None:
+        from omegaconf import OmegaConf
+
+        resolved = {**self.resolved, "training": {**self.resolved["training"]}}
+        resolved["training"]["seed"] = self.facts.seed
+        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        write_text_atomic(folder / "overrides.txt", "".join(f"{o}\n" for o in self.overrides))
+        for name, text in plan.files:
+            write_text_atomic(folder / name, text)
+        write_text_atomic(folder / "commands.sh", commands_sh(plan, str(folder)))
+        (folder / "commands.sh").chmod(0o755)
+
+    def _stages(self, context: Context, recorder: Recorder) -> None:
+        names = [stage.name for stage in self.plan.stages]
+        for number, name in enumerate(names, 1):
+            stage = context.plan.stage(name)
+            self.console.stage(number, len(names), name, _summary(stage))
+            if stage.state == "skipped":
+                continue
+            began = time.monotonic()
+            try:
+                run_stage(name, context)
+            except StageError as error:
+                raise StageError(f"stage {name} failed: {error}") from error
+            finally:
+                context.finished[name] = time.monotonic() - began
+                recorder.stage(name, context.finished[name])
+            if name in ("weights", "latents", "text"):
+                plan = context.replan()
+                # Commands become final only when the weights are there.
+                commands = context.run_dir / "commands.sh"
+                if name == "weights":
+                    write_text_atomic(commands, commands_sh(plan, str(context.run_dir)))
+                    commands.chmod(0o755)
+
+    def _closing_words(self, context: Context, recorder: Recorder) -> None:
+        console, folder = self.console, context.run_dir
+        console.heading(f"{self.plan.name} finished in {duration(time.time() - self.started)}")
+        evaluation = folder / "evaluation.json"
+        if evaluation.is_file():
+            result = json.loads(evaluation.read_text())
+            which = "held-out" if self.facts.selection.has_held_out else "training"
+            console.line(
+                f"  eval/loss  {result['base_loss']:.4f} without the LoRA, {result['loss']:.4f} "
+                f"with it ({result['items']} {which} items)"
+            )
+        for file in ("lora.safetensors", "lora_comfyui.safetensors"):
+            if (folder / file).is_file():
+                size = (folder / file).stat().st_size / 1e6
+                console.line(f"  {folder / file}  ({size:.1f} MB)")
+        if (folder / "samples").is_dir():
+            console.line(f"  {folder / 'samples'}")
+        if recorder.writer.run_id:
+            outputs = self.config.output_dir
+            option = "" if outputs == "outputs" else f" --outputs {outputs}"
+            console.line(f"  Compare the runs: python -m runner.ui{option}")
+
+
+def _summary(stage: Stage) -> str:
+    if stage.state == "done":
+        return f"{stage.summary} (done already)"
+    if stage.state == "skipped":
+        return "skipped"
+    return stage.summary

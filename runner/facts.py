@@ -1,0 +1,190 @@
+"""Reads what a plan needs to know from the disk, the card and the environment; writes nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+from runner.config import MemoryConfig, RunConfig
+from runner.engines.base import EngineFacts, Machine
+from runner.groups import conf_folder
+from runner.items import Source, select, source_options
+from runner.plan import Facts
+from runner.stages.weights import weight_facts
+from runner.store import Store
+
+Progress = Callable[[str, int, int], None]
+
+
+def gather(config: RunConfig, cwd: Path, progress: Progress | None = None) -> Facts:
+    """Everything :func:`runner.plan.make_plan` needs.
+
+    ``progress`` is called with a source's path and the media read and found so far. Raises
+    :class:`runner.errors.UserError` for input that cannot be trained on.
+    """
+    root = absolute(config.output_dir, cwd)
+    sources = scan_sources(config, cwd, progress)
+    machine = find_machine()
+    memory, note = memory_tier(config, machine)
+    return Facts(
+        root=root,
+        python=sys.executable,
+        python_path=checkout(),
+        sources=sources,
+        selection=select(
+            sources,
+            task=config.task.name,
+            validation_fraction=config.dataset.validation_fraction,
+        ),
+        weights=weight_facts(config, root),
+        cached=Store(root / "cache").names(),
+        memory=memory,
+        memory_note=note,
+        machine=machine,
+        engine=engine_facts(config, cwd),
+        seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
+    )
+
+
+def refresh(facts: Facts, config: RunConfig) -> Facts:
+    """The same facts with weights and cache looked at again."""
+    return replace(
+        facts,
+        weights=weight_facts(config, facts.root),
+        cached=Store(facts.root / "cache").names(),
+    )
+
+
+def absolute(path: str, cwd: Path) -> Path:
+    """``path`` with ``~`` expanded, from ``cwd`` when it is relative."""
+    return Path(os.path.normpath(cwd / Path(path).expanduser()))
+
+
+def checkout() -> str | None:
+    """The folder to put on PYTHONPATH when the runner is used from a checkout, else None."""
+    top = Path(__file__).resolve().parent.parent
+    return str(top) if (top / "pyproject.toml").is_file() else None
+
+
+def scan_sources(
+    config: RunConfig, cwd: Path, progress: Progress | None = None
+) -> tuple[Source, ...]:
+    """Look into each source: what media it has, and their captions."""
+    from runner.sources import locate, scan
+
+    found: list[Source] = []
+    limit = int(config.dataset.max_archive_gb * 1e9)
+    for options in source_options(config.dataset):
+        kind, path = locate(options.path, options.kind, cwd=cwd)
+        report = None
+        if progress is not None:
+            report = _report(progress, str(path))
+        scanned = scan(kind, path, max_bytes=limit, progress=report)
+        found.append(Source(options, kind, str(path), scanned.items, scanned.ignored))
+    return tuple(found)
+
+
+def _report(progress: Progress, path: str) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        progress(path, done, total)
+
+    return report
+
+
+def find_machine() -> Machine | None:
+    """The first card the driver shows, or None."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        query.append(f"--id={visible.split(',')[0]}")
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, memory, capability = (part.strip() for part in text.splitlines()[0].split(","))
+        major, minor = capability.split(".")
+        return Machine(name, int(memory) / 1024, (int(major), int(minor)))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+TIERS = (("12gb", 11.0), ("16gb", 15.0), ("24gb", 22.0), ("48gb", 44.0), ("80gb", 76.0))
+
+
+def tier_name(config: RunConfig, machine: Machine | None) -> tuple[str, str | None]:
+    """The memory tier for ``memory=auto``, and a line that says why when it was a guess."""
+    if config.engine.name == "diffusers" and machine is None:
+        return "cpu", None
+    if machine is None:
+        return "24gb", "No card was found here: memory=auto is planned as memory=24gb."
+    fitting = [name for name, least in TIERS if machine.memory_gb >= least]
+    if fitting:
+        return fitting[-1], None
+    return "12gb", (
+        f"{machine.name} has {machine.memory_gb:.0f} GB, less than the smallest tier: planned as "
+        "memory=12gb."
+    )
+
+
+def memory_tier(config: RunConfig, machine: Machine | None) -> tuple[MemoryConfig, str | None]:
+    """The memory options with everything filled in from the tier."""
+    if config.memory.name != "auto":
+        return config.memory, None
+    from omegaconf import OmegaConf
+
+    name, note = tier_name(config, machine)
+    tier = OmegaConf.load(conf_folder() / "memory" / f"{name}.yaml")
+    chosen = {
+        item.name: (
+            own if (own := getattr(config.memory, item.name)) is not None else tier[item.name]
+        )
+        for item in fields(MemoryConfig)
+        if item.name != "name"
+    }
+    return MemoryConfig(name=name, **chosen), note
+
+
+def engine_home() -> Path:
+    """Where musubi-tuner is installed for the runner."""
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "hunyuan-lora-runner"
+
+
+def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
+    """Where the chosen engine lies, and why it cannot run if it can't."""
+    from runner import __version__
+    from runner.engines.musubi import VERSION
+
+    if config.engine.name == "diffusers":
+        return EngineFacts(sys.executable, f"runner {__version__}", checkout())
+    home = engine_home() / f"musubi-tuner-{VERSION}"
+    python = home / "venv" / "bin" / "python"
+    source: Path | None = None
+    missing: str | None = None
+    if config.engine.path is not None:
+        source = absolute(config.engine.path, cwd)
+        python = source / "venv" / "bin" / "python"
+        if not (source / "src" / "musubi_tuner").is_dir():
+            missing = f"engine.path={config.engine.path} is no musubi-tuner checkout"
+    if config.engine.python is not None:
+        python = absolute(config.engine.python, cwd)
+    if missing is None and not python.is_file():
+        missing = (
+            f"musubi-tuner {VERSION} is not installed: there is no {python}"
+            if config.engine.path is None and config.engine.python is None
+            else f"there is no Python at {python}"
+        )
+    if missing is not None:
+        missing += (
+            ". Point engine.path and engine.python to an installed musubi-tuner, or rehearse "
+            "without it: engine=diffusers model=tiny."
+        )
+    path = None if source is None else str(source / "src")
+    return EngineFacts(str(python), f"musubi-tuner {VERSION}", path, missing)

@@ -1,0 +1,1 @@
+"""Readers, writers and converters of the files between stages; pure."""

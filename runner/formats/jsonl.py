@@ -1,0 +1,15 @@
+"""JSON Lines files that name media and captions, as musubi-tuner reads them; pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Literal
+
+
+def render(kind: Literal["image", "video"], rows: Iterable[tuple[str, str]]) -> str:
+    """One ``{"image_path": ..., "caption": ...}`` (or ``video_path``) a line."""
+    return "".join(
+        json.dumps({f"{kind}_path": path, "caption": caption}, ensure_ascii=False) + "\n"
+        for path, caption in rows
+    )

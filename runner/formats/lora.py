@@ -1,0 +1,218 @@
+"""LoRA files: musubi-tuner's names, and the conversions to ComfyUI's and diffusers'.
+
+A file holds `lora_unet_double_blocks_<n>_<module>.{lora_down.weight,lora_up.weight,alpha}`, module
+being one of Tencent's fourteen Linears of a double block with `_` for `.`. ComfyUI's network has q,
+k and v in one Linear and other names for three modules; the conversion, its tripled alpha and its
+hashes are those of musubi-tuner v0.3.4's converter for this model.
+
+Importing this module costs milliseconds; torch and safetensors are loaded by the conversions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from runner.errors import UserError
+from runner.formats.transformer_keys import (
+    BLOCK_LINEARS,
+    module_to_diffusers,
+    module_to_tencent,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Metadata = dict[str, str]
+
+_PREFIX = "lora_unet_"
+_NAME = re.compile(r"lora_unet_double_blocks_(\d+)_(.+)")
+_COMFYUI = {
+    "img_mlp_fc1": "img_mlp_0",
+    "img_mlp_fc2": "img_mlp_2",
+    "img_mod_linear": "img_mod_lin",
+    "txt_mlp_fc1": "txt_mlp_0",
+    "txt_mlp_fc2": "txt_mlp_2",
+    "txt_mod_linear": "txt_mod_lin",
+}
+_MUSUBI = {theirs: ours for ours, theirs in _COMFYUI.items()}
+_JOINED = re.compile(r"(img|txt)_attn_(q|k|v)")
+_TENCENT = {name.replace(".", "_"): name for name in BLOCK_LINEARS}
+_LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+def lora_name(module: str) -> str:
+    """The file's name of a Tencent module: `double_blocks.0.img_mlp.fc1` with its prefix."""
+    return _PREFIX + module.replace(".", "_")
+
+
+def module_name(name: str) -> str:
+    """The Tencent module of a file's name; the inverse of `lora_name`.
+
+    Raises:
+        UserError: no Linear of a double block has this name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or match[2] not in _TENCENT:
+        raise UserError(f"LoRA file: {name!r} is no module of HunyuanVideo 1.5's double blocks")
+    return f"double_blocks.{match[1]}.{_TENCENT[match[2]]}"
+
+
+def sshs_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Metadata:
+    """The two hashes by which web interfaces know a LoRA file.
+
+    Both are over the file as saved with its `ss_` metadata alone: `sshs_model_hash` is the SHA-256
+    of the tensor bytes, `sshs_legacy_hash` the first eight digits of that of the 64 KiB at 1 MiB.
+    """
+    from safetensors.torch import save
+
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    data = save(dict(state), kept)
+    header = int.from_bytes(data[:8], "little") + 8
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(data)[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def to_comfyui(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> tuple[dict[str, Tensor], Metadata | None]:
+    """musubi's file for ComfyUI.
+
+    q, k and v join into `_qkv`: their downs stacked [3r, in], their ups as blocks of the diagonal
+    [3 * out, 3r], alpha tripled because the rank is. One of them that was not trained counts as
+    zero. Hashes are computed anew; a file without metadata stays without.
+
+    Raises:
+        UserError: not a LoRA of this model, or one whose q, k and v differ in rank or alpha.
+    """
+    result: dict[str, Tensor] = {}
+    joined: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, leaves in _grouped(state, "to ComfyUI").items():
+        match = _NAME.fullmatch(name)
+        module = match[2] if match else ""
+        if part := _JOINED.fullmatch(module):
+            stem = name.removesuffix(f"_{part[2]}")
+            joined.setdefault(stem, {})[part[2]] = leaves
+            continue
+        target = name.removesuffix(module) + _COMFYUI.get(module, module) if match else name
+        result.update({f"{target}.{leaf}": tensor for leaf, tensor in leaves.items()})
+    for stem, parts in joined.items():
+        result.update({f"{stem}_qkv.{leaf}": t for leaf, t in _join(stem, parts).items()})
+    return result, _with_hashes(result, metadata)
+
+
+def from_comfyui(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> tuple[dict[str, Tensor], Metadata | None]:
+    """ComfyUI's file for musubi; the inverse of `to_comfyui`.
+
+    Raises:
+        UserError: not a LoRA of this model.
+    """
+    result: dict[str, Tensor] = {}
+    for name, leaves in _grouped(state, "from ComfyUI").items():
+        match = _NAME.fullmatch(name)
+        module = match[2] if match else ""
+        if module in ("img_attn_qkv", "txt_attn_qkv"):
+            downs = leaves[_LEAVES[0]].chunk(3, dim=0)
+            ups = leaves[_LEAVES[1]].chunk(3, dim=0)
+            rank = downs[0].shape[0]
+            for index, part in enumerate("qkv"):
+                stem = f"{name.removesuffix('qkv')}{part}"
+                block = ups[index][:, index * rank : (index + 1) * rank]
+                result[f"{stem}.{_LEAVES[0]}"] = downs[index].contiguous()
+                result[f"{stem}.{_LEAVES[1]}"] = block.contiguous()
+                result[f"{stem}.{_LEAVES[2]}"] = leaves[_LEAVES[2]] / 3
+            continue
+        target = name.removesuffix(module) + _MUSUBI.get(module, module) if match else name
+        result.update({f"{target}.{leaf}": tensor for leaf, tensor in leaves.items()})
+    return result, _with_hashes(result, metadata)
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """musubi's file under diffusers' (PEFT's) names, for `transformer.load_lora_adapter`.
+
+    PEFT's files have no alpha there: alpha / rank is multiplied into `lora_B`.
+
+    Raises:
+        UserError: not a LoRA of this model.
+    """
+    result: dict[str, Tensor] = {}
+    for name, leaves in _grouped(state, "to diffusers").items():
+        module = f"transformer.{module_to_diffusers(module_name(name))}"
+        down, up, alpha = (leaves[leaf] for leaf in _LEAVES)
+        scale = float(alpha) / down.shape[0]
+        result[f"{module}.lora_A.weight"] = down
+        result[f"{module}.lora_B.weight"] = (up.float() * scale).to(up.dtype)
+    return result
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' file under musubi's names, alpha equal to the rank.
+
+    Raises:
+        UserError: not a LoRA of this model's double blocks.
+    """
+    import torch
+
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        stem, _, leaf = key.removeprefix("transformer.").partition(".lora_")
+        if leaf not in ("A.weight", "B.weight"):
+            raise UserError(f"LoRA file: {key!r} is no LoRA weight under diffusers' names")
+        name = lora_name(module_to_tencent(stem))
+        module_name(name)
+        if leaf == "A.weight":
+            result[f"{name}.{_LEAVES[0]}"] = tensor
+            result[f"{name}.{_LEAVES[2]}"] = torch.tensor(float(tensor.shape[0]))
+        else:
+            result[f"{name}.{_LEAVES[1]}"] = tensor
+    return result
+
+
+def _grouped(state: Mapping[str, Tensor], task: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors by module name, then leaf; only whole LoRA modules pass."""
+    result: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        name, _, leaf = key.partition(".")
+        if leaf.startswith(("hada_", "lokr_")):
+            kind = "LoHa" if leaf.startswith("hada_") else "LoKr"
+            raise UserError(
+                f"LoRA file: this is a {kind} file, and conversion {task} covers LoRA only; "
+                "train with network=lora, or use the file with musubi-tuner"
+            )
+        result.setdefault(name, {})[leaf] = tensor
+    for name, leaves in result.items():
+        if sorted(leaves) != sorted(_LEAVES):
+            raise UserError(f"LoRA file: {name!r} has {sorted(leaves)}, wanted {sorted(_LEAVES)}")
+    return result
+
+
+def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    import torch
+
+    first = next(iter(parts.values()))
+    down, up, alpha = (first[leaf] for leaf in _LEAVES)
+    for other in parts.values():
+        same_shape = all(other[leaf].shape == first[leaf].shape for leaf in _LEAVES)
+        if not same_shape or float(other["alpha"]) != float(alpha):
+            raise UserError(f"LoRA file: q, k and v of {stem!r} differ in rank or alpha")
+    rank, rows = down.shape[0], up.shape[0]
+    downs = down.new_zeros((3 * rank, down.shape[1]))
+    ups = torch.zeros((3 * rows, 3 * rank), dtype=down.dtype, device=down.device)
+    for index, part in enumerate("qkv"):
+        if part in parts:
+            downs[index * rank : (index + 1) * rank] = parts[part][_LEAVES[0]]
+            block = parts[part][_LEAVES[1]]
+            ups[index * rows : (index + 1) * rows, index * rank : (index + 1) * rank] = block
+    return dict(zip(_LEAVES, (downs, ups, alpha * 3), strict=True))
+
+
+def _with_hashes(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> Metadata | None:
+    return None if metadata is None else {**metadata, **sshs_hashes(state, metadata)}

@@ -1,0 +1,116 @@
+"""Run a command: its own process group, its output in a log, signals passed on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from runner.errors import StageError
+
+# How long a stopped command may take to end by itself before it is killed.
+GRACE_SECONDS = 15.0
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end. Not an Exception, so that nothing takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as a shell reports it."""
+        return 128 + self.number
+
+
+def raise_on_signals() -> None:
+    """Turn SIGINT, SIGTERM and SIGHUP into :class:`Stopped` in the main thread."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+def run(
+    argv: tuple[str, ...],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: Path,
+    on_tick: Callable[[], None] | None = None,
+    tick_seconds: float = 0.25,
+) -> None:
+    """Run ``argv`` to its end, its output appended to ``log``.
+
+    ``on_tick`` is called a few times a second. Raises :class:`StageError` when the command fails,
+    with its own last line of error; on :class:`Stopped` the whole process group is ended first.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        try:
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env={**env, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StageError(f"{argv[0]} could not be started: {error.strerror}.") from error
+        try:
+            while process.poll() is None:
+                if on_tick is not None:
+                    on_tick()
+                try:
+                    process.wait(timeout=tick_seconds)
+                except subprocess.TimeoutExpired:
+                    continue
+        except BaseException:
+            end_group(process)
+            raise
+    if process.returncode:
+        raise StageError(f"{last_error(log)} (exit code {process.returncode}; log: {log})")
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a command and everything it started: first asked, then killed."""
+    _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that best says what went wrong: the last that is an error, or the last."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return "it failed and left no log"
+    # Progress bars rewrite their line with carriage returns.
+    lines = [line.split("\r")[-1].strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    for line in reversed(lines):
+        head = line.split(":", 1)[0]
+        if head.endswith(("Error", "Exception", "error", "Interrupt", "Exit")) and " " not in head:
+            return line
+    return lines[-1] if lines else "it failed and printed nothing"

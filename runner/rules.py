@@ -1,0 +1,211 @@
+"""Rules on options, alone and together, checked before anything is read or written; pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from runner.config import RunConfig, options
+from runner.errors import UserError
+from runner.suggest import did_you_mean
+
+STAGES = ("weights", "dataset", "latents", "text", "train", "convert", "evaluate")
+
+
+def check(config: RunConfig) -> None:
+    """Raise :class:`UserError` for the first rule that ``config`` breaks."""
+    for problem in problems(config):
+        raise UserError(problem)
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Every broken rule, one line each."""
+    for rule in (_choices, _numbers, _frames, _combinations, _stages):
+        yield from rule(config)
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def nearest_frames(frames: int) -> tuple[int, int]:
+    """The two counts of the form 4N+1 around ``frames``."""
+    below = max(1, (frames - 1) // 4 * 4 + 1)
+    return below, below + 4
+
+
+def _choices(config: RunConfig) -> Iterator[str]:
+    for option in options():
+        if not option.choices:
+            continue
+        value = value_of(config, option.key)
+        if value is not None and value not in option.choices:
+            yield (
+                f"{option.key}={value} is not a choice.{did_you_mean(str(value), option.choices)}"
+            )
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    at_least: tuple[tuple[str, float], ...] = (
+        ("network.rank", 1),
+        ("training.epochs", 1),
+        ("training.max_steps", 1),
+        ("training.gradient_accumulation_steps", 1),
+        ("training.max_grad_norm", 0),
+        ("training.save_every_epochs", 1),
+        ("training.keep_last", 1),
+        ("training.seed", -1),
+        ("training.data_workers", 0),
+        ("dataset.batch_size", 1),
+        ("dataset.num_repeats", 1),
+        ("dataset.frame_stride", 1),
+        ("dataset.frame_sample", 1),
+        ("dataset.max_frames", 1),
+        ("scheduler.warmup_steps", 0),
+        ("scheduler.num_cycles", 1),
+        ("memory.blocks_to_swap", 0),
+        ("memory.vae_tile", 0),
+        ("sampling.steps", 1),
+        ("sampling.every_epochs", 1),
+    )
+    for key, low in at_least:
+        value = value_of(config, key)
+        if value is not None and value < low:
+            yield f"{key}={value} is too small: it must be at least {low:g}."
+    above_zero = (
+        "network.alpha",
+        "optimizer.learning_rate",
+        "training.discrete_flow_shift",
+        "training.sigmoid_scale",
+        "dataset.source_fps",
+        "dataset.max_archive_gb",
+    )
+    for key in above_zero:
+        value = value_of(config, key)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            yield f"{key}={value} must be a number above 0."
+    if not 0 <= config.dataset.validation_fraction < 1:
+        yield (
+            f"dataset.validation_fraction={config.dataset.validation_fraction} must be "
+            "at least 0 and below 1."
+        )
+    dropout = config.network.dropout
+    if dropout is not None and not 0 <= dropout < 1:
+        yield f"network.dropout={dropout} must be at least 0 and below 1."
+    low_t, high_t = config.training.min_timestep, config.training.max_timestep
+    if not 0 <= (low_t or 0) < (1000 if high_t is None else high_t) <= 1000:
+        yield (
+            f"training.min_timestep={low_t} and training.max_timestep={high_t} must satisfy "
+            "0 <= min < max <= 1000."
+        )
+
+
+def _resolution(key: str, resolution: list[int] | None) -> Iterator[str]:
+    if resolution is None:
+        return
+    if len(resolution) != 2:
+        yield f"{key}={resolution} must be two numbers, width and height."
+        return
+    for side in resolution:
+        if side < 32 or side % 16:
+            near = max(32, round(side / 16) * 16)
+            yield f"{key}={resolution}: {side} is not a multiple of 16 (nearest: {near})."
+
+
+def _target_frames(key: str, values: list[int] | None) -> Iterator[str]:
+    if values is None:
+        return
+    if not values:
+        yield f"{key} is empty: name at least one frame count, for example [1,13,25]."
+    for frames in values:
+        if frames < 1 or frames % 4 != 1:
+            below, above = nearest_frames(frames)
+            yield f"{key}: {frames} is not of the form 4N+1 (nearest: {below} or {above})."
+
+
+def _frames(config: RunConfig) -> Iterator[str]:
+    parts: list[tuple[str, Any]] = [("dataset", config.dataset)]
+    parts += [(f"dataset.sources[{n}]", s) for n, s in enumerate(config.dataset.sources)]
+    for key, part in parts:
+        yield from _resolution(f"{key}.resolution", part.resolution)
+        yield from _target_frames(f"{key}.target_frames", part.target_frames)
+        extraction = part.frame_extraction or config.dataset.frame_extraction
+        targets = part.target_frames or config.dataset.target_frames
+        if extraction == "chunk" and 1 in targets:
+            yield (
+                f"{key}.target_frames has a 1, and frame_extraction=chunk would make an item of "
+                f"every single frame: leave the 1 out, for example {key}.target_frames=[13,25]."
+            )
+    for n, source in enumerate(config.dataset.sources):
+        if not source.path and source.kind != "sample":
+            yield f"dataset.sources[{n}] has no path."
+    if config.sampling.name == "prompts":
+        yield from _resolution("sampling.width/height", _preview_size(config))
+        yield from _target_frames("sampling.frames", [config.sampling.frames])
+        if not config.sampling.prompts:
+            yield "sampling=prompts needs sampling.prompts, for example [a cat on a roof]."
+        if config.task.name == "i2v" and not config.sampling.image_path:
+            yield "sampling=prompts with task=i2v needs sampling.image_path, the first frame."
+
+
+def _preview_size(config: RunConfig) -> list[int]:
+    return [config.sampling.width, config.sampling.height]
+
+
+def _combinations(config: RunConfig) -> Iterator[str]:
+    engine, model = config.engine.name, config.model
+    if model.source == "random" and engine == "musubi":
+        yield (
+            "model=tiny has random weights and is for the embedded engine: add engine=diffusers, "
+            "or take model=hunyuan15_720p."
+        )
+    if model.source == "hub" and engine == "diffusers":
+        yield (
+            f"engine=diffusers trains model=tiny only, not model={model.name}: take "
+            "engine=musubi for the real weights, or model=tiny for a rehearsal."
+        )
+    if engine == "diffusers":
+        if config.precision.fp8_base:
+            yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
+        if config.memory.blocks_to_swap:
+            yield "memory.blocks_to_swap needs engine=musubi; with engine=diffusers leave it 0."
+        if config.engine.extra_args:
+            yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
+        if config.training.timestep_sampling not in ("shift", "sigmoid", "uniform"):
+            yield (
+                f"training.timestep_sampling={config.training.timestep_sampling} needs "
+                "engine=musubi; engine=diffusers takes shift, sigmoid or uniform."
+            )
+        if config.training.weighting_scheme != "none":
+            yield "training.weighting_scheme needs engine=musubi."
+    if engine == "musubi" and config.training.i2v_unscaled_condition is False:
+        # musubi has no scaled variant; the option is the embedded engine's.
+        pass
+    if config.precision.fp8_scaled and not config.precision.fp8_base:
+        yield "precision.fp8_scaled=true needs precision.fp8_base=true."
+    most = model.blocks - 3
+    if (config.memory.blocks_to_swap or 0) > most and model.source == "hub":
+        yield (
+            f"memory.blocks_to_swap={config.memory.blocks_to_swap} is too many: the network has "
+            f"{model.blocks} blocks and at most {most} can be swapped."
+        )
+    if config.memory.h2d_only and config.memory.checkpointing == "none":
+        yield "memory.h2d_only=true needs memory.checkpointing=full."
+    if config.scheduler.warmup_steps and config.scheduler.name == "constant":
+        yield (
+            "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "
+            "scheduler.warmup_steps=0."
+        )
+    if config.tracking.name == "none" and config.tracking.uri:
+        yield "tracking.uri is set but tracking=none: take tracking=server."
+
+
+def _stages(config: RunConfig) -> Iterator[str]:
+    for key, names in (("skip", config.stages.skip), ("force", config.stages.force)):
+        for name in names:
+            if name not in STAGES:
+                yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, STAGES)}"

@@ -1,0 +1,63 @@
+"""The convert stage: the LoRA as ComfyUI loads it.
+
+By hand: ``python -m runner.stages.convert lora.safetensors lora_comfyui.safetensors``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.errors import StageError, UserError
+
+if TYPE_CHECKING:
+    from runner.execute import Context
+
+
+def convert(source: Path, destination: Path) -> None:
+    """Write ``source`` in ComfyUI's names to ``destination``, whole or not at all."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    from runner.formats.lora import to_comfyui
+
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{source} can't be read as a LoRA file: {error}") from error
+    converted, told = to_comfyui(state, metadata)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    save_file(converted, temporary, metadata=told)
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(destination)
+
+
+def run(context: Context) -> None:
+    """Convert the run's LoRA."""
+    source = context.run_dir / "lora.safetensors"
+    if not source.is_file():
+        raise StageError(f"there is no {source} to convert")
+    try:
+        convert(source, context.run_dir / "lora_comfyui.safetensors")
+    except UserError as error:
+        raise StageError(str(error)) from error
+
+
+def main() -> None:
+    """The command line."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m runner.stages.convert LORA.safetensors COMFYUI.safetensors")
+    try:
+        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

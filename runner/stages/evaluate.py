@@ -1,0 +1,41 @@
+"""The evaluate stage: a loss that can be compared between runs on one dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+from runner.errors import StageError
+from runner.process import run as run_command
+from runner.tracking.metrics import Point
+
+if TYPE_CHECKING:
+    from runner.execute import Context
+
+
+def run(context: Context) -> None:
+    """Write ``evaluation.json``, and its losses into MLflow as ``eval/...``."""
+    stage = context.plan.stage("evaluate")
+    for command in stage.commands:
+        run_command(
+            command.argv,
+            cwd=context.run_dir,
+            env=command.environment(os.environ),
+            log=context.log("evaluate"),
+        )
+    file = context.run_dir / "evaluation.json"
+    if not file.is_file():
+        raise StageError(f"the engine ended without writing {file}")
+    result = json.loads(file.read_text())
+    now = int(time.time() * 1000)
+    steps = context.plan.steps
+    values = {
+        "eval/loss": result["loss"],
+        "eval/base_loss": result["base_loss"],
+        "eval/gain": result["base_loss"] - result["loss"],
+    }
+    context.writer.log_points([Point(key, value, steps, now) for key, value in values.items()])
+    which = "held-out" if context.facts.selection.has_held_out else "training"
+    context.writer.set_tags({"eval.items": f"{result['items']} {which} items"})

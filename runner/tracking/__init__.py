@@ -1,0 +1,1 @@
+"""MLflow runs, their metrics followed live from TensorBoard files, and sweeps of them."""

@@ -1,0 +1,78 @@
+"""Follows a trainer's TensorBoard files into an MLflow run while the trainer works."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from runner.tracking.metrics import Point, StepTimer, with_speed
+from runner.tracking.mlflow_run import Writer
+from runner.tracking.mlflow_store import first_line
+from runner.tracking.tensorboard_tail import TensorBoardTail
+
+
+class MetricsFollower:
+    """A thread that carries a trainer's metrics into a run while the trainer works."""
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: Writer,
+        *,
+        interval: float = 2.0,
+        on_points: Callable[[list[Point]], None] | None = None,
+    ) -> None:
+        """Reads the event files below `folder` every `interval` seconds.
+
+        `on_points` is given the new points, step times included, from the thread, before they
+        are sent.
+        """
+        self._tail = TensorBoardTail(folder)
+        self._folder = folder
+        self._writer = writer
+        self._interval = interval
+        self._on_points = on_points
+        self._timer = StepTimer()
+        self._trouble: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
+
+    def start(self) -> MetricsFollower:
+        self._thread.start()
+        return self
+
+    def stop(self) -> str | None:
+        """Carries over what is written by now and ends; call after the trainer ended.
+
+        Returns a warning of one line if something could not be read, else None.
+        """
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._step()
+        unread = self._tail.unread_bytes()
+        if unread:
+            return (
+                f"{unread:,} bytes of TensorBoard events below {self._folder} are cut or corrupt; "
+                "the metrics in and after them are missing"
+            )
+        return self._trouble
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._step()
+
+    def _step(self) -> None:
+        try:
+            points = with_speed(self._tail.read(), self._timer)
+        except Exception as error:
+            self._trouble = f"metrics could not be read: {first_line(error)}"
+            return
+        if points and self._on_points is not None:
+            try:
+                self._on_points(points)
+            except Exception as error:
+                self._trouble = f"metrics could not be shown: {first_line(error)}"
+        # Also with nothing new, since points of a failed call may be waiting.
+        self._writer.log_points(points)

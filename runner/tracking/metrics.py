@@ -1,0 +1,70 @@
+"""Metric points: their shape, names MLflow accepts, and the step time derived from them. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+STEP_SECONDS = "time/step_seconds"
+STEP_CLOCK = "loss/current"  # musubi logs it once at every optimizer step
+MAX_NAME = 250  # characters; MLflow refuses longer keys
+
+_REFUSED = re.compile(r"[^\w.\- :/]")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one metric. `step` is the optimizer step, `timestamp_ms` Unix milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    timestamp_ms: int
+
+
+def clean_metric_name(key: str) -> str:
+    """`key` as MLflow accepts it; also right for parameter and tag keys.
+
+    MLflow allows letters, digits, `_ - . space : /`, at most 250 characters, and no name that
+    reads as another path (`a//b`, `../a`, `/a`). Refused characters become `_`; a name that had
+    to be shortened ends in eight hexadecimal digits of its hash, so that two stay apart.
+    """
+    parts = [part for part in _REFUSED.sub("_", key).split("/") if part not in ("", ".")]
+    parts = ["_" + part if part.startswith("..") else part for part in parts]
+    name = "/".join(parts) or "unnamed"
+    if len(name) > MAX_NAME:
+        name = name[: MAX_NAME - 9] + "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+    return name
+
+
+class StepTimer:
+    """Turns `loss/current` points into seconds a step, batch by batch.
+
+    The time between two points covers everything the trainer did between them, so a step that
+    saved a checkpoint or drew samples is long.
+    """
+
+    def __init__(self) -> None:
+        self._last: Point | None = None
+
+    def derive(self, points: Iterable[Point]) -> list[Point]:
+        """The `time/step_seconds` points that follow from `points` and the ones given before."""
+        derived = []
+        for point in points:
+            if point.key != STEP_CLOCK:
+                continue
+            last, self._last = self._last, point
+            # A step that does not follow is a restarted count, a clock set back gives nonsense.
+            if last is None or point.step <= last.step or point.timestamp_ms < last.timestamp_ms:
+                continue
+            seconds = (point.timestamp_ms - last.timestamp_ms) / 1000 / (point.step - last.step)
+            derived.append(Point(STEP_SECONDS, seconds, point.step, point.timestamp_ms))
+        return derived
+
+
+def with_speed(points: Iterable[Point], timer: StepTimer | None = None) -> list[Point]:
+    """`points` followed by the step times they give; pass one `timer` to go on from call to call."""
+    points = list(points)
+    return points + (timer or StepTimer()).derive(points)

@@ -1,0 +1,363 @@
+"""Writes one MLflow run by its id.
+
+Once a run is open nothing here raises: hours of training must not end because a tracking server
+went away. What could not be sent is kept and sent with the next call; what went wrong for good
+is listed, one line each, in `RunWriter.problems`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from runner.errors import UserError
+from runner.tracking import mlflow_store
+from runner.tracking.metrics import Point, clean_metric_name
+from runner.tracking.secrets import redact, redact_mapping, secret_values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+PARENT_TAG = "mlflow.parentRunId"
+MAX_PARAM = 6000  # characters MLflow keeps of a parameter's value
+MAX_TAG = 8000
+MAX_POINTS = 1000  # in one request
+
+# Files of these kinds are searched for secrets before they are stored.
+_TEXT_SUFFIXES = frozenset(
+    ".csv .json .jsonl .log .md .sh .srt .toml .tsv .txt .yaml .yml .ini .cfg .py".split()
+)
+
+# What MLflow answers when sending the same again would be in vain.
+_REFUSALS = frozenset(
+    ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+)
+
+
+class Writer(Protocol):
+    """What `RunWriter` and `NullWriter` have in common."""
+
+    run_id: str
+    problems: list[str]
+
+    @property
+    def url_hint(self) -> str: ...
+    def log_params(self, params: Mapping[str, object]) -> None: ...
+    def set_tags(self, tags: Mapping[str, object]) -> None: ...
+    def log_points(self, points: Sequence[Point]) -> None: ...
+    def log_artifact(self, file: Path, folder: str | None = None) -> None: ...
+    def log_text(self, text: str, name: str) -> None: ...
+    def finish(self, status: Status) -> None: ...
+
+
+class NullWriter:
+    """Takes everything and writes nothing (tracking=none)."""
+
+    run_id = ""
+    url_hint = ""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def log_params(self, params: Mapping[str, object]) -> None: ...
+    def set_tags(self, tags: Mapping[str, object]) -> None: ...
+    def log_points(self, points: Sequence[Point]) -> None: ...
+    def log_artifact(self, file: Path, folder: str | None = None) -> None: ...
+    def log_text(self, text: str, name: str) -> None: ...
+    def finish(self, status: Status) -> None: ...
+
+
+class RunWriter:
+    """One MLflow run, written by id (never the fluent API), from any thread."""
+
+    def __init__(
+        self, client: MlflowClient, uri: str, run_id: str, experiment_id: str, outputs: Path
+    ) -> None:
+        self.run_id = run_id
+        self.problems: list[str] = []
+        self.not_finite = 0  # points logged whose value was NaN or infinite
+        self._client = client
+        self._uri = uri
+        self._experiment_id = experiment_id
+        self._outputs = outputs
+        self._secrets = secret_values(os.environ)
+        self._points: list[Point] = []
+        self._calls: list[tuple[str, Callable[[], object]]] = []
+        self._finished = False
+        # Reentrant, since a signal handler may finish the run in the middle of another call.
+        self._lock = threading.RLock()
+
+    @classmethod
+    def start(
+        cls,
+        uri: str,
+        experiment: str,
+        *,
+        outputs: Path,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        parent_id: str | None = None,
+    ) -> RunWriter:
+        """Opens a new run in `experiment` (made if missing) of an initialised store.
+
+        `parent_id` makes it a child of that run. Raises UserError if the store refuses.
+        """
+        root = None if _is_server(uri) else mlflow_store.artifact_root(outputs)
+        experiment_id = mlflow_store.ensure_experiment(uri, experiment, root)
+        client = mlflow_store.connect(uri)
+        own = {
+            "mlflow.source.name": "runner",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": _user(),
+        }
+        if parent_id is not None:
+            own[PARENT_TAG] = parent_id
+        try:
+            run = client.create_run(experiment_id, tags=own, run_name=mlflow_store.safe(name))
+        except Exception as error:
+            message = mlflow_store.first_line(error)
+            raise UserError(f"cannot start an MLflow run: {message}") from error
+        writer = cls(client, uri, run.info.run_id, experiment_id, outputs)
+        writer.set_tags(tags)
+        writer.log_params(params)
+        return writer
+
+    @classmethod
+    def attach(cls, uri: str, run_id: str, *, outputs: Path) -> RunWriter:
+        """Goes on with a run that was ended, as running again. UserError if it is not there."""
+        client = mlflow_store.connect(uri)
+        try:
+            run = client.get_run(run_id)
+            client.update_run(run_id, status="RUNNING")
+        except Exception as error:
+            message = mlflow_store.first_line(error)
+            raise UserError(f"cannot continue MLflow run {run_id}: {message}") from error
+        return cls(client, uri, run_id, run.info.experiment_id, outputs)
+
+    @property
+    def url_hint(self) -> str:
+        """Where a person finds this run: its page on the server, or how to open the UI."""
+        page = f"#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        if _is_server(self._uri):
+            return f"{mlflow_store.safe(self._uri).rstrip('/')}/{page}"
+        return f"python -m runner.ui --outputs '{self._outputs}' ({page})"
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Logs parameters; nested mappings as `a.b`, values as YAML would show them."""
+        from mlflow.entities import Param
+
+        values = [
+            Param(clean_metric_name(key), _cut(text, MAX_PARAM))
+            for key, text in self._texts(params).items()
+        ]
+        for part in _chunks(values, 100):
+            self._call("parameters", lambda part=part: self._batch(params=part))
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Sets tags, replacing the values they had."""
+        from mlflow.entities import RunTag
+
+        values = [
+            RunTag(clean_metric_name(key), _cut(text, MAX_TAG))
+            for key, text in self._texts(tags).items()
+        ]
+        for part in _chunks(values, 100):
+            self._call("tags", lambda part=part: self._batch(tags=part))
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Sends metric points, 1000 in a request, with those kept from a failed call first.
+
+        NaN is stored as NaN, an infinity as MLflow has it (+-1.8e308). A point sent twice is
+        stored once, since it carries its own time.
+        """
+        with self._lock:
+            self._points.extend(points)
+            self._drain()
+
+    def log_artifact(self, file: Path, folder: str | None = None) -> None:
+        """Copies `file` to the run's artifacts; in text files secrets are hidden first."""
+        self._call(f"artifact {file.name}", lambda: self._store_file(file, folder))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Stores `text` as the artifact `name`, which may have folders; secrets are hidden."""
+        text = redact(text, self._secrets)
+        self._call(
+            f"artifact {name}", lambda: self._client.log_text(self.run_id, text, artifact_file=name)
+        )
+
+    def finish(self, status: Status) -> None:
+        """Sends what is left and ends the run; the first call decides the status."""
+        with self._lock:
+            if self._finished:
+                return
+            self._finished = True
+            if self.not_finite:
+                self.set_tags({"runner.not_finite_points": self.not_finite})
+            ended = int(time.time() * 1000)
+            self._calls.append(
+                ("status", lambda: self._client.set_terminated(self.run_id, status, ended))
+            )
+            for wait in (0, 2):
+                time.sleep(wait)
+                self._drain()
+                if not self._calls and not self._points:
+                    return
+            # The status must be true even if something else could not be sent.
+            if self._calls:
+                self._attempt(*self._calls.pop())
+            if self._points:
+                self._note(f"{len(self._points)} metric points were not sent to MLflow")
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def _call(self, what: str, call: Callable[[], object]) -> None:
+        with self._lock:
+            self._calls.append((what, call))
+            self._drain()
+
+    def _drain(self) -> None:
+        """Sends points, then the other calls in their order, until one cannot be sent."""
+        while self._points:
+            part = self._points[:MAX_POINTS]
+            if not self._attempt("metrics", lambda part=part: self._send_points(part)):
+                return
+            self.not_finite += sum(not math.isfinite(point.value) for point in part)
+            del self._points[: len(part)]
+        while self._calls and self._attempt(*self._calls[0]):
+            del self._calls[0]
+
+    def _attempt(self, what: str, call: Callable[[], object]) -> bool:
+        """Runs `call`; False if it should be tried again later."""
+        try:
+            call()
+        except Exception as error:
+            later = _may_pass(error)
+            how = "not sent to MLflow yet" if later else "not taken by MLflow"
+            self._note(f"{what} {how}: {mlflow_store.first_line(error)}")
+            return not later
+        return True
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _send_points(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        self._batch(
+            metrics=[
+                Metric(clean_metric_name(p.key), p.value, max(0, p.timestamp_ms), p.step)
+                for p in points
+            ]
+        )
+
+    def _batch(self, **entries: list) -> None:
+        """`log_batch`; if it is refused, halves it until only the refused entry is left out."""
+        try:
+            self._client.log_batch(self.run_id, **entries, synchronous=True)
+        except Exception as error:
+            [(kind, values)] = entries.items()
+            if _may_pass(error) or len(values) < 2:
+                raise
+            half = len(values) // 2
+            refused: list[Exception] = []
+            for part in (values[:half], values[half:]):
+                try:
+                    self._batch(**{kind: part})
+                except Exception as part_error:
+                    if _may_pass(part_error):
+                        raise
+                    refused.append(part_error)
+            if refused:
+                raise refused[0] from error
+
+    def _store_file(self, file: Path, folder: str | None) -> None:
+        with tempfile.TemporaryDirectory() as work:
+            if file.suffix.lower() in _TEXT_SUFFIXES:
+                copy = Path(work) / file.name
+                file = copy if _write_redacted(file, copy, self._secrets) else file
+            self._client.log_artifact(self.run_id, str(file), folder)
+
+    def _texts(self, values: Mapping[str, object]) -> dict[str, str]:
+        flat: dict[str, object] = {}
+        _flatten("", redact_mapping(values, self._secrets), flat)
+        return {key: _text(value) for key, value in flat.items()}
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks", "uc"))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "unknown"
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later: the store is away or busy, not unwilling."""
+    from requests import RequestException
+
+    if isinstance(error, RequestException):  # MLflow lets these through for artifacts
+        status = 0 if error.response is None else error.response.status_code
+        return status not in range(400, 500) or status in (401, 403, 408, 429)
+    if isinstance(error, OSError | ValueError | TypeError):
+        return isinstance(error, ConnectionError | TimeoutError)
+    return getattr(error, "error_code", None) not in _REFUSALS
+
+
+def _write_redacted(file: Path, copy: Path, secrets: Sequence[str]) -> bool:
+    """Writes `file` without secrets to `copy`, byte for byte otherwise; True if any was hidden."""
+    hidden = False
+    # Bytes that are no UTF-8 pass through as they are.
+    with (
+        file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines,
+        copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
+    ):
+        for line in lines:
+            safe = redact(line, secrets)
+            hidden = hidden or safe != line
+            out.write(safe)
+    return hidden
+
+
+def _chunks(values: list, size: int) -> list[list]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _flatten(prefix: str, value: object, into: dict[str, object]) -> None:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            _flatten(f"{prefix}.{key}" if prefix else str(key), item, into)
+    elif prefix:
+        into[prefix] = value
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_text(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    marker = f" ... [cut, {len(text):,} characters in all]"
+    return text[: limit - len(marker)] + marker

@@ -1,0 +1,208 @@
+"""Where MLflow keeps runs: the SQLite file below `outputs`, or a server; made ready once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.errors import UserError
+from runner.tracking.secrets import redact, secret_values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE_NAME = "mlflow.db"
+ARTIFACTS_NAME = "mlartifacts"
+
+# Values that MLflow reads from the environment, most of them when it is imported.
+QUIET_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# A server that is away must cost seconds, not MLflow's seven tries of two minutes each: what
+# could not be sent is kept and sent later. The user's own values win.
+_DEFAULT_ENVIRONMENT = {
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+}
+
+_SQLITE_MAGIC = b"SQLite format 3\0"
+
+
+def _quiet() -> None:
+    """Sets what MLflow reads at import; call before every import of it."""
+    os.environ.update(QUIET_ENVIRONMENT)
+    for name, value in _DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store at `uri` that is silent: no telemetry, no log lines, no git."""
+    _quiet()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def sqlite_uri(outputs: Path) -> str:
+    """`sqlite:////abs/outputs/mlflow.db`, for a path of any characters.
+
+    Raises UserError where the installed SQLAlchemy cannot name the path.
+    """
+    return _file_uri(outputs.resolve() / DATABASE_NAME)
+
+
+def _file_uri(database: Path) -> str:
+    path = str(database)
+    if "%" not in path and "?" not in path:
+        return f"sqlite:///{path}"
+    if tuple(int(part) for part in version("sqlalchemy").split(".")[:2]) < (2, 1):
+        # Before 2.1 the path was taken as it is, and ended at a question mark.
+        if "?" in path:
+            raise UserError(f"{path}: the path must not contain `?`; choose another for outputs")
+        return f"sqlite:///{path}"
+    # With the driver named, MLflow does not create the folder of the quoted path by mistake.
+    return "sqlite+pysqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a SQLite `uri`, None for any other store. Imports SQLAlchemy."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        database = make_url(uri).database
+    except ArgumentError:
+        database = None
+    if not database or not Path(database).is_absolute():
+        raise UserError(
+            f"tracking.uri={safe(uri)}: give an absolute path, sqlite:////folder/mlflow.db"
+        )
+    return Path(database)
+
+
+def artifact_root(outputs: Path) -> Path:
+    """The absolute folder of artifacts for stores kept below `outputs`."""
+    return outputs.resolve() / ARTIFACTS_NAME
+
+
+def initialise(uri: str, outputs: Path) -> None:
+    """Makes the store at `uri` ready for any number of processes at once.
+
+    Creates `outputs`. A SQLite file is migrated once, under a file lock, and a new one appears
+    whole or not at all. A server is asked whether it answers.
+
+    Raises UserError if the store cannot be used.
+    """
+    if uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "uc")):
+        raise UserError(
+            f"tracking.uri={safe(uri)}: MLflow no longer writes to plain folders; leave it out for "
+            "SQLite, or give http://host:port of a server"
+        )
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        database = sqlite_path(uri)
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the folder {error.filename or outputs}: {error.strerror}"
+        ) from error
+    if database is not None:
+        _initialise_sqlite(uri, database, artifact_root(outputs))
+        return
+    try:
+        connect(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise UserError(
+            f"tracking server {safe(uri)} does not answer ({first_line(error)}); start it, "
+            "correct tracking.uri, or use tracking=sqlite"
+        ) from error
+
+
+def _initialise_sqlite(uri: str, database: Path, artifacts: Path) -> None:
+    from filelock import FileLock
+
+    try:
+        with FileLock(f"{database}.lock"):
+            fresh = not database.exists() or database.stat().st_size == 0
+            if fresh:
+                _create_sqlite(database, artifacts)
+            elif not os.access(database, os.W_OK):
+                raise UserError(f"{database} is not writable; change its mode or `outputs`")
+            else:
+                with database.open("rb") as file:
+                    if file.read(len(_SQLITE_MAGIC)) != _SQLITE_MAGIC:
+                        raise UserError(f"{database} is not a SQLite file; move it away")
+            connect(uri).search_experiments(max_results=1)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot create {database}: {error.strerror or error}") from error
+    except Exception as error:
+        message = first_line(error)
+        if "out-of-date database schema" in message:
+            message = f"made by another MLflow; back it up, then run: mlflow db upgrade '{uri}'"
+        raise UserError(f"cannot open the MLflow store {database}: {message}") from error
+
+
+def _create_sqlite(database: Path, artifacts: Path) -> None:
+    """Migrates an empty file under another name, then moves it in place; takes seconds."""
+    _quiet()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with tempfile.TemporaryDirectory(prefix="mlflow-", dir=database.parent) as folder:
+        new = Path(folder) / DATABASE_NAME
+        store = SqlAlchemyStore(_file_uri(new), artifacts.as_uri())
+        store.engine.dispose()
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        new.replace(database)
+
+
+def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
+    """The id of experiment `name`, made if missing, whoever else makes it at the same time.
+
+    `artifact_root` None leaves the place of artifacts to the server. Raises UserError for a name
+    MLflow refuses and for an experiment that was deleted.
+    """
+    client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
+    location = None if artifact_root is None else artifact_root.as_uri()
+    try:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(name)
+    except Exception as error:
+        raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
+    if found is None or found.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment={name} was deleted in MLflow; restore it there or choose "
+            "another name"
+        )
+    return str(found.experiment_id)
+
+
+def safe(text: str) -> str:
+    """`text` without secrets, those of this process's environment included."""
+    return redact(text, secret_values(os.environ))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one line without secrets, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return safe(lines[0] if lines else type(error).__name__)[:300]

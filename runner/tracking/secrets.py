@@ -1,0 +1,84 @@
+"""Keeps tokens and passwords out of what is logged. Pure: secret values are passed in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+HIDDEN = "***"
+
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+
+# A key whose last word is one of these holds a secret: `hub.token`, `HF_TOKEN`, `db-password`.
+# `max_token_length` and `tokenizer` do not.
+_KEY = r"(?:[\w.\-]*[_.\-])?(?:token|password|passwd|secret|api_?key|secret_?key|access_?key)"
+_SECRET_KEY = re.compile(rf"{_KEY}\Z", re.IGNORECASE)
+_NOTHING = r"(?:null|none|true|false|~|\"\"|''|\$\{[^}]*\}|\*\*\*)(?=[\s,;&}\])]|\Z)"
+_ASSIGNED = re.compile(
+    rf"(?P<before>(?<![\w.\-]){_KEY}[\"']?[ \t]*[:=][ \t]*|--{_KEY}[ \t]+)(?!{_NOTHING})"
+    r"(?:(?P<double>\")(?:[^\"\\\n]|\\.)*\"|(?P<single>')[^'\n]*'|[^\s,;&\"'}\])]+)",
+    re.IGNORECASE,
+)
+# A plain YAML value may have spaces and goes to the end of its line.
+_YAML_LINE = re.compile(
+    rf"^(?P<before>[ \t]*(?:- )?{_KEY}:[ \t]+)(?!{_NOTHING}|[\"'])[^\n\r]+",
+    re.IGNORECASE | re.MULTILINE,
+)
+_URI_PASSWORD = re.compile(r"(?P<before>\b[\w+.\-]+://[^\s/:@]*:)[^\s/]*(?=@)")
+_BEARER = re.compile(r"(?P<before>\b(?:Bearer|Basic)[ \t]+)[A-Za-z0-9._~+/\-]{8,}=*", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,})")
+
+
+def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The values of the variables in `SECRET_VARIABLES` that are set, longest first."""
+    values = {environment.get(name, "").strip() for name in SECRET_VARIABLES}
+    return tuple(sorted(values - {""}, key=lambda value: (-len(value), value)))
+
+
+def redact(text: str, secrets: Collection[str] = ()) -> str:
+    """`text` with every secret replaced by `***`.
+
+    Replaced are: the values in `secrets` wherever they occur, Hugging Face tokens (`hf_...`),
+    passwords in URIs (`user:pass@`), bearer tokens, and what is assigned to a name that ends in
+    token, password, secret or key (`token: x`, `HF_TOKEN=x`, `--password x`).
+    """
+    for secret in secrets:
+        if len(secret) >= 8:
+            text = text.replace(secret, HIDDEN)
+        elif secret:
+            # A short one is hidden as a whole word only, or every `a` would go.
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
+    text = _URI_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+    text = _HUB_TOKEN.sub(HIDDEN, text)
+    text = _BEARER.sub(rf"\g<before>{HIDDEN}", text)
+    text = _YAML_LINE.sub(rf"\g<before>{HIDDEN}", text)
+    return _ASSIGNED.sub(_hide_value, text)
+
+
+def _hide_value(match: re.Match[str]) -> str:
+    quote = match["double"] or match["single"] or ""
+    return f"{match['before']}{quote}{HIDDEN}{quote}"
+
+
+def redact_mapping(
+    values: Mapping[str, object], secrets: Collection[str] = ()
+) -> dict[str, object]:
+    """A copy of `values`, nested mappings and lists included, with every secret as `***`."""
+    return {key: _redact_value(key, value, secrets) for key, value in values.items()}
+
+
+def _redact_value(key: str, value: object, secrets: Collection[str]) -> object:
+    if isinstance(value, Mapping):
+        return redact_mapping({str(name): item for name, item in value.items()}, secrets)
+    if value is None or isinstance(value, bool):
+        return value
+    if _SECRET_KEY.match(key):
+        return HIDDEN if str(value) else value
+    if isinstance(value, list | tuple):
+        return [_redact_value("", item, secrets) for item in value]
+    return redact(value, secrets) if isinstance(value, str) else value

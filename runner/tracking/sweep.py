@@ -1,0 +1,204 @@
+"""The parent run of a sweep: one for all its children, in whatever process they run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from runner.errors import UserError
+from runner.tracking import mlflow_store
+from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
+from runner.tracking.secrets import HIDDEN
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+SWEEP_TAG = "runner.sweep"
+SUMMARY_METRICS = ("eval/loss", "loss/average")
+
+
+def child_tags(parent_id: str, sweep_id: str) -> dict[str, str]:
+    """The tags of a child run: MLflow's for nesting it, ours for finding it in a flat list."""
+    return {PARENT_TAG: parent_id, SWEEP_TAG: sweep_id}
+
+
+def open_parent(
+    uri: str,
+    experiment: str,
+    *,
+    outputs: Path,
+    sweep_id: str,
+    name: str,
+    tags: Mapping[str, str],
+) -> str:
+    """The id of the parent run of sweep `sweep_id`; whichever child asks first makes it.
+
+    All children, in this process or others, get the same one: a file lock guards
+    `outputs/sweeps/<sweep_id>/parent.json`. The store must be initialised. Raises UserError if
+    it refuses.
+    """
+    from filelock import FileLock
+
+    folder = _folder(outputs, sweep_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder / "parent.lock")):
+            run_id = _recorded(folder).get("run_id")
+            if isinstance(run_id, str) and _is_open(uri, run_id):
+                return run_id
+            writer = RunWriter.start(
+                uri,
+                experiment,
+                outputs=outputs,
+                name=name,
+                params={},
+                tags={**tags, SWEEP_TAG: sweep_id},
+            )
+            record = {"run_id": writer.run_id, "uri": mlflow_store.safe(uri)}
+            _write_atomically(folder / "parent.json", json.dumps(record, indent=2) + "\n")
+            return writer.run_id
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def close_parent(
+    outputs: Path, sweep_id: str, status: Status, *, uri: str | None = None
+) -> Status | None:
+    """Ends the parent run and stores a table of its children (`sweep.csv`, `sweep.json`).
+
+    It ends as `status`, except that FINISHED needs children that all finished: one that was
+    killed makes it KILLED, one that failed, or never ended, FAILED. `uri` is needed only if it
+    holds a password, which is not written to disk.
+
+    Returns the status it ended with, None if no parent was opened. Raises UserError if the store
+    cannot be read.
+    """
+    record = _recorded(_folder(outputs, sweep_id))
+    run_id = record.get("run_id")
+    uri = uri or cast("str | None", record.get("uri"))
+    if not isinstance(run_id, str) or not uri:
+        return None
+    if HIDDEN in uri:
+        raise UserError(f"cannot close sweep {sweep_id}: its tracking URI holds a password")
+    client = mlflow_store.connect(uri)
+    try:
+        parent = client.get_run(run_id)
+        children = _children(client, parent)
+    except Exception as error:
+        message = mlflow_store.first_line(error)
+        raise UserError(f"cannot close sweep {sweep_id}: {message}") from error
+    writer = RunWriter(client, uri, run_id, parent.info.experiment_id, outputs)
+    rows = summary(children)
+    writer.log_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", "sweep.json")
+    writer.log_text(_csv(rows), "sweep.csv")
+    true_status = _true_status(status, [child.info.status for child in children])
+    writer.finish(true_status)
+    return true_status
+
+
+def summary(children: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each child, best first: name, status, what differs between them, losses.
+
+    A swept parameter is one whose value is not the same in all children. Sorted by evaluation
+    loss where there is one, else by average training loss.
+    """
+    keys = sorted({key for child in children for key in child.data.params})
+    swept = [key for key in keys if len({child.data.params.get(key) for child in children}) > 1]
+    rows = [
+        {
+            "name": child.info.run_name,
+            "status": child.info.status,
+            **{key: child.data.params.get(key) for key in swept},
+            **{key: child.data.metrics.get(key) for key in SUMMARY_METRICS},
+            "run_id": child.info.run_id,
+        }
+        for child in children
+    ]
+    return sorted(rows, key=_rank)
+
+
+def _rank(row: Mapping[str, Any]) -> tuple:
+    # A missing loss and NaN (the one value unequal to itself) come last.
+    losses = [row[key] for key in SUMMARY_METRICS]
+    known = [loss is not None and loss == loss for loss in losses]
+    order = [(0, loss) if ok else (1, 0.0) for loss, ok in zip(losses, known, strict=True)]
+    return (*order, str(row["name"]))
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    fields = list(rows[0]) if rows else ["name", "status", *SUMMARY_METRICS, "run_id"]
+    table = csv.DictWriter(out, fields, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return out.getvalue()
+
+
+def _true_status(status: Status, children: Sequence[str]) -> Status:
+    if status != "FINISHED":
+        return status
+    if children and all(child == "FINISHED" for child in children):
+        return "FINISHED"
+    return "KILLED" if "KILLED" in children else "FAILED"
+
+
+def _children(client: Any, parent: Run) -> list[Run]:
+    found: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [parent.info.experiment_id],
+            f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'",
+            max_results=1000,
+            page_token=token,
+        )
+        found.extend(page)
+        token = page.token
+        if not token:
+            return found
+
+
+def _is_open(uri: str, run_id: str) -> bool:
+    """Whether the run is in the store; one that had ended goes on, one that is gone does not."""
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_store.connect(uri)
+    try:
+        run = client.get_run(run_id)
+        if run.info.lifecycle_stage != "active":
+            return False
+        if run.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise UserError(f"cannot read the sweep: {mlflow_store.first_line(error)}") from error
+    return True
+
+
+def _folder(outputs: Path, sweep_id: str) -> Path:
+    name = re.sub(r"[^\w.\-]", "_", sweep_id).lstrip(".") or "sweep"
+    return outputs.resolve() / "sweeps" / name
+
+
+def _recorded(folder: Path) -> dict[str, object]:
+    try:
+        record = json.loads((folder / "parent.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
