@@ -132,9 +132,11 @@ def _explain(error: Exception, arguments: list[str]) -> int:
     from runner.groups import groups
     from runner.overrides import diagnose, readable
 
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        raise error
-    line = diagnose(arguments, groups(conf_folder())) or readable(error)
+    line = diagnose(arguments, groups(conf_folder()))
+    if line is None:
+        if not isinstance(error, HydraException | OmegaConfBaseException):
+            raise error
+        line = readable(error)
     Console.for_stream(sys.stdout).error(line)
     return 2
 

@@ -36,8 +36,10 @@ class Command:
         line = " ".join(prefix + words)
         if len(line) <= 100:
             return line
-        lines: list[str] = [" ".join(prefix + words[:1])] if prefix else [words[0]]
-        rest = words[1:]
+        # The program and the module it runs stay together; each option gets a line of its own.
+        first = 3 if words[1:2] == ["-m"] else 1
+        lines = [" ".join(prefix + words[:first])]
+        rest = words[first:]
         while rest:
             group = [rest.pop(0)]
             while rest and not rest[0].startswith("-"):

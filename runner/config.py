@@ -142,7 +142,8 @@ class NetworkConfig:
 @dataclass
 class OptimizerConfig:
     name: str = option("adamw8bit", "Optimizer.")
-    type: str = option("adamw8bit", "Its name or class path for the trainer.")
+    # "???" is OmegaConf for a value that must be given.
+    type: str = option("???", "Its name or class path for the trainer.")
     learning_rate: float = option(1e-4, "Learning rate; belongs to the optimizer.")
     args: dict[str, Any] = option({}, "The optimizer's own arguments.")
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from runner.config import options
+from runner.config import SourceConfig, options
 from runner.suggest import did_you_mean, nearest
 
 
@@ -126,35 +127,49 @@ def _option_hint(key: str, value: str, known: set[str], choices: dict[str, list[
     return f" Did you mean {near[0]}?" if near else " `python -m runner --cfg job` lists them all."
 
 
-def first_line(error: BaseException) -> str:
-    """A library's error as one line."""
-    text = str(error).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith(("full_key", "object_type"))]
-    return " ".join(useful) if useful else type(error).__name__
+_KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+_WRONG_VALUE = re.compile(
+    r"Value '(?P<value>.*)' (?:of type '.*' could not be converted to (?P<kind>\w+)"
+    r"|is not a valid (?P<type>\w+))"
+)
 
 
 def readable(error: BaseException) -> str:
-    """A composition error of Hydra or OmegaConf in the runner's words, one line."""
-    text = "\n".join(first_line(e) for e in _chain(error))
-    value = re.search(
-        r"Value '(?P<value>.*)' of type '.*' could not be converted to (?P<type>\w+)", text
-    )
-    key = re.search(r"full_key: (?P<key>\S+)", "\n".join(str(e) for e in _chain(error)))
-    where = key["key"] if key else "an option"
-    if value:
-        words = {
-            "Integer": "a whole number",
-            "Float": "a number",
-            "Bool": "true or false",
-        }
-        kind = words.get(value["type"], value["type"])
-        return f"{where}={value['value']} must be {kind}."
-    return f"{first_line(error)}".rstrip(".") + "."
+    """An error of Hydra or OmegaConf in the runner's words, one line."""
+    from hydra.errors import OverrideParseException
+
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, OverrideParseException):
+            return (
+                f"{link.override!r} can't be read: {_first_line(link)}. Quote values with spaces "
+                "or brackets twice, for example 'name=\"a b\"'."
+            )
+    for link in chain:
+        text = str(link)
+        key = re.search(r"full_key: (\S+)", text)
+        where = key.group(1) if key else "an option"
+        wrong = _WRONG_VALUE.search(text)
+        if wrong:
+            kind = _KINDS.get(wrong["kind"] or wrong["type"], wrong["kind"] or wrong["type"])
+            return f"{where}={wrong['value']} must be {kind}."
+        if "is not a ListConfig" in text:
+            return f"{where} must be a list, for example {where}=[1,2]."
+        stranger = re.search(r"Key '(\w+)' not in 'SourceConfig'", text)
+        if stranger:
+            names = [item.name for item in fields(SourceConfig)]
+            hint = did_you_mean(stranger.group(1), names)
+            return f"dataset.sources: there is no option {stranger.group(1)}.{hint}"
+    return _first_line(error).rstrip(".") + "."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def _chain(error: BaseException) -> Iterable[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

@@ -23,8 +23,10 @@ def page(plan: Plan, config: RunConfig, facts: Facts) -> str:
         lines.append(f"  {number}. {stage.name:<9} {mark:<7} {stage.summary}")
     lines += ["", "Commands (in the run's folder)"]
     for stage in plan.stages:
-        for command in stage.commands if stage.to_run else ():
-            lines += [f"  # {stage.name}", textwrap.indent(command.shell(), "  "), ""]
+        if stage.to_run and stage.commands:
+            lines.append(f"  # {stage.name}")
+            lines += [textwrap.indent(command.shell(), "  ") for command in stage.commands]
+            lines.append("")
     for name, text in plan.files:
         lines += [name, textwrap.indent(text.rstrip(), "  "), ""]
     return "\n".join(lines).rstrip() + "\n"

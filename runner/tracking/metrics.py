@@ -65,6 +65,6 @@ class StepTimer:
 
 
 def with_speed(points: Iterable[Point], timer: StepTimer | None = None) -> list[Point]:
-    """`points` followed by the step times they give; pass one `timer` to go on from call to call."""
+    """`points`, then the step times they give; one `timer` goes on from call to call."""
     points = list(points)
     return points + (timer or StepTimer()).derive(points)

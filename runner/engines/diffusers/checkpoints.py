@@ -136,12 +136,25 @@ def _metadata(
             ]
         ),
     }
-    copied = (
-        "output_name learning_rate gradient_checkpointing gradient_accumulation_steps "
-        "lr_warmup_steps lr_scheduler network_module network_dim network_alpha network_dropout "
-        "mixed_precision training_comment max_grad_norm weighting_scheme timestep_sampling "
-        "sigmoid_scale discrete_flow_shift".split()
-    )
+    copied = [
+        "output_name",
+        "learning_rate",
+        "gradient_checkpointing",
+        "gradient_accumulation_steps",
+        "lr_warmup_steps",
+        "lr_scheduler",
+        "network_module",
+        "network_dim",
+        "network_alpha",
+        "network_dropout",
+        "mixed_precision",
+        "training_comment",
+        "max_grad_norm",
+        "weighting_scheme",
+        "timestep_sampling",
+        "sigmoid_scale",
+        "discrete_flow_shift",
+    ]
     values.update({f"ss_{key}": getattr(options, key) for key in copied})
     if options.network_args:
         arguments = (argument.partition("=") for argument in options.network_args)

@@ -36,8 +36,7 @@ def item_noise(latents: Tensor) -> Tensor:
     digest = hashlib.sha256(content).hexdigest()
     noises = []
     for index in range(len(TIMES)):
-        seed = hashlib.sha256(f"{digest}/{index}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
+        generator = torch.Generator().manual_seed(flow.derived_seed(digest, index))
         noises.append(torch.randn(latents.shape, generator=generator))
     return torch.stack(noises)
 

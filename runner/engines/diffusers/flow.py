@@ -1,12 +1,13 @@
 """The flow-matching training step of HunyuanVideo 1.5, as pure functions of their arguments.
 
-A clean latent x0 and normal noise n are mixed at a time t in 0..1, x = (1 - t) * x0 + t * n, and the
-network learns the velocity n - x0. Times, mixing, scaling and target are those musubi-tuner v0.3.4
-trains with (`tests/test_parity.py` holds its figures).
+A clean latent x0 and normal noise n are mixed at a time t in 0..1, x = (1 - t) * x0 + t * n, and
+the network learns the velocity n - x0. Times, mixing, scaling and target are those musubi-tuner
+v0.3.4 trains with (`tests/test_parity.py` compares with its figures).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,15 +57,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{k: v if v is None else v.to(device) for k, v in vars(self).items()})
-
-    def repeat(self, count: int) -> Batch:
-        """The batch stacked `count` times, for several noises of the same items at once."""
-
-        def stack(tensor: Tensor) -> Tensor:
-            return tensor.repeat(count, *[1] * (tensor.dim() - 1))
-
-        return Batch(**{k: v if v is None else stack(v) for k, v in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return Batch(**moved)
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -100,6 +96,12 @@ def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, mask
 
 
+def derived_seed(*purpose: object) -> int:
+    """A 63-bit seed for one purpose, so that no random stream depends on how long another is."""
+    text = "/".join(str(part) for part in purpose)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move times in 0..1 towards noise: s*t / (1 + (s-1)*t), the flow shift of SD3."""
     return (t * shift) / (1 + (shift - 1) * t)
@@ -128,12 +130,17 @@ class TimeSampling:
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` times in 0..1, [count]."""
         if self.timestep_sampling == "uniform":
-            t = torch.rand(count, generator=generator, device=generator.device)
-        else:
-            z = torch.randn(count, generator=generator, device=generator.device)
-            t = torch.sigmoid(z * self.sigmoid_scale)
-            if self.timestep_sampling == "shift":
-                t = shift_time(t, self.discrete_flow_shift)
+            return self._squeeze(torch.rand(count, generator=generator))
+        return self.from_normal(torch.randn(count, generator=generator))
+
+    def from_normal(self, z: Tensor) -> Tensor:
+        """Times from standard normal values, by the logistic function and the flow shift."""
+        t = torch.sigmoid(z * self.sigmoid_scale)
+        if self.timestep_sampling == "shift":
+            t = shift_time(t, self.discrete_flow_shift)
+        return self._squeeze(t)
+
+    def _squeeze(self, t: Tensor) -> Tensor:
         low = (0.0 if self.min_timestep is None else self.min_timestep) / 1000
         high = (1000.0 if self.max_timestep is None else self.max_timestep) / 1000
         return t * (high - low) + low

@@ -12,16 +12,16 @@ Formulas: LoRA (arXiv 2106.09685) up @ down; LoHa (2108.06098) (w1a @ w1b) * (w2
 from __future__ import annotations
 
 import ast
-import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from runner.engines.diffusers.flow import derived_seed
 from runner.errors import UserError
 from runner.formats.lora import lora_name
 from runner.formats.transformer_keys import BLOCK_LINEARS, module_to_diffusers
@@ -73,7 +73,7 @@ def parse_spec(
             f"use one of {', '.join(KINDS)}"
         )
     values: dict[str, Any] = {}
-    readers = {
+    readers: dict[str, Callable[[str], Any]] = {
         "include_patterns": _patterns,
         "exclude_patterns": _patterns,
         "rank_dropout": float,
@@ -84,11 +84,15 @@ def parse_spec(
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or key not in readers:
-            raise UserError(f"train.toml: network_args has {argument!r}; known: {', '.join(readers)}")
+            raise UserError(
+                f"train.toml: network_args has {argument!r}; known: {', '.join(readers)}"
+            )
         try:
             values[key.removesuffix("_patterns")] = readers[key](text)
         except (ValueError, SyntaxError) as error:
-            raise UserError(f"train.toml: network_args {argument!r} cannot be read: {error}") from None
+            raise UserError(
+                f"train.toml: network_args {argument!r} cannot be read: {error}"
+            ) from None
     rank = 4 if rank is None else rank
     if rank < 1:
         raise UserError(f"train.toml: network_dim={rank} must be at least 1")
@@ -107,12 +111,6 @@ def _patterns(text: str) -> tuple[str, ...]:
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
     return tuple(value)
-
-
-def derived_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed for one purpose, so that no random stream depends on how long another is."""
-    text = "/".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 class Adapter(nn.Module):

@@ -18,23 +18,36 @@ from typing import Any, get_args, get_origin, get_type_hints
 from runner.errors import UserError
 
 # They change speed, memory or messages, never what is learnt.
+# fmt: off
 HARMLESS = frozenset(
-    "sdpa flash_attn flash3 xformers split_attn compile compile_backend compile_mode "
-    "compile_dynamic compile_fullgraph compile_cache_size_limit cuda_allow_tf32 "
-    "cuda_cudnn_benchmark dynamo_backend max_data_loader_n_workers persistent_data_loader_workers "
-    "log_config disable_numpy_memmap fp8_vl vae_sample_size vae_enable_patch_conv vae_dtype "
-    "guidance_scale logit_mean logit_std mode_scale lr_decay_steps config_file ddp_timeout".split()
+    [
+        "sdpa", "flash_attn", "flash3", "xformers", "split_attn", "compile", "compile_backend",
+        "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",
+        "cuda_allow_tf32", "cuda_cudnn_benchmark", "dynamo_backend",
+        "max_data_loader_n_workers", "persistent_data_loader_workers", "log_config",
+        "disable_numpy_memmap", "fp8_vl", "vae_sample_size", "vae_enable_patch_conv",
+        "vae_dtype", "guidance_scale", "logit_mean", "logit_std", "mode_scale",
+        "lr_decay_steps", "config_file", "ddp_timeout",
+    ]
 )
+# fmt: on
+
 # Accepted as long as they are switched off.
+# fmt: off
 OFF_ONLY = frozenset(
-    "fp8_base fp8_scaled blocks_to_swap use_pinned_memory_for_block_swap block_swap_h2d_only "
-    "block_swap_ring_size img_in_txt_in_offloading gradient_checkpointing_cpu_offload "
-    "preserve_distribution_shape num_timestep_buckets show_timesteps no_metadata network_weights "
-    "dim_from_weights scale_weight_norms base_weights base_weights_multiplier resume "
-    "save_every_n_steps save_last_n_steps save_last_n_epochs_state save_last_n_steps_state "
-    "save_state save_state_on_train_end sample_every_n_steps log_prefix log_tracker_name "
-    "log_tracker_config wandb_run_name wandb_api_key huggingface_repo_id sage_attn".split()
+    [
+        "fp8_base", "fp8_scaled", "blocks_to_swap", "use_pinned_memory_for_block_swap",
+        "block_swap_h2d_only", "block_swap_ring_size", "img_in_txt_in_offloading",
+        "gradient_checkpointing_cpu_offload", "preserve_distribution_shape",
+        "num_timestep_buckets", "show_timesteps", "no_metadata", "network_weights",
+        "dim_from_weights", "scale_weight_norms", "base_weights", "base_weights_multiplier",
+        "resume", "save_every_n_steps", "save_last_n_steps", "save_last_n_epochs_state",
+        "save_last_n_steps_state", "save_state", "save_state_on_train_end",
+        "sample_every_n_steps", "log_prefix", "log_tracker_name", "log_tracker_config",
+        "wandb_run_name", "wandb_api_key", "huggingface_repo_id", "sage_attn",
+    ]
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -117,10 +130,14 @@ class TrainOptions:
                     f"train.toml: {key}={getattr(self, key)!r} is not supported by "
                     f"engine=diffusers; use one of {names}"
                 )
-        at_least_one = (
-            "gradient_accumulation_steps max_train_steps max_train_epochs save_every_n_epochs "
-            "save_last_n_epochs sample_every_n_epochs".split()
-        )
+        at_least_one = [
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "max_train_epochs",
+            "save_every_n_epochs",
+            "save_last_n_epochs",
+            "sample_every_n_epochs",
+        ]
         for key in at_least_one:
             value = getattr(self, key)
             if value is not None and value < 1:

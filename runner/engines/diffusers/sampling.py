@@ -4,10 +4,10 @@ The file has musubi-tuner's form, one prompt a line with options after it:
 
     a red kite --w 96 --h 64 --f 9 --d 1 --s 20 --l 6 --fs 7 --n blurry --i first_frame.png
 
-w and h in pixels (multiples of 16), f in frames (4k + 1), d seed, s steps, l (or g) guidance scale,
-fs flow shift, n negative prompt, i first frame (i2v). Lines that begin with # are left out. Sampling
-is Euler's method on the flow, with the time grid of musubi's and diffusers' pipelines; previews go
-to <output_dir>/sample.
+w and h in pixels (multiples of 16), f in frames (4k + 1), d seed, s steps, l (or g) guidance
+scale, fs flow shift, n negative prompt, i first frame (i2v). Lines that begin with # are left out.
+Sampling is Euler's method on the flow, with the time grid of musubi's and diffusers' pipelines;
+previews go to <output_dir>/sample.
 """
 
 from __future__ import annotations
@@ -194,15 +194,15 @@ class Previewer:
     @torch.no_grad()
     def _encode(self, options: TrainOptions, prompts: Sequence[Prompt]) -> list[Conditions]:
         first_frames = self._first_frames(options, prompts)
-        encoders = [
-            *models.load_text_encoder(str(options.text_encoder), device=self._device),
-            *models.load_byt5(str(options.byt5), device=self._device),
-        ]
+        tokenizer, encoder = models.load_text_encoder(
+            str(options.text_encoder), device=self._device
+        )
+        byt5_tokenizer, byt5 = models.load_byt5(str(options.byt5), device=self._device)
         known: dict[str, tuple[Tensor, Tensor]] = {}
 
         def batch(text: str, prompt: Prompt, first: tuple[Tensor, Tensor] | None) -> flow.Batch:
             if text not in known:
-                pair = text_encoding.encode_prompt(*encoders, text)
+                pair = text_encoding.encode_prompt(tokenizer, encoder, byt5_tokenizer, byt5, text)
                 known[text] = (pair[0].cpu(), pair[1].cpu())
             frames = (prompt.frames - 1) // 4 + 1
             latents = torch.zeros(32, frames, prompt.height // 16, prompt.width // 16)

@@ -27,7 +27,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from runner.engines.diffusers import cli, data, flow, models, networks, optimizers, options, sampling
+from runner.engines.diffusers import (
+    cli,
+    data,
+    flow,
+    models,
+    networks,
+    optimizers,
+    options,
+    sampling,
+)
 from runner.engines.diffusers.checkpoints import Checkpoints
 from runner.errors import StageError, UserError
 
@@ -164,9 +173,9 @@ class Trainer:
         if chosen.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         # Streams of their own: another rank or dropout leaves noise and times as they are.
-        self.noise = torch.Generator().manual_seed(networks.derived_seed(seed, "noise"))
-        self.clock = torch.Generator().manual_seed(networks.derived_seed(seed, "times"))
-        torch.manual_seed(networks.derived_seed(seed, "dropout"))
+        self.noise = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
+        self.clock = torch.Generator().manual_seed(flow.derived_seed(seed, "times"))
+        torch.manual_seed(flow.derived_seed(seed, "dropout"))
         self.metrics = Metrics(chosen.logging_dir)
         self.checkpoints = Checkpoints(
             chosen,

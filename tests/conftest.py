@@ -1,0 +1,166 @@
+"""What the tests share: composing configs, making facts without a disk, running the program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.config import RunConfig
+
+TOP = Path(__file__).resolve().parent.parent
+
+
+def compose(*overrides: str) -> RunConfig:
+    """The config that ``python -m runner`` would get from these overrides."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from runner import config as run_config
+    from runner.groups import conf_folder
+    from runner.overrides import quote_paths
+
+    run_config.register()
+    OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = hydra_compose("config", overrides=quote_paths(overrides, multirun=False))
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_program(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, module: str = "runner"
+) -> Finished:
+    """Run ``python -m runner`` (or another module) as a person would, in a folder of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(TOP), **(env or {})},
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below ``folder`` with its size and time of change."""
+    found: dict[str, tuple[int, int]] = {}
+    for path in sorted(folder.rglob("*")):
+        stat = path.lstat()
+        found[str(path.relative_to(folder))] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """Compare a text with its golden file; a missing file is written, and the test then fails.
+
+    To regenerate: delete the file, run the test twice, read the diff.
+    """
+
+    def check(name: str, text: str) -> None:
+        file = TOP / "tests" / "golden" / name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            pytest.fail(f"{file} was missing and has been written: read it and run again")
+        assert text == file.read_text(encoding="utf-8")
+
+    return check
+
+
+def fake_item(name: str, **changes: Any) -> Any:
+    """An item as a scan finds it: a picture, or a clip when the name says so."""
+    import hashlib
+
+    from runner.sources import Item
+
+    video = Path(name).suffix in (".mp4", ".mov", ".webm", ".mkv", ".avi")
+    values: dict[str, Any] = {
+        "name": name,
+        "kind": "video" if video else "image",
+        "sha256": hashlib.sha256(name.encode()).hexdigest(),
+        "bytes": 1000,
+        "size": (1280, 720),
+        "frames": 49 if video else 1,
+        "fps": 24.0 if video else None,
+        "mode": None if video else "RGB",
+        "caption": f"a caption of {Path(name).stem}",
+        "file": Path("/media") / name,
+        "archive": None,
+        "member": None,
+    }
+    return Item(**{**values, **changes})
+
+
+def fake_facts(
+    config: RunConfig,
+    items: Sequence[Any],
+    *,
+    cached: frozenset[str] = frozenset(),
+    machine: Any = None,
+    digests: bool = True,
+) -> Any:
+    """Facts as a disk would give them, with paths that are the same on every machine."""
+    from runner.commands import Command
+    from runner.engines.base import EngineFacts
+    from runner.facts import memory_tier
+    from runner.formats.train_toml import WeightPaths
+    from runner.items import Source, select, source_options
+    from runner.plan import Facts, WeightFacts
+
+    sources = tuple(
+        Source(options, "folder", options.path, tuple(items), ())
+        for options in source_options(config.dataset)
+    )
+    memory, note = memory_tier(config, machine)
+    parts = ("transformer", "vae", "text_encoder", "byt5", "image_encoder")
+    return Facts(
+        root=Path("/outputs"),
+        python="/venv/bin/python",
+        python_path=None,
+        sources=sources,
+        selection=select(
+            sources,
+            task=config.task.name,
+            validation_fraction=config.dataset.validation_fraction,
+        ),
+        weights=WeightFacts(
+            WeightPaths(*(f"/weights/{part}" for part in parts)),
+            {part: part for part in parts} if digests else None,
+            (Command(("get-weights",)),),
+            "weights",
+        ),
+        cached=cached,
+        memory=memory,
+        memory_note=note,
+        machine=machine,
+        engine=EngineFacts("/engine/bin/python", "engine 1"),
+        seed=config.training.seed,
+    )
+
+
+def plan_of(config: RunConfig, facts: Any) -> Any:
+    """The plan for fake facts."""
+    from runner.execute import engine_for
+    from runner.plan import make_plan
+
+    return make_plan(config, facts, engine_for(config, facts))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from runner.tracking.secrets import redact, redact_mapping, secret_values
+
+HUB_TOKEN = "hf_" + "aB3dE6gH9" * 4
+
+
+# Nothing that is a secret by its form or by the name it is assigned to survives.
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        (f"downloading with {HUB_TOKEN}.", HUB_TOKEN),
+        ("https://ann:pa55@word@host:5000/mlflow", "pa55@word"),
+        ("postgresql+psycopg://mlflow:geheim@db/mlflow", "geheim"),
+        ("hub:\n  token: my own words\n  path: x", "my own words"),
+        ("HF_TOKEN=abcd1234 python -m runner", "abcd1234"),
+        ("runner --hub-token abcd1234 task=i2v", "abcd1234"),
+        ('{"db_password": "a \\"b\\" c", "x": 1}', 'a \\"b\\" c'),
+        ("tracking.password='x y'", "x y"),
+        ("GET /x?access_token=abcd1234&n=1", "abcd1234"),
+        ("Authorization: Bearer abcdefgh12345678", "abcdefgh12345678"),
+    ],
+)
+def test_secrets_are_hidden(text: str, secret: str) -> None:
+    assert secret in text
+    assert secret not in redact(text)
+    assert "***" in redact(text)
+
+
+# Redacting changes nothing else: captions, paths, options and unset tokens stay as they are.
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a token of love, the secret garden",
+        "basic training of a bearer",
+        "max_token_length: 256\ntokenizer: Qwen/Qwen-Image\nnum_tokens=77",
+        "hub:\n  token: null\n  path: /data/hf_models/x",
+        "token: ${oc.env:HF_TOKEN}",
+        "http://localhost:5000/#/experiments/1",
+        "sqlite:////home/ann/a:b@c/mlflow.db",
+        "",
+    ],
+)
+def test_other_text_is_kept(text: str) -> None:
+    assert redact(text) == text
+
+
+# Hiding a value keeps JSON readable, so config files stay usable.
+def test_redacted_json_is_json() -> None:
+    assert json.loads(redact('{"token": "abc", "rank": 8}')) == {"token": "***", "rank": 8}
+
+
+# Values of the secret variables are hidden wherever they occur; short ones as whole words only.
+def test_values_of_the_environment_are_hidden() -> None:
+    secrets = secret_values({"HF_TOKEN": "plainlookingvalue", "MLFLOW_TRACKING_PASSWORD": "abc"})
+    assert redact("x/plainlookingvalue/y", secrets) == "x/***/y"
+    assert redact("abc abcd", secrets) == "*** abcd"
+
+
+# Mappings are redacted at every depth and keep the types of what is no secret.
+def test_mappings_are_redacted_in_depth() -> None:
+    config = {
+        "hub": {"token": "abc", "retries": 3},
+        "args": ["--password x", 1.5],
+        "network": {"rank": 8, "alpha": None, "on": True},
+        "password": 1234,
+    }
+    assert redact_mapping(config) == {
+        "hub": {"token": "***", "retries": 3},
+        "args": ["--password ***", 1.5],
+        "network": {"rank": 8, "alpha": None, "on": True},
+        "password": "***",
+    }
