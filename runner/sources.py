@@ -199,8 +199,8 @@ def _entries(kind: str, path: Path, max_bytes: int) -> Iterator[list[_Entry]]:
     elif kind == "zip":
         check_archive(path, max_bytes)
         with open_archive(path) as archive:
-            files = [member for member in archive.infolist() if not member.is_dir()]
-            members = {str(PurePosixPath(member_name(member))): member for member in files}
+            packed = [member for member in archive.infolist() if not member.is_dir()]
+            members = {str(PurePosixPath(member_name(member))): member for member in packed}
 
             def reader(member: zipfile.ZipInfo) -> Callable[[], BinaryIO]:
                 return lambda: cast(BinaryIO, archive.open(member))

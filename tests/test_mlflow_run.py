@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest_mlflow import Store
 
 from runner.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.follower import MetricsFollower
 from runner.tracking.metrics import Point
 from runner.tracking.mlflow_run import NullWriter, RunWriter
+
+if TYPE_CHECKING:
+    from conftest_mlflow import Store
 
 pytest_plugins = ["conftest_mlflow"]
 
@@ -130,7 +132,7 @@ class Flaky:
 # them; the caller sees no exception, and the problem is one line without secrets.
 def test_failed_sends_are_sent_again(store: Store) -> None:
     writer = start(store)
-    writer._client = Flaky(writer._client, ["before", "after", "works"])
+    writer._client = Flaky(writer._client, ["before", "after", "works"])  # type: ignore[assignment]
     for point in points(4):
         writer.log_points([point])
     writer.set_tags({"kept": "yes"})
@@ -143,7 +145,7 @@ def test_failed_sends_are_sent_again(store: Store) -> None:
 # If the server stays away, the run still gets its true status, and the loss is said.
 def test_the_status_is_set_even_if_points_are_lost(store: Store) -> None:
     writer = start(store)
-    writer._client = Flaky(writer._client, ["before"] * 99)
+    writer._client = Flaky(writer._client, ["before"] * 99)  # type: ignore[assignment]
     writer.log_points(points(3))
     writer.finish("FAILED")
     assert store.client.get_run(writer.run_id).info.status == "FAILED"
@@ -255,7 +257,7 @@ def test_any_path_holds_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     uri = mlflow_store.sqlite_uri(outputs)
     mlflow_store.initialise(uri, outputs)
     mlflow_store.initialise(uri, outputs)
-    writer = start(Store(uri, outputs))
+    writer = RunWriter.start(uri, "tests", outputs=outputs, name="a run", params={}, tags={})
     writer.log_text("hello", "a/b.txt")
     writer.finish("FINISHED")
     assert writer.problems == []

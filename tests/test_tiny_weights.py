@@ -66,9 +66,7 @@ def test_existing_folders(weights: Path, tmp_path: Path) -> None:
 
 
 # Interrupted work leaves nothing behind that looks finished, and nothing to clean up.
-def test_an_interrupted_run_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(folder: Path, *, seed: int) -> None:
         raise KeyboardInterrupt
 

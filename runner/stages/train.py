@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def run(context: Context) -> None:
     """Train to the end; ``lora.safetensors`` and the previews then lie in the run's folder."""
-    from runner.tracking.mlflow_run import MetricsFollower
+    from runner.tracking.follower import MetricsFollower
     from runner.tracking.tensorboard_tail import TensorBoardTail
 
     stage = context.plan.stage("train")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -31,6 +31,7 @@ def weight_facts(config: RunConfig, root: Path) -> WeightFacts:
 
 def _tiny(config: RunConfig, root: Path) -> WeightFacts:
     from runner.engines.diffusers.commands import DiffusersEngine
+    from runner.engines.diffusers.make_weights import PARTS
     from runner.facts import engine_facts
 
     folder = root / "cache" / "weights" / f"tiny-{TINY_VERSION}"
@@ -43,26 +44,26 @@ def _tiny(config: RunConfig, root: Path) -> WeightFacts:
         image_encoder=str(folder / "image_encoder"),
     )
     digests: dict[str, str] | None = None
-    manifest = folder / "manifest.json"
-    if manifest.is_file():
-        recorded: dict[str, str] = json.loads(manifest.read_text())
+    if all((folder / part).is_file() for part in PARTS):
         digests = {
-            part: _joined(recorded, prefix)
-            for part, prefix in (
-                ("transformer", transformer),
-                ("vae", "vae"),
-                ("text_encoder", "text_encoder"),
-                ("byt5", "byt5"),
-                ("image_encoder", "image_encoder"),
-            )
+            "transformer": _digest(folder / transformer),
+            **{
+                part: _digest(folder / part)
+                for part in ("vae", "text_encoder", "byt5", "image_encoder")
+            },
         }
     command = DiffusersEngine(engine_facts(config, root)).make_weights(str(folder))
     return WeightFacts(paths, digests, (command,), "random weights of the tiny model")
 
 
-def _joined(recorded: dict[str, str], prefix: str) -> str:
-    parts = [f"{name}={digest}" for name, digest in sorted(recorded.items())]
-    return ";".join(part for part in parts if part.startswith(prefix + "/"))
+def _digest(folder: Path) -> str:
+    """One digest of all files in a folder; the tiny model's are small enough to read each time."""
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            total.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def hub_files(model: ModelConfig, task: str) -> list[tuple[str, str, str, str]]:

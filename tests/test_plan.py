@@ -1,0 +1,174 @@
+"""The plan: golden files for what each engine is given, and what decides that work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import compose, fake_facts, fake_item, plan_of
+
+from runner.engines.base import Machine
+from runner.groups import conf_folder, groups
+from runner.page import page
+from runner.plan import Plan
+
+MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
+CARD = Machine("NVIDIA H100", 80.0, (9, 0))
+
+
+def rendered(plan: Plan) -> str:
+    """Everything an engine is given, as one text."""
+    parts = [f"== {name}\n{text}" for name, text in plan.files]
+    for stage in plan.stages:
+        parts += [f"== {stage.name}: {stage.state}, {stage.summary}\n"]
+        parts += [f"{command.shell()}\n" for command in stage.commands]
+        parts += [f"-- {name}\n{text}" for name, text in stage.files]
+    return "\n".join(parts)
+
+
+BASES = {
+    "diffusers": ["engine=diffusers", "model=tiny", "optimizer=adamw", "precision=fp32"],
+    "musubi": [],
+}
+VARIANTS = [
+    f"{group}={name}"
+    for group, names in groups(conf_folder()).items()
+    for name in names
+    if group in ("task", "model", "network", "optimizer", "scheduler", "precision", "memory")
+]
+
+
+# What an engine is given for a mixed dataset is what the golden files show, whole.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("engine", BASES)
+def test_whole_plan_is_golden(engine: str, task: str, golden: Callable[[str, str], None]) -> None:
+    config = compose(*BASES[engine], f"task={task}", "memory=24gb" if engine == "musubi" else "memory=cpu")
+    facts = fake_facts(config, MEDIA, machine=CARD)
+    golden(f"{engine}-{task}.txt", rendered(plan_of(config, facts)))
+
+
+# Each choice of each group changes the trainer's options as its golden file shows.
+@pytest.mark.parametrize("choice", VARIANTS)
+def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None]) -> None:
+    engine = "diffusers" if choice == "model=tiny" else "musubi"
+    extra = ["optimizer.type=torch.optim.RMSprop"] if choice == "optimizer=custom" else []
+    if engine == "diffusers":
+        extra += BASES["diffusers"]
+    config = compose(*extra, choice)
+    plan = plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+    golden(f"choices/{choice}.toml", dict(plan.files)["train.toml"])
+
+
+# The dry run is a page a person reads; its text is kept whole.
+def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
+    config = compose(*BASES["diffusers"], "dry_run=true", "dataset.validation_fraction=0.3")
+    facts = fake_facts(config, MEDIA)
+    golden("page.txt", page(plan_of(config, facts), config, facts))
+
+
+def keys(plan: Plan, stage: str) -> set[str]:
+    return {f"{entry.shelf}/{entry.name}" for entry in plan.stage(stage).entries}
+
+
+def missing_after(changes: list[str], items: list[Any] | None = None) -> tuple[int, int]:
+    """Latents and captions left to encode, after everything was encoded and then changed."""
+    base = BASES["diffusers"]
+    config = compose(*base)
+    plan = plan_of(config, fake_facts(config, MEDIA))
+    cached = frozenset(keys(plan, "latents") | keys(plan, "text"))
+    config = compose(*base, *changes)
+    plan = plan_of(config, fake_facts(config, items or MEDIA, cached=cached))
+    return plan.stage("latents").missing, plan.stage("text").missing
+
+
+# Nothing is encoded twice, and nothing stale is used: a change makes just its own entries missing.
+def test_only_what_changed_is_missing() -> None:
+    recaptioned = [replace(MEDIA[0], caption="other"), *MEDIA[1:]]
+    renamed = [replace(item, name=f"renamed/{item.name}") for item in MEDIA]
+    added = [*MEDIA, fake_item("c.jpg")]
+    repainted = [replace(MEDIA[0], sha256="0" * 64), *MEDIA[1:]]
+    assert missing_after([]) == (0, 0)
+    assert missing_after(["network.rank=8"]) == (0, 0)
+    assert missing_after(["optimizer=adafactor", "training.epochs=3"]) == (0, 0)
+    assert missing_after([], renamed) == (0, 0)
+    assert missing_after([], recaptioned) == (0, 1)
+    assert missing_after(["dataset.trigger_word=ohwx"]) == (0, 3)
+    assert missing_after([], added) == (1, 1)
+    assert missing_after([], repainted) == (1, 0)
+    assert missing_after(["dataset.resolution=[320,544]"]) == (5, 0)
+    assert missing_after(["dataset.target_frames=[1,13,25,29]"]) == (1, 0)
+    assert missing_after(["dataset.source_fps=30"]) == (3, 0)
+    assert missing_after(["task=i2v"]) == (2, 0)
+    assert missing_after(["stages.force=[latents]"]) == (5, 0)
+
+
+# Equal media with two captions are two items, which share one encoding of the media.
+def test_equal_media_with_two_captions_both_survive() -> None:
+    twin = replace(MEDIA[0], name="twin.jpg", caption="another caption")
+    config = compose(*BASES["diffusers"])
+    plan = plan_of(config, fake_facts(config, [MEDIA[0], twin]))
+    (entry,) = plan.stage("latents").entries
+    assert len(entry.links) == 2
+    assert plan.stage("text").missing == 2
+    assert plan.steps_per_epoch == 2
+
+
+# An untouched plan is equal to itself: nothing in it depends on time or on an order by chance.
+def test_plan_is_pure() -> None:
+    config = compose(*BASES["diffusers"])
+    facts = fake_facts(config, MEDIA)
+    shuffled = fake_facts(config, list(reversed(MEDIA)))
+    assert plan_of(config, facts) == plan_of(config, facts)
+    assert rendered(plan_of(config, facts)) == rendered(plan_of(config, shuffled))
+
+
+# Steps are counted as the trainer will: batches of equal shape, repeats, accumulation.
+def test_steps_are_counted_by_bucket() -> None:
+    base = BASES["diffusers"]
+
+    def steps(*overrides: str) -> tuple[int, int]:
+        config = compose(*base, *overrides)
+        plan = plan_of(config, fake_facts(config, MEDIA))
+        return plan.steps_per_epoch, plan.steps
+
+    assert steps("training.epochs=2") == (5, 10)
+    assert steps("training.epochs=2", "dataset.num_repeats=3") == (15, 30)
+    assert steps("training.epochs=2", "dataset.num_repeats=3", "dataset.batch_size=2") == (10, 20)
+    assert steps("training.epochs=2", "training.gradient_accumulation_steps=2") == (3, 6)
+    assert steps("training.max_steps=7") == (5, 7)
+
+
+# torch.compile is on where it works, and the page says why where it does not.
+def test_compile_follows_the_card() -> None:
+    ampere = Machine("NVIDIA RTX 3090", 24.0, (8, 6))
+
+    def compiled(machine: Machine | None, *overrides: str) -> tuple[bool, bool]:
+        config = compose(*overrides)
+        plan = plan_of(config, fake_facts(config, MEDIA, machine=machine))
+        on = "compile = true" in dict(plan.files)["train.toml"]
+        return on, any("torch.compile" in notice for notice in plan.notices)
+
+    assert compiled(CARD) == (True, False)
+    assert compiled(ampere) == (True, False)
+    assert compiled(ampere, "precision=fp8") == (False, True)
+    assert compiled(CARD, "training.compile=none") == (False, False)
+    assert compiled(None) == (False, True)
+
+
+# memory=auto takes the largest tier the card holds, and what is set by hand stays.
+def test_memory_tier_follows_the_card() -> None:
+    from runner.facts import memory_tier
+
+    def tier(gigabytes: float, *overrides: str) -> tuple[str, int | None]:
+        machine = Machine("card", gigabytes, (8, 9))
+        memory, _ = memory_tier(compose(*overrides), machine)
+        return memory.name, memory.blocks_to_swap
+
+    assert tier(11.7)[0] == "12gb"
+    assert tier(15.6)[0] == "16gb"
+    assert tier(23.5)[0] == "24gb"
+    assert tier(79.1) == ("80gb", 0)
+    assert tier(23.5, "memory.blocks_to_swap=3") == ("24gb", 3)
+    assert tier(79.1, "memory=16gb")[0] == "16gb"
