@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def make_clip(
     codec, pixels = CODECS[path.suffix]
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = cast("av.VideoStream", container.add_stream(codec, rate=rate))
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
         for index, picture in enumerate(pictures):

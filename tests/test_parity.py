@@ -70,9 +70,7 @@ def step(
     z = math.sqrt(2) * torch.erfinv(2 * torch.tensor(case.uniform) - 1)
     t = flow.TimeSampling("shift", given.FLOW_SHIFT).from_normal(z)
     batch, noise = batch_of(case)
-    errors, prediction = flow.training_step(
-        model, batch, noise, t, scale_condition=scale_condition
-    )
+    errors, prediction = flow.training_step(model, batch, noise, t, scale_condition=scale_condition)
     loss = errors.mean()
     loss.backward()
     return prediction.detach(), loss.detach(), 1000 * t + 1, network

@@ -39,9 +39,7 @@ def test_fused_and_swapped_tensors() -> None:
     name = "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.weight"
     assert torch.equal(tencent[name], fused)
     scale, shift = state["norm_out.linear.weight"].chunk(2)
-    assert torch.equal(
-        tencent["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale])
-    )
+    assert torch.equal(tencent["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))
 
 
 # A block has fourteen Linears, and the map names each of them once.

@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 def run(context: Context) -> None:
     """Train to the end; ``lora.safetensors`` and the previews then lie in the run's folder."""
     from runner.tracking.follower import MetricsFollower
-    from runner.tracking.tensorboard_tail import TensorBoardTail
 
     stage = context.plan.stage("train")
     folder = context.run_dir / "tensorboard"
     folder.mkdir(exist_ok=True)
     with context.console.bar("steps", context.plan.steps) as bar:
         view = _View(bar)
-        follower = MetricsFollower(TensorBoardTail(folder), context.writer, on_points=view.points)
+        follower = MetricsFollower(folder, context.writer, on_points=view.points)
         follower.start()
         try:
             for command in stage.commands:

@@ -1,0 +1,30 @@
+"""Trigger words in captions."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.formats.captions import with_trigger
+
+
+# The trigger stands once before the caption, and a caption that has it as a word stays as it is.
+@pytest.mark.parametrize(
+    ("caption", "trigger", "expected"),
+    [
+        (" a cat \n", None, "a cat"),
+        ("a cat", "  ", "a cat"),
+        ("a cat", " ohwx ", "ohwx, a cat"),
+        ("a photo of OHWX cat", "ohwx", "a photo of OHWX cat"),
+        ("ohwx, a cat", "ohwx", "ohwx, a cat"),
+        # Part of another word is not the trigger.
+        ("a category", "cat", "cat, a category"),
+        ("a c++ (film)", "c++", "a c++ (film)"),
+        ("Été à Paris", "été", "Été à Paris"),
+        ("a red fox runs", "red fox", "a red fox runs"),
+        ("", "ohwx", "ohwx"),
+        ("", None, ""),
+    ],
+)
+def test_trigger_is_there_once(caption: str, trigger: str | None, expected: str) -> None:
+    assert with_trigger(caption, trigger) == expected
+    assert with_trigger(expected, trigger) == expected
