@@ -35,7 +35,7 @@ Examples:
 
 Every option with its value:  python -m runner --cfg job
 Compare runs:                 python -m runner.ui
-Shell completion:             eval "$(python -m runner --shell-completion install=bash)"
+Completion of `runner ...`:   eval "$(runner --shell-completion install=bash)"
 Hydra's own flags:            python -m runner --hydra-help
 """
 

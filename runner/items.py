@@ -171,6 +171,11 @@ def named(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 clip``, ``2 clips``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _unreadable(source: Source) -> Iterator[str]:
     for name, why in source.ignored:
         yield f"{name} is left out: {why}."
@@ -208,7 +213,8 @@ def _clips_only(source: Source, items: list[Item], notices: list[str]) -> list[I
         )
     if pictures:
         notices.append(
-            f"task=i2v learns from clips: {len(pictures)} pictures are left out: {named(pictures)}."
+            f"task=i2v learns from clips: {counted(len(pictures), 'picture')} left out: "
+            f"{named(pictures)}."
         )
     return clips
 

@@ -6,6 +6,7 @@ import textwrap
 
 from runner.config import RunConfig
 from runner.console import Console
+from runner.items import counted
 from runner.plan import Facts, Plan
 
 
@@ -40,9 +41,9 @@ def _overview(plan: Plan, config: RunConfig, facts: Facts) -> list[str]:
     crops = sum(len(item.crops) for item in items)
     buckets = sorted({item.bucket for item in items})
     shapes = ", ".join(f"{width}x{height}" for width, height in buckets[:6])
-    media = f"{len(items) - clips} pictures, {clips} clips"
+    media = f"{counted(len(items) - clips, 'picture')}, {counted(clips, 'clip')}"
     if crops:
-        media += f" ({crops} crops)"
+        media += f" ({counted(crops, 'crop')})"
     if held_out:
         media += f", {held_out} held out"
     rows = [

@@ -22,7 +22,14 @@ from runner.formats.cache import image_latents_name, text_name, video_latents_na
 from runner.formats.dataset_toml import DatasetEntry
 from runner.formats.dataset_toml import render as render_dataset
 from runner.formats.train_toml import WeightPaths
-from runner.items import Kind, SelectedItem, Selection, Source, dataset_fingerprint
+from runner.items import (
+    Kind,
+    SelectedItem,
+    Selection,
+    Source,
+    counted,
+    dataset_fingerprint,
+)
 from runner.rules import STAGES
 from runner.store import key_of
 
@@ -151,7 +158,7 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
         _text(config, facts, engine),
         Stage(
             "train",
-            f"{total:,} steps",
+            counted(total, "step"),
             "to run",
             commands=(engine.train(config),),
             outputs=("checkpoints/lora.safetensors", "lora.safetensors"),
@@ -265,7 +272,7 @@ def _dataset(facts: Facts) -> Stage:
     unpacked = [item for item in items if item.media.file is None or item.as_rgb]
     missing = {media_entry(item) for item in unpacked if _absent(facts, "media", media_entry(item))}
     pictures = sum(item.kind == "image" for item in items)
-    summary = f"{pictures} pictures, {len(items) - pictures} clips"
+    summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
     if missing:
         summary += f", {len(missing)} to unpack"
     return Stage(
@@ -426,9 +433,9 @@ def _cache_stage(
     toml = f"staging/{name}.toml"
     if missing:
         files.append((toml, render_dataset(staging)))
-    what = "latents" if name == "latents" else "captions"
+    what = "latent" if name == "latents" else "caption"
     kept = len(wanted) - missing
-    summary = f"{missing} {what} to encode" if missing else f"{len(wanted)} {what}"
+    summary = f"{counted(missing, what)} to encode" if missing else counted(len(wanted), what)
     if missing and kept:
         summary += f", {kept} cached"
     return Stage(
@@ -474,7 +481,7 @@ def _evaluate(config: RunConfig, facts: Facts, engine: Engine) -> list[Stage]:
     return [
         Stage(
             "evaluate",
-            f"eval/loss on {len(items)} {which} items",
+            f"eval/loss on {counted(len(items), f'{which} item')}",
             "to run",
             commands=(command,),
             outputs=("evaluation.json",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -217,8 +218,10 @@ def test_sigterm_cleans_up_and_exits_143() -> None:
     program = _program(
         "import time\n try: print('started'); time.sleep(60)\n finally: print('cleaned')"
     )
+    # As most shells start it; with this set, lines would come at once whatever the program does.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"

@@ -131,9 +131,7 @@ SAID = {
     ("dry_run=maybe",): "dry_run=maybe must be true or false.",
     ("experiment=reharsal",): "There is no experiment=reharsal. Did you mean rehearsal?",
     ("network=5",): "There is no network=5. There are: loha, lokr, lora.",
-    ("-m", "optimizer=adamw,adafacto"): (
-        "There is no optimizer=adafacto. Did you mean adafactor?"
-    ),
+    ("-m", "optimizer=adamw,adafacto"): ("There is no optimizer=adafacto. Did you mean adafactor?"),
     ("dataset.sources=[{path: a, repeats: 2}]",): (
         "dataset.sources: there is no option repeats. Did you mean num_repeats?"
     ),

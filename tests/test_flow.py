@@ -12,6 +12,9 @@ from runner.engines.diffusers import flow, networks
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.errors import UserError
 
+# Threads spend far more time waiting for each other than this small network takes.
+torch.set_num_threads(1)
+
 
 def tiny() -> HunyuanVideo15Transformer3DModel:
     torch.manual_seed(0)

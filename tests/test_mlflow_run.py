@@ -291,6 +291,25 @@ def test_unusable_stores_are_said(
         assert "\n" not in str(caught.value) and "geheim" not in str(caught.value)
 
 
+# Two processes that make the same experiment at the same moment get the same one.
+def test_an_experiment_made_meanwhile_is_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    ask = MlflowClient.get_experiment_by_name
+    made: list[str] = []
+
+    def ask_too_early(client: Any, name: str) -> Any:
+        found = ask(client, name)
+        if not made:
+            made.append(client.create_experiment(name))
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", ask_too_early)
+    assert [mlflow_store.ensure_experiment(store.uri, "race", None)] == made
+
+
 # An experiment deleted in the UI is said, since MLflow would refuse every run in it.
 def test_a_deleted_experiment_is_said(store: Store) -> None:
     root = mlflow_store.artifact_root(store.outputs)

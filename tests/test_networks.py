@@ -18,6 +18,10 @@ KINDS = ("lora", "loha", "lokr")
 MODULES = tuple(name.replace(".", "_") for name in BLOCK_LINEARS)
 
 
+# Threads spend far more time waiting for each other than this small network takes.
+torch.set_num_threads(1)
+
+
 def tiny() -> HunyuanVideo15Transformer3DModel:
     torch.manual_seed(0)
     return HunyuanVideo15Transformer3DModel(**TINY_TRANSFORMER).requires_grad_(False).eval()

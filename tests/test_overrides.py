@@ -59,4 +59,6 @@ def test_commas_sweep_unless_the_path_exists(tmp_path: Path) -> None:
     assert quote_paths(both, multirun=True) == both
     real = tmp_path / "a,b.zip"
     real.touch()
-    assert quote_paths([f"dataset.path={real}"], multirun=True) == [f"dataset.path={quote(str(real))}"]
+    assert quote_paths([f"dataset.path={real}"], multirun=True) == [
+        f"dataset.path={quote(str(real))}"
+    ]

@@ -22,6 +22,9 @@ from runner.formats import transformer_keys
 FIXTURE = Path(__file__).parent / "fixtures" / "parity.safetensors"
 TOLERANCE = 1e-5
 
+# Threads spend far more time waiting for each other than this small network takes.
+torch.set_num_threads(1)
+
 
 @cache
 def recorded() -> tuple[dict[str, Tensor], dict[str, str]]:

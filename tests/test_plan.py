@@ -44,7 +44,9 @@ VARIANTS = [
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 @pytest.mark.parametrize("engine", BASES)
 def test_whole_plan_is_golden(engine: str, task: str, golden: Callable[[str, str], None]) -> None:
-    config = compose(*BASES[engine], f"task={task}", "memory=24gb" if engine == "musubi" else "memory=cpu")
+    config = compose(
+        *BASES[engine], f"task={task}", "memory=24gb" if engine == "musubi" else "memory=cpu"
+    )
     facts = fake_facts(config, MEDIA, machine=CARD)
     golden(f"{engine}-{task}.txt", rendered(plan_of(config, facts)))
 

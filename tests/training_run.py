@@ -17,6 +17,9 @@ from runner.formats.frames import Crop, FrameExtraction
 
 SIZE = (96, 64)
 
+# Threads spend far more time waiting for each other than these small networks take.
+torch.set_num_threads(1)
+
 
 def write_run(folder: Path, *, task: str = "t2v", images: int = 3, **options: Any) -> Path:
     """Write weights, caches, dataset.toml and train.toml; returns the folder.
