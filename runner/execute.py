@@ -260,6 +260,8 @@ class _Run:
                 console.line(f"  {folder / file}  ({size:.1f} MB)")
         if (folder / "samples").is_dir():
             console.line(f"  {folder / 'samples'}")
+        for problem in recorder.writer.problems:
+            console.notice(f"MLflow: {problem}")
         if recorder.writer.run_id:
             outputs = self.config.output_dir
             option = "" if outputs == "outputs" else f" --outputs {outputs}"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine
@@ -140,7 +141,8 @@ def memory_tier(config: RunConfig, machine: Machine | None) -> tuple[MemoryConfi
     from omegaconf import OmegaConf
 
     name, note = tier_name(config, machine)
-    tier = OmegaConf.load(conf_folder() / "memory" / f"{name}.yaml")
+    file = conf_folder() / "memory" / f"{name}.yaml"
+    tier: Any = OmegaConf.to_container(OmegaConf.load(file))
     chosen = {
         item.name: (
             own if (own := getattr(config.memory, item.name)) is not None else tier[item.name]

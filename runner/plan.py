@@ -264,8 +264,8 @@ def media_entry(item: SelectedItem) -> str:
 def _dataset(facts: Facts) -> Stage:
     files: list[tuple[str, str]] = []
     for held_out in (False, True):
-        for index, _source, kind, items in _groups(facts, held_out):
-            rows = [(f"dataset/media/{item.media_name}", item.caption) for item in items]
+        for index, _source, kind, group in _groups(facts, held_out):
+            rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group]
             name = f"dataset/{_folder(index, kind, held_out)}.jsonl"
             files.append((name, jsonl.render(kind, rows)))
     items = facts.selection.items

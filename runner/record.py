@@ -77,7 +77,7 @@ class Recorder:
     ) -> Recorder:
         """Start the MLflow run, under its sweep's parent when there is one."""
         from runner.tracking import mlflow_run, mlflow_store
-        from runner.tracking.sweep import open_parent
+        from runner.tracking.sweep import child_tags, open_parent
 
         fingerprint = config_fingerprint(resolved)
         uri = tracking_uri(config.tracking, facts.root)
@@ -88,7 +88,7 @@ class Recorder:
         tags = {**host_tags(facts, config, plan), "run.folder": str(run_dir)}
         parent = None
         if sweep is not None:
-            sweep.outputs = facts.root
+            sweep.outputs, sweep.uri = facts.root, uri
             parent = open_parent(
                 uri,
                 experiment,
@@ -97,8 +97,7 @@ class Recorder:
                 name="sweep " + " ".join(sweep.swept or sweep.overrides),
                 tags={"sweep.overrides": " ".join(sweep.overrides)},
             )
-            sweep.parents.add(parent)
-            tags["runner.sweep"] = sweep.id
+            tags |= child_tags(parent, sweep.id)
         name = plan.name
         if sweep is not None and sweep.swept:
             values = [f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept]

@@ -6,8 +6,12 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.tracking.mlflow_run import Status
 
 # Carries the sweep's id to jobs that a launcher starts in other processes.
 VARIABLE = "RUNNER_SWEEP_ID"
@@ -19,9 +23,9 @@ class Sweep:
 
     id: str
     overrides: tuple[str, ...]
-    jobs: int = 0
     outputs: Path | None = None
-    parents: set[str] = field(default_factory=set)
+    # Kept in memory, since it may hold a password.
+    uri: str | None = None
 
     @classmethod
     def begin(cls, arguments: Sequence[str]) -> Sweep:
@@ -41,14 +45,10 @@ class Sweep:
 
     def close(self, codes: Sequence[int]) -> None:
         """End the parent run with what truly came of the sweep."""
-        if self.outputs is None or not self.parents:
+        if self.outputs is None or self.uri is None:
             return
         from runner.tracking.sweep import close_parent
 
-        if any(code >= 128 for code in codes):
-            status = "KILLED"
-        elif any(codes):
-            status = "FAILED"
-        else:
-            status = "FINISHED"
-        close_parent(self.outputs, self.id, status)
+        ended = any(code >= 128 for code in codes)
+        status: Status = "KILLED" if ended else "FAILED" if any(codes) else "FINISHED"
+        close_parent(self.outputs, self.id, status, uri=self.uri)

@@ -29,6 +29,8 @@ def test_a_bucket_is_its_own_bucket() -> None:
 # Without upscaling a small picture keeps its size, cut to multiples of 16; a large one does not.
 def test_small_pictures_are_not_enlarged_when_told_so() -> None:
     assert bucket_size((100, 50), (544, 960), bucket_no_upscale=True) == (96, 48)
+    # Just as many pixels as the resolution has are not too many.
+    assert bucket_size((2040, 256), (544, 960), bucket_no_upscale=True) == (2032, 256)
     assert bucket_size((1920, 1080), (544, 960), bucket_no_upscale=True) == bucket_size(
         (1920, 1080), (544, 960)
     )

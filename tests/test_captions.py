@@ -18,6 +18,8 @@ from runner.formats.captions import with_trigger
         ("ohwx, a cat", "ohwx", "ohwx, a cat"),
         # Part of another word is not the trigger.
         ("a category", "cat", "cat, a category"),
+        ("a bobcat", "cat", "cat, a bobcat"),
+        ("a cat", "c.t", "c.t, a cat"),
         ("a c++ (film)", "c++", "a c++ (film)"),
         ("Été à Paris", "été", "Été à Paris"),
         ("a red fox runs", "red fox", "a red fox runs"),

@@ -82,7 +82,7 @@ def test_wrong_lengths_are_named() -> None:
     check_target_frames([1, 13, 25])
     with pytest.raises(UserError, match=r"24 is not of the form 4N\+1.* 21 and 25"):
         check_target_frames([13, 24])
-    with pytest.raises(UserError, match="target_frames 0"):
+    with pytest.raises(UserError, match="target_frames 0 is not a length"):
         check_target_frames([0])
     with pytest.raises(UserError, match=r"'middle' is unknown.*head"):
         crops(9, FrameExtraction(mode="middle"))

@@ -161,6 +161,7 @@ def test_initial_weights_are_independent() -> None:
     other = networks.create(tiny(), networks.NetworkSpec(rank=4), seed=6).state_dict()
     key = "lora_unet_double_blocks_0_img_attn_q.lora_down.weight"
     assert not torch.equal(whole[key], other[key])
+    assert not torch.equal(whole[key], whole[key.replace("attn_q", "attn_k")])
     # kaiming_uniform with a = sqrt(5): uniform within 1 / sqrt(inputs).
     assert 0.9 < whole[key].abs().max() * 64**0.5 <= 1
 

@@ -117,8 +117,11 @@ def test_a_damaged_member_is_left_out(media: Path, tmp_path: Path) -> None:
     assert len(found.items) == 2 and found.ignored[0][0] == "b.png"
 
 
-# Folders that link to each other are entered once.
-def test_links_in_circles_end(media: Path) -> None:
+# Linked folders count, and folders that link to each other are entered once.
+def test_links_are_followed_and_circles_end(media: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "in").symlink_to(media, target_is_directory=True)
+    assert scan("folder", tmp_path / "linked", max_bytes=BIG).items[0].name == "in/b.png"
     (media / "deep" / "up").symlink_to(media, target_is_directory=True)
     assert len(scan("folder", media, max_bytes=BIG).items) == 3
 
@@ -146,6 +149,7 @@ def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("日本 é.png", data)
         archive.writestr("日本 é.txt", "flagged")
+        archive.writestr("├⌐.png", data)  # flagged: not to be read as cp437 of "é"
         archive.writestr("XXXXXX.png", data)
         archive.writestr("./dot.png", data)
         archive.writestr("./dot.txt", "dotted")
@@ -157,6 +161,7 @@ def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
     assert {item.name: item.caption for item in found.items} == {
         "日本 é.png": "flagged",
         "日本.png": None,
+        "├⌐.png": None,
         "dot.png": "dotted",
         "été.png": None,
     }
@@ -263,7 +268,9 @@ def test_locating(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def _jsonl(media: Path, *lines: object) -> Path:
     path = media.parent / "lists" / "m.jsonl"
     path.parent.mkdir(exist_ok=True)
-    text = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    text = (
+        line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines
+    )
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
     return path
 

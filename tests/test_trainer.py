@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from training_run import inside, write_item, write_run
 
-from runner.engines.diffusers import data, optimizers, options, sampling, train
+from runner.engines.diffusers import data, make_weights, optimizers, options, sampling, train
 from runner.errors import StageError, UserError
 from runner.formats import lora
 
