@@ -102,6 +102,7 @@ class Bar(AbstractContextManager["Bar"]):
         self.detail = ""
         self._started = time.monotonic()
         self._printed = self._started
+        self._last = ""
         self._progress: Progress | None = None
 
     def __enter__(self) -> Bar:
@@ -125,7 +126,10 @@ class Bar(AbstractContextManager["Bar"]):
         words = [f"      {self.what} {self.done}/{self.total}", self.detail]
         if 0 < self.done < self.total:
             words.append(f"{duration(seconds / self.done * (self.total - self.done))} left")
-        self.console.line("  ".join(word for word in words if word))
+        line = "  ".join(word for word in words if word)
+        if line != self._last:
+            self.console.line(line)
+        self._last = line
 
     def __exit__(
         self,

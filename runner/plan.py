@@ -476,12 +476,15 @@ def _evaluate(config: RunConfig, facts: Facts, engine: Engine) -> list[Stage]:
     command = engine.evaluate(config, "validation.toml" if held_out else "dataset.toml")
     if command is None:
         return []
-    items = [item for item in facts.selection.items if item.held_out == held_out]
+    # Each crop of a clip has a loss of its own.
+    number = sum(
+        max(1, len(item.crops)) for item in facts.selection.items if item.held_out == held_out
+    )
     which = "held-out" if held_out else "training"
     return [
         Stage(
             "evaluate",
-            f"eval/loss on {counted(len(items), f'{which} item')}",
+            f"eval/loss on {counted(number, f'{which} item')}",
             "to run",
             commands=(command,),
             outputs=("evaluation.json",),

@@ -139,13 +139,9 @@ def test_weights_round_trip(kind: str, factor: int, rank: int) -> None:
 
 # musubi's rule: left out if an exclude pattern matches the whole name and no include pattern does.
 def test_patterns() -> None:
-    spec = networks.parse_spec(
-        "networks.lora_hv_1_5",
-        4,
-        1,
-        None,
-        [r"exclude_patterns=['.*']", r"include_patterns=['.*\.1\.img_attn_[qk]', 'img_attn_v']"],
-    )
+    include = [r".*\.1\.img_attn_[qk]", "img_attn_v"]
+    arguments = ["exclude_patterns=['.*']", f"include_patterns={include!r}"]
+    spec = networks.parse_spec("networks.lora_hv_1_5", 4, 1, None, arguments)
     network = networks.create(tiny(), spec, seed=0)
     names = {key.partition(".")[0] for key in network.state_dict()}
     assert names == {f"lora_unet_double_blocks_1_img_attn_{part}" for part in "qk"}

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from training_run import inside, write_item, write_run
 
-from runner.engines.diffusers import data, make_weights, optimizers, options, sampling, train
+from runner.engines.diffusers import data, flow, make_weights, optimizers, options, sampling, train
 from runner.errors import StageError, UserError
 from runner.formats import lora
 
@@ -60,14 +60,28 @@ def test_same_seed_same_tensors(tmp_path: Path, task: str) -> None:
     assert first["lora_unet_double_blocks_0_img_attn_q.lora_up.weight"].abs().max() > 0
 
 
-# Order, noise and times come from the seed alone: the rank leaves the first loss as it is.
-def test_rank_does_not_change_the_noise(tmp_path: Path) -> None:
-    losses = []
-    for rank in (2, 8):
-        folder = write_run(tmp_path / str(rank), network_dim=rank, logging_dir="tensorboard")
-        run(folder)
-        losses.append(scalars(folder)["loss/current"][0][1])
-    assert losses[0] == losses[1]
+# Noise and times come from the seed alone: rank and dropout leave every step's as they are.
+def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+    step = flow.training_step
+
+    def recording(
+        model: torch.nn.Module, batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        drawn.extend([noise.clone(), t.clone()])
+        return step(model, batch, noise, t, **options)
+
+    monkeypatch.setattr(flow, "training_step", recording)
+    sequences = []
+    runs: dict[str, Any] = {"a": {}, "b": {"network_dim": 8, "network_dropout": 0.5}}
+    for name, changed in runs.items():
+        drawn.clear()
+        run(write_run(tmp_path / name, **changed))
+        sequences.append(list(drawn))
+    assert len(sequences[0]) == 2 * 2 * 4
+    assert all(torch.equal(*pair) for pair in zip(*sequences, strict=True))
+    # And no step repeats another's.
+    assert not torch.equal(sequences[0][1], sequences[0][3])
 
 
 # The order is shuffled each epoch, the same for a seed, and not the file system's.
@@ -342,7 +356,7 @@ def test_previews_are_files(tmp_path: Path, frames: int) -> None:
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_previews_do_not_disturb_training(tmp_path: Path, task: str) -> None:
     make_weights.make_weights(tmp_path / "weights")
-    parts = {
+    parts: dict[str, Any] = {
         key: str(tmp_path / "weights" / key)
         for key in ("vae", "text_encoder", "byt5", "image_encoder")
     }

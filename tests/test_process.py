@@ -1,0 +1,113 @@
+"""Commands run in their own group, end with the run, and fail with their own last word."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runner.commands import Command
+from runner.errors import StageError
+from runner.process import Stopped, last_error, run
+
+
+def python(code: str, log: Path, on_tick=None) -> None:
+    run(
+        (sys.executable, "-c", code),
+        cwd=log.parent,
+        env=dict(os.environ),
+        log=log,
+        on_tick=on_tick,
+    )
+
+
+# What a command prints, on either stream, is in its log.
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "stage.log"
+    python("import sys; print('out'); print('err', file=sys.stderr)", log)
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
+# A failing command is told by its own last error, its exit code and its log.
+def test_failure_names_the_last_error(tmp_path: Path) -> None:
+    log = tmp_path / "stage.log"
+    with pytest.raises(StageError) as caught:
+        python("print('step 1'); raise RuntimeError('CUDA out of memory')", log)
+    assert str(caught.value) == f"RuntimeError: CUDA out of memory (exit code 1; log: {log})"
+
+
+# The last error is found behind progress bars and clean-up chatter.
+def test_last_error_is_found(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "steps: 1%\rsteps: 2%\n"
+        "Traceback (most recent call last):\n  File x\n"
+        "torch.OutOfMemoryError: CUDA out of memory.\n"
+        "steps: 3%\rsteps: 4%\n"
+    )
+    assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory."
+    log.write_text("just\nwords\n")
+    assert last_error(log) == "words"
+
+
+# A command that does not exist is a clear failure, not a traceback.
+def test_missing_program(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="could not be started"):
+        run(("no-such-program",), cwd=tmp_path, env={}, log=tmp_path / "log")
+
+
+# When the run is stopped, the command and all it started are gone, even what ignores SIGTERM.
+def test_stopping_ends_the_whole_group(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("runner.process.GRACE_SECONDS", 0.5)
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(p.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    log = tmp_path / "log"
+
+    def stop_when_started() -> None:
+        if log.exists() and log.read_text().strip():
+            raise Stopped(15)
+
+    began = time.monotonic()
+    with pytest.raises(Stopped) as caught:
+        python(code, log, stop_when_started)
+    assert caught.value.exit_code == 143
+    assert time.monotonic() - began < 60
+    child = int(log.read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and time.monotonic() < deadline:
+        if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        assert not psutil.pid_exists(child)
+    assert threading.active_count() >= 1
+
+
+# A command's environment is the runner's with what it names taken out and put in.
+def test_environment() -> None:
+    command = Command(
+        ("x",),
+        set_env=(("PYTHONPATH", "/src"),),
+        unset_env=("PYTHONHOME",),
+        unset_prefixes=("ACCELERATE_",),
+    )
+    base = {"PYTHONHOME": "h", "ACCELERATE_X": "1", "HOME": "/root"}
+    assert command.environment(base) == {"HOME": "/root", "PYTHONPATH": "/src"}
+
+
+# What is printed for a person to run is what is run, whatever is in the arguments.
+def test_shell_quotes() -> None:
+    import shlex
+
+    argv = ("prog", "-m", "mod", "--path", "it's a [b] $x", "--long", "y" * 90)
+    assert shlex.split(Command(argv).shell().replace("\\\n", " ")) == list(argv)
