@@ -253,6 +253,7 @@ def _place(
     if any(item.kind == "video" for item in items):
         extraction = _targets(source, task, notices)
     short: list[str] = []
+    lost: set[int] = set()
     for item in items:
         caption = with_trigger(item.caption or options.default_caption or "", options.trigger_word)
         if item.kind == "image":
@@ -271,6 +272,9 @@ def _place(
             if not windows:
                 short.append(f"{item.name} ({kept} frames)")
                 continue
+            if extraction.mode == "head":
+                has = {crop.frames for crop in windows}
+                lost |= {f for f in extraction.target_frames if f <= kept and f not in has}
         yield SelectedItem(
             id=item_id(index, item, caption),
             source=index,
@@ -280,6 +284,12 @@ def _place(
             bucket=bucket,
             crops=windows,
             held_out=is_held_out(item.sha256, validation_fraction),
+        )
+    if lost:
+        notices.append(
+            f"dataset.source_fps={extraction.source_fps:g} is below 24, and the trainer then stops "
+            f"reading a clip early: targets of {', '.join(str(f) for f in sorted(lost))} frames "
+            "are lost. Leave dataset.source_fps unset to keep them."
         )
     if short:
         least = min(extraction.target_frames)

@@ -39,6 +39,14 @@ def test_short_clips_are_named() -> None:
         selection([short], "dataset.target_frames=[13,25]")
 
 
+# Targets that musubi-tuner silently loses to a low source_fps are named.
+def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
+    chosen = selection([fake_item("a.mp4")], "dataset.source_fps=12")
+    assert [crop.frames for crop in chosen.items[0].crops] == [1, 13]
+    assert "targets of 25 frames are lost" in chosen.notices[0]
+    assert selection([fake_item("a.mp4")]).notices == ()
+
+
 # Media without captions stop the run, or are skipped, or get the default, as was said.
 def test_missing_captions() -> None:
     items = [fake_item("a.jpg"), fake_item("b.jpg", caption=None), fake_item("c.jpg", caption="")]

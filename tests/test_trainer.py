@@ -228,7 +228,11 @@ def test_checkpoints(tmp_path: Path) -> None:
     run(folder)
     files = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert files == ["lora-000003.safetensors", "lora-000004.safetensors", "lora.safetensors"]
-    state, metadata = read(folder / "checkpoints" / "lora.safetensors")
+    # As readable as any file the person makes.
+    (folder / "plain").touch()
+    final = folder / "checkpoints" / "lora.safetensors"
+    assert final.stat().st_mode == (folder / "plain").stat().st_mode
+    state, metadata = read(final)
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     assert metadata["ss_base_model_version"] == "hunyuan_video_1_5"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")

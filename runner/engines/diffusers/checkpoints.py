@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from runner.engines.diffusers.data import Dataset
@@ -97,8 +97,10 @@ def write_lora(path: Path | str, state: dict[str, Tensor], metadata: dict[str, s
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary, metadata)
-        with temporary.open("rb+") as file:
+        # Not `save_file`, whose files only their owner may read.
+        with temporary.open("wb") as file:
+            file.write(save(state, metadata))
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
