@@ -40,8 +40,11 @@ def run(arguments: list[str]) -> int:
     from runner.overrides import quote_paths
 
     _register()
-    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    sys.argv = [sys.argv[0], *quote_paths(arguments, multirun=multirun)]
+    # argparse takes flags before or after all overrides, not between them.
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    multirun = bool(flags)
+    rest = [argument for argument in arguments if argument not in flags]
+    sys.argv = [sys.argv[0], *flags, *quote_paths(rest, multirun=multirun)]
     # Hydra would print its own traceback and end with 1; raised, the error can be told better.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")

@@ -85,7 +85,11 @@ class Recorder:
             return cls(mlflow_run.NullWriter(), run_dir, fingerprint)
         experiment = config.tracking.experiment
         mlflow_store.initialise(uri, facts.root)
-        tags = {**host_tags(facts, config, plan), "run.folder": str(run_dir)}
+        tags = {
+            **host_tags(facts, config, plan),
+            "config.fingerprint": fingerprint,
+            "run.folder": str(run_dir),
+        }
         parent = None
         if sweep is not None:
             sweep.outputs, sweep.uri = facts.root, uri
@@ -227,7 +231,6 @@ def parameters(
         params[key] = value
     params["training.seed"] = facts.seed
     params["memory.tier"] = facts.memory.name
-    params["config.fingerprint"] = config_fingerprint(resolved)
     return params
 
 

@@ -16,9 +16,11 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote, urlencode
 
 from runner.errors import UserError
 from runner.tracking import mlflow_store
+from runner.tracking.sweep import SWEEP_TAG
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0  # a server imports for long on a busy machine
@@ -72,6 +74,9 @@ def _serve(outputs: Path, tracking_uri: str | None, first_port: int) -> int:
             code = _wait_until_ready(server, port, received)
             if code is None:
                 print(f"MLflow UI: http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+                sweep = newest_sweep(uri)
+                if sweep is not None:
+                    print(f"Newest sweep, compared: {sweep_page(port, *sweep)}", flush=True)
                 while not received and server.poll() is None:
                     time.sleep(0.2)
         finally:
@@ -95,6 +100,37 @@ def _check_store(uri: str, outputs: Path, tracking_uri: str | None) -> None:
         )
     if database is None and "://" not in uri:
         raise UserError(f"--tracking-uri {uri}: give sqlite:////abs/file.db or http://host:port")
+
+
+def newest_sweep(uri: str) -> tuple[str, str] | None:
+    """Experiment id and sweep id of the sweep that was begun last."""
+    client = mlflow_store.connect(uri)
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    runs = client.search_runs(
+        experiments,
+        f"tags.`{SWEEP_TAG}` LIKE '%'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    if not runs:
+        return None
+    return runs[0].info.experiment_id, runs[0].data.tags[SWEEP_TAG]
+
+
+def sweep_page(port: int, experiment: str, sweep: str) -> str:
+    """The page that shows a sweep's runs side by side, best `eval/loss` first.
+
+    The search leaves the parent out, under which MLflow would fold the runs away.
+    """
+    query = {
+        "searchFilter": f'tags.`{SWEEP_TAG}` = "{sweep}" and metrics.`eval/loss` > 0',
+        "orderByKey": "metrics.`eval/loss`",
+        "orderByAsc": "true",
+        "compareRunsMode": "CHART",
+    }
+    return (
+        f"http://{HOST}:{port}/#/experiments/{experiment}/runs?{urlencode(query, quote_via=quote)}"
+    )
 
 
 def free_port(first: int) -> int:

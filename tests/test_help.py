@@ -88,8 +88,18 @@ def test_completion_in_bash(tmp_path: Path) -> None:
 # The wheel brings conf/ and the sample along, and runs from any folder.
 def test_the_wheel_works_anywhere(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(tmp_path / "wheel"), str(TOP)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path / "wheel"),
+            str(TOP),
+        ],
         check=True,
         capture_output=True,
     )
@@ -100,8 +110,17 @@ def test_the_wheel_works_anywhere(tmp_path: Path) -> None:
     packages = next(Path(p) for p in sys.path if p.endswith("site-packages"))
     inner = next((home / "lib").glob("python*/site-packages"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(inner)]
-        + [str(wheel)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(inner),
+            str(wheel),
+        ],
         check=True,
         capture_output=True,
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from conftest import compose, fake_facts, fake_item
 
 from runner.errors import UserError
-from runner.items import dataset_fingerprint, is_held_out, item_id
+from runner.items import Selection, dataset_fingerprint, is_held_out, item_id
 
 TINY = ["engine=diffusers", "model=tiny"]
 
 
-def selection(items, *overrides: str):
+def selection(items: list[Any], *overrides: str) -> Selection:
     return fake_facts(compose(*TINY, *overrides), items).selection
 
 
@@ -35,7 +37,7 @@ def test_short_clips_are_named() -> None:
     chosen = selection([short, fake_item("a.jpg")], "dataset.target_frames=[13,25]")
     assert [item.media.name for item in chosen.items] == ["a.jpg"]
     assert "short.mp4 (9 frames)" in chosen.notices[0]
-    with pytest.raises(UserError, match="short.mp4"):
+    with pytest.raises(UserError, match=r"short\.mp4"):
         selection([short], "dataset.target_frames=[13,25]")
 
 
@@ -67,7 +69,7 @@ def test_missing_captions() -> None:
 def test_the_split_is_by_content() -> None:
     items = [fake_item(f"{n}.jpg") for n in range(400)]
 
-    def held_out(fraction: float, of=items) -> set[str]:
+    def held_out(fraction: float, of: list[Any] = items) -> set[str]:
         chosen = selection(of, f"dataset.validation_fraction={fraction}")
         return {item.media.name for item in chosen.items if item.held_out}
 

@@ -6,12 +6,12 @@ import math
 from functools import cache
 from pathlib import Path
 
+import parity_inputs as given
 import pytest
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
-from fixtures import parity_inputs as given
 from safetensors import safe_open
 from torch import Tensor
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from runner.errors import StageError
 from runner.process import Stopped, last_error, run
 
 
-def python(code: str, log: Path, on_tick=None) -> None:
+def python(code: str, log: Path, on_tick: Callable[[], None] | None = None) -> None:
     run(
         (sys.executable, "-c", code),
         cwd=log.parent,
@@ -62,7 +63,7 @@ def test_missing_program(tmp_path: Path) -> None:
 
 
 # When the run is stopped, the command and all it started are gone, even what ignores SIGTERM.
-def test_stopping_ends_the_whole_group(tmp_path: Path, monkeypatch) -> None:
+def test_stopping_ends_the_whole_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.process.GRACE_SECONDS", 0.5)
     code = (
         "import signal, subprocess, sys, time\n"

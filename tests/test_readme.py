@@ -26,7 +26,9 @@ def test_tables_are_current() -> None:
 # Every run the README tells a person to start composes.
 @pytest.mark.parametrize(
     "line",
-    sorted(set(re.findall(r"^(?:python -m runner|scripts/rehearse) (.+?)(?: +#.*)?$", README, re.M))),
+    sorted(
+        set(re.findall(r"^(?:python -m runner|scripts/rehearse) (.+?)(?: +#.*)?$", README, re.M))
+    ),
 )
 def test_commands_compose(line: str) -> None:
     import shlex

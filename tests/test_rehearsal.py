@@ -230,8 +230,15 @@ def test_a_signal_ends_everything(
     cwd, _ = first
     name = f"ended-{code}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "runner", "experiment=rehearsal", "dataset=sample", f"name={name}"]
-        + ["training.epochs=100000"],
+        [
+            sys.executable,
+            "-m",
+            "runner",
+            "experiment=rehearsal",
+            "dataset=sample",
+            f"name={name}",
+            "training.epochs=100000",
+        ],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(TOP)},
         stdout=subprocess.PIPE,

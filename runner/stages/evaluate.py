@@ -30,12 +30,12 @@ def run(context: Context) -> None:
         raise StageError(f"the engine ended without writing {file}")
     result = json.loads(file.read_text())
     now = int(time.time() * 1000)
-    steps = context.plan.steps
     values = {
         "eval/loss": result["loss"],
         "eval/base_loss": result["base_loss"],
         "eval/gain": result["base_loss"] - result["loss"],
     }
-    context.writer.log_points([Point(key, value, steps, now) for key, value in values.items()])
+    # MLflow draws what has step 0 alone as bars side by side, a curve's worth of one point else.
+    context.writer.log_points([Point(key, value, 0, now) for key, value in values.items()])
     which = "held-out" if context.facts.selection.has_held_out else "training"
     context.writer.set_tags({"eval.items": f"{result['items']} {which} items"})

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from runner.engines.diffusers import cli, data, flow, models, networks, options
-from runner.engines.diffusers.train import Device, fit_threads
+from runner.engines.diffusers.train import Device
 from runner.errors import UserError
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
@@ -75,7 +75,6 @@ def evaluate(chosen: options.TrainOptions, dataset_config: str, lora: str) -> di
         raise UserError(f"{lora}: not a LoRA file that can be read ({error})") from None
     device = Device.choose(chosen)
     model = models.load_transformer(chosen.dit, dtype=device.weights, device=device.name)
-    fit_threads(model)
     network = networks.from_weights(model, weights).eval()
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}

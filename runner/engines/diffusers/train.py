@@ -76,16 +76,6 @@ class Device:
         return torch.autocast(self.name, dtype=self.compute)
 
 
-def fit_threads(model: nn.Module) -> None:
-    """One thread for a small network on the CPU.
-
-    Sharing out its small tensors costs five times the work itself, and more on a busy machine; one
-    thread also gives the same sums on machines with other numbers of cores.
-    """
-    if not torch.cuda.is_available() and sum(p.numel() for p in model.parameters()) < 50_000_000:
-        torch.set_num_threads(1)
-
-
 class Metrics:
     """TensorBoard scalars under `<folder>/network_train`, on disk within a second.
 
@@ -171,7 +161,6 @@ class Trainer:
         self.model: Any = models.load_transformer(
             chosen.dit, dtype=self.device.weights, device=self.device.name
         )
-        fit_threads(self.model)
         self.network = networks.create(self.model, spec, seed=seed)
         self.optimizer, described = optimizers.build_optimizer(
             chosen, self.network.parameter_groups(chosen.learning_rate)
