@@ -119,10 +119,11 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _missing(error: Exception) -> str | None:
-    text = str(error)
-    if "Missing mandatory value" not in text:
+    from omegaconf import MissingMandatoryValue
+
+    if not isinstance(error, MissingMandatoryValue):
         return None
-    key = text.split("Missing mandatory value:", 1)[1].split()[0]
+    key = getattr(error, "full_key", None) or "an option"
     return f"{key} has no value: set it, for example {key}=torch.optim.RMSprop."
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from runner.engines.base import Engine
 from runner.errors import StageError, UserError
 from runner.facts import absolute, gather, refresh
 from runner.plan import Facts, Plan, Stage, commands_sh, make_plan
-from runner.process import Stopped, raise_on_signals
-from runner.record import Recorder
+from runner.process import Stopped, raise_on_signals, signals_deferred
+from runner.record import Recorder, Status
 from runner.rules import check
 from runner.stages import run_stage
 from runner.store import Store, write_text_atomic
@@ -130,17 +131,44 @@ def _absolute_paths(config: RunConfig, cwd: Path) -> None:
         config.sampling.image_path = str(path)
 
 
+def _ending(error: BaseException) -> tuple[Status, str]:
+    """How MLflow should show a run that ended with ``error``."""
+    if isinstance(error, Stopped):
+        return "KILLED", f"ended by {error}"
+    if isinstance(error, StageError | UserError):
+        return "FAILED", str(error)
+    return "FAILED", f"{type(error).__name__}: {error}"
+
+
+def told(error: OSError) -> str:
+    """An operating system's error as words: what is wrong, and with which file."""
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def shortest(path: Path) -> str:
+    """A path as one would type it here: relative below the working folder, else absolute."""
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
+
+
 def run_folder(root: Path, name: str) -> Path:
     """A new folder ``runs/<date>/<time>-<name>`` that no other run has."""
     now = time.localtime()
     day = root / "runs" / time.strftime("%Y-%m-%d", now)
-    slug = re.sub(r"[^\w.,=+-]+", "-", name).strip("-.") or "run"
+    slug = re.sub(r"[^\w.,=+-]+", "-", name).strip("-.")[:100] or "run"
     base = f"{time.strftime('%H-%M-%S', now)}-{slug}"
     for number in range(1000):
         folder = day / (base if number == 0 else f"{base}-{number + 1}")
-        with suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"output_dir={root} can't be written to ({told(error)}): name another folder."
+            ) from error
     raise UserError(f"There is no free folder name left in {day}.")
 
 
@@ -166,55 +194,74 @@ class _Run:
 
     def through(self) -> int:
         """Run every stage; the run's status is settled whatever happens."""
-        root = self.facts.root
-        folder = run_folder(root, self.plan.name)
-        recorder = Recorder.open(
-            self.config,
-            self.resolved,
-            self.choices,
-            self.facts,
-            self.plan,
-            folder,
-            self.sweep,
-        )
-        context = Context(
+        folder = run_folder(self.facts.root, self.plan.name)
+        recorder: Recorder | None = None
+        try:
+            with signals_deferred():
+                recorder = self._open(folder)
+            context = self._begin(folder, recorder)
+            self._stages(context, recorder)
+        except BaseException as error:
+            if recorder is not None:
+                with signals_deferred():
+                    recorder.finish(*_ending(error))
+            if isinstance(error, Stopped):
+                self.console.error(
+                    f"{self.plan.name} was ended by {error}; what was finished is kept."
+                )
+            raise
+        with signals_deferred():
+            recorder.finish("FINISHED", "")
+        self._closing_words(context, recorder)
+        return 0
+
+    def _begin(self, folder: Path, recorder: Recorder) -> Context:
+        """Say what will be done, and write the run's files."""
+        self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
+        for notice in self.plan.notices:
+            self.console.notice(notice)
+        self._write_files(folder, self.plan)
+        recorder.files()
+        return Context(
             config=self.config,
             facts=self.facts,
             engine=self.engine,
             run_dir=folder,
-            store=Store(root / "cache"),
+            store=Store(self.facts.root / "cache"),
             console=self.console,
             writer=recorder.writer,
             plan=self.plan,
         )
-        self.console.heading(f"{self.plan.name}  in {folder}")
-        for notice in self.plan.notices:
-            self.console.notice(notice)
+
+    def _open(self, folder: Path) -> Recorder:
+        """The run's record; when there can be none, the folder goes and so does the run."""
         try:
-            self._write_files(folder, self.plan)
-            recorder.files()
-            self._stages(context, recorder)
-        except Stopped as stop:
-            recorder.finish("KILLED", f"ended by {stop}")
-            self.console.error(f"{self.plan.name} was ended by {stop}; what was finished is kept.")
+            return Recorder.open(
+                self.config,
+                self.resolved,
+                self.choices,
+                self.facts,
+                self.plan,
+                folder,
+                self.sweep,
+            )
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
             raise
-        except (StageError, UserError) as error:
-            recorder.finish("FAILED", str(error))
-            raise
-        except Exception as error:
-            recorder.finish("FAILED", f"{type(error).__name__}: {error}")
-            raise
-        recorder.finish("FINISHED", "")
-        self._closing_words(context, recorder)
-        return 0
 
     def _write_files(self, folder: Path, plan: Plan) -> None:
         from omegaconf import OmegaConf
 
+        from runner.tracking.secrets import redact, secret_values
+
+        secrets = secret_values(os.environ)
+
         resolved = {**self.resolved, "training": {**self.resolved["training"]}}
         resolved["training"]["seed"] = self.facts.seed
-        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
-        write_text_atomic(folder / "overrides.txt", "".join(f"{o}\n" for o in self.overrides))
+        text = OmegaConf.to_yaml(OmegaConf.create(resolved))
+        write_text_atomic(folder / "config.yaml", redact(text, secrets))
+        overrides = "".join(f"{override}\n" for override in self.overrides)
+        write_text_atomic(folder / "overrides.txt", redact(overrides, secrets))
         for name, text in plan.files:
             write_text_atomic(folder / name, text)
         write_text_atomic(folder / "commands.sh", commands_sh(plan, str(folder)))
@@ -232,6 +279,8 @@ class _Run:
                 run_stage(name, context)
             except StageError as error:
                 raise StageError(f"stage {name} failed: {error}") from error
+            except OSError as error:
+                raise StageError(f"stage {name} failed: {told(error)}") from error
             finally:
                 context.finished[name] = time.monotonic() - began
                 recorder.stage(name, context.finished[name])
@@ -257,9 +306,9 @@ class _Run:
         for file in ("lora.safetensors", "lora_comfyui.safetensors"):
             if (folder / file).is_file():
                 size = (folder / file).stat().st_size / 1e6
-                console.line(f"  {folder / file}  ({size:.1f} MB)")
+                console.line(f"  {shortest(folder / file)}  ({size:.1f} MB)")
         if (folder / "samples").is_dir():
-            console.line(f"  {folder / 'samples'}")
+            console.line(f"  {shortest(folder / 'samples')}")
         for problem in recorder.writer.problems:
             console.notice(f"MLflow: {problem}")
         if recorder.writer.run_id:

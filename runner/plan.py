@@ -487,6 +487,7 @@ def _evaluate(config: RunConfig, facts: Facts, engine: Engine) -> list[Stage]:
             f"eval/loss on {counted(number, f'{which} item')}",
             "to run",
             commands=(command,),
+            missing=number,
             outputs=("evaluation.json",),
         )
     ]

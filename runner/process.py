@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import StageError
 
 # How long a stopped command may take to end by itself before it is killed.
 GRACE_SECONDS = 15.0
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -34,8 +37,29 @@ def raise_on_signals() -> None:
     def stop(number: int, _frame: object) -> None:
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, stop)
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold back signals inside, so that what is begun there is also ended; raise them after.
+
+    For short work that must not stop half-way, such as opening or closing a run's record.
+    """
+    received: list[int] = []
+
+    def remember(number: int, _frame: object) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise Stopped(received[0])
 
 
 def run(

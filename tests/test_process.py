@@ -112,3 +112,27 @@ def test_shell_quotes() -> None:
 
     argv = ("prog", "-m", "mod", "--path", "it's a [b] $x", "--long", "y" * 90)
     assert shlex.split(Command(argv).shell().replace("\\\n", " ")) == list(argv)
+
+
+# Signals inside a deferred part wait for its end, and are not lost.
+def test_signals_wait_for_a_deferred_part() -> None:
+    import signal
+
+    from runner.process import raise_on_signals, signals_deferred
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    raise_on_signals()
+    done: list[str] = []
+    try:
+        with pytest.raises(Stopped) as caught, signals_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            done.append("all of it")
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert done == ["all of it"]
+    assert caught.value.exit_code == 143

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import StageError
@@ -18,13 +20,21 @@ if TYPE_CHECKING:
 def run(context: Context) -> None:
     """Write ``evaluation.json``, and its losses into MLflow as ``eval/...``."""
     stage = context.plan.stage("evaluate")
-    for command in stage.commands:
-        run_command(
-            command.argv,
-            cwd=context.run_dir,
-            env=command.environment(os.environ),
-            log=context.log("evaluate"),
-        )
+    log = context.log("evaluate")
+    with context.console.bar("evaluated", stage.missing) as bar:
+
+        def count() -> None:
+            bar.update(evaluated(log))
+
+        for command in stage.commands:
+            run_command(
+                command.argv,
+                cwd=context.run_dir,
+                env=command.environment(os.environ),
+                log=log,
+                on_tick=count,
+            )
+        count()
     file = context.run_dir / "evaluation.json"
     if not file.is_file():
         raise StageError(f"the engine ended without writing {file}")
@@ -39,3 +49,11 @@ def run(context: Context) -> None:
     context.writer.log_points([Point(key, value, 0, now) for key, value in values.items()])
     which = "held-out" if context.facts.selection.has_held_out else "training"
     context.writer.set_tags({"eval.items": f"{result['items']} {which} items"})
+
+
+def evaluated(log: Path) -> int:
+    """How many items the engine has said are through."""
+    if not log.is_file():
+        return 0
+    said = re.findall(rb"^evaluated (\d+)/", log.read_bytes(), re.MULTILINE)
+    return int(said[-1]) if said else 0
