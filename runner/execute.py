@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.atomic import write_text
 from runner.config import RunConfig
 from runner.console import Console, duration
 from runner.engines.base import Engine
@@ -21,7 +22,7 @@ from runner.process import Stopped, raise_on_signals, signals_deferred
 from runner.record import Recorder, Status
 from runner.rules import check
 from runner.stages import run_stage
-from runner.store import Store, write_text_atomic
+from runner.store import Store
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep
@@ -259,12 +260,12 @@ class _Run:
         resolved = {**self.resolved, "training": {**self.resolved["training"]}}
         resolved["training"]["seed"] = self.facts.seed
         text = OmegaConf.to_yaml(OmegaConf.create(resolved))
-        write_text_atomic(folder / "config.yaml", redact(text, secrets))
+        write_text(folder / "config.yaml", redact(text, secrets))
         overrides = "".join(f"{override}\n" for override in self.overrides)
-        write_text_atomic(folder / "overrides.txt", redact(overrides, secrets))
+        write_text(folder / "overrides.txt", redact(overrides, secrets))
         for name, text in plan.files:
-            write_text_atomic(folder / name, text)
-        write_text_atomic(folder / "commands.sh", commands_sh(plan, str(folder)))
+            write_text(folder / name, text)
+        write_text(folder / "commands.sh", commands_sh(plan, str(folder)))
         (folder / "commands.sh").chmod(0o755)
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
@@ -289,7 +290,7 @@ class _Run:
                 # Commands become final only when the weights are there.
                 commands = context.run_dir / "commands.sh"
                 if name == "weights":
-                    write_text_atomic(commands, commands_sh(plan, str(context.run_dir)))
+                    write_text(commands, commands_sh(plan, str(context.run_dir)))
                     commands.chmod(0o755)
 
     def _closing_words(self, context: Context, recorder: Recorder) -> None:

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from runner.atomic import write_text
 from runner.config import RunConfig, TrackingConfig
 from runner.errors import UserError
 from runner.plan import Facts, Plan, config_fingerprint
-from runner.store import write_text_atomic
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep
@@ -153,7 +153,7 @@ class Recorder:
             "stages": self._stages,
             "pid": os.getpid(),
         }
-        write_text_atomic(self.run_dir / "run.json", json.dumps(record, indent=1) + "\n")
+        write_text(self.run_dir / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 def _value(resolved: dict[str, Any], choices: dict[str, str], key: str) -> Any:

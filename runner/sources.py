@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, Literal, cast
 
 from runner.archive import check_archive, member_name, open_archive
+from runner.atomic import whole
 from runner.errors import UserError
 from runner.formats.bucket import Size
 from runner.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, probe_image, probe_video, to_rgb
@@ -360,23 +360,20 @@ def write_media(item: Item, destination: Path, *, as_rgb: bool = False) -> None:
     as_rgb: write a picture as an RGB PNG instead (musubi crashes on RGBA).
     Raises UserError when the source has changed since the scan or can't be read.
     """
-    temporary = destination.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with _open_item(item) as source, temporary.open("xb") as out:
-            held = io.BytesIO() if as_rgb else out
-            digest, _ = _hash(source, cast(BinaryIO, held))
-            if digest != item.sha256:
-                raise UserError(f"{item.name} has changed since it was looked at: start again")
-            if as_rgb:
-                from PIL import Image
+    with (
+        whole(destination) as temporary,
+        _open_item(item) as source,
+        temporary.open("wb") as out,
+    ):
+        held = io.BytesIO() if as_rgb else out
+        digest, _ = _hash(source, cast(BinaryIO, held))
+        if digest != item.sha256:
+            raise UserError(f"{item.name} has changed since it was looked at: start again")
+        if as_rgb:
+            from PIL import Image
 
-                with Image.open(cast(BinaryIO, held)) as image:
-                    to_rgb(image).save(out, "PNG")
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(destination)
-    finally:
-        temporary.unlink(missing_ok=True)
+            with Image.open(cast(BinaryIO, held)) as image:
+                to_rgb(image).save(out, "PNG")
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from runner.atomic import sync_folder, whole, write_text
+
 Shelf = Literal["media", "latents", "text"]
 SHELVES: tuple[Shelf, ...] = ("media", "latents", "text")
 
@@ -24,26 +26,6 @@ def key_of(made_of: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def link(target: Path, place: Path) -> None:
     """Put ``target`` at ``place``: a symbolic link, or a copy where links can't be made."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +33,8 @@ def link(target: Path, place: Path) -> None:
     try:
         place.symlink_to(target)
     except OSError:
-        temporary = place.with_name(place.name + ".tmp")
-        shutil.copyfile(target, temporary)
-        temporary.replace(place)
+        with whole(place) as temporary:
+            shutil.copyfile(target, temporary)
 
 
 class Store:
@@ -90,19 +71,16 @@ class Store:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         note = place.with_name(name + ".json")
-        write_text_atomic(note, json.dumps(made_of, sort_keys=True, indent=1, ensure_ascii=False))
+        write_text(note, json.dumps(made_of, sort_keys=True, indent=1, ensure_ascii=False))
         file.chmod(0o444)
         try:
             file.replace(place)
         except OSError:  # Another file system: copy beside the place first, then rename.
-            temporary = place.with_name(f".{name}.{os.getpid()}.tmp")
-            shutil.copyfile(file, temporary)
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.chmod(0o444)
-            temporary.replace(place)
+            with whole(place) as temporary:
+                shutil.copyfile(file, temporary)
+            place.chmod(0o444)
             file.unlink()
-        fsync_folder(place.parent)
+        sync_folder(place.parent)
         return place
 
     @contextmanager

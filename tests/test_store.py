@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import TOP
 
-from runner.store import Store, key_of, link, write_text_atomic
+from runner.atomic import write_text
+from runner.store import Store, key_of, link
 
 
 # A key depends on every part and on nothing else, not even on their order.
@@ -76,14 +77,14 @@ def test_link_falls_back_to_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # A failed write leaves the old text and no scraps.
 def test_write_text_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "config.yaml"
-    write_text_atomic(file, "old")
+    write_text(file, "old")
 
     def fail(_: int) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with contextlib.suppress(OSError):
-        write_text_atomic(file, "new")
+        write_text(file, "new")
     assert file.read_text() == "old"
 
 

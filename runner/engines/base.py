@@ -50,3 +50,24 @@ class Engine(Protocol):
 
     def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
         """Whether to use torch.compile, and why not when it would be expected."""
+
+
+def latents_arguments(
+    config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
+) -> list[str]:
+    """Arguments of the script that caches latents, which every engine's takes."""
+    arguments = ["--dataset_config", dataset_toml, "--vae", weights.vae]
+    arguments += ["--vae_sample_size", str(memory.vae_tile or 0)]
+    if config.task.name == "i2v":
+        arguments += ["--i2v", "--image_encoder", weights.image_encoder]
+    return arguments
+
+
+def text_arguments(weights: WeightPaths, dataset_toml: str) -> list[str]:
+    """Arguments of the script that caches text embeddings, which every engine's takes."""
+    return [
+        *("--dataset_config", dataset_toml),
+        *("--text_encoder", weights.text_encoder),
+        *("--byt5", weights.byt5),
+        *("--batch_size", "4"),
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
-from runner.engines.base import EngineFacts, Machine
+from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
 from runner.formats.train_toml import WeightPaths
 
 VERSION = "v0.3.4"
@@ -44,18 +44,13 @@ class MusubiEngine:
     def cache_latents(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
-        arguments = ["--dataset_config", dataset_toml, "--vae", weights.vae]
-        arguments += ["--vae_sample_size", str(memory.vae_tile or 0)]
-        if config.task.name == "i2v":
-            arguments += ["--i2v", "--image_encoder", weights.image_encoder]
+        arguments = latents_arguments(config, weights, memory, dataset_toml)
         return self._python("-m", "musubi_tuner.hv_1_5_cache_latents", *arguments)
 
     def cache_text(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
-        arguments = ["--dataset_config", dataset_toml]
-        arguments += ["--text_encoder", weights.text_encoder, "--byt5", weights.byt5]
-        arguments += ["--batch_size", "4"]
+        arguments = text_arguments(weights, dataset_toml)
         if memory.fp8_text_encoder:
             arguments.append("--fp8_vl")
         return self._python("-m", "musubi_tuner.hv_1_5_cache_text_encoder_outputs", *arguments)

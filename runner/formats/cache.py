@@ -8,12 +8,12 @@ a reader sees the whole file or none.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.atomic import write_bytes
 from runner.errors import StageError, UserError
 from runner.formats.frames import Crop
 
@@ -185,17 +185,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     content = _in_order(save(ready, metadata=metadata))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The name must not end like a cache file: training reads all that do.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, content)
 
 
 def _in_order(content: bytes) -> bytes:

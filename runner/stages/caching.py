@@ -11,9 +11,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.atomic import write_text
 from runner.errors import StageError
 from runner.process import run as run_command
-from runner.store import Shelf, link, write_text_atomic
+from runner.store import Shelf, link
 
 if TYPE_CHECKING:
     from runner.execute import Context
@@ -48,7 +49,7 @@ def _encode(context: Context, shelf: Shelf) -> None:
         return
     staging = context.run_dir / "staging"
     for name, text in stage.files:
-        write_text_atomic(context.run_dir / name, text)
+        write_text(context.run_dir / name, text)
     folders = sorted(_folders(staging, shelf, stage.files))
     with context.console.bar("encoded", stage.missing) as bar:
 

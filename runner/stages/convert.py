@@ -5,11 +5,11 @@ By hand: ``python -m runner.stages.convert lora.safetensors lora_comfyui.safeten
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.atomic import write_bytes
 from runner.errors import StageError, UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def convert(source: Path, destination: Path) -> None:
     """Write ``source`` in ComfyUI's names to ``destination``, whole or not at all."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from runner.formats.lora import to_comfyui
 
@@ -30,11 +30,8 @@ def convert(source: Path, destination: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source} can't be read as a LoRA file: {error}") from error
     converted, told = to_comfyui(state, metadata)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    save_file(converted, temporary, metadata=told)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(destination)
+    # Not `save_file`, whose files only their owner may read.
+    write_bytes(destination, save(converted, told))
 
 
 def run(context: Context) -> None:

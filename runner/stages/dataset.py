@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.atomic import write_text
 from runner.plan import media_entry
-from runner.store import link, write_text_atomic
+from runner.store import link
 
 if TYPE_CHECKING:
     from runner.execute import Context
@@ -38,4 +39,4 @@ def run(context: Context) -> None:
             link(Path(target).absolute(), context.run_dir / "dataset" / "media" / item.media_name)
             bar.update(done)
     for name, text in stage.files:
-        write_text_atomic(context.run_dir / name, text)
+        write_text(context.run_dir / name, text)

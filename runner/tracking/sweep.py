@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from runner.atomic import write_text
 from runner.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
@@ -61,7 +61,7 @@ def open_parent(
                 tags={**tags, SWEEP_TAG: sweep_id},
             )
             record = {"run_id": writer.run_id, "uri": mlflow_store.safe(uri)}
-            _write_atomically(folder / "parent.json", json.dumps(record, indent=2) + "\n")
+            write_text(folder / "parent.json", json.dumps(record, indent=2) + "\n")
             return writer.run_id
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
@@ -193,12 +193,3 @@ def _recorded(folder: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

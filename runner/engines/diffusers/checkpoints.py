@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from runner.atomic import write_bytes
 from runner.engines.diffusers.data import Dataset
 from runner.engines.diffusers.networks import Network
 from runner.engines.diffusers.options import TrainOptions
@@ -93,18 +93,8 @@ class Checkpoints:
 
 def write_lora(path: Path | str, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file so that a reader sees the whole of it or the one before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Not `save_file`, whose files only their owner may read.
-        with temporary.open("wb") as file:
-            file.write(save(state, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Not `save_file`, whose files only their owner may read.
+    write_bytes(Path(path), save(state, metadata))
 
 
 def _metadata(

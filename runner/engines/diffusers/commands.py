@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
-from runner.engines.base import EngineFacts, Machine
+from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
 from runner.formats.train_toml import WeightPaths
 
 _PACKAGE = "runner.engines.diffusers"
@@ -36,22 +36,13 @@ class DiffusersEngine:
     def cache_latents(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
-        arguments = ["--dataset_config", dataset_toml, "--vae", weights.vae]
-        arguments += ["--vae_sample_size", str(memory.vae_tile or 0)]
-        if config.task.name == "i2v":
-            arguments += ["--i2v", "--image_encoder", weights.image_encoder]
+        arguments = latents_arguments(config, weights, memory, dataset_toml)
         return self._module("cache_latents", *arguments)
 
     def cache_text(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
-        return self._module(
-            "cache_text",
-            *("--dataset_config", dataset_toml),
-            *("--text_encoder", weights.text_encoder),
-            *("--byt5", weights.byt5),
-            *("--batch_size", "4"),
-        )
+        return self._module("cache_text", *text_arguments(weights, dataset_toml))
 
     def train(self, config: RunConfig) -> Command:
         return self._module("train", "--config_file", "train.toml")

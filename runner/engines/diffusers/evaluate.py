@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from runner.atomic import write_text
 from runner.engines.diffusers import cli, data, flow, models, networks, options
 from runner.engines.diffusers.train import Device
 from runner.errors import UserError
@@ -111,18 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, help="evaluation.json to write")
     parsed = parser.parse_args(arguments)
     figures = evaluate(options.read(parsed.config_file), parsed.dataset_config, parsed.lora)
-    path = Path(parsed.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(Path(parsed.output), json.dumps(figures, indent=2) + "\n")
     print(f"base loss {figures['base_loss']:.6f}, with LoRA {figures['loss']:.6f}")
 
 

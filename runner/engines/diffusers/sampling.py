@@ -12,7 +12,6 @@ previews go to <output_dir>/sample.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from runner.atomic import whole
 from runner.engines.diffusers import flow, models, text_encoding
 from runner.errors import UserError
 from runner.formats.frames import MODEL_FPS
@@ -249,20 +249,13 @@ class Previewer:
 def save_frames(stem: Path, frames: np.ndarray) -> Path:
     """Write frames [F, H, W, 3] uint8 to `stem`.png (one frame) or `stem`.mp4, atomically."""
     path = stem.with_name(stem.name + (".png" if len(frames) == 1 else ".mp4"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with whole(path, keep_suffix=True) as temporary:
         if len(frames) == 1:
             from PIL import Image
 
             Image.fromarray(frames[0]).save(temporary)
         else:
             _write_mp4(temporary, frames)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
