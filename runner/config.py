@@ -51,6 +51,8 @@ class ModelConfig:
     vae: str = option("", "The VAE's file in it.")
     encoders_repository: str = option("", "Hub repository of the text and image encoders.")
     encoders_revision: str = option("main", "Branch, tag or commit of that repository.")
+    qwen_tokenizer_revision: str = option("main", "Revision of Qwen/Qwen-Image (tokenizer).")
+    byt5_tokenizer_revision: str = option("main", "Revision of google/byt5-small (tokenizer).")
     text_encoder: str = option("", "The Qwen2.5-VL file in it.")
     byt5: str = option("", "The ByT5 file in it.")
     image_encoder: str = option("", "The SigLIP file in it (i2v only).")

@@ -24,6 +24,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
+def readable(count: float) -> str:
+    """Bytes as ``740 bytes``, ``3.1 MB`` or ``16.7 GB``."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} bytes"
+
+
 class Console:
     """Prints to one stream."""
 
@@ -65,24 +73,26 @@ class Console:
         """A stage begins, or is seen to be done."""
         self.line(f"[{number}/{count}] {name:<9} {summary}", style="bold cyan")
 
-    def bar(self, what: str, total: int) -> Bar:
-        """Progress over ``total`` of something."""
-        return Bar(self, what, total)
+    def bar(self, what: str, total: int, *, start: int = 0, in_bytes: bool = False) -> Bar:
+        """Progress over ``total`` of something, ``start`` of which was there before."""
+        return Bar(self, what, total, start=start, in_bytes=in_bytes)
 
-    def _progress(self) -> Progress:
+    def _progress(self, in_bytes: bool = False) -> Progress:
         from rich.progress import (
             BarColumn,
+            DownloadColumn,
             MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
+            TransferSpeedColumn,
         )
 
         return Progress(
             TextColumn("      {task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
             TextColumn("{task.fields[detail]}"),
             TextColumn("elapsed"),
             TimeElapsedColumn(),
@@ -96,9 +106,12 @@ class Console:
 class Bar(AbstractContextManager["Bar"]):
     """A bar on a terminal; a line every ten seconds and one at the end elsewhere."""
 
-    def __init__(self, console: Console, what: str, total: int) -> None:
+    def __init__(
+        self, console: Console, what: str, total: int, *, start: int = 0, in_bytes: bool = False
+    ) -> None:
         self.console, self.what, self.total = console, what, total
-        self.done = 0
+        self.start, self.in_bytes = start, in_bytes
+        self.done = start
         self.detail = ""
         self._started = time.monotonic()
         self._printed = self._started
@@ -107,8 +120,10 @@ class Bar(AbstractContextManager["Bar"]):
 
     def __enter__(self) -> Bar:
         if self.console.fancy:
-            self._progress = self.console._progress()
-            self._task = self._progress.add_task(self.what, total=self.total, detail="")
+            self._progress = self.console._progress(self.in_bytes)
+            self._task = self._progress.add_task(
+                self.what, total=self.total, completed=self.start, detail=""
+            )
             self._progress.start()
         return self
 
@@ -123,9 +138,16 @@ class Bar(AbstractContextManager["Bar"]):
 
     def _print(self) -> None:
         seconds = time.monotonic() - self._started
-        words = [f"      {self.what} {self.done}/{self.total}", self.detail]
-        if 0 < self.done < self.total:
-            words.append(f"{duration(seconds / self.done * (self.total - self.done))} left")
+        made = self.done - self.start
+        if self.in_bytes:
+            words = [f"      {self.what} {readable(self.done)} of {readable(self.total)}"]
+            if made > 0 and seconds > 0:
+                words.append(f"{readable(made / seconds)}/s")
+            words.append(self.detail)
+        else:
+            words = [f"      {self.what} {self.done}/{self.total}", self.detail]
+        if made > 0 and self.done < self.total:
+            words.append(f"{duration(seconds / made * (self.total - self.done))} left")
         line = "  ".join(word for word in words if word)
         if line != self._last:
             self.console.line(line)

@@ -287,9 +287,11 @@ class _Run:
                 recorder.stage(name, context.finished[name])
             if name in ("weights", "latents", "text"):
                 plan = context.replan()
-                # Commands become final only when the weights are there.
+                # Commands and paths become final only when the weights are there.
                 commands = context.run_dir / "commands.sh"
                 if name == "weights":
+                    for file, text in plan.files:
+                        write_text(context.run_dir / file, text)
                     write_text(commands, commands_sh(plan, str(context.run_dir)))
                     commands.chmod(0o755)
 

@@ -27,6 +27,7 @@ _ARTIFACTS = (
     "config.yaml",
     "overrides.txt",
     "commands.sh",
+    "weights.json",
     "dataset.toml",
     "validation.toml",
     "train.toml",

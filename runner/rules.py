@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from runner import rules_musubi
 from runner.config import RunConfig, options
 from runner.errors import UserError
 from runner.suggest import did_you_mean
@@ -23,6 +24,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     """Every broken rule, one line each."""
     for rule in (_choices, _numbers, _frames, _combinations, _stages):
         yield from rule(config)
+    if config.engine.name == "musubi":
+        yield from rules_musubi.problems(config)
 
 
 def value_of(config: Any, key: str) -> Any:

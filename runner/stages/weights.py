@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.atomic import write_text
 from runner.commands import Command
 from runner.config import ModelConfig, RunConfig
 from runner.errors import StageError
 from runner.formats.train_toml import WeightPaths
+from runner.hub.cache import HubCache, Request
 from runner.plan import WeightFacts
 from runner.process import run as run_command
 
 if TYPE_CHECKING:
     from runner.execute import Context
+    from runner.hub.fetch import Obtained
 
 # Raised when the tiny model's random weights change.
 TINY_VERSION = 1
@@ -26,7 +31,7 @@ def weight_facts(config: RunConfig, root: Path) -> WeightFacts:
     """Where the weights are or will be; reads only."""
     if config.model.source == "random":
         return _tiny(config, root)
-    return _hub(config)
+    return _hub(config, root)
 
 
 def _tiny(config: RunConfig, root: Path) -> WeightFacts:
@@ -66,71 +71,140 @@ def _digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def hub_files(model: ModelConfig, task: str) -> list[tuple[str, str, str, str]]:
-    """``(part, repository, revision, file)`` of each file the task needs."""
-    encoders = (model.encoders_repository, model.encoders_revision)
-    files = [
-        ("transformer", model.repository, model.revision, model.transformer),
-        ("vae", model.repository, model.revision, model.vae),
-        ("text_encoder", *encoders, model.text_encoder),
-        ("byt5", *encoders, model.byt5),
-    ]
+# musubi-tuner loads these from the hub's cache while it runs, by the branch main. What it can't do
+# without, and what it takes besides.
+_QWEN = "Qwen/Qwen-Image"
+_QWEN_FILES = (
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+)
+_BYT5 = "google/byt5-small"
+_BYT5_FILES = ("config.json", "tokenizer_config.json")
+
+
+def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
+    """The files a task needs, by repository."""
+    encoders: tuple[str, ...] = (model.text_encoder, model.byt5)
     if task == "i2v":
-        files.append(("image_encoder", *encoders, model.image_encoder))
-    return files
-
-
-# musubi-tuner loads these from the hub's cache while it runs.
-TOKENIZERS = (("Qwen/Qwen-Image", "tokenizer/*"), ("google/byt5-small", "*.json"))
-
-
-def _hub(config: RunConfig) -> WeightFacts:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    files = hub_files(config.model, config.task.name)
-    paths: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    for part, repository, revision, file in files:
-        cached = try_to_load_from_cache(repository, file, revision=revision)
-        if isinstance(cached, str):
-            paths[part] = cached
-            # The hub's cache names a large file's blob by its sha256.
-            digests[part] = Path(cached).resolve().name
-        else:
-            folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-            paths[part] = str(folder / "snapshots" / revision / file)
-    commands = tuple(
-        Command((_hf(), "download", repository, file, "--revision", revision))
-        for _, repository, revision, file in files
-    ) + tuple(
-        Command((_hf(), "download", repository, "--include", pattern))
-        for repository, pattern in TOKENIZERS
+        encoders = (*encoders, model.image_encoder)
+    return (
+        Request(
+            model.repository,
+            model.revision,
+            (model.transformer, model.vae),
+            option="model.revision",
+        ),
+        Request(
+            model.encoders_repository,
+            model.encoders_revision,
+            encoders,
+            option="model.encoders_revision",
+        ),
+        Request(
+            _QWEN,
+            model.qwen_tokenizer_revision,
+            _QWEN_FILES,
+            ("tokenizer/*",),
+            branch="main",
+            option="model.qwen_tokenizer_revision",
+        ),
+        Request(
+            _BYT5,
+            model.byt5_tokenizer_revision,
+            _BYT5_FILES,
+            ("*.json",),
+            branch="main",
+            option="model.byt5_tokenizer_revision",
+        ),
     )
+
+
+def _hub(config: RunConfig, root: Path) -> WeightFacts:
+    model, requests = config.model, hub_requests(config.model, config.task.name)
+    cache = _cache(root)
+    hub, encoders, qwen, byt5 = requests
+
+    def path(request: Request, file: str) -> str:
+        commit = cache.commit(request.repository, request.revision) or request.revision
+        return str(cache.place(request.repository, commit, file))
+
+    def digest(request: Request, *files: str) -> str | None:
+        commit = cache.commit(request.repository, request.revision)
+        found = [cache.find(request.repository, commit, file) for file in files]
+        parts = [None if cached is None else cache.name_of(cached) for cached in found]
+        if None in parts:
+            return None
+        # A tokenizer is several files; one digest of theirs stands for all.
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    i2v = config.task.name == "i2v"
+    texts = digest(encoders, model.text_encoder), digest(qwen, *qwen.files)
+    glyphs = digest(encoders, model.byt5), digest(byt5, *byt5.files)
+    digests = {
+        "transformer": digest(hub, model.transformer),
+        "vae": digest(hub, model.vae),
+        "text_encoder": None if None in texts else _joined(texts),
+        "byt5": None if None in glyphs else _joined(glyphs),
+    }
+    if i2v:
+        digests["image_encoder"] = digest(encoders, model.image_encoder)
+    lacking = sum(len(cache.lacking(request)) for request in requests)
+    complete = None not in digests.values() and all(cache.pointed(r) for r in requests)
+    number = sum(len(request.files) for request in requests)
+    summary = f"{number} files of {model.repository}, its encoders and tokenizers"
+    if lacking:
+        summary += f", {lacking} to fetch"
     return WeightFacts(
         WeightPaths(
-            transformer=paths["transformer"],
-            vae=paths["vae"],
-            text_encoder=paths["text_encoder"],
-            byt5=paths["byt5"],
-            image_encoder=paths.get("image_encoder", ""),
+            transformer=path(hub, model.transformer),
+            vae=path(hub, model.vae),
+            text_encoder=path(encoders, model.text_encoder),
+            byt5=path(encoders, model.byt5),
+            image_encoder=path(encoders, model.image_encoder) if i2v else "",
         ),
-        digests if len(digests) == len(files) else None,
-        commands,
-        f"{len(files)} files of {config.model.repository} and its encoders",
+        {part: value for part, value in digests.items() if value} if complete else None,
+        tuple(_by_hand(request, cache, root) for request in requests),
+        summary,
     )
 
 
-def _hf() -> str:
-    beside = Path(sys.executable).with_name("hf")
-    return str(beside) if beside.exists() else "hf"
+def _cache(root: Path) -> HubCache:
+    return HubCache.of_user(root / "cache" / "weights" / "checked")
+
+
+def _joined(parts: Iterable[str | None]) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def _by_hand(request: Request, cache: HubCache, root: Path) -> Command:
+    """The command that does for one repository what the stage does, at the commit if known."""
+    from runner.facts import checkout
+
+    commit = cache.commit(request.repository, request.revision)
+    argv = [sys.executable, "-m", "runner.hub", request.repository]
+    argv += ["--revision", commit or request.revision]
+    for pattern in request.patterns:
+        argv += ["--include", pattern]
+    if request.branch is not None:
+        argv += ["--branch", request.branch]
+    argv += ["--checked", str(root / "cache" / "weights" / "checked"), "--", *request.files]
+    path = checkout()
+    return Command(tuple(argv), set_env=(("PYTHONPATH", path),) if path else ())
 
 
 def run(context: Context) -> None:
-    """Make or fetch what is missing.
+    """Make or fetch what is missing, and write down what was found in ``weights.json``.
 
-    Raises :class:`StageError` when a command fails or leaves the weights incomplete.
+    Raises :class:`StageError` when that fails or leaves the weights incomplete.
     """
+    if context.config.model.source == "random":
+        _make(context)
+    else:
+        _fetch(context)
+
+
+def _make(context: Context) -> None:
     if context.facts.weights.present:
         return
     for command in context.plan.stage("weights").commands:
@@ -142,3 +216,36 @@ def run(context: Context) -> None:
         )
     if not weight_facts(context.config, context.facts.root).present:
         raise StageError(f"the weights are still incomplete; see {context.log('weights')}")
+
+
+def _fetch(context: Context) -> None:
+    from runner.hub.fetch import obtain
+    from runner.hub.log import hub_log
+    from runner.hub.progress import Shown
+
+    requests = hub_requests(context.config.model, context.config.task.name)
+    force = "weights" in context.config.stages.force
+    with hub_log(context.log("weights")), Shown(context.console) as shown:
+        found = obtain(requests, _cache(context.facts.root), shown, force=force)
+    if not weight_facts(context.config, context.facts.root).present:
+        raise StageError("the weights are incomplete though all was fetched: start again.")
+    write_text(context.run_dir / "weights.json", weights_json(found))
+    commits = {file.repository: file.commit for file in found}
+    context.writer.set_tags({f"weights.{name}": commit for name, commit in commits.items()})
+
+
+def weights_json(found: Sequence[Obtained]) -> str:
+    """What a run was trained on, and the overrides that ask for just that again."""
+    again = sorted({f"{file.option}={file.commit}" for file in found})
+    files = [
+        {
+            "repository": file.repository,
+            "revision": file.revision,
+            "commit": file.commit,
+            "file": file.file,
+            "size": file.size,
+            "sha256": file.sha256,
+        }
+        for file in found
+    ]
+    return json.dumps({"overrides": again, "files": files}, indent=1) + "\n"

@@ -1,0 +1,264 @@
+"""Ask the hub: what a revision is, how large its files are, whether we may have them, and bytes.
+
+Every failure is one :class:`StageError` that says what is wrong and what to do. Tokens are found
+and sent by huggingface_hub, to the hub alone; nothing here prints one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runner.errors import StageError
+from runner.hub.cache import Request
+from runner.suggest import did_you_mean
+
+T = TypeVar("T")
+
+# The hub is asked so often before a run gives up, waiting 1, 2, 4 and 8 seconds between.
+ATTEMPTS = 5
+PAUSE = 1.0
+# What a kill can lose of a download, and how often its progress is seen.
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the hub; ``etag`` names its bytes, see :mod:`runner.hub.cache`."""
+
+    name: str
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What a request comes to on the hub."""
+
+    request: Request
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set."""
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
+def look_up(request: Request) -> Remote:
+    """The commit of a request and its files with their sizes; no file is touched."""
+    from huggingface_hub import HfApi, constants
+
+    api = HfApi(endpoint=constants.ENDPOINT)
+    info = _patiently(
+        request,
+        lambda: api.model_info(
+            request.repository,
+            revision=request.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        ),
+    )
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    for file in request.files:
+        if file not in siblings:
+            raise StageError(
+                f"{request.repository} has no file {file} at {request.option}={request.revision}."
+                + did_you_mean(file, siblings)
+            )
+    found = []
+    for name, sibling in siblings.items():
+        if request.matches(name):
+            etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+            size = sibling.lfs.size if sibling.lfs else sibling.size
+            if etag is None or size is None or info.sha is None:
+                raise StageError(
+                    f"{constants.ENDPOINT} names no size or digest for {name} of "
+                    f"{request.repository}: it is no complete hub (HF_ENDPOINT)."
+                )
+            found.append(RemoteFile(name, size, etag))
+    # The required files come last: once they are here, so are the optional ones, and a run cut
+    # between the two is not taken for complete.
+    found.sort(key=lambda file: (file.name in request.files, file.name))
+    return Remote(request, str(info.sha), tuple(found))
+
+
+def check_access(remote: Remote, file: RemoteFile) -> None:
+    """Ask for a file's head as a download would; what a repository is may be told to all.
+
+    Raises :class:`StageError` when the file is refused or is not the one that was listed.
+    """
+    from huggingface_hub import get_hf_file_metadata
+
+    head = _patiently(remote.request, lambda: get_hf_file_metadata(_url(remote, file)))
+    if head.size is not None and head.size != file.size:
+        raise StageError(
+            f"the hub contradicts itself: {file.name} of {remote.request.repository} is listed "
+            f"with {file.size} bytes and offered with {head.size}. Try again later."
+        )
+
+
+def download(
+    remote: Remote, file: RemoteFile, partial: Path, progress: Callable[[int], None]
+) -> None:
+    """Bring ``partial`` to the file's full size, from where it ends now.
+
+    ``progress`` is called with the bytes that are there. The bytes are not checked here. Raises
+    :class:`StageError` when nothing more arrives; what did is kept.
+    """
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    most, failures = -1, 0
+    while True:
+        have = partial.stat().st_size if partial.exists() else 0
+        if have > file.size:
+            partial.unlink()
+            have = 0
+        progress(have)
+        if have == file.size and partial.exists():
+            return
+        if have > most:
+            most, failures = have, 0
+        elif failures == ATTEMPTS:
+            raise StageError(
+                f"the hub gives only {most} of the {file.size} bytes of {file.name} of "
+                f"{remote.request.repository}; they are kept. Try again later."
+            )
+        if failures:
+            time.sleep(PAUSE * 2 ** (failures - 1))
+        failures += 1
+        try:
+            _stream(remote, file, partial, have, progress)
+        except (httpx2.TransportError, HfHubHTTPError) as error:
+            if not _passing(error) or failures == ATTEMPTS:
+                raise StageError(told(error, remote.request, file.name)) from error
+
+
+def _stream(
+    remote: Remote, file: RemoteFile, partial: Path, have: int, progress: Callable[[int], None]
+) -> None:
+    """One answer of the hub, written as it arrives."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
+
+    # Encoded bytes can't be counted or gone on from.
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with (
+        http_stream_backoff(
+            "GET",
+            _url(remote, file),
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+            # Failures are counted by the caller, which knows whether anything arrived.
+            retry_on_exceptions=(),
+            retry_on_status_codes=(408, 429),
+        ) as response,
+        partial.open("r+b" if have else "wb") as handle,
+    ):
+        if response.status_code == 416:  # It has less than we do: start anew.
+            handle.truncate(0)
+            return
+        hf_raise_for_status(response)
+        if response.status_code == 206:
+            begins = response.headers.get("Content-Range", "").removeprefix("bytes ")
+            if not begins.startswith(f"{have}-"):
+                handle.truncate(0)
+                return
+            handle.seek(have)
+        else:  # The whole file, asked for or not.
+            handle.truncate(0)
+            have = 0
+        for chunk in response.iter_bytes(CHUNK):
+            handle.write(chunk)
+            have += len(chunk)
+            progress(min(have, file.size))
+            if have > file.size:
+                raise StageError(
+                    f"the hub sends more than the {file.size} bytes that it names for "
+                    f"{file.name} of {remote.request.repository}. Try again later."
+                )
+
+
+def _url(remote: Remote, file: RemoteFile) -> str:
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(remote.request.repository, file.name, revision=remote.commit)
+
+
+def _patiently(request: Request, call: Callable[[], T]) -> T:
+    """``call()``, again after failures that pass."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except (httpx2.TransportError, HfHubHTTPError) as error:
+            if not _passing(error) or attempt == ATTEMPTS - 1:
+                raise StageError(told(error, request)) from error
+            time.sleep(PAUSE * 2**attempt)
+        except ValueError as error:  # An answer that is no JSON, or a name that is none.
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise StageError(f"{request.repository} can't be looked up: {first}") from error
+    raise AssertionError("unreachable")
+
+
+def _passing(error: Exception) -> bool:
+    status = _status(error)
+    return status is None or status >= 500 or status in (408, 429)
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def told(error: Exception, request: Request, file: str | None = None) -> str:
+    """What went wrong at the hub, in one line."""
+    from huggingface_hub import constants, errors, get_token
+
+    where, repository = constants.ENDPOINT, request.repository
+    token = "the token in use does not open it" if get_token() else "no token is set"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{repository} is gated and {token}: accept its terms at {where}/{repository}, then "
+            "log in with `hf auth login` or set HF_TOKEN."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"{repository} has no branch, tag or commit {request.revision}: check {request.option}."
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{repository} has no file {file or ''} at {request.option}={request.revision}."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no repository {repository} at {where}, or it is private and {token}."
+    status = _status(error)
+    if status in (401, 403):
+        return (
+            f"{where} refuses {repository} (HTTP {status}) and {token}: log in with "
+            "`hf auth login` or set HF_TOKEN to a token that may read it."
+        )
+    if status is not None:
+        return f"{where} answers HTTP {status} for {repository}. Try again later." + _KEPT
+    return f"{where} can't be reached ({_words(error)}): check the connection." + _KEPT
+
+
+_KEPT = " What was downloaded is kept."
+
+
+def _words(error: Exception) -> str:
+    text: Any = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,528 @@
+"""Weights from a hub on loopback: fetched, cut, damaged, refused, offline."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TOP
+from hub_server import Hub, Repository, serve
+
+from runner.errors import StageError
+from runner.hub import remote
+from runner.hub.cache import HubCache, Request
+from runner.hub.fetch import Obtained, obtain
+from runner.hub.remote import RemoteFile
+
+COMMIT, NEWER = "a" * 40, "b" * 40
+BIG = random.Random(1).randbytes(3_000_000)
+OTHER = random.Random(2).randbytes(700_000)
+SMALL = b'{"a": 1}'
+CHUNK = 1 << 17
+WANTED = Request(
+    "owner/model", "main", ("sub/big.safetensors", "other.safetensors"), option="model.revision"
+)
+TOKENS = Request(
+    "owner/tokens", "main", ("tok/vocab.json",), ("tok/*",), branch="main", option="tokens"
+)
+
+
+class Notes:
+    """Takes down what a watcher is told."""
+
+    def __init__(self) -> None:
+        self.todo: list[tuple[str, int]] = []
+        self.lines: list[str] = []
+        self.files: list[str] = []
+        self.read: list[str] = []
+
+    def begin(self, todo: Sequence[tuple[RemoteFile, int]]) -> None:
+        self.todo = [(file.name, part) for file, part in todo]
+
+    def bytes(self, file: RemoteFile, done: int) -> None:
+        assert 0 <= done <= file.size
+
+    def checking(self, name: str, done: int, total: int) -> None:
+        if done == total:
+            self.read.append(name)
+
+    def brought(self, file: RemoteFile) -> None:
+        self.files.append(file.name)
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def repositories() -> dict[str, Repository]:
+    return {
+        "owner/model": Repository(
+            {"sub/big.safetensors": BIG, "other.safetensors": OTHER, "unwanted.safetensors": BIG},
+            COMMIT,
+        ),
+        "owner/tokens": Repository(
+            {
+                "tok/vocab.json": SMALL,
+                "tok/extra.json": b"[]",
+                "tok/deep/no.json": b"1",
+                "README.md": b"x",
+            },
+            COMMIT,
+        ),
+    }
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process talks to, and nothing else, with an empty cache and no token."""
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "CHUNK", CHUNK)
+    with serve(Hub(repositories())) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            served.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield served
+
+
+def cache(tmp_path: Path) -> HubCache:
+    return HubCache(tmp_path / "hub", tmp_path / "checked")
+
+
+def fetch(
+    tmp_path: Path, *requests: Request, force: bool = False, notes: Notes | None = None
+) -> list[Obtained]:
+    return obtain(requests or (WANTED,), cache(tmp_path), notes or Notes(), force=force)
+
+
+def whole(tmp_path: Path) -> None:
+    """Every wanted file is where other clients of the hub look for it, with its own bytes."""
+    from huggingface_hub import hf_hub_download
+
+    for file, content in (("sub/big.safetensors", BIG), ("other.safetensors", OTHER)):
+        path = hf_hub_download(
+            "owner/model",
+            file,
+            revision="main",
+            cache_dir=tmp_path / "hub",
+            local_files_only=True,
+        )
+        assert Path(path).read_bytes() == content
+
+
+# A fresh machine gets the wanted files and no others, once, and what came is told with its commit.
+def test_fresh_download(hub: Hub, tmp_path: Path) -> None:
+    notes = Notes()
+    found = fetch(tmp_path, WANTED, TOKENS, notes=notes)
+    whole(tmp_path)
+    assert [file.file for file in found] == [
+        "other.safetensors",
+        "sub/big.safetensors",
+        "tok/extra.json",
+        "tok/vocab.json",
+    ]
+    big = found[1]
+    assert (big.repository, big.revision, big.commit) == ("owner/model", "main", COMMIT)
+    assert (big.size, big.sha256) == (len(BIG), hashlib.sha256(BIG).hexdigest())
+    assert found[3].sha256 == hashlib.sha256(SMALL).hexdigest()
+    assert hub.sent("big.safetensors") == len(BIG)
+    assert sum(a.sent for a in hub.asked) == sum(file.size for file in found)
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
+    # The required file of the tokenizer comes after the optional ones: a cut leaves it missing.
+    assert notes.files[-2:] == ["tok/extra.json", "tok/vocab.json"]
+
+
+# When all is here and was read once, the hub is asked nothing and no file is read again, for a
+# branch as for a commit.
+def test_second_run_is_silent(hub: Hub, tmp_path: Path) -> None:
+    first = fetch(tmp_path, WANTED, TOKENS)
+    hub.asked.clear()
+    notes = Notes()
+    assert fetch(tmp_path, WANTED, TOKENS, notes=notes) == first
+    pinned = Request("owner/model", COMMIT, WANTED.files)
+    assert [f.sha256 for f in fetch(tmp_path, pinned)] == [f.sha256 for f in first[:2]]
+    assert hub.asked == [] and notes.read == [] and notes.lines == []
+
+
+# With stages.force the hub is asked where the branch is now, every file is read again, and only
+# the bytes that differ are fetched.
+def test_force_follows_the_branch(hub: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path)
+    repository = hub.repositories["owner/model"]
+    repository.commit = NEWER
+    repository.files["other.safetensors"] = b"newer"
+    hub.asked.clear()
+    assert fetch(tmp_path)[0].commit == COMMIT
+    notes = Notes()
+    found = fetch(tmp_path, force=True, notes=notes)
+    assert {file.commit for file in found} == {NEWER}
+    assert found[0].path.read_bytes() == b"newer"
+    assert sum(a.sent for a in hub.asked) == len(b"newer")
+    assert len(notes.read) == 3
+
+
+# A revision given as a commit is what is fetched, whatever the branch points at.
+def test_revision_pinned_by_commit(hub: Hub, tmp_path: Path) -> None:
+    found = fetch(tmp_path, Request("owner/model", COMMIT, WANTED.files, branch="main"))
+    assert {file.commit for file in found} == {COMMIT}
+    assert (tmp_path / "hub/models--owner--model/refs/main").read_text() == COMMIT
+    with pytest.raises(StageError, match=r"has no branch, tag or commit cccc.*model.revision"):
+        fetch(tmp_path, Request("owner/model", "c" * 40, WANTED.files, option="model.revision"))
+
+
+# A download cut anywhere goes on from there: no byte is sent twice beyond what was not yet written.
+@pytest.mark.parametrize("cuts", [[1], [100_000], [1_000_000, 900_000, 1], [2_999_999]])
+def test_cut_connection_goes_on(hub: Hub, tmp_path: Path, cuts: list[int]) -> None:
+    hub.cuts["sub/big.safetensors"] = list(cuts)
+    fetch(tmp_path)
+    whole(tmp_path)
+    assert len(BIG) <= hub.sent("big.safetensors") <= len(BIG) + len(cuts) * CHUNK
+
+
+# A run that gives up keeps what came, and the next run goes on from it.
+def test_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts["sub/big.safetensors"] = [2_000_000] + [0] * remote.ATTEMPTS
+    with pytest.raises(StageError, match="kept"):
+        fetch(tmp_path)
+    sent = hub.sent("big.safetensors")
+    notes = Notes()
+    fetch(tmp_path, notes=notes)
+    whole(tmp_path)
+    (part,) = [part for name, part in notes.todo if name == "sub/big.safetensors"]
+    assert 2_000_000 - CHUNK <= part <= 2_000_000
+    assert hub.sent("big.safetensors") - sent == len(BIG) - part
+    assert hub.asked[-1].range == f"bytes={part}-"
+
+
+# A run that is killed outright loses at most one piece, and another program's half is gone on from.
+def test_killed_run_goes_on(hub: Hub, tmp_path: Path) -> None:
+    hub.seconds_per_piece = 0.02
+    command = [sys.executable, "-m", "runner.hub", "owner/model", "--", *WANTED.files]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TOP),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path),
+    }
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 20
+    while hub.sent("big.safetensors") < 2_500_000 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (partial,) = (tmp_path / "hub").rglob("*.incomplete")
+    have = partial.stat().st_size
+    # The command reads in pieces of a megabyte.
+    assert have >= 1 << 20
+    hub.seconds_per_piece = 0
+    hub.asked.clear()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert hub.sent("big.safetensors") == len(BIG) - have
+    assert f"({have / 1e6:.1f} MB of it is here)" in done.stdout
+    whole(tmp_path)
+
+
+# A hub that ignores ranges, or lost the file's end, costs a new start and never a wrong file.
+def test_hub_without_ranges(hub: Hub, tmp_path: Path) -> None:
+    hub.no_ranges = True
+    hub.cuts["sub/big.safetensors"] = [1_000_000]
+    fetch(tmp_path)
+    whole(tmp_path)
+
+
+# Wrong bytes of the right size are found and fetched again; wrong twice, nothing of them is kept.
+def test_wrong_bytes(hub: Hub, tmp_path: Path) -> None:
+    wrong = bytes(len(BIG))
+    hub.lies["sub/big.safetensors"] = [wrong]
+    hub.lies["tok/vocab.json"] = [b'{"a": 2}']
+    notes = Notes()
+    fetch(tmp_path, WANTED, TOKENS, notes=notes)
+    whole(tmp_path)
+    assert [line.split()[0] for line in notes.lines] == ["sub/big.safetensors", "tok/vocab.json"]
+
+
+def test_wrong_bytes_twice(hub: Hub, tmp_path: Path) -> None:
+    wrong = bytes(len(BIG))
+    hub.lies["sub/big.safetensors"] = [wrong, wrong]
+    with pytest.raises(StageError, match="arrived twice with other bytes") as caught:
+        fetch(tmp_path)
+    assert "\n" not in str(caught.value)
+    names = [path.name for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert hashlib.sha256(BIG).hexdigest() not in names
+    assert not any(name.endswith(".incomplete") for name in names)
+
+
+# A partial file whose beginning is wrong costs one download more, and is never taken for the file.
+def test_damaged_partial(hub: Hub, tmp_path: Path) -> None:
+    partial = tmp_path / "hub/models--owner--model/blobs" / hashlib.sha256(BIG).hexdigest()
+    partial.parent.mkdir(parents=True)
+    partial.with_name(partial.name + ".incomplete").write_bytes(bytes(1_000_000))
+    fetch(tmp_path)
+    whole(tmp_path)
+    assert hub.sent("big.safetensors") == 2 * len(BIG) - 1_000_000
+
+
+# Sizes that don't agree: too few or too many bytes end in one line, a lying head before any byte.
+def test_wrong_sizes(hub: Hub, tmp_path: Path) -> None:
+    hub.lies["sub/big.safetensors"] = [BIG[:1000]] * 20
+    with pytest.raises(StageError, match="gives only 1000 of the 3000000 bytes"):
+        fetch(tmp_path)
+    hub.lies["sub/big.safetensors"] = [BIG + b"more"]
+    with pytest.raises(StageError, match="more than the 3000000 bytes"):
+        fetch(tmp_path)
+    hub.asked.clear()
+    hub.head_sizes["unwanted.safetensors"] = 5
+    with pytest.raises(StageError, match="listed with 3000000 bytes and offered with 5"):
+        fetch(tmp_path, Request("owner/model", "main", ("unwanted.safetensors",)))
+    assert hub.downloads() == []
+
+
+# A damaged file that lies in the user's cache is found at the first run, and again whenever its
+# size or time has changed; it is replaced.
+def test_damaged_cache(hub: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path)
+    blob = (tmp_path / "hub/models--owner--model/blobs") / hashlib.sha256(OTHER).hexdigest()
+    blob.chmod(0o644)
+    blob.write_bytes(bytes(len(OTHER)))
+    os.utime(blob, ns=(1, 1))
+    hub.asked.clear()
+    notes = Notes()
+    fetch(tmp_path, notes=notes)
+    whole(tmp_path)
+    assert "damaged" in notes.lines[0]
+    assert hub.sent("big.safetensors") == 0 and hub.sent("other.safetensors") == len(OTHER)
+
+
+# What another client put into the cache is used and not fetched again.
+def test_cache_is_shared(hub: Hub, tmp_path: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("owner/model", "sub/big.safetensors", cache_dir=tmp_path / "hub")
+    hub.asked.clear()
+    notes = Notes()
+    fetch(tmp_path, notes=notes)
+    whole(tmp_path)
+    assert hub.sent("big.safetensors") == 0
+    assert notes.read[0] == "sub/big.safetensors of owner/model"
+
+
+# What can't be had is said in one line, before the first byte of any file, with what to do.
+def test_gated(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["owner/tokens"].gated = True
+    with pytest.raises(StageError) as caught:
+        fetch(tmp_path, WANTED, TOKENS)
+    assert str(caught.value) == (
+        f"owner/tokens is gated and no token is set: accept its terms at {hub.url}/owner/tokens, "
+        "then log in with `hf auth login` or set HF_TOKEN."
+    )
+    assert hub.downloads() == []
+    monkeypatch.setenv("HF_TOKEN", "hf_not_this_one_0123456789")
+    with pytest.raises(StageError, match="the token in use does not open it") as caught:
+        fetch(tmp_path, WANTED, TOKENS)
+    assert "hf_not" not in str(caught.value)
+    assert hub.downloads() == []
+
+
+# A token opens what it may, goes to the hub and never to the content network behind it.
+def test_token_stays_with_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = "hf_let_me_in_0123456789"
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.repositories["owner/model"].gated = True
+    hub.cuts["other.safetensors"] = [10]
+    fetch(tmp_path)
+    whole(tmp_path)
+    assert all(
+        bool(asked.authorization) == (not asked.path.startswith("/cdn/")) for asked in hub.asked
+    )
+    assert token not in "".join(capfd.readouterr())
+    notes = "".join(path.read_text() for path in (tmp_path / "checked").iterdir())
+    assert token not in notes
+
+
+def test_missing_repository(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(
+        StageError, match=r"there is no repository owner/modle at .*no token is set"
+    ):
+        fetch(tmp_path, WANTED, Request("owner/modle", "main", ("a",)))
+    assert hub.downloads() == []
+
+
+def test_missing_file(hub: Hub, tmp_path: Path) -> None:
+    request = Request("owner/model", "main", ("sub/bigg.safetensors",), option="model.revision")
+    with pytest.raises(StageError) as caught:
+        fetch(tmp_path, TOKENS, request)
+    assert str(caught.value) == (
+        "owner/model has no file sub/bigg.safetensors at model.revision=main. Did you mean "
+        "sub/big.safetensors?"
+    )
+    assert hub.downloads() == []
+
+
+def test_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    free = len(BIG) + len(OTHER) - 1
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StageError, match=r"2 files with 3.7 MB .* only 3.7 MB are free"):
+        fetch(tmp_path)
+    assert hub.downloads() == []
+    # What is here already needs no space.
+    hub.cuts["sub/big.safetensors"] = [2_000_000] + [0] * remote.ATTEMPTS
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free + 1))
+    with pytest.raises(StageError, match="kept"):
+        fetch(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free // 2))
+    fetch(tmp_path)
+    whole(tmp_path)
+
+
+# A disk that fills while a file comes is told so, and what came is gone on from.
+def test_disk_fills(hub: Hub, tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import errno, runner.hub.fetch as f; f._FULL += (errno.EFBIG,);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, 2_500_000));"
+        "from runner.hub.__main__ import main; sys.exit(main())"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TOP),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-c", program, "owner/model", "--", *WANTED.files]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is full; what was downloaded is kept" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    fetch(tmp_path)
+    whole(tmp_path)
+
+
+# A hub that fails for a moment is asked again; one that can't be reached ends in one line.
+def test_passing_failures(hub: Hub, tmp_path: Path) -> None:
+    hub.failures = [500, 503]
+    fetch(tmp_path)
+    whole(tmp_path)
+    hub.failures = [503] * remote.ATTEMPTS
+    with pytest.raises(StageError, match="answers HTTP 503 for owner/tokens"):
+        fetch(tmp_path, TOKENS)
+
+
+def test_no_connection(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StageError, match=r"http://127.0.0.1:9 can't be reached \(.*\): check"):
+        fetch(tmp_path)
+
+
+# Offline, what is here is enough, and what is not is named; the network is not touched.
+def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    fetch(tmp_path)
+    hub.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(fetch(tmp_path)) == 2
+    assert len(fetch(tmp_path, force=True)) == 2
+    with pytest.raises(StageError) as caught:
+        fetch(tmp_path, WANTED, TOKENS)
+    assert str(caught.value) == (
+        f"HF_HUB_OFFLINE is set and the Hugging Face cache ({tmp_path}/hub) lacks tok/vocab.json "
+        "of owner/tokens (main). Run once without it, or copy a cache that has them."
+    )
+    assert hub.asked == []
+
+
+# Two runs at once fetch each byte once, and both end with everything.
+def test_two_at_once(hub: Hub, tmp_path: Path) -> None:
+    hub.seconds_per_piece = 0.02
+    command = [sys.executable, "-m", "runner.hub", "owner/model", "--", *WANTED.files]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TOP),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path),
+    }
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    assert [(p.communicate(), p.returncode)[1] for p in processes] == [0, 0]
+    whole(tmp_path)
+    assert sum(a.sent for a in hub.asked) == len(BIG) + len(OTHER)
+
+
+# Where the file system has no links the files lie in the snapshot, and are found and checked there.
+def test_without_links(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    found = fetch(tmp_path)
+    assert [file.path.read_bytes() for file in found] == [OTHER, BIG]
+    assert not found[0].path.is_symlink()
+    hub.asked.clear()
+    assert fetch(tmp_path) == found
+    assert hub.asked == []
+
+
+# A blob can be a link into a store that the cache's repositories share; its etag is still known.
+def test_shared_store(hub: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path)
+    blob = (tmp_path / "hub/models--owner--model/blobs") / hashlib.sha256(BIG).hexdigest()
+    shared = tmp_path / "hub/blobs/00" / ("0" * 64)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    found = cache(tmp_path).find("owner/model", COMMIT, "sub/big.safetensors")
+    assert found is not None and found.etag == hashlib.sha256(BIG).hexdigest()
+    hub.asked.clear()
+    assert fetch(tmp_path)[1].sha256 == hashlib.sha256(BIG).hexdigest()
+    assert hub.asked == []
+
+
+# The bar counts bytes of all files, from those that were here, with speed and time left.
+def test_progress_in_a_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from runner import console
+    from runner.hub.progress import Shown
+
+    hub.cuts["other.safetensors"] = [500_000] + [0] * remote.ATTEMPTS
+    with pytest.raises(StageError):
+        fetch(tmp_path)
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    out = io.StringIO()
+    hub.seconds_per_piece = 0.005
+    with Shown(console.Console.for_stream(out)) as shown:
+        obtain([WANTED], cache(tmp_path), shown)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("      2 files to fetch, 3.7 MB (")
+    assert "other.safetensors  700.0 kB" in "\n".join(lines)
+    moving = [line for line in lines if "sub/big.safetensors" in line and "/s" in line]
+    assert moving and any(line.endswith("left") for line in moving)
+    assert lines[-1].startswith("      fetched 3.7 MB of 3.7 MB")
