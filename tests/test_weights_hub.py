@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import TOP
-from hub_server import Hub, Repository, serve
+from hub_server import Hub, Repository, serve, talk_to
 
 from runner.errors import StageError
 from runner.hub import remote
@@ -82,24 +82,10 @@ def repositories() -> dict[str, Repository]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process talks to, and nothing else, with an empty cache and no token."""
-    from huggingface_hub import constants
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    """A hub with the repositories above, an empty cache, and no token."""
     monkeypatch.setattr(remote, "CHUNK", CHUNK)
     with serve(Hub(repositories())) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            served.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        talk_to(served, tmp_path, monkeypatch)
         yield served
 
 
