@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,12 @@ def execute(
         return 0
     if facts.engine.missing:
         raise UserError(f"engine={config.engine.name}: {facts.engine.missing}")
+    if config.engine.name == "musubi":
+        from runner.engines.musubi_check import check_environment
+
+        versions = check_environment(config, engine.train(config), facts.machine)
+        told_version = f"{facts.engine.version}, {versions}"
+        facts = replace(facts, engine=replace(facts.engine, version=told_version))
     raise_on_signals()
     run = _Run(config, resolved, overrides, choices, console, facts, engine, plan, sweep)
     return run.through()

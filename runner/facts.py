@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -188,5 +189,16 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
             ". Point engine.path and engine.python to an installed musubi-tuner, or rehearse "
             "without it: engine=diffusers model=tiny."
         )
-    path = None if source is None else str(source / "src")
-    return EngineFacts(str(python), f"musubi-tuner {VERSION}", path, missing)
+    if source is None:
+        return EngineFacts(str(python), f"musubi-tuner {VERSION}", None, missing)
+    version = _checkout_version(source) or "of an unknown version"
+    return EngineFacts(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
+
+
+def _checkout_version(source: Path) -> str | None:
+    """The version that a checkout of musubi-tuner says it has, as a tag is named."""
+    try:
+        project = tomllib.loads((source / "pyproject.toml").read_text("utf-8"))["project"]
+        return f"v{project['version']}"
+    except (OSError, ValueError, KeyError):
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -102,7 +103,14 @@ def run(
             end_group(process)
             raise
     if process.returncode:
-        raise StageError(f"{last_error(log)} (exit code {process.returncode}; log: {log})")
+        raise StageError(f"{last_error(log)} ({_ended(process.returncode)}; log: {log})")
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = next((item.name for item in signal.Signals if item == -code), f"signal {-code}")
+    return f"ended by {_KILLED.get(name, name)}"
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -122,8 +130,20 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         return
 
 
+# What accelerate's launcher says, in a traceback of its own, when the trainer it started failed.
+_LAUNCHER = re.compile(
+    r"subprocess\.CalledProcessError: Command .* "
+    r"(?:died with <Signals\.(?P<signal>\w+): \d+>|returned non-zero exit status \d+)\.$"
+)
+_TRACEBACK = "Traceback (most recent call last):"
+_KILLED = {"SIGKILL": "SIGKILL, as the system does when memory runs out"}
+
+
 def last_error(log: Path) -> str:
-    """The line of a log that best says what went wrong: the last that is an error, or the last."""
+    """The line of a log that best says what went wrong: the last that is an error, or the last.
+
+    A launcher's report that its program failed gives way to that program's own words.
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 20_000))
@@ -133,8 +153,19 @@ def last_error(log: Path) -> str:
     # Progress bars rewrite their line with carriage returns.
     lines = [line.split("\r")[-1].strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
+    launcher = _LAUNCHER.match(lines[-1]) if lines else None
+    if launcher is not None:
+        signal_name = launcher["signal"]
+        if signal_name:
+            return f"the program was ended by {_KILLED.get(signal_name, signal_name)}"
+        starts = [number for number, line in enumerate(lines) if line == _TRACEBACK]
+        lines = lines[: starts[-1] if starts else -1] or lines
     for line in reversed(lines):
-        head = line.split(":", 1)[0]
-        if head.endswith(("Error", "Exception", "error", "Interrupt", "Exit")) and " " not in head:
+        # "train.py: error: ..." is how argparse refuses an argument.
+        head, _, rest = line.partition(":")
+        if " " not in head and (
+            head.endswith(("Error", "Exception", "error", "Interrupt", "Exit"))
+            or rest.startswith(" error: ")
+        ):
             return line
     return lines[-1] if lines else "it failed and printed nothing"

@@ -136,3 +136,44 @@ def test_signals_wait_for_a_deferred_part() -> None:
             signal.signal(number, handler)
     assert done == ["all of it"]
     assert caught.value.exit_code == 143
+
+
+LAUNCHER = (
+    "Traceback (most recent call last):\n"
+    '  File "/venv/lib/accelerate/commands/launch.py", line 5, in simple_launcher\n'
+    "    raise subprocess.CalledProcessError(returncode=process.returncode, cmd=cmd)\n"
+    "subprocess.CalledProcessError: Command '['/venv/bin/python', '-m', 'musubi.train']' {}.\n"
+)
+
+
+# accelerate's launcher ends every failure with its own traceback: the trainer's error is told.
+@pytest.mark.parametrize(
+    ("said", "how", "told"),
+    [
+        (
+            "Traceback (most recent call last):\n  File x\nValueError: no such scheduler\n",
+            "returned non-zero exit status 1",
+            "ValueError: no such scheduler",
+        ),
+        (
+            "usage: train.py [-h]\ntrain.py: error: unrecognized arguments: --rnak 3\n",
+            "returned non-zero exit status 2",
+            "train.py: error: unrecognized arguments: --rnak 3",
+        ),
+        (
+            "OSError: an older, harmless one\nsteps: 3%\n",
+            "died with <Signals.SIGKILL: 9>",
+            "the program was ended by SIGKILL, as the system does when memory runs out",
+        ),
+    ],
+)
+def test_the_trainers_own_error_is_told(tmp_path: Path, said: str, how: str, told: str) -> None:
+    log = tmp_path / "log"
+    log.write_text(said + LAUNCHER.format(how))
+    assert last_error(log) == told
+
+
+# A command that the system killed is told by the signal's name, not by a negative number.
+def test_a_killed_command_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="ended by SIGKILL, as the system does when memory"):
+        python("import os; os.kill(os.getpid(), 9)", tmp_path / "stage.log")

@@ -1,0 +1,183 @@
+"""Whether musubi-tuner's own Python has what a run will import from it; asked before any stage.
+
+musubi-tuner imports its optimizer, its attention code and its metrics writer hours after the run
+began, or never: bitsandbytes, prodigyopt and schedulefree are not among its requirements, missing
+attention code is first noticed at the first step, and without tensorboard accelerate drops the
+metrics with no warning that shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from runner.commands import Command
+from runner.config import RunConfig
+from runner.engines.base import Machine
+from runner.errors import UserError
+
+# Importing torch from a cold network disk takes a minute or two, not more.
+TIMEOUT_SECONDS = 300.0
+
+# Imported, or looked for where importing would load all of it.
+_CORE = ("torch", "accelerate", "musubi_tuner", "torchvision")
+_ATTENTION = {"flash": "flash_attn.flash_attn_interface", "xformers": "xformers.ops"}
+# What pip calls a module, where that differs.
+_PACKAGES = {"flash_attn": "flash-attn"}
+
+_PROBE = """\
+import importlib, importlib.metadata, importlib.util, json, sys
+asked = json.loads(sys.argv[1])
+answer = {"missing": {}, "versions": {}, "cuda": False}
+for name in asked["find"]:
+    if importlib.util.find_spec(name) is None:
+        answer["missing"][name] = f"there is no {name}"
+for name, attribute in asked["import"]:
+    try:
+        module = importlib.import_module(name)
+        if attribute and not hasattr(module, attribute):
+            answer["missing"][name] = f"it has no {attribute}"
+    except BaseException as error:
+        answer["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())
+for name in asked["versions"]:
+    try:
+        answer["versions"][name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+if "torch" not in answer["missing"]:
+    import torch
+    answer["cuda"] = torch.cuda.is_available()
+print("\\n" + json.dumps(answer))
+"""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A module that a run imports, what of it is used, and the choice that asks for it."""
+
+    module: str
+    why: str
+    attribute: str = ""
+
+    @property
+    def package(self) -> str:
+        """What pip installs for it."""
+        top = self.module.split(".")[0]
+        return _PACKAGES.get(top, top)
+
+
+def needs(config: RunConfig) -> list[Need]:
+    """What the training of ``config`` imports beyond musubi-tuner's own requirements; pure."""
+    # accelerate writes metrics through this, and goes on without them when it is missing.
+    found = [Need("torch.utils.tensorboard", "MLflow's metrics need")]
+    kind = config.optimizer.type
+    why = f"optimizer={config.optimizer.name} needs"
+    if kind.lower().endswith("8bit") and not kind.startswith("bitsandbytes."):
+        found.append(Need("bitsandbytes", why))
+    if kind.lower() == "adafactor":
+        found.append(Need("transformers.optimization", why, "Adafactor"))
+    elif "." in kind:
+        module, _, attribute = kind.rpartition(".")
+        found.append(Need(module, why, attribute))
+    elif kind.lower() not in ("adamw", "adamw8bit"):
+        found.append(Need("torch.optim", why, kind))
+    attention = _ATTENTION.get(config.training.attention)
+    if attention is not None:
+        found.append(Need(attention, f"training.attention={config.training.attention} needs"))
+    return found
+
+
+def check_environment(config: RunConfig, command: Command, machine: Machine | None) -> str:
+    """Ask the Python of ``command`` for what the run will import; returns its main versions.
+
+    ``command`` is any of the engine's, for its interpreter and environment. Raises
+    :class:`UserError`, one line with the pip command that mends it, for the first thing missing.
+    """
+    wanted = needs(config) if "train" not in config.stages.skip else []
+    asked = {
+        "find": [name for name in _CORE if name != "torch"],
+        "import": [["torch", ""], *([need.module, need.attribute] for need in wanted)],
+        "versions": ["torch", "accelerate", "transformers", "diffusers"],
+    }
+    python = command.argv[0]
+    answer = _ask(python, json.dumps(asked), command)
+    missing: dict[str, str] = answer["missing"]
+    for name in _CORE:
+        if name in missing:
+            raise UserError(
+                f"engine=musubi: {python} can't run musubi-tuner ({name}: {missing[name]}). "
+                "Install musubi-tuner's requirements there, or point engine.python to the Python "
+                "that has them."
+            )
+    lacking = [need for need in wanted if need.module in missing]
+    if lacking:
+        raise UserError(_lacking(python, lacking, missing))
+    if machine is not None and not answer["cuda"]:
+        raise UserError(
+            f"engine=musubi: the driver shows {machine.name}, but torch "
+            f"{answer['versions'].get('torch', '')} of {python} can't use it: that build has no "
+            "CUDA or needs a newer driver. Install a torch built for this driver's CUDA there."
+        )
+    return ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+
+
+def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
+    reasons = [f"{need.why} {need.module} ({missing[need.module]})" for need in lacking]
+    line = f"engine=musubi: {'; '.join(reasons)}."
+    # torch and transformers are pinned with musubi-tuner: another release of them is no remedy.
+    packages = {need.package for need in lacking if need.package != "transformers"}
+    if "torch" in packages:
+        packages.remove("torch")
+        if any(need.module == "torch.utils.tensorboard" for need in lacking):
+            packages.add("tensorboard")
+        if any(need.module == "torch.optim" for need in lacking):
+            line += " Take another optimizer, or a newer torch (Muon came with 2.9)."
+    if packages:
+        names = " ".join(shlex.quote(package) for package in sorted(packages))
+        line += f" Install it with: {shlex.quote(python)} -m pip install {names}"
+    return line
+
+
+def _ask(python: str, asked: str, command: Command) -> dict[str, Any]:
+    environment = tuple(sorted(command.environment(os.environ).items()))
+    return _answer(python, asked, environment)
+
+
+@cache
+def _answer(python: str, asked: str, environment: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """One short process; the runs of a sweep that ask the same share its answer."""
+    try:
+        done = subprocess.run(
+            [python, "-c", _PROBE, asked],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+            env=dict(environment),
+            # Not the user's folder, which Python would search before its own packages.
+            cwd=Path(python).anchor or None,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"engine=musubi: {python} did not answer within {TIMEOUT_SECONDS:.0f} seconds when "
+            "asked what it has installed."
+        ) from error
+    except OSError as error:
+        raise UserError(f"engine=musubi: {python} can't be started: {error.strerror}.") from error
+    lines = done.stdout.strip().splitlines()
+    try:
+        answer: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError) as error:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(
+            f"engine=musubi: {python} can't be asked what it has installed: {said} (exit code "
+            f"{done.returncode})."
+        ) from error
+    return answer

@@ -1,0 +1,151 @@
+"""Before any stage the runner asks musubi-tuner's Python whether a run's imports are there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import compose
+
+from runner.commands import Command
+from runner.engines.base import Machine
+from runner.engines.musubi_check import check_environment, needs
+from runner.errors import UserError
+from runner.groups import conf_folder, groups
+
+# A Python in which everything that a run may import is there, at no cost.
+MODULES = {
+    "accelerate": "",
+    "musubi_tuner": "",
+    "torchvision": "",
+    "torch": "from . import cuda\n",
+    "torch.cuda": "def is_available(): return False\n",
+    "torch.utils": "",
+    "torch.utils.tensorboard": "",
+    "torch.optim": "class Muon: pass\n",
+    "transformers": "",
+    "transformers.optimization": "class Adafactor: pass\n",
+    "bitsandbytes": "",
+    "bitsandbytes.optim": "class Lion8bit: pass\n",
+    "prodigyopt": "class Prodigy: pass\n",
+    "schedulefree": "class AdamWScheduleFree: pass\n",
+    "flash_attn": "",
+    "flash_attn.flash_attn_interface": "",
+    "xformers": "",
+    "xformers.ops": "",
+}
+CARD = Machine("NVIDIA RTX 4090", 24.0, (8, 9))
+
+
+def command(folder: Path, *without: str, **changed: str) -> Command:
+    """A command of a Python that has MODULES, some left out or with other text."""
+    for name, text in MODULES.items():
+        if any(name == left or name.startswith(f"{left}.") for left in without):
+            continue
+        package = folder.joinpath(*name.split("."))
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").write_text(changed.get(name.replace(".", "_"), text))
+    # -S, as an option of the environment: what is installed beside the tests must not be found.
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    return Command((str(python), "-m", "x"), set_env=(("PYTHONPATH", str(folder)),))
+
+
+def problem(folder: Path, overrides: tuple[str, ...], *without: str, **changed: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check_environment(compose(*overrides), command(folder, *without, **changed), None)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# Every optimizer and attention code passes where all is installed, and is asked for something
+# that is really there: a misspelt module or class would fail here.
+@pytest.mark.parametrize("optimizer", sorted(groups(conf_folder())["optimizer"]))
+def test_nothing_is_missing(tmp_path: Path, optimizer: str) -> None:
+    overrides = [f"optimizer={optimizer}", "training.attention=flash"]
+    if optimizer == "custom":
+        overrides.append("optimizer.type=schedulefree.AdamWScheduleFree")
+    check_environment(compose(*overrides), command(tmp_path), None)
+
+
+# A missing package is told in one line: what asked for it, and the command that installs it.
+@pytest.mark.parametrize(
+    ("overrides", "package", "named"),
+    [
+        (("optimizer=adamw8bit",), "bitsandbytes", "optimizer=adamw8bit needs bitsandbytes ("),
+        (("optimizer=lion8bit",), "bitsandbytes", "optimizer=lion8bit needs bitsandbytes.optim ("),
+        (("optimizer=prodigy",), "prodigyopt", "optimizer=prodigy needs prodigyopt ("),
+        (("optimizer=schedulefree_adamw",), "schedulefree", "needs schedulefree ("),
+        (("optimizer=adamw", "training.attention=flash"), "flash_attn", "attention=flash needs"),
+        (("optimizer=adamw", "training.attention=xformers"), "xformers", "attention=xformers"),
+    ],
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, overrides: tuple[str, ...], package: str, named: str
+) -> None:
+    line = problem(tmp_path, overrides, package)
+    assert named in line
+    installed = package.replace("_", "-")
+    assert line.endswith(f"Install it with: {tmp_path}/python -m pip install {installed}")
+
+
+# Without tensorboard accelerate drops all metrics with no word: that must stop a run before it.
+def test_metrics_need_tensorboard(tmp_path: Path) -> None:
+    line = problem(tmp_path, ("optimizer=adamw",), torch_utils_tensorboard="import tensorboard")
+    assert "MLflow's metrics need torch.utils.tensorboard (ModuleNotFoundError: " in line
+    assert line.endswith("-m pip install tensorboard")
+
+
+# Everything missing is told at once, with one command.
+def test_all_is_told_at_once(tmp_path: Path) -> None:
+    line = problem(
+        tmp_path, ("optimizer=prodigy",), "prodigyopt", torch_utils_tensorboard="import tensorboard"
+    )
+    assert line.endswith("-m pip install prodigyopt tensorboard")
+
+
+# A package that is there and fails to import (another CUDA, say) is missing too, with its reason.
+def test_a_broken_package_is_missing(tmp_path: Path) -> None:
+    text = "raise OSError('libcudart.so.12:\\n no such file')"
+    line = problem(tmp_path, ("optimizer=adamw8bit",), bitsandbytes=text)
+    assert "(OSError: libcudart.so.12: no such file)" in line
+
+
+# A torch too old for the optimizer, which pip could not mend without breaking the rest.
+def test_an_old_torch(tmp_path: Path) -> None:
+    line = problem(tmp_path, ("optimizer=muon",), torch_optim="")
+    assert "optimizer=muon needs torch.optim (it has no Muon)" in line
+    assert "pip install" not in line
+
+
+# A Python without musubi-tuner, without torch, or that is none, is told as such.
+def test_no_engine_there(tmp_path: Path) -> None:
+    line = problem(tmp_path / "a", (), "musubi_tuner")
+    assert "can't run musubi-tuner (musubi_tuner: there is no musubi_tuner)" in line
+    assert "(torch: ModuleNotFoundError" in problem(tmp_path / "b", (), "torch")
+    with pytest.raises(UserError, match="can't be asked what it has installed: it said nothing"):
+        check_environment(compose(), Command(("/bin/false",)), None)
+    with pytest.raises(UserError, match="can't be started"):
+        check_environment(compose(), Command((str(tmp_path / "none"),)), None)
+
+
+# A card that torch can't use would mean training on the processor, for years.
+def test_torch_must_see_the_card(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shows NVIDIA RTX 4090, but torch .* can't use it"):
+        check_environment(compose(), command(tmp_path), CARD)
+    see = command(tmp_path, torch_cuda="def is_available(): return True\n", torch_x="")
+    check_environment(compose("optimizer=adamw"), see, None)
+
+
+# A run that only fills the caches needs no optimizer.
+def test_skipped_training_needs_nothing(tmp_path: Path) -> None:
+    config = compose("stages.skip=[train]", "optimizer=prodigy")
+    check_environment(config, command(tmp_path, "prodigyopt"), None)
+
+
+# The default optimizer is in what is asked for, whatever its case.
+def test_needs_of_the_default() -> None:
+    assert [need.module for need in needs(compose())] == ["torch.utils.tensorboard", "bitsandbytes"]
