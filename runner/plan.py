@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner import rules_musubi
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import Engine, EngineFacts, Machine
+from runner.errors import UserError
 from runner.formats import jsonl, train_toml
 from runner.formats.cache import image_latents_name, text_name, video_latents_name
 from runner.formats.dataset_toml import DatasetEntry
@@ -125,11 +127,19 @@ def default_name(config: RunConfig) -> str:
 
 
 def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
-    """The plan of a run. The same arguments give an equal plan."""
+    """The plan of a run. The same arguments give an equal plan.
+
+    Raises :class:`UserError` for options that the data make impossible.
+    """
     compiled, compile_note = engine.compiles(config, facts.machine)
     per_epoch = steps_per_epoch(config, facts)
     total = config.training.max_steps or config.training.epochs * per_epoch
+    clips = any(item.kind == "video" for item in facts.selection.items)
     notices = [*facts.selection.notices]
+    if config.engine.name == "musubi":
+        for problem in rules_musubi.plan_problems(config, steps=total, clips=clips):
+            raise UserError(problem)
+        notices += rules_musubi.plan_notices(config, steps=total)
     notices += [note for note in (facts.memory_note, compile_note) if note]
     if config.engine.name == "musubi" and "evaluate" not in config.stages.skip:
         notices.append("engine=musubi has no evaluate stage yet: there will be no eval/loss.")

@@ -1,0 +1,387 @@
+"""Rules of musubi-tuner v0.3.4 on options, checked before anything is read or written; pure.
+
+Each is a condition under which it would end with an error, often hours into a run, or take an
+option for something else without a word. docs/musubi-rules.md lists where each comes from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from runner.config import RunConfig
+from runner.formats.transformer_keys import BLOCK_LINEARS
+from runner.rules_musubi_arguments import extra_arguments
+from runner.suggest import did_you_mean
+
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "rex",
+)
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Names it knows without a module; every other name without a dot is looked up in torch.optim.
+_SHORT_OPTIMIZERS = ("adamw8bit", "adamw", "adafactor")
+_TORCH_OPTIMIZERS = (
+    *("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "Muon", "NAdam"),
+    *("RAdam", "RMSprop", "Rprop", "SGD"),
+)
+# It gives step() no closure, and a LoRA's gradients are dense.
+_UNUSABLE_OPTIMIZERS = {"lbfgs": "a closure", "sparseadam": "sparse gradients"}
+
+_ADAMW_ARGS = ("betas", "eps", "weight_decay", "amsgrad")
+_TORCH_ARGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
+_BNB_ARGS = ("optim_bits", "args", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+OPTIMIZER_ARGS = {
+    "adamw": (*_ADAMW_ARGS, *_TORCH_ARGS),
+    "adamw8bit": (*_ADAMW_ARGS, *_BNB_ARGS),
+    "lion8bit": ("betas", "weight_decay", *_BNB_ARGS[1:]),
+    "adafactor": (
+        *("eps", "clip_threshold", "decay_rate", "beta1", "weight_decay"),
+        *("scale_parameter", "relative_step", "warmup_init"),
+    ),
+    "muon": (
+        *("weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
+        "adjust_lr_fn",
+    ),
+    "prodigy": (
+        *("betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction"),
+        *("safeguard_warmup", "d0", "d_coef", "growth_rate", "fsdp_in_use", "slice_p"),
+    ),
+    "schedulefree_adamw": (
+        *("betas", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "foreach"),
+    ),
+}
+
+_NETWORK_ARGS = {
+    "lora": ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"),
+    "loha": ("rank_dropout", "module_dropout", "verbose"),
+    "lokr": ("rank_dropout", "module_dropout", "verbose", "factor"),
+}
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Every rule that ``config`` breaks, one line each."""
+    for rule in (
+        _optimizer,
+        _optimizer_args,
+        _scheduler,
+        _precision,
+        _memory,
+        _network,
+        _network_args,
+        _timesteps,
+        _previews,
+        extra_arguments,
+    ):
+        yield from rule(config)
+
+
+def plan_problems(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
+    """Rules that need to know the data: how many optimizer steps, and whether there are clips."""
+    warmup = config.scheduler.warmup_steps
+    if config.scheduler.name == "rex" and warmup > steps:
+        yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
+    for key, source in _datasets(config):
+        dataset = config.dataset
+        size = _own(source, dataset, "batch_size")
+        if not clips or size < 2:
+            continue
+        # Clips are cached in buckets whatever these say, and then batched by them.
+        if not _own(source, dataset, "enable_bucket"):
+            flag, right = "enable_bucket", "true"
+        elif _own(source, dataset, "bucket_no_upscale"):
+            flag, right = "bucket_no_upscale", "false"
+        else:
+            continue
+        yield (
+            f"{key}.batch_size={size} with clips would mix sizes in a batch: take "
+            f"{key}.{flag}={right}, or {key}.batch_size=1."
+        )
+
+
+def plan_notices(config: RunConfig, *, steps: int) -> Iterator[str]:
+    """What goes through but is hardly what was meant, once the number of steps is known."""
+    warmup = config.scheduler.warmup_steps
+    if warmup >= steps:
+        yield (
+            f"scheduler.warmup_steps={warmup} is not below the run's {steps} steps: the learning "
+            "rate is never reached."
+        )
+    if config.network.dropout and config.network.name != "lora":
+        yield (
+            f"network.dropout does nothing with network={config.network.name}; "
+            "network.args.rank_dropout and network.args.module_dropout do."
+        )
+
+
+def _datasets(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    if not config.dataset.sources:
+        yield "dataset", config.dataset
+    for number, source in enumerate(config.dataset.sources):
+        yield f"dataset.sources[{number}]", source
+
+
+def _own(source: Any, dataset: Any, key: str) -> Any:
+    own = getattr(source, key)
+    return getattr(dataset, key) if own is None else own
+
+
+def ignores_learning_rate(config: RunConfig) -> bool:
+    """Whether Adafactor would set its own steps; warmup_init turns relative_step on."""
+    args = config.optimizer.args
+    return config.optimizer.type.lower() == "adafactor" and bool(
+        args.get("relative_step", True) or args.get("warmup_init", False)
+    )
+
+
+def is_schedule_free(config: RunConfig) -> bool:
+    """Whether it would leave the schedule out: it goes by the end of the optimizer's name."""
+    return config.optimizer.type.lower().endswith("schedulefree")
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer, scheduler = config.optimizer, config.scheduler
+    kind = optimizer.type
+    last = kind.rpartition(".")[2].lower()
+    if not kind:
+        yield "optimizer.type is empty: name a class, for example torch.optim.RMSprop."
+    elif last in _UNUSABLE_OPTIMIZERS:
+        yield (
+            f"optimizer.type={kind} needs {_UNUSABLE_OPTIMIZERS[last]}, which musubi-tuner does "
+            "not give it."
+        )
+    elif "." not in kind and kind.lower() not in _SHORT_OPTIMIZERS:
+        if kind.lower().endswith("8bit"):
+            yield (
+                f"optimizer.type={kind} needs its full path, for example "
+                "bitsandbytes.optim.Lion8bit."
+            )
+        elif kind not in _TORCH_OPTIMIZERS:
+            hint = did_you_mean(kind, [*_SHORT_OPTIMIZERS, *_TORCH_OPTIMIZERS])
+            yield f"optimizer.type={kind} is not in torch.optim: give its full path.{hint}"
+    scheduled = scheduler.name != "constant" or scheduler.warmup_steps > 0
+    if scheduled and ignores_learning_rate(config):
+        yield (
+            f"scheduler={scheduler.name} does nothing with Adafactor's relative_step, which sets "
+            "its own rate: take scheduler=constant, or optimizer.args.relative_step=false and "
+            "optimizer.args.warmup_init=false."
+        )
+    if scheduled and is_schedule_free(config):
+        yield (
+            f"scheduler={scheduler.name} does nothing with a schedule-free optimizer: take "
+            "scheduler=constant; it warms up by optimizer.args.warmup_steps."
+        )
+    if "prodigy" in last and optimizer.learning_rate < 0.1:
+        yield (
+            f"optimizer.learning_rate={optimizer.learning_rate:g} is too small for Prodigy, which "
+            "finds the rate itself and multiplies it by this: take 1.0."
+        )
+
+
+def _optimizer_args(config: RunConfig) -> Iterator[str]:
+    args = config.optimizer.args
+    known = OPTIMIZER_ARGS.get(config.optimizer.name)
+    for key, value in args.items():
+        if key in ("lr", "params"):
+            yield f"optimizer.args.{key} is given already: set optimizer.learning_rate."
+        elif known is not None and key not in known:
+            yield (
+                f"optimizer={config.optimizer.name} has no argument {key}."
+                f"{did_you_mean(key, known)}"
+            )
+        if not _finite(value):
+            yield f"optimizer.args.{key}={value} must be finite."
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_finite(part) for part in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _scheduler(config: RunConfig) -> Iterator[str]:
+    scheduler = config.scheduler
+    name, ratio = scheduler.name, scheduler.min_lr_ratio
+    if name not in SCHEDULERS:
+        yield f"scheduler.name={name} is not a choice.{did_you_mean(name, SCHEDULERS)}"
+    if ratio is None and name == "cosine_with_min_lr":
+        yield "scheduler=cosine_with_min_lr needs scheduler.min_lr_ratio, for example 0.1."
+    if ratio is not None and not 0 <= ratio <= 1:
+        yield f"scheduler.min_lr_ratio={ratio:g} must be between 0 and 1."
+    elif ratio is not None and name not in ("cosine_with_min_lr", "rex"):
+        yield (
+            f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
+            "scheduler=cosine_with_min_lr or scheduler=rex."
+        )
+    if scheduler.num_cycles != 1 and name != "cosine_with_restarts":
+        yield (
+            f"scheduler.num_cycles does nothing with scheduler={name}: take "
+            "scheduler=cosine_with_restarts."
+        )
+    if scheduler.power != 1 and name != "polynomial":
+        yield f"scheduler.power does nothing with scheduler={name}: take scheduler=polynomial."
+    if name == "polynomial" and config.optimizer.learning_rate <= 1e-7:
+        yield (
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g} must be above 1e-07, "
+            "where scheduler=polynomial ends."
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    precision, file = config.precision, config.model.transformer
+    mixed, dtype = precision.mixed_precision, precision.dit_dtype
+    if dtype is not None and dtype not in DTYPES:
+        yield f"precision.dit_dtype={dtype} is not a choice.{did_you_mean(dtype, DTYPES)}"
+    if precision.fp8_base and mixed == "no":
+        yield "precision.fp8_base=true needs precision.mixed_precision=bf16 or fp16."
+    elif mixed == "no" and dtype != "float32":
+        # Without autocast its float32 inputs meet the network's own type.
+        yield "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
+    if config.training.attention == "flash" and mixed == "no":
+        yield (
+            "training.attention=flash needs half precision: take precision=bf16, or "
+            "training.attention=sdpa."
+        )
+    if "fp16" in file.lower() and (dtype in ("bfloat16", "float32") or mixed != "fp16"):
+        yield (
+            f"model.transformer={file} holds fp16 weights, which can't be trained in "
+            f"precision={precision.name}: take precision=fp16, or the bf16 file."
+        )
+
+
+def _memory(config: RunConfig) -> Iterator[str]:
+    tile = config.memory.vae_tile
+    if tile and tile % 64:
+        # Tiles overlap by a quarter, and a latent is 16 pixels wide.
+        near = max(64, round(tile / 64) * 64)
+        yield (
+            f"memory.vae_tile={tile} must be a multiple of 64 (nearest: {near}), or 0 for whole "
+            "frames."
+        )
+    if config.training.seed > 2**32 - 1:
+        yield f"training.seed={config.training.seed} must be below 4294967296."
+
+
+def _network(config: RunConfig) -> Iterator[str]:
+    network = config.network
+    patterns: dict[str, list[re.Pattern[str]]] = {"include": [], "exclude": []}
+    broken = False
+    for key, compiled in patterns.items():
+        for pattern in getattr(network, key):
+            try:
+                compiled.append(re.compile(pattern))
+            except re.error as error:
+                broken = True
+                yield f"network.{key}: {pattern!r} is no regular expression ({error})."
+    if broken:
+        return
+    if network.include and not network.exclude:
+        yield (
+            "network.include does nothing alone, it adds back what network.exclude leaves out: "
+            "add 'network.exclude=[\".*\"]' to train just those."
+        )
+    names = [f"double_blocks.{n}.{m}" for n in range(config.model.blocks) for m in BLOCK_LINEARS]
+    if not any(
+        any(p.fullmatch(name) for p in patterns["include"])
+        or not any(p.fullmatch(name) for p in patterns["exclude"])
+        for name in names
+    ):
+        yield (
+            "network.exclude leaves nothing to train: patterns match whole names such as "
+            f"{names[0]}; add some back with network.include."
+        )
+
+
+def _network_args(config: RunConfig) -> Iterator[str]:
+    network = config.network
+    known = _NETWORK_ARGS.get(network.name, ())
+    for key, value in network.args.items():
+        if key in ("include_patterns", "exclude_patterns"):
+            yield f"network.args.{key}: set network.{key.removesuffix('_patterns')} instead."
+        elif key not in known:
+            yield f"network={network.name} has no argument {key}.{did_you_mean(key, known)}"
+        elif key in ("rank_dropout", "module_dropout"):
+            if not _number(value) or not 0 <= value < 1:
+                yield f"network.args.{key}={value} must be at least 0 and below 1."
+        elif key == "loraplus_lr_ratio":
+            if not _number(value) or not value > 0:
+                yield f"network.args.{key}={value} must be a number above 0."
+        elif key == "factor" and (
+            not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0
+        ):
+            yield f"network.args.factor={value} must be -1 or a whole number above 0."
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _timesteps(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    sigma = training.timestep_sampling == "sigma"
+    if training.weighting_scheme in ("logit_normal", "mode") and not sigma:
+        yield (
+            f"training.weighting_scheme={training.weighting_scheme} draws timesteps, and does so "
+            "only with training.timestep_sampling=sigma."
+        )
+    if sigma and (training.min_timestep is not None or training.max_timestep is not None):
+        # It indexes a falling schedule with them, so that 0 is the noisiest.
+        yield (
+            "training.min_timestep and max_timestep count from the noisy end with "
+            "training.timestep_sampling=sigma: take uniform, sigmoid or shift."
+        )
+
+
+def _previews(config: RunConfig) -> Iterator[str]:
+    sampling = config.sampling
+    if sampling.name != "prompts":
+        return
+    if config.precision.mixed_precision == "no":
+        # Its previews make the text embeddings bf16 and leave the rest to autocast.
+        yield (
+            f"sampling=prompts fails in musubi-tuner with precision={config.precision.name}, "
+            "which has no mixed precision: take precision=bf16, or sampling=none."
+        )
+    texts = [(f"sampling.prompts[{n}]", text) for n, text in enumerate(sampling.prompts)]
+    for key, text in [*texts, ("sampling.negative_prompt", sampling.negative_prompt)]:
+        yield from _preview_text(key, text)
+    for key, text in texts:
+        if not text.strip():
+            yield f"{key} is empty."
+        elif text.startswith("#"):
+            yield f"{key} begins with #, and would be skipped as a comment."
+        elif re.match(r"n \S", text.lstrip(), re.IGNORECASE) and not sampling.negative_prompt:
+            yield (
+                f"{key} begins with {text.lstrip()[:2]!r}, which would be read as a negative "
+                "prompt: word it otherwise."
+            )
+    path = sampling.image_path
+    if path is not None:
+        yield from _preview_text("sampling.image_path", path)
+        if path != path.strip():
+            yield f"sampling.image_path={path!r} begins or ends with a space: rename the file."
+    if sampling.steps > 1000:
+        yield f"sampling.steps={sampling.steps} is too large: at most 1000."
+    if sampling.seed < 0:
+        yield f"sampling.seed={sampling.seed} is too small: it must be at least 0."
+    for key in ("guidance_scale", "flow_shift"):
+        value = getattr(sampling, key)
+        # The line's numbers are read without a sign or an exponent.
+        if not 0.01 <= value <= 1000:
+            yield f"sampling.{key}={value:g} must be between 0.01 and 1000."
+
+
+def _preview_text(key: str, text: str) -> Iterator[str]:
+    if " --" in text:
+        yield f"{key} has ' --' in it, where musubi-tuner would read an option: leave it out."
+    if "\n" in text or "\r" in text:
+        yield f"{key} has a line break, where musubi-tuner would begin another prompt."

@@ -1,0 +1,407 @@
+"""musubi-tuner's own rules: what it refuses, or misreads, is told before anything is downloaded."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from conftest import compose, fake_facts, fake_item, plan_of
+
+from runner.engines.musubi_options import TRAIN, options
+from runner.errors import UserError
+from runner.formats.train_toml import WeightPaths, train_options
+from runner.groups import conf_folder, groups
+from runner.rules import problems
+from runner.rules_musubi import OPTIMIZER_ARGS, SCHEDULERS
+from runner.rules_musubi_arguments import OWNED, REFUSED
+
+GROUPS = groups(conf_folder())
+PROMPTS = ("sampling=prompts",)
+
+BROKEN: dict[tuple[str, ...], str] = {
+    ("optimizer=custom", "optimizer.type=''"): (
+        "optimizer.type is empty: name a class, for example torch.optim.RMSprop."
+    ),
+    ("optimizer=custom", "optimizer.type=RMSProp"): (
+        "optimizer.type=RMSProp is not in torch.optim: give its full path. Did you mean RMSprop?"
+    ),
+    ("optimizer=custom", "optimizer.type=PagedLion8bit"): (
+        "optimizer.type=PagedLion8bit needs its full path, for example bitsandbytes.optim.Lion8bit."
+    ),
+    ("optimizer=custom", "optimizer.type=torch.optim.LBFGS"): (
+        "optimizer.type=torch.optim.LBFGS needs a closure, which musubi-tuner does not give it."
+    ),
+    ("optimizer=adafactor", "optimizer.args.relative_step=true", "scheduler=cosine"): (
+        "scheduler=cosine does nothing with Adafactor's relative_step, which sets its own rate: "
+        "take scheduler=constant, or optimizer.args.relative_step=false and "
+        "optimizer.args.warmup_init=false."
+    ),
+    ("optimizer=adafactor", "optimizer.args.warmup_init=true", "scheduler=rex"): (
+        "scheduler=rex does nothing with Adafactor's relative_step, which sets its own rate: take "
+        "scheduler=constant, or optimizer.args.relative_step=false and "
+        "optimizer.args.warmup_init=false."
+    ),
+    ("optimizer=schedulefree_adamw", "scheduler=cosine"): (
+        "scheduler=cosine does nothing with a schedule-free optimizer: take scheduler=constant; it "
+        "warms up by optimizer.args.warmup_steps."
+    ),
+    ("optimizer=prodigy", "optimizer.learning_rate=1e-4"): (
+        "optimizer.learning_rate=0.0001 is too small for Prodigy, which finds the rate itself and "
+        "multiplies it by this: take 1.0."
+    ),
+    ("+optimizer.args.wieght_decay=0.1",): (
+        "optimizer=adamw8bit has no argument wieght_decay. Did you mean weight_decay?"
+    ),
+    ("+optimizer.args.lr=0.1",): (
+        "optimizer.args.lr is given already: set optimizer.learning_rate."
+    ),
+    ("+optimizer.args.eps=inf",): "optimizer.args.eps=inf must be finite.",
+    ("scheduler.name=cosin",): "scheduler.name=cosin is not a choice. Did you mean cosine?",
+    ("scheduler=cosine_with_min_lr", "scheduler.min_lr_ratio=null"): (
+        "scheduler=cosine_with_min_lr needs scheduler.min_lr_ratio, for example 0.1."
+    ),
+    ("scheduler=rex", "scheduler.min_lr_ratio=2"): (
+        "scheduler.min_lr_ratio=2 must be between 0 and 1."
+    ),
+    ("scheduler=cosine", "scheduler.min_lr_ratio=0.1"): (
+        "scheduler.min_lr_ratio does nothing with scheduler=cosine: take "
+        "scheduler=cosine_with_min_lr or scheduler=rex."
+    ),
+    ("scheduler=cosine", "scheduler.num_cycles=3"): (
+        "scheduler.num_cycles does nothing with scheduler=cosine: take "
+        "scheduler=cosine_with_restarts."
+    ),
+    ("scheduler.power=2",): (
+        "scheduler.power does nothing with scheduler=constant: take scheduler=polynomial."
+    ),
+    ("scheduler=polynomial", "optimizer.learning_rate=1e-7"): (
+        "optimizer.learning_rate=1e-07 must be above 1e-07, where scheduler=polynomial ends."
+    ),
+    ("precision=fp8", "precision.mixed_precision=no"): (
+        "precision.fp8_base=true needs precision.mixed_precision=bf16 or fp16."
+    ),
+    ("precision.mixed_precision=no",): (
+        "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
+    ),
+    ("precision.dit_dtype=bf16",): (
+        "precision.dit_dtype=bf16 is not a choice. Did you mean bfloat16?"
+    ),
+    ("precision=fp32", "training.attention=flash"): (
+        "training.attention=flash needs half precision: take precision=bf16, or "
+        "training.attention=sdpa."
+    ),
+    ("model.transformer=hunyuanvideo1.5_720p_t2v_fp16.safetensors",): (
+        "model.transformer=hunyuanvideo1.5_720p_t2v_fp16.safetensors holds fp16 weights, which "
+        "can't be trained in precision=bf16: take precision=fp16, or the bf16 file."
+    ),
+    ("memory=24gb", "memory.vae_tile=96"): (
+        "memory.vae_tile=96 must be a multiple of 64 (nearest: 128), or 0 for whole frames."
+    ),
+    ("training.seed=4294967296",): "training.seed=4294967296 must be below 4294967296.",
+    ("network.exclude=['(']",): (
+        "network.exclude: '(' is no regular expression (missing ), unterminated subpattern at "
+        "position 0)."
+    ),
+    ("network.include=['.*attn.*']",): (
+        "network.include does nothing alone, it adds back what network.exclude leaves out: add "
+        "'network.exclude=[\".*\"]' to train just those."
+    ),
+    ("network.exclude=['.*']",): (
+        "network.exclude leaves nothing to train: patterns match whole names such as "
+        "double_blocks.0.img_mod.linear; add some back with network.include."
+    ),
+    ("+network.args.rank_droput=0.1",): (
+        "network=lora has no argument rank_droput. Did you mean rank_dropout?"
+    ),
+    ("+network.args.conv_dim=4",): (
+        "network=lora has no argument conv_dim. There are: loraplus_lr_ratio, module_dropout, "
+        "rank_dropout, verbose."
+    ),
+    ("network=loha", "+network.args.loraplus_lr_ratio=4"): (
+        "network=loha has no argument loraplus_lr_ratio. There are: module_dropout, rank_dropout, "
+        "verbose."
+    ),
+    ("+network.args.include_patterns=x",): (
+        "network.args.include_patterns: set network.include instead."
+    ),
+    ("+network.args.rank_dropout=1",): (
+        "network.args.rank_dropout=1 must be at least 0 and below 1."
+    ),
+    ("+network.args.loraplus_lr_ratio=-1",): (
+        "network.args.loraplus_lr_ratio=-1 must be a number above 0."
+    ),
+    ("network=lokr", "+network.args.factor=0"): (
+        "network.args.factor=0 must be -1 or a whole number above 0."
+    ),
+    ("training.weighting_scheme=logit_normal",): (
+        "training.weighting_scheme=logit_normal draws timesteps, and does so only with "
+        "training.timestep_sampling=sigma."
+    ),
+    ("training.timestep_sampling=sigma", "training.max_timestep=300"): (
+        "training.min_timestep and max_timestep count from the noisy end with "
+        "training.timestep_sampling=sigma: take uniform, sigmoid or shift."
+    ),
+    (*PROMPTS, "sampling.prompts=['a cat --w 3']"): (
+        "sampling.prompts[0] has ' --' in it, where musubi-tuner would read an option: leave it "
+        "out."
+    ),
+    (*PROMPTS, 'sampling.prompts=["a\ncat"]'): (
+        "sampling.prompts[0] has a line break, where musubi-tuner would begin another prompt."
+    ),
+    (*PROMPTS, "sampling.prompts=['# one']"): (
+        "sampling.prompts[0] begins with #, and would be skipped as a comment."
+    ),
+    (*PROMPTS, "sampling.prompts=['N scale railway']"): (
+        "sampling.prompts[0] begins with 'N ', which would be read as a negative prompt: word it "
+        "otherwise."
+    ),
+    (*PROMPTS, "sampling.prompts=[' ']"): "sampling.prompts[0] is empty.",
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.negative_prompt='x --y'"): (
+        "sampling.negative_prompt has ' --' in it, where musubi-tuner would read an option: leave "
+        "it out."
+    ),
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.image_path=a --b.png"): (
+        "sampling.image_path has ' --' in it, where musubi-tuner would read an option: leave it "
+        "out."
+    ),
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.image_path=a.png "): (
+        "sampling.image_path='a.png ' begins or ends with a space: rename the file."
+    ),
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.steps=1001"): (
+        "sampling.steps=1001 is too large: at most 1000."
+    ),
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.seed=-1"): (
+        "sampling.seed=-1 is too small: it must be at least 0."
+    ),
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.flow_shift=1e6"): (
+        "sampling.flow_shift=1e+06 must be between 0.01 and 1000."
+    ),
+    ("engine.extra_args=[--save_stat]",): (
+        f"engine.extra_args: {TRAIN} has no option --save_stat. Did you mean --save_state?"
+    ),
+    ("engine.extra_args=[--logit_mean,high]",): (
+        "engine.extra_args: --logit_mean must be a number, not 'high'."
+    ),
+    ("engine.extra_args=['--blocks_to_swap=4']",): (
+        "engine.extra_args: --blocks_to_swap is set by the runner: use memory.blocks_to_swap "
+        "instead."
+    ),
+    ("engine.extra_args=[--flash_attn]",): (
+        "engine.extra_args: --flash_attn is set by the runner: use training.attention instead."
+    ),
+    ("engine.extra_args=[--sage_attn]",): (
+        "engine.extra_args: --sage_attn can't be used: musubi-tuner refuses it in training."
+    ),
+    ("engine.extra_args=[--dim_from_weights]",): (
+        "engine.extra_args: --dim_from_weights can't be used: it crashes; set network.rank to the "
+        "file's rank."
+    ),
+    ("engine.extra_args=[--show_timesteps,console]",): (
+        "engine.extra_args: --show_timesteps can't be used: it ends the trainer before training."
+    ),
+    ("engine.extra_args=[--save_every_n_steps,0]",): (
+        "engine.extra_args: --save_every_n_steps 0 is too small: it must be at least 1."
+    ),
+    ("engine.extra_args=[--vae_dtype,half]",): (
+        "engine.extra_args: --vae_dtype can't be 'half': take float16, bfloat16 or float32."
+    ),
+    ("engine.extra_args=[--metadata_reso,544x960]",): (
+        "engine.extra_args: --metadata_reso '544x960' must be one number or two with a comma, such "
+        "as 544,960."
+    ),
+    ("engine.extra_args=[--lr_scheduler_type,StepLR,--lr_scheduler_args,'a=b=c']",): (
+        "engine.extra_args: --lr_scheduler_args 'a=b=c' must be KEY=VALUE with one equals sign."
+    ),
+    ("engine.extra_args=[--async_upload]",): (
+        "engine.extra_args: --async_upload needs --huggingface_repo_id."
+    ),
+    ("memory=24gb", "engine.extra_args=[--block_swap_ring_size,3]"): (
+        "engine.extra_args: --block_swap_ring_size does nothing without memory.h2d_only=true."
+    ),
+    ("memory.blocks_to_swap=52",): (
+        "memory.blocks_to_swap=52 is too many: the network has 54 blocks and at most 51 can be "
+        "swapped."
+    ),
+    ("precision.fp8_scaled=true",): "precision.fp8_scaled=true needs precision.fp8_base=true.",
+    ("memory=24gb", "memory.h2d_only=true", "memory.checkpointing=none"): (
+        "memory.h2d_only=true needs memory.checkpointing=full."
+    ),
+    ("scheduler.warmup_steps=5",): (
+        "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "
+        "scheduler.warmup_steps=0."
+    ),
+    ("training.keep_last=0",): "training.keep_last=0 is too small: it must be at least 1.",
+    ("training.min_timestep=500", "training.max_timestep=400"): (
+        "training.min_timestep=500 and training.max_timestep=400 must satisfy 0 <= min < max <= "
+        "1000."
+    ),
+    (*PROMPTS, "sampling.prompts=[a]", "sampling.width=200"): (
+        "sampling.width/height=[200, 960]: 200 is not a multiple of 16 (nearest: 192)."
+    ),
+}
+
+
+# Each broken rule is told in one line that says what is wrong and what would be right.
+@pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
+def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
+    assert list(problems(compose(*overrides))) == [BROKEN[overrides]]
+
+
+# What is right passes: the rules must not refuse what musubi-tuner takes.
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer=adafactor", "optimizer.args.relative_step=true"),
+        ("optimizer=schedulefree_adamw", "+optimizer.args.warmup_steps=10"),
+        ("optimizer=custom", "optimizer.type=Muon"),
+        ("optimizer=custom", "optimizer.type=AdamW8bit"),
+        ("optimizer=custom", "optimizer.type=some.library.Prodigy", "optimizer.learning_rate=1"),
+        ("+optimizer.args.betas=[0.9,0.99]", "+optimizer.args.weight_decay=0.01"),
+        ("network.exclude=['.*']", "network.include=['.*attn.*']"),
+        ("network.exclude=['.*_mod.*']", "+network.args.loraplus_lr_ratio=16"),
+        ("network=lokr", "+network.args.factor=-1"),
+        ("precision=fp16", "model.transformer=a_fp16.safetensors"),
+        ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal"),
+        (*PROMPTS, "sampling.prompts=['I see a cat','- a dash']"),
+        (*PROMPTS, "sampling.prompts=['N scale']", "sampling.negative_prompt=blur"),
+        ("engine.extra_args=[--save_every_n_steps,50,--save_state,'--logit_mean=-0.5']",),
+        ("engine.extra_args=[--training_comment,'a b',--base_weights,/a,/b]",),
+        ("task=i2v", "training.i2v_unscaled_condition=true"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_right_passes(overrides: tuple[str, ...]) -> None:
+    assert list(problems(compose(*overrides))) == []
+
+
+# Every choice and every recipe with every optimizer obeys the rules, for both tasks.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_choices_and_recipes_obey_the_rules(task: str) -> None:
+    extra = {
+        "optimizer=custom": ["optimizer.type=torch.optim.RMSprop"],
+        "sampling=prompts": ["sampling.prompts=[a cat]", "sampling.image_path=/a.png"],
+    }
+    choices = [
+        f"{group}={name}"
+        for group, names in GROUPS.items()
+        for name in names
+        if group != "engine" and (group, name) != ("model", "tiny")
+    ]
+    for choice in choices:
+        config = compose(f"task={task}", choice, *extra.get(choice, []))
+        assert list(problems(config)) == [], choice
+    for recipe in GROUPS["experiment"]:
+        for name in GROUPS["optimizer"]:
+            overrides = [f"experiment={recipe}", f"optimizer={name}", f"task={task}"]
+            config = compose(*overrides, *extra.get(f"optimizer={name}", []))
+            assert list(problems(config)) == [], overrides
+
+
+def plan(*overrides: str, items: list[Any]) -> Any:
+    config = compose("memory=24gb", *overrides)
+    return plan_of(config, fake_facts(config, items))
+
+
+PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]
+CLIPS = [*PICTURES, fake_item("clip.mp4")]
+
+
+# musubi caches clips in buckets whatever the flags say, and batches them by the flags.
+def test_batches_of_mixed_size_are_refused() -> None:
+    with pytest.raises(UserError) as error:
+        plan("dataset.batch_size=2", "dataset.enable_bucket=false", items=CLIPS)
+    assert str(error.value) == (
+        "dataset.batch_size=2 with clips would mix sizes in a batch: take "
+        "dataset.enable_bucket=true, or dataset.batch_size=1."
+    )
+    source = "dataset.sources=[{path: a, batch_size: 2, bucket_no_upscale: true}]"
+    with pytest.raises(UserError, match=r"dataset.sources\[0\].bucket_no_upscale=false"):
+        plan(source, items=CLIPS)
+    plan("dataset.batch_size=2", "dataset.enable_bucket=false", items=PICTURES)
+    plan("dataset.enable_bucket=false", items=CLIPS)
+    plan("dataset.batch_size=2", items=CLIPS)
+
+
+# A warm-up longer than the run is an error where musubi ends with one, else a notice.
+def test_warmup_longer_than_the_run() -> None:
+    steps = ("training.max_steps=20", "scheduler.warmup_steps=30")
+    with pytest.raises(UserError) as error:
+        plan("scheduler=rex", *steps, items=PICTURES)
+    assert str(error.value) == (
+        "scheduler.warmup_steps=30 must not exceed the run's 20 steps (rex)."
+    )
+    told = plan("scheduler=cosine", *steps, items=PICTURES).notices
+    line = (
+        "scheduler.warmup_steps=30 is not below the run's 20 steps: the learning rate is never "
+        "reached."
+    )
+    assert line in told
+    assert line not in plan("scheduler=cosine", "training.max_steps=31", items=PICTURES).notices
+
+
+# LoHa and LoKr take a dropout and never use it.
+def test_dropout_without_effect_is_told() -> None:
+    line = (
+        "network.dropout does nothing with network=loha; network.args.rank_dropout and "
+        "network.args.module_dropout do."
+    )
+    assert line in plan("network=loha", "network.dropout=0.1", items=PICTURES).notices
+    lora = plan("network=lora", "network.dropout=0.1", items=PICTURES).notices
+    assert not any("network.dropout" in notice for notice in lora)
+
+
+# Every option that the runner can write has the runner's own option beside it, and nothing else
+# is kept from engine.extra_args.
+def test_owned_options_are_those_the_runner_writes() -> None:
+    written: set[str] = {"config_file", "resume", "resume_from_huggingface"}
+    paths = WeightPaths(*"abcde")
+    variants = [
+        *[f"scheduler={name}" for name in SCHEDULERS],
+        *[f"training.attention={name}" for name in ("sdpa", "flash", "xformers")],
+        *[f"precision={name}" for name in GROUPS["precision"]],
+        "task=i2v",
+        "training.max_steps=3",
+    ]
+    everything = [
+        "memory=12gb",
+        "memory.checkpointing=offload",
+        "memory.pinned=true",
+        "memory.h2d_only=true",
+        "training.min_timestep=1",
+        "training.max_timestep=9",
+        "training.keep_last=1",
+        "network.dropout=0.1",
+        "+network.args.rank_dropout=0.1",
+        "+optimizer.args.eps=1e-8",
+        "scheduler.warmup_steps=1",
+        "scheduler.min_lr_ratio=0.1",
+        "sampling=prompts",
+        "sampling.prompts=[a]",
+        "sampling.at_first=true",
+    ]
+    for variant in variants:
+        config = compose(variant, *everything)
+        written |= set(
+            train_options(config, paths, config.memory, seed=1, compile_blocks=True),
+        )
+    assert written == set(OWNED)
+    assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))
+
+
+# The argument lists of optimizers are those of the libraries, where they are installed here.
+def test_optimizer_arguments_are_the_libraries_own() -> None:
+    import prodigyopt
+    import schedulefree
+    import torch
+
+    classes = {
+        "adamw": torch.optim.AdamW,
+        "muon": torch.optim.Muon,
+        "prodigy": prodigyopt.Prodigy,
+        "schedulefree_adamw": schedulefree.AdamWScheduleFree,
+    }
+    for name, cls in classes.items():
+        assert {"params", "lr", *OPTIMIZER_ARGS[name]} == set(inspect.signature(cls).parameters)
+    assert set(OPTIMIZER_ARGS) == set(GROUPS["optimizer"]) - {"custom"}
+    assert set(SCHEDULERS) == set(GROUPS["scheduler"])
