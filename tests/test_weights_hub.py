@@ -346,6 +346,22 @@ def test_token_stays_with_the_hub(
     assert token not in notes
 
 
+# A token that can't be sent at all is not shown either, and a wrong address is told at once.
+def test_unsendable(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    for token in ("secret\0of_mine", "secretöf_mine"):
+        (tmp_path / "token").write_text(token)
+        with pytest.raises(StageError, match="the token in use has characters") as caught:
+            fetch(tmp_path)
+        assert "secret" not in str(caught.value)
+    (tmp_path / "token").unlink()
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.example")
+    with pytest.raises(StageError, match=r"hub.example can't be reached"):
+        fetch(tmp_path)
+    assert hub.asked == []
+
+
 def test_missing_repository(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(
         StageError, match=r"there is no repository owner/modle at .*no token is set"
@@ -371,7 +387,7 @@ def test_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     free = len(BIG) + len(OTHER) - 1
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(StageError, match=r"2 files with 3.7 MB .* only 3.7 MB are free"):
+    with pytest.raises(StageError, match=r"2 files \(3.7 MB\) must .* only 3.7 MB are free"):
         fetch(tmp_path)
     assert hub.downloads() == []
     # What is here already needs no space.

@@ -15,6 +15,7 @@ from runner.console import readable
 from runner.errors import StageError
 from runner.hub.cache import Cached, HubCache, Request, read_sha256
 from runner.hub.remote import Remote, RemoteFile, check_access, download, look_up, offline
+from runner.items import counted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -175,7 +176,7 @@ def _bring(jobs: Sequence[_Job], cache: HubCache, watcher: Watcher) -> None:
     free = free_space(cache.folder)
     if lacking > free:
         raise StageError(
-            f"{len(todo)} files with {readable(lacking)} are to be fetched, and only "
+            f"{counted(len(todo), 'file')} ({readable(lacking)}) must be fetched, and only "
             f"{readable(free)} are free at {cache.folder}: free some, or put the cache elsewhere "
             "with HF_HOME."
         )

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from runner.console import Bar, Console, readable
 from runner.hub.remote import RemoteFile
+from runner.items import counted
 
 # Reading less than this takes no time worth showing.
 _LONG = 500_000_000
@@ -29,11 +30,11 @@ class Shown(AbstractContextManager["Shown"]):
         self._files = [file for file, _ in todo]
         self._done = dict(todo)
         start = sum(self._done.values())
+        total = sum(file.size for file, _ in todo)
         self._console.line(
-            f"      {len(todo)} files to fetch, {readable(sum(file.size for file, _ in todo))}"
+            f"      {counted(len(todo), 'file')} to fetch, {readable(total)}"
             + (f" ({readable(start)} of it is here)" if start else "")
         )
-        total = sum(file.size for file, _ in todo)
         self._bar = self._console.bar("fetched", total, start=start, in_bytes=True).__enter__()
 
     def bytes(self, file: RemoteFile, done: int) -> None:
@@ -83,6 +84,7 @@ class Shown(AbstractContextManager["Shown"]):
     ) -> None:
         self._end_reading()
         if self._bar is not None:
+            self._bar.detail = ""
             self._bar.__exit__(kind, error, traceback)
             self._bar = None
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from runner.errors import StageError
 from runner.hub.cache import Request
@@ -136,7 +136,7 @@ def download(
         failures += 1
         try:
             _stream(remote, file, partial, have, progress)
-        except (httpx2.TransportError, HfHubHTTPError) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL, HfHubHTTPError) as error:
             if not _passing(error) or failures == ATTEMPTS:
                 raise StageError(told(error, remote.request, file.name)) from error
 
@@ -207,19 +207,23 @@ def _patiently(request: Request, call: Callable[[], T]) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except (httpx2.TransportError, HfHubHTTPError) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL, HfHubHTTPError) as error:
             if not _passing(error) or attempt == ATTEMPTS - 1:
                 raise StageError(told(error, request)) from error
             time.sleep(PAUSE * 2**attempt)
         except ValueError as error:  # An answer that is no JSON, or a name that is none.
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StageError(f"{request.repository} can't be looked up: {first}") from error
+            raise StageError(f"{request.repository} can't be looked up: {_words(error)}") from error
     raise AssertionError("unreachable")
 
 
 def _passing(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    import httpx2
+
+    if isinstance(error, httpx2.TransportError):
+        return not isinstance(error, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol)
     status = _status(error)
-    return status is None or status >= 500 or status in (408, 429)
+    return status is not None and (status >= 500 or status in (408, 429))
 
 
 def _status(error: Exception) -> int | None:
@@ -260,5 +264,10 @@ _KEPT = " What was downloaded is kept."
 
 
 def _words(error: Exception) -> str:
-    text: Any = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    """The first line of an error, unless it quotes the headers that could not be sent."""
+    import httpx2
+
+    if isinstance(error, httpx2.LocalProtocolError | UnicodeError):
+        return "the token in use has characters that can't be sent"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
