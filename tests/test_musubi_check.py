@@ -16,9 +16,9 @@ from runner.groups import conf_folder, groups
 
 # A Python in which everything that a run may import is there, at no cost.
 MODULES = {
-    "accelerate": "",
-    "musubi_tuner": "",
-    "torchvision": "",
+    **dict.fromkeys(("musubi_tuner", "accelerate", "av", "cv2", "diffusers", "einops"), ""),
+    **dict.fromkeys(("huggingface_hub", "numpy", "PIL", "safetensors", "sentencepiece"), ""),
+    **dict.fromkeys(("toml", "torchvision", "tqdm", "voluptuous"), ""),
     "torch": "from . import cuda\n",
     "torch.cuda": "def is_available(): return False\n",
     "torch.utils": "",
@@ -123,8 +123,8 @@ def test_an_old_torch(tmp_path: Path) -> None:
 
 # A Python without musubi-tuner, without torch, or that is none, is told as such.
 def test_no_engine_there(tmp_path: Path) -> None:
-    line = problem(tmp_path / "a", (), "musubi_tuner")
-    assert "can't run musubi-tuner (musubi_tuner: there is no musubi_tuner)" in line
+    line = problem(tmp_path / "a", (), "musubi_tuner", "toml")
+    assert "can't run musubi-tuner (musubi_tuner: not there; toml: not there). Install" in line
     assert "(torch: ModuleNotFoundError" in problem(tmp_path / "b", (), "torch")
     with pytest.raises(UserError, match="can't be asked what it has installed: it said nothing"):
         check_environment(compose(), Command(("/bin/false",)), None)

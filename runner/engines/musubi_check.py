@@ -25,8 +25,13 @@ from runner.errors import UserError
 # Importing torch from a cold network disk takes a minute or two, not more.
 TIMEOUT_SECONDS = 300.0
 
-# Imported, or looked for where importing would load all of it.
-_CORE = ("torch", "accelerate", "musubi_tuner", "torchvision")
+# What the three scripts import when they start. Only torch is imported here, the others are looked
+# for: importing them all would take half a minute.
+_CORE = (
+    *("torch", "musubi_tuner", "accelerate", "av", "cv2", "diffusers", "einops"),
+    *("huggingface_hub", "numpy", "PIL", "safetensors", "sentencepiece", "toml", "torchvision"),
+    *("tqdm", "transformers", "voluptuous"),
+)
 _ATTENTION = {"flash": "flash_attn.flash_attn_interface", "xformers": "xformers.ops"}
 # What pip calls a module, where that differs.
 _PACKAGES = {"flash_attn": "flash-attn"}
@@ -37,7 +42,7 @@ asked = json.loads(sys.argv[1])
 answer = {"missing": {}, "versions": {}, "cuda": False}
 for name in asked["find"]:
     if importlib.util.find_spec(name) is None:
-        answer["missing"][name] = f"there is no {name}"
+        answer["missing"][name] = "not there"
 for name, attribute in asked["import"]:
     try:
         module = importlib.import_module(name)
@@ -108,13 +113,12 @@ def check_environment(config: RunConfig, command: Command, machine: Machine | No
     python = command.argv[0]
     answer = _ask(python, json.dumps(asked), command)
     missing: dict[str, str] = answer["missing"]
-    for name in _CORE:
-        if name in missing:
-            raise UserError(
-                f"engine=musubi: {python} can't run musubi-tuner ({name}: {missing[name]}). "
-                "Install musubi-tuner's requirements there, or point engine.python to the Python "
-                "that has them."
-            )
+    core = [f"{name}: {missing[name]}" for name in _CORE if name in missing]
+    if core:
+        raise UserError(
+            f"engine=musubi: {python} can't run musubi-tuner ({'; '.join(core)}). Install "
+            "musubi-tuner's requirements there, or point engine.python to the Python that has them."
+        )
     lacking = [need for need in wanted if need.module in missing]
     if lacking:
         raise UserError(_lacking(python, lacking, missing))
