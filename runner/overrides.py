@@ -15,13 +15,17 @@ from runner.config import SourceConfig, options
 from runner.suggest import did_you_mean, nearest
 
 
+# Tables whose keys are not the runner's: what an optimizer or a network takes.
+OPEN_ENDED = ("optimizer.args.", "network.args.")
+
+
 def path_keys() -> frozenset[str]:
     """Options whose values are paths."""
     return frozenset(option.key for option in options() if option.path)
 
 
 def quote_paths(arguments: Sequence[str], *, multirun: bool) -> list[str]:
-    """The arguments with every path value quoted for Hydra.
+    """The arguments as Hydra needs them: paths quoted, an optimizer's own arguments allowed.
 
     In a sweep a value with commas stays as it is, to be swept, unless it exists as a path.
     """
@@ -29,7 +33,11 @@ def quote_paths(arguments: Sequence[str], *, multirun: bool) -> list[str]:
     quoted: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if (
+        if equals and f"{key}.".startswith(OPEN_ENDED):
+            # Which keys these tables take is the engine's to say; Hydra wants to be told that a
+            # key may be new.
+            quoted.append(f"++{argument}")
+        elif (
             not equals
             or key.lstrip("+") not in keys
             or value in ("", "null")
@@ -73,7 +81,7 @@ def diagnose(arguments: Iterable[str], choices: dict[str, list[str]]) -> str | N
     """What is wrong with the first argument that names no option or choice, or None."""
     known = {option.key for option in options()}
     parts = {key.rsplit(".", 1)[0] for key in known if "." in key}
-    open_ended = ("optimizer.args.", "network.args.", "hydra.")
+    open_ended = (*OPEN_ENDED, "hydra.")
     for argument in arguments:
         if argument.startswith("-"):
             continue

@@ -62,3 +62,13 @@ def test_commas_sweep_unless_the_path_exists(tmp_path: Path) -> None:
     assert quote_paths([f"dataset.path={real}"], multirun=True) == [
         f"dataset.path={quote(str(real))}"
     ]
+
+
+# An optimizer's and a network's own arguments are set like any option, new or not.
+def test_own_arguments_need_no_plus() -> None:
+    config = compose("optimizer=adafactor", "optimizer.args.weight_decay=0.01")
+    assert config.optimizer.args["weight_decay"] == 0.01
+    assert config.optimizer.args["relative_step"] is False
+    config = compose("optimizer.args.relative_step=true", "network.args={rank_dropout: 0.1}")
+    assert config.optimizer.args == {"relative_step": True}
+    assert config.network.args == {"rank_dropout": 0.1}
