@@ -14,7 +14,6 @@ from pathlib import Path
 from runner.config import SourceConfig, options
 from runner.suggest import did_you_mean, nearest
 
-
 # Tables whose keys are not the runner's: what an optimizer or a network takes.
 OPEN_ENDED = ("optimizer.args.", "network.args.")
 
