@@ -299,9 +299,15 @@ def _absent(facts: Facts, shelf: str, name: str) -> bool:
     return f"{shelf}/{name}" not in facts.cached
 
 
+def entry_name(made_of: dict[str, Any]) -> str:
+    """The name in the store of a cache entry made of this."""
+    return key_of(made_of) + ".safetensors"
+
+
 def latents_of(config: RunConfig, facts: Facts, item: SelectedItem) -> list[Entry]:
     """The latent cache entries of one item, one for a picture, one a crop for a clip."""
     digests = facts.weights.digests or {}
+    force = "latents" in config.stages.force
     i2v = config.task.name == "i2v"
     folder = f"cache/{_folder(item.source, item.kind, item.held_out)}"
     made: list[Entry] = []
@@ -320,6 +326,10 @@ def latents_of(config: RunConfig, facts: Facts, item: SelectedItem) -> list[Entr
             "image_encoder": digests.get("image_encoder") if i2v else None,
             "decode": DECODE_VERSION,
         }
+        untiled = {**made_of, "vae_tile": 0}
+        if not force and not _absent(facts, "latents", entry_name(untiled)):
+            # Tiles save memory and approximate the whole frame, so that what is there is better.
+            made_of = untiled
         if crop is None:
             produced = image_latents_name(item.id, item.media.size)
         else:
@@ -328,7 +338,7 @@ def latents_of(config: RunConfig, facts: Facts, item: SelectedItem) -> list[Entr
             Entry(
                 produced,
                 "latents",
-                key_of(made_of) + ".safetensors",
+                entry_name(made_of),
                 made_of,
                 (f"{folder}/{produced}",),
             )
@@ -399,7 +409,7 @@ def _text(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
         key = key_of(made_of)
         folder = f"cache/{_folder(item.source, item.kind, item.held_out)}"
         place = f"{folder}/{text_name(item.id)}"
-        name = key + ".safetensors"
+        name = entry_name(made_of)
         known = wanted.get(name)
         if known is not None:
             wanted[name] = replace(known, links=(*known.links, place))

@@ -174,3 +174,18 @@ def test_memory_tier_follows_the_card() -> None:
     assert tier(79.1) == ("80gb", 0)
     assert tier(23.5, "memory.blocks_to_swap=3") == ("24gb", 3)
     assert tier(79.1, "memory=16gb")[0] == "16gb"
+
+
+# Tiles approximate the whole frame: latents made without them serve a run that asks for tiles, and
+# not the other way round; a run that forces the stage gets what it asks for.
+def test_untiled_latents_serve_any_tile() -> None:
+    def latents(tile: int, cached: frozenset[str] = frozenset(), *more: str) -> Any:
+        config = compose("memory=24gb", f"memory.vae_tile={tile}", *more)
+        return plan_of(config, fake_facts(config, MEDIA, machine=CARD, cached=cached))
+
+    whole, tiled = (frozenset(keys(latents(tile), "latents")) for tile in (0, 128))
+    assert not whole & tiled
+    assert latents(128, whole).stage("latents").missing == 0
+    assert keys(latents(128, whole), "latents") == whole
+    assert latents(0, tiled).stage("latents").missing == len(whole)
+    assert keys(latents(128, whole, "stages.force=[latents]"), "latents") == tiled

@@ -56,6 +56,8 @@ class MusubiEngine:
         return self._python("-m", "musubi_tuner.hv_1_5_cache_text_encoder_outputs", *arguments)
 
     def train(self, config: RunConfig) -> Command:
+        # accelerate takes what it is not told from the user's own config, and then every card it
+        # sees and any torch.compile backend named there: so it is told all of it.
         return self._python(
             *("-m", "accelerate.commands.launch"),
             *("--config_file", "accelerate.yaml"),
