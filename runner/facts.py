@@ -164,6 +164,7 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     """Where the chosen engine lies, and why it cannot run if it can't."""
     from runner import __version__
     from runner.engines.musubi import VERSION
+    from runner.engines.musubi_packages import COMMAND
 
     if config.engine.name == "diffusers":
         return EngineFacts(sys.executable, f"runner {__version__}", checkout())
@@ -178,15 +179,15 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
             missing = f"engine.path={config.engine.path} is no musubi-tuner checkout"
     if config.engine.python is not None:
         python = absolute(config.engine.python, cwd)
-    if missing is None and not python.is_file():
-        missing = (
-            f"musubi-tuner {VERSION} is not installed: there is no {python}"
-            if config.engine.path is None and config.engine.python is None
-            else f"there is no Python at {python}"
-        )
+    ours = config.engine.path is None and config.engine.python is None
+    if ours and not (home / "installed.json").is_file():
+        what = "not installed" if not python.is_file() else "half installed"
+        missing = f"musubi-tuner {VERSION} is {what} in {home}: run {COMMAND}"
+    elif missing is None and not python.is_file():
+        missing = f"there is no Python at {python}"
     if missing is not None:
         missing += (
-            ". Point engine.path and engine.python to an installed musubi-tuner, or rehearse "
+            ". Or point engine.path and engine.python to an installed musubi-tuner, or rehearse "
             "without it: engine=diffusers model=tiny."
         )
     if source is None:
