@@ -113,6 +113,7 @@ class Bar(AbstractContextManager["Bar"]):
         self.start, self.in_bytes = start, in_bytes
         self.done = start
         self.detail = ""
+        self.left: float | None = None
         self._started = time.monotonic()
         self._printed = self._started
         self._last = ""
@@ -127,9 +128,9 @@ class Bar(AbstractContextManager["Bar"]):
             self._progress.start()
         return self
 
-    def update(self, done: int, detail: str = "") -> None:
-        """``done`` of the total are through."""
-        self.done, self.detail = done, detail or self.detail
+    def update(self, done: int, detail: str = "", left: float | None = None) -> None:
+        """``done`` of the total are through; ``left`` seconds remain, where that is known."""
+        self.done, self.detail, self.left = done, detail or self.detail, left
         if self._progress is not None:
             self._progress.update(self._task, completed=done, detail=self.detail)
         elif time.monotonic() - self._printed >= PLAIN_SECONDS:
@@ -147,7 +148,8 @@ class Bar(AbstractContextManager["Bar"]):
         else:
             words = [f"      {self.what} {self.done}/{self.total}", self.detail]
         if made > 0 and self.done < self.total:
-            words.append(f"{duration(seconds / made * (self.total - self.done))} left")
+            left = seconds / made * (self.total - self.done) if self.left is None else self.left
+            words.append(f"{duration(left)} left")
         line = "  ".join(word for word in words if word)
         if line != self._last:
             self.console.line(line)

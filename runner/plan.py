@@ -212,6 +212,15 @@ def steps_per_epoch(config: RunConfig, facts: Facts) -> int:
     return max(1, math.ceil(batches / config.training.gradient_accumulation_steps))
 
 
+def samples_per_epoch(facts: Facts) -> int:
+    """Pictures and crops seen in an epoch, repeats included."""
+    return sum(
+        len(item.crops or (None,)) * facts.sources[item.source].options.num_repeats
+        for item in facts.selection.items
+        if not item.held_out
+    )
+
+
 def _groups(facts: Facts, held_out: bool) -> Iterable[tuple[int, Source, Kind, list[SelectedItem]]]:
     for index, source in enumerate(facts.sources):
         kinds: tuple[Kind, ...] = ("image", "video")

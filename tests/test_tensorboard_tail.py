@@ -94,12 +94,13 @@ def test_corrupt_bytes_are_counted(tmp_path: Path, position: int) -> None:
     assert tail.unread_bytes() == len(bad) + len(rest)
 
 
+def loss(step: int, milliseconds: int) -> Point:
+    return Point("loss/current", 0.5, step, milliseconds)
+
+
 # Step time is wall time between steps, per step, whatever the batches the points come in; a
 # restarted step count or a clock set back gives none.
 def test_step_time_goes_on_from_batch_to_batch() -> None:
-    def loss(step: int, milliseconds: int) -> Point:
-        return Point("loss/current", 0.5, step, milliseconds)
-
     timer = StepTimer()
     first = with_speed([loss(1, 1000), Point("lr/unet", 0.1, 1, 1500)], timer)
     assert [point.key for point in first] == ["loss/current", "lr/unet"]
@@ -108,6 +109,21 @@ def test_step_time_goes_on_from_batch_to_batch() -> None:
         Point("time/step_seconds", 2.0, 2, 3000),
         Point("time/step_seconds", 0.5, 6, 5000),
     ]
+
+
+# With gradient accumulation a step is logged several times: its time is the whole step's, not its
+# last batch's; and the time left goes by the usual step, not by one that drew previews.
+def test_speed_of_accumulated_steps() -> None:
+    timer = StepTimer(samples=4, steps=10)
+    clock = [(0, 500), (1, 1000), (1, 1500), (2, 2000), (2, 2500), (3, 3000), (3, 3500), (4, 60000)]
+    values = {
+        (point.key, point.step): point.value for point in timer.derive(loss(*c) for c in clock)
+    }
+    assert [values["time/step_seconds", step] for step in (2, 3, 4)] == [1.0, 1.0, 57.0]
+    assert values["time/samples_per_second", 3] == 4.0
+    assert values["time/seconds_left", 3] == 7.0
+    assert values["time/seconds_left", 4] == 6.0
+    assert ("time/step_seconds", 1) not in values
 
 
 # Every cleaned name passes MLflow's own check, distinct long names stay distinct, and good

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import StageError
+from runner.plan import samples_per_epoch
 from runner.process import run as run_command
 from runner.store import link
 
@@ -26,7 +27,13 @@ def run(context: Context) -> None:
     folder.mkdir(exist_ok=True)
     with context.console.bar("steps", context.plan.steps) as bar:
         view = _View(bar)
-        follower = MetricsFollower(folder, context.writer, on_points=view.points)
+        follower = MetricsFollower(
+            folder,
+            context.writer,
+            on_points=view.points,
+            samples=samples_per_epoch(context.facts) / context.plan.steps_per_epoch,
+            steps=context.plan.steps,
+        )
         follower.start()
         try:
             for command in stage.commands:
@@ -63,7 +70,7 @@ class _View:
         seconds = self.values.get("time/step_seconds")
         if seconds:
             words.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
-        self.bar.update(step, "  ".join(words))
+        self.bar.update(step, "  ".join(words), self.values.get("time/seconds_left"))
 
 
 def collect_lora(run_dir: Path) -> None:

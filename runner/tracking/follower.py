@@ -22,18 +22,20 @@ class MetricsFollower:
         *,
         interval: float = 2.0,
         on_points: Callable[[list[Point]], None] | None = None,
+        samples: float | None = None,
+        steps: int | None = None,
     ) -> None:
         """Reads the event files below `folder` every `interval` seconds.
 
         `on_points` is given the new points, step times included, from the thread, before they
-        are sent.
+        are sent. `samples` (a step, on average) and `steps` (in all) are for the speed.
         """
         self._tail = TensorBoardTail(folder)
         self._folder = folder
         self._writer = writer
         self._interval = interval
         self._on_points = on_points
-        self._timer = StepTimer()
+        self._timer = StepTimer(samples=samples, steps=steps)
         self._trouble: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
