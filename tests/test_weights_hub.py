@@ -1,117 +1,41 @@
-"""Weights from a hub on loopback: fetched, cut, damaged, refused, offline."""
+"""Weights from a hub on loopback: fetched, cut, damaged, shared."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TOP
-from hub_server import Hub, Repository, serve, talk_to
+from hub_fetch import (
+    BIG,
+    CHUNK,
+    COMMIT,
+    NEWER,
+    OTHER,
+    SMALL,
+    TOKENS,
+    WANTED,
+    Notes,
+    cache,
+    fetch,
+    loopback_hub,
+    outside,
+    whole,
+)
+from hub_server import Hub
 
 from runner.errors import StageError
 from runner.hub import remote
-from runner.hub.cache import HubCache, Request
-from runner.hub.fetch import Obtained, obtain
-from runner.hub.remote import RemoteFile
+from runner.hub.cache import Request
+from runner.hub.fetch import obtain
 
-COMMIT, NEWER = "a" * 40, "b" * 40
-BIG = random.Random(1).randbytes(3_000_000)
-OTHER = random.Random(2).randbytes(700_000)
-SMALL = b'{"a": 1}'
-CHUNK = 1 << 17
-WANTED = Request(
-    "owner/model", "main", ("sub/big.safetensors", "other.safetensors"), option="model.revision"
-)
-TOKENS = Request(
-    "owner/tokens", "main", ("tok/vocab.json",), ("tok/*",), branch="main", option="tokens"
-)
-
-
-class Notes:
-    """Takes down what a watcher is told."""
-
-    def __init__(self) -> None:
-        self.todo: list[tuple[str, int]] = []
-        self.lines: list[str] = []
-        self.files: list[str] = []
-        self.read: list[str] = []
-
-    def begin(self, todo: Sequence[tuple[RemoteFile, int]]) -> None:
-        self.todo = [(file.name, part) for file, part in todo]
-
-    def bytes(self, file: RemoteFile, done: int) -> None:
-        assert 0 <= done <= file.size
-
-    def checking(self, name: str, done: int, total: int) -> None:
-        if done == total:
-            self.read.append(name)
-
-    def brought(self, file: RemoteFile) -> None:
-        self.files.append(file.name)
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def repositories() -> dict[str, Repository]:
-    return {
-        "owner/model": Repository(
-            {"sub/big.safetensors": BIG, "other.safetensors": OTHER, "unwanted.safetensors": BIG},
-            COMMIT,
-        ),
-        "owner/tokens": Repository(
-            {
-                "tok/vocab.json": SMALL,
-                "tok/extra.json": b"[]",
-                "tok/deep/no.json": b"1",
-                "README.md": b"x",
-            },
-            COMMIT,
-        ),
-    }
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with the repositories above, an empty cache, and no token."""
-    monkeypatch.setattr(remote, "CHUNK", CHUNK)
-    with serve(Hub(repositories())) as served:
-        talk_to(served, tmp_path, monkeypatch)
-        yield served
-
-
-def cache(tmp_path: Path) -> HubCache:
-    return HubCache(tmp_path / "hub", tmp_path / "checked")
-
-
-def fetch(
-    tmp_path: Path, *requests: Request, force: bool = False, notes: Notes | None = None
-) -> list[Obtained]:
-    return obtain(requests or (WANTED,), cache(tmp_path), notes or Notes(), force=force)
-
-
-def whole(tmp_path: Path) -> None:
-    """Every wanted file is where other clients of the hub look for it, with its own bytes."""
-    from huggingface_hub import hf_hub_download
-
-    for file, content in (("sub/big.safetensors", BIG), ("other.safetensors", OTHER)):
-        path = hf_hub_download(
-            "owner/model",
-            file,
-            revision="main",
-            cache_dir=tmp_path / "hub",
-            local_files_only=True,
-        )
-        assert Path(path).read_bytes() == content
+__all__ = ("loopback_hub",)
 
 
 # A fresh machine gets the wanted files and no others, once, and what came is told with its commit.
@@ -202,12 +126,7 @@ def test_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
 def test_killed_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     hub.seconds_per_piece = 0.02
     command = [sys.executable, "-m", "runner.hub", "owner/model", "--", *WANTED.files]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TOP),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path),
-    }
+    environment = outside(hub, tmp_path)
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 20
     while hub.sent("big.safetensors") < 2_500_000 and time.monotonic() < deadline:
@@ -311,164 +230,11 @@ def test_cache_is_shared(hub: Hub, tmp_path: Path) -> None:
     assert notes.read[0] == "sub/big.safetensors of owner/model"
 
 
-# What can't be had is said in one line, before the first byte of any file, with what to do.
-def test_gated(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.repositories["owner/tokens"].gated = True
-    with pytest.raises(StageError) as caught:
-        fetch(tmp_path, WANTED, TOKENS)
-    assert str(caught.value) == (
-        f"owner/tokens is gated and no token is set: accept its terms at {hub.url}/owner/tokens, "
-        "then log in with `hf auth login` or set HF_TOKEN."
-    )
-    assert hub.downloads() == []
-    monkeypatch.setenv("HF_TOKEN", "hf_not_this_one_0123456789")
-    with pytest.raises(StageError, match="the token in use does not open it") as caught:
-        fetch(tmp_path, WANTED, TOKENS)
-    assert "hf_not" not in str(caught.value)
-    assert hub.downloads() == []
-
-
-# A token opens what it may, goes to the hub and never to the content network behind it.
-def test_token_stays_with_the_hub(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    token = "hf_let_me_in_0123456789"
-    monkeypatch.setenv("HF_TOKEN", token)
-    hub.repositories["owner/model"].gated = True
-    hub.cuts["other.safetensors"] = [10]
-    fetch(tmp_path)
-    whole(tmp_path)
-    assert all(
-        bool(asked.authorization) == (not asked.path.startswith("/cdn/")) for asked in hub.asked
-    )
-    assert token not in "".join(capfd.readouterr())
-    notes = "".join(path.read_text() for path in (tmp_path / "checked").iterdir())
-    assert token not in notes
-
-
-# A token that can't be sent at all is not shown either, and a wrong address is told at once.
-def test_unsendable(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    for token in ("secret\0of_mine", "secretöf_mine"):
-        (tmp_path / "token").write_text(token)
-        with pytest.raises(StageError, match="the token in use has characters") as caught:
-            fetch(tmp_path)
-        assert "secret" not in str(caught.value)
-    (tmp_path / "token").unlink()
-    monkeypatch.setattr(constants, "ENDPOINT", "hub.example")
-    with pytest.raises(StageError, match=r"hub.example can't be reached"):
-        fetch(tmp_path)
-    assert hub.asked == []
-
-
-def test_missing_repository(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(
-        StageError, match=r"there is no repository owner/modle at .*no token is set"
-    ):
-        fetch(tmp_path, WANTED, Request("owner/modle", "main", ("a",)))
-    assert hub.downloads() == []
-
-
-def test_missing_file(hub: Hub, tmp_path: Path) -> None:
-    request = Request("owner/model", "main", ("sub/bigg.safetensors",), option="model.revision")
-    with pytest.raises(StageError) as caught:
-        fetch(tmp_path, TOKENS, request)
-    assert str(caught.value) == (
-        "owner/model has no file sub/bigg.safetensors at model.revision=main. Did you mean "
-        "sub/big.safetensors?"
-    )
-    assert hub.downloads() == []
-
-
-def test_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    free = len(BIG) + len(OTHER) - 1
-    usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(StageError, match=r"2 files \(3.7 MB\) must .* only 3.7 MB are free"):
-        fetch(tmp_path)
-    assert hub.downloads() == []
-    # What is here already needs no space.
-    hub.cuts["sub/big.safetensors"] = [2_000_000] + [0] * remote.ATTEMPTS
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free + 1))
-    with pytest.raises(StageError, match="kept"):
-        fetch(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free // 2))
-    fetch(tmp_path)
-    whole(tmp_path)
-
-
-# A disk that fills while a file comes is told so, and what came is gone on from.
-def test_disk_fills(hub: Hub, tmp_path: Path) -> None:
-    program = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "import errno, runner.hub.fetch as f; f._FULL += (errno.EFBIG,);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, 2_500_000));"
-        "from runner.hub.__main__ import main; sys.exit(main())"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TOP),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path),
-    }
-    command = [sys.executable, "-c", program, "owner/model", "--", *WANTED.files]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "is full; what was downloaded is kept" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    fetch(tmp_path)
-    whole(tmp_path)
-
-
-# A hub that fails for a moment is asked again; one that can't be reached ends in one line.
-def test_passing_failures(hub: Hub, tmp_path: Path) -> None:
-    hub.failures = [500, 503]
-    fetch(tmp_path)
-    whole(tmp_path)
-    hub.failures = [503] * remote.ATTEMPTS
-    with pytest.raises(StageError, match="answers HTTP 503 for owner/tokens"):
-        fetch(tmp_path, TOKENS)
-
-
-def test_no_connection(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(StageError, match=r"http://127.0.0.1:9 can't be reached \(.*\): check"):
-        fetch(tmp_path)
-
-
-# Offline, what is here is enough, and what is not is named; the network is not touched.
-def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    fetch(tmp_path)
-    hub.asked.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert len(fetch(tmp_path)) == 2
-    assert len(fetch(tmp_path, force=True)) == 2
-    with pytest.raises(StageError) as caught:
-        fetch(tmp_path, WANTED, TOKENS)
-    assert str(caught.value) == (
-        f"HF_HUB_OFFLINE is set and the Hugging Face cache ({tmp_path}/hub) lacks tok/vocab.json "
-        "of owner/tokens (main). Run once without it, or copy a cache that has them."
-    )
-    assert hub.asked == []
-
-
 # Two runs at once fetch each byte once, and both end with everything.
 def test_two_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.seconds_per_piece = 0.02
     command = [sys.executable, "-m", "runner.hub", "owner/model", "--", *WANTED.files]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TOP),
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path),
-    }
+    environment = outside(hub, tmp_path)
     processes = [
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
         for _ in range(2)
