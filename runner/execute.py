@@ -94,7 +94,7 @@ def execute(
     if config.engine.name == "musubi":
         from runner.engines.musubi_check import check_environment
 
-        versions = check_environment(config, engine.train(config), facts.machine)
+        versions = check_environment(config, plan.stage("train").commands[0], facts.machine)
         told_version = f"{facts.engine.version}, {versions}"
         facts = replace(facts, engine=replace(facts.engine, version=told_version))
     raise_on_signals()
