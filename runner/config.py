@@ -68,6 +68,11 @@ class EngineConfig:
     python: str | None = option(
         None, "The Python that runs it (default: its own environment's).", path=True
     )
+    arguments: str = option(
+        "file",
+        "How the trainer gets its options: in train.toml, or all on its command line.",
+        choices=("file", "command_line"),
+    )
     extra_args: list[str] = option([], "More arguments for the trainer, given as they are.")
 
 

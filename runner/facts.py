@@ -186,8 +186,9 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     elif missing is None and not python.is_file():
         missing = f"there is no Python at {python}"
     if missing is not None:
+        missing += ". Or point" if ours else ". Point"
         missing += (
-            ". Or point engine.path and engine.python to an installed musubi-tuner, or rehearse "
+            " engine.path and engine.python to an installed musubi-tuner, or rehearse "
             "without it: engine=diffusers model=tiny."
         )
     if source is None:

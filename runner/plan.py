@@ -152,9 +152,10 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
     )
     files: list[tuple[str, str]] = [
         ("dataset.toml", render_dataset(entries(facts, held_out=False))),
-        ("train.toml", train_toml.render(options)),
         *engine.files(config).items(),
     ]
+    if config.engine.arguments == "file":
+        files.insert(1, ("train.toml", train_toml.render(options)))
     if facts.selection.has_held_out:
         files.append(("validation.toml", render_dataset(entries(facts, held_out=True))))
     if config.sampling.name == "prompts":
@@ -170,7 +171,7 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
             "train",
             counted(total, "step"),
             "to run",
-            commands=(engine.train(config),),
+            commands=(engine.train(config, options),),
             outputs=("checkpoints/lora.safetensors", "lora.safetensors"),
         ),
         *_convert(config, facts),

@@ -176,6 +176,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
         if config.memory.blocks_to_swap:
             yield "memory.blocks_to_swap needs engine=musubi; with engine=diffusers leave it 0."
+        if config.engine.arguments != "file":
+            yield "engine.arguments=command_line needs engine=musubi."
         if config.engine.extra_args:
             yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
         if config.training.timestep_sampling not in ("shift", "sigmoid", "uniform"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
@@ -40,7 +41,8 @@ class Engine(Protocol):
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command: ...
 
-    def train(self, config: RunConfig) -> Command: ...
+    def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
+        """The trainer's command; ``options`` are those of train.toml."""
 
     def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
         """The command that writes ``evaluation.json``, if this engine has one."""

@@ -6,9 +6,13 @@ difference whether it was installed or lies in a checkout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
+from runner.engines.musubi_original import command_line
 from runner.formats.train_toml import WeightPaths
 
 VERSION = "v0.3.4"
@@ -55,7 +59,10 @@ class MusubiEngine:
             arguments.append("--fp8_vl")
         return self._python("-m", "musubi_tuner.hv_1_5_cache_text_encoder_outputs", *arguments)
 
-    def train(self, config: RunConfig) -> Command:
+    def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
+        given = ["--config_file", "train.toml"]
+        if config.engine.arguments == "command_line":
+            given = command_line(options)
         # accelerate takes what it is not told from the user's own config, and then every card it
         # sees and any torch.compile backend named there: so it is told all of it.
         return self._python(
@@ -67,7 +74,7 @@ class MusubiEngine:
             *("--dynamo_backend", "no"),
             *("--mixed_precision", config.precision.mixed_precision),
             *("--module", "musubi_tuner.hv_1_5_train_network"),
-            *("--config_file", "train.toml"),
+            *given,
             *config.engine.extra_args,
         )
 

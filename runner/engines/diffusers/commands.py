@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
@@ -44,7 +47,7 @@ class DiffusersEngine:
     ) -> Command:
         return self._module("cache_text", *text_arguments(weights, dataset_toml))
 
-    def train(self, config: RunConfig) -> Command:
+    def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
         return self._module("train", "--config_file", "train.toml")
 
     def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
