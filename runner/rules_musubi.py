@@ -168,6 +168,12 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         elif kind not in _TORCH_OPTIMIZERS:
             hint = did_you_mean(kind, [*_SHORT_OPTIMIZERS, *_TORCH_OPTIMIZERS])
             yield f"optimizer.type={kind} is not in torch.optim: give its full path.{hint}"
+    relative = optimizer.args.get("relative_step", True)
+    if last == "adafactor" and kind.startswith("transformers.") and relative:
+        yield (
+            f"optimizer.type={kind} takes no learning rate unless optimizer.args.relative_step is "
+            "false: take optimizer=adafactor."
+        )
     scheduled = scheduler.name != "constant" or scheduler.warmup_steps > 0
     if scheduled and ignores_learning_rate(config):
         yield (

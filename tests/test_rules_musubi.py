@@ -42,6 +42,10 @@ BROKEN: dict[tuple[str, ...], str] = {
         "scheduler=constant, or optimizer.args.relative_step=false and "
         "optimizer.args.warmup_init=false."
     ),
+    ("optimizer=custom", "optimizer.type=transformers.optimization.Adafactor"): (
+        "optimizer.type=transformers.optimization.Adafactor takes no learning rate unless "
+        "optimizer.args.relative_step is false: take optimizer=adafactor."
+    ),
     ("optimizer=schedulefree_adamw", "scheduler=cosine"): (
         "scheduler=cosine does nothing with a schedule-free optimizer: take scheduler=constant; it "
         "warms up by optimizer.args.warmup_steps."
