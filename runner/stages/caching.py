@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from runner.store import Shelf, link
 
 if TYPE_CHECKING:
     from runner.execute import Context
+    from runner.plan import Stage
 
 
 def fill_and_link(context: Context, shelf: Shelf) -> None:
@@ -56,26 +58,52 @@ def _encode(context: Context, shelf: Shelf) -> None:
         def count() -> None:
             bar.update(min(stage.missing, sum(len(_made(folder)) for folder in folders)))
 
-        for command in stage.commands:
-            run_command(
-                command.argv,
-                cwd=context.run_dir,
-                env=command.environment(os.environ),
-                log=context.log(shelf),
-                on_tick=count,
-            )
+        try:
+            for command in stage.commands:
+                run_command(
+                    command.argv,
+                    cwd=context.run_dir,
+                    env=command.environment(os.environ),
+                    log=context.log(shelf),
+                    on_tick=count,
+                )
+        except BaseException:
+            # Hours of encoding are kept when the engine fails late, or is stopped.
+            with suppress(OSError):
+                _commit(context, stage, shelf, [f for f in _all_made(folders) if _whole(f)])
+            raise
         count()
-    made = {file.name: file for folder in folders for file in _made(folder)}
-    force = shelf in context.config.stages.force
+    _commit(context, stage, shelf, _all_made(folders))
     for entry in stage.entries:
-        if entry.produced in made:
-            if force:
-                context.store.path(shelf, entry.name).unlink(missing_ok=True)
-            context.store.commit(shelf, entry.name, made[entry.produced], entry.made_of)
-        elif not context.store.has(shelf, entry.name):
+        if not context.store.has(shelf, entry.name):
             raise StageError(f"the engine made no {entry.produced}; see {context.log(shelf)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _commit(context: Context, stage: Stage, shelf: Shelf, files: list[Path]) -> None:
+    """Move what the engine made into the store, in place of older entries where that is forced."""
+    made = {file.name: file for file in files}
+    for entry in stage.entries:
+        if entry.produced in made:
+            if shelf in context.config.stages.force:
+                context.store.path(shelf, entry.name).unlink(missing_ok=True)
+            context.store.commit(shelf, entry.name, made[entry.produced], entry.made_of)
+
+
+def _whole(file: Path) -> bool:
+    """Whether a cache file was written to its end: its header says how long it must be."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _all_made(folders: list[Path]) -> list[Path]:
+    return [file for folder in folders for file in _made(folder)]
 
 
 def _folders(staging: Path, shelf: Shelf, files: tuple[tuple[str, str], ...]) -> set[Path]:
