@@ -37,6 +37,7 @@ def run(arguments: list[str]) -> int:
         return 0
     import hydra
 
+    from runner.console import Console
     from runner.overrides import quote_paths
 
     _register()
@@ -48,6 +49,10 @@ def run(arguments: list[str]) -> int:
     # Hydra would print its own traceback and end with 1; raised, the error can be told better.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
+    wrong = _wrong_flags(rest) or _wrong_additions(rest)
+    if wrong:
+        Console.for_stream(sys.stdout).error(wrong)
+        return 2
     if multirun:
         _begin_sweep(arguments)
     try:
@@ -61,7 +66,7 @@ def run(arguments: list[str]) -> int:
         _codes.append(code)
     finally:
         if _sweep is not None:
-            _sweep.close(_codes)
+            _close_sweep(_sweep)
     return next((code for code in _codes if code >= 128), max(_codes, default=0))
 
 
@@ -77,6 +82,47 @@ def _hydra_sweep_dir(dry_run: bool, output_dir: str) -> str:
     folder = tempfile.mkdtemp(prefix="runner-sweep-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+# Hydra's flags, with how many words follow each.
+_FLAGS = {
+    **dict.fromkeys(("--hydra-help", "--version", "--resolve", "--run", "-r"), 0),
+    **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--shell-completion", "-sc"), 1),
+    **dict.fromkeys(("--config-path", "-cp", "--config-name", "-cn"), 1),
+    **dict.fromkeys(("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"), 1),
+}
+
+
+def _wrong_flags(arguments: list[str]) -> str | None:
+    """A line for the first flag that Hydra does not know."""
+    from runner.suggest import did_you_mean
+
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in _FLAGS:
+            return f"There is no flag {name}.{did_you_mean(name, [*_FLAGS, '--help', '-m'])}"
+    return None
+
+
+def _wrong_additions(arguments: list[str]) -> str | None:
+    """A line for the first ``+key=value`` with no such option: Hydra would add and ignore it."""
+    from runner.groups import groups
+    from runner.overrides import diagnose
+
+    added = [argument for argument in arguments if argument.startswith("+")]
+    return diagnose(added, groups(conf_folder())) if added else None
+
+
+def _close_sweep(sweep: Sweep) -> None:
+    """End the parent run, whatever signal comes meanwhile."""
+    from runner.console import Console
+    from runner.process import signals_deferred
+
+    try:
+        with signals_deferred():
+            sweep.close(_codes)
+    except UserError as error:
+        Console.for_stream(sys.stdout).notice(f"MLflow: the sweep could not be closed: {error}")
 
 
 def _begin_sweep(arguments: list[str]) -> None:
@@ -107,8 +153,10 @@ def _job(cfg: DictConfig) -> None:
             raise UserError(_missing(error) or readable(error)) from error
         assert isinstance(config, run_config.RunConfig)
         from runner.execute import execute
+        from runner.sweep import Sweep
 
-        code = execute(config, resolved, overrides, choices, console, Path.cwd(), _sweep)
+        sweep = _sweep or Sweep.from_environment(overrides)
+        code = execute(config, resolved, overrides, choices, console, Path.cwd(), sweep)
     except UserError as error:
         console.error(str(error))
         code = 2

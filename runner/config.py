@@ -209,7 +209,10 @@ class TrainingConfig:
         False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
     )
     resume: str = option(
-        "auto", "Continue an unfinished run with the same settings.", choices=("auto", "none")
+        "auto",
+        "For continuing an unfinished run; for now a run started again trains from the start, and "
+        "keeps all earlier stages.",
+        choices=("auto", "none"),
     )
 
 

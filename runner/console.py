@@ -117,6 +117,7 @@ class Bar(AbstractContextManager["Bar"]):
         self._started = time.monotonic()
         self._printed = self._started
         self._last = ""
+        self._first: tuple[int, float] | None = None
         self._progress: Progress | None = None
 
     def __enter__(self) -> Bar:
@@ -132,8 +133,13 @@ class Bar(AbstractContextManager["Bar"]):
         """``done`` of the total are through; ``left`` seconds remain, where that is known."""
         self.done, self.detail, self.left = done, detail or self.detail, left
         if self._progress is not None:
+            if self._first is None and done > self.start:
+                # Time left is told by the pace since the first, not by the start-up before it.
+                self._progress.reset(self._task, completed=done)
             self._progress.update(self._task, completed=done, detail=self.detail)
-        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+        if self._first is None and done > self.start:
+            self._first = (done, time.monotonic())
+        if self._progress is None and time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             self._print()
 
@@ -147,13 +153,22 @@ class Bar(AbstractContextManager["Bar"]):
             words.append(self.detail)
         else:
             words = [f"      {self.what} {self.done}/{self.total}", self.detail]
-        if made > 0 and self.done < self.total:
-            left = seconds / made * (self.total - self.done) if self.left is None else self.left
+        left = self.left if self.left is not None else self._left()
+        if left is not None and self.done < self.total:
             words.append(f"{duration(left)} left")
         line = "  ".join(word for word in words if word)
         if line != self._last:
             self.console.line(line)
         self._last = line
+
+    def _left(self) -> float | None:
+        """Seconds left at the pace since the first was through; start-up is not counted."""
+        if self._first is None:
+            return None
+        first, when = self._first
+        if self.done <= first:
+            return None
+        return (time.monotonic() - when) / (self.done - first) * (self.total - self.done)
 
     def __exit__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from runner.console import Console, duration
 from runner.engines.base import Engine
 from runner.errors import StageError, UserError
 from runner.facts import absolute, gather, refresh
+from runner.items import counted
 from runner.plan import Facts, Plan, Stage, commands_sh, make_plan
 from runner.process import Stopped, raise_on_signals, signals_deferred
 from runner.record import Recorder, Status
@@ -89,6 +91,8 @@ def execute(
 
         show_plan(console, plan, config, facts)
         return 0
+    if "weights" in config.stages.skip and not facts.weights.present:
+        raise UserError("stages.skip=[weights], but the weights are not all on this machine yet.")
     if facts.engine.missing:
         raise UserError(f"engine={config.engine.name}: {facts.engine.missing}")
     if config.engine.name == "musubi":
@@ -279,12 +283,13 @@ class _Run:
         for number, name in enumerate(names, 1):
             stage = context.plan.stage(name)
             self.console.stage(number, len(names), name, _summary(stage))
-            if stage.state == "skipped":
+            if stage.state == "skipped" and name not in ("latents", "text"):
+                # A skipped encoding still takes what the cache has, which training reads.
                 continue
             began = time.monotonic()
             try:
                 run_stage(name, context)
-            except StageError as error:
+            except (StageError, UserError) as error:
                 raise StageError(f"stage {name} failed: {error}") from error
             except OSError as error:
                 raise StageError(f"stage {name} failed: {told(error)}") from error
@@ -298,8 +303,24 @@ class _Run:
                 if name == "weights":
                     for file, text in plan.files:
                         write_text(context.run_dir / file, text)
-                    write_text(commands, commands_sh(plan, str(context.run_dir)))
+                    # What ran is kept in the script, though it is done by now.
+                    ran = tuple(
+                        self.plan.stage(s.name) if s.name in context.finished else s
+                        for s in plan.stages
+                    )
+                    text = commands_sh(replace(plan, stages=ran), str(context.run_dir))
+                    write_text(commands, text)
                     commands.chmod(0o755)
+
+    def _how_to_compare(self, recorder: Recorder) -> str:
+        """The command or the address that shows this run beside the others."""
+        tracking, outputs = self.config.tracking, self.config.output_dir
+        if tracking.name == "server":
+            return recorder.writer.url_hint
+        if tracking.uri:
+            return f"python -m runner.ui --tracking-uri {shlex.quote(tracking.uri)}"
+        option = "" if outputs == "outputs" else f" --outputs {shlex.quote(outputs)}"
+        return f"python -m runner.ui{option}"
 
     def _closing_words(self, context: Context, recorder: Recorder) -> None:
         console, folder = self.console, context.run_dir
@@ -310,7 +331,7 @@ class _Run:
             which = "held-out" if self.facts.selection.has_held_out else "training"
             console.line(
                 f"  eval/loss  {result['base_loss']:.4f} without the LoRA, {result['loss']:.4f} "
-                f"with it ({result['items']} {which} items)"
+                f"with it ({counted(result['items'], f'{which} item')})"
             )
         for file in ("lora.safetensors", "lora_comfyui.safetensors"):
             if (folder / file).is_file():
@@ -321,9 +342,7 @@ class _Run:
         for problem in recorder.writer.problems:
             console.notice(f"MLflow: {problem}")
         if recorder.writer.run_id:
-            outputs = self.config.output_dir
-            option = "" if outputs == "outputs" else f" --outputs {outputs}"
-            console.line(f"  Compare the runs: python -m runner.ui{option}")
+            console.line(f"  Compare the runs: {self._how_to_compare(recorder)}")
 
 
 def _summary(stage: Stage) -> str:

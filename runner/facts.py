@@ -106,7 +106,9 @@ def find_machine() -> Machine | None:
         return None
     query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
+    if visible == "":
+        return None
+    if visible is not None:
         query.append(f"--id={visible.split(',')[0]}")
     try:
         text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout

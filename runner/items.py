@@ -105,7 +105,11 @@ class Selection:
 
 def source_options(dataset: DatasetConfig) -> list[SourceOptions]:
     """One entry for ``dataset.path``, or one for each of ``dataset.sources``."""
-    sources = list(dataset.sources) or [SourceConfig(path=dataset.path, kind=dataset.kind)]
+    kind = dataset.kind
+    if kind == "sample" and dataset.path != "sample":
+        # A path given to a recipe that takes the sample, as the rehearsal does, is meant.
+        kind = "auto"
+    sources = list(dataset.sources) or [SourceConfig(path=dataset.path, kind=kind)]
     return [_merge(dataset, source) for source in sources]
 
 

@@ -80,7 +80,7 @@ def diagnose(arguments: Iterable[str], choices: dict[str, list[str]]) -> str | N
     """What is wrong with the first argument that names no option or choice, or None."""
     known = {option.key for option in options()}
     parts = {key.rsplit(".", 1)[0] for key in known if "." in key}
-    open_ended = (*OPEN_ENDED, "hydra.")
+    open_ended = (*OPEN_ENDED, "hydra.", "hydra/")
     for argument in arguments:
         if argument.startswith("-"):
             continue

@@ -23,6 +23,7 @@ from runner.formats import jsonl, train_toml
 from runner.formats.cache import image_latents_name, text_name, video_latents_name
 from runner.formats.dataset_toml import DatasetEntry
 from runner.formats.dataset_toml import render as render_dataset
+from runner.formats.frames import FrameExtraction
 from runner.formats.train_toml import WeightPaths
 from runner.items import (
     Kind,
@@ -135,6 +136,12 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
     per_epoch = steps_per_epoch(config, facts)
     total = config.training.max_steps or config.training.epochs * per_epoch
     clips = any(item.kind == "video" for item in facts.selection.items)
+    eight_bit = config.optimizer.type.lower().endswith("8bit")
+    if config.engine.name == "diffusers" and eight_bit and facts.machine is None:
+        raise UserError(
+            f"optimizer={config.optimizer.name} needs an NVIDIA card, and none was found: take "
+            "optimizer=adamw."
+        )
     notices = [*facts.selection.notices]
     if config.engine.name == "musubi":
         for problem in rules_musubi.plan_problems(config, steps=total, clips=clips):
@@ -191,7 +198,8 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
 
 
 def _with_wishes(config: RunConfig, stage: Stage) -> Stage:
-    if stage.name in config.stages.skip:
+    without_lora = "train" in config.stages.skip and stage.name in ("convert", "evaluate")
+    if stage.name in config.stages.skip or without_lora:
         return replace(stage, state="skipped")
     if stage.name in config.stages.force and stage.state == "done":
         return replace(stage, state="to run")
@@ -249,7 +257,7 @@ def _entry(source: Source, kind: Kind, folder: str, items: Sequence[SelectedItem
     if kind == "video":
         targets = {crop.frames for item in items for crop in item.crops}
         extraction = options.extraction
-        if extraction.mode != "full":
+        if narrows(extraction):
             kept = tuple(f for f in extraction.target_frames if f in targets)
             extraction = replace(extraction, target_frames=kept)
     return DatasetEntry(
@@ -259,10 +267,21 @@ def _entry(source: Source, kind: Kind, folder: str, items: Sequence[SelectedItem
         jsonl=f"dataset/{folder}.jsonl",
         batch_size=options.batch_size,
         num_repeats=options.num_repeats,
-        enable_bucket=options.enable_bucket,
-        bucket_no_upscale=options.bucket_no_upscale,
+        # musubi-tuner caches clips as if these were so, and then trains by the file: told
+        # otherwise it would put clips of different shapes into one batch.
+        enable_bucket=options.enable_bucket or kind == "video",
+        bucket_no_upscale=options.bucket_no_upscale and kind == "image",
         extraction=extraction,
     )
+
+
+def narrows(extraction: FrameExtraction) -> bool:
+    """Whether leaving targets out leaves the crops of the others as they are.
+
+    With ``source_fps`` the trainer reads a clip as far as its longest target says, and ``full``
+    has no targets.
+    """
+    return extraction.mode != "full" and extraction.source_fps is None
 
 
 def _weights(facts: Facts) -> Stage:
@@ -381,7 +400,7 @@ def _latents(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
         files.append((name, jsonl.render(kind, rows)))
         entry_ = _entry(facts.sources[index], kind, "", items)
         extraction = entry_.extraction
-        if extraction is not None and extraction.mode != "full":
+        if extraction is not None and narrows(extraction):
             extraction = replace(extraction, target_frames=frames)
         staging.append(
             replace(
@@ -529,9 +548,12 @@ def commands_sh(plan: Plan, folder: str) -> str:
     lines.append('cd "$(dirname "$0")"')
     for stage in plan.stages:
         lines += ["", f"# {stage.name}: {stage.summary} ({stage.state})"]
-        for command in stage.commands:
-            lines.append(command.shell())
+        if not stage.to_run:
+            continue
+        lines += [command.shell() for command in stage.commands]
         if stage.name == "train":
+            # The place may be a second name of the very file, which cp would refuse.
+            lines.append("rm -f lora.safetensors")
             lines.append("cp checkpoints/lora.safetensors lora.safetensors")
     return "\n".join(lines) + "\n"
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runner.errors import StageError
 
 # How long a stopped command may take to end by itself before it is killed.
 GRACE_SECONDS = 15.0
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -88,6 +92,7 @@ def run(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             raise StageError(f"{argv[0]} could not be started: {error.strerror}.") from error
@@ -100,7 +105,9 @@ def run(
                 except subprocess.TimeoutExpired:
                     continue
         except BaseException:
-            end_group(process)
+            # A second signal must not leave the command running.
+            with signals_deferred():
+                end_group(process)
             raise
     if process.returncode:
         raise StageError(f"{last_error(log)} ({_ended(process.returncode)}; log: {log})")
@@ -111,6 +118,13 @@ def _ended(code: int) -> str:
         return f"exit code {code}"
     name = next((item.name for item in signal.Signals if item == -code), f"signal {-code}")
     return f"ended by {_KILLED.get(name, name)}"
+
+
+def _end_with_parent() -> None:
+    """In the new process: ask Linux to end it when the runner is killed outright."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ def check(config: RunConfig) -> None:
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Every broken rule, one line each."""
-    for rule in (_choices, _numbers, _frames, _combinations, _stages):
+    for rule in (_choices, _texts, _numbers, _frames, _combinations, _stages):
         yield from rule(config)
     if config.engine.name == "musubi":
         yield from rules_musubi.problems(config)
@@ -49,6 +50,28 @@ def _choices(config: RunConfig) -> Iterator[str]:
         if value is not None and value not in option.choices:
             yield (
                 f"{option.key}={value} is not a choice.{did_you_mean(str(value), option.choices)}"
+            )
+
+
+_SECRET_FLAG = re.compile(r"-+\w*(token|password|secret|api_key)\b", re.IGNORECASE)
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    name = config.name
+    if name is not None and (not name.strip(". ") or set(name) & set("/\\\0\n")):
+        yield f"name={name!r} can't be a folder's name: leave out / and \\."
+    for key in ("include", "exclude"):
+        for pattern in getattr(config.network, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"network.{key}: {pattern!r} is no regular expression: {error}."
+    for argument in config.engine.extra_args:
+        secret = _SECRET_FLAG.match(argument)
+        if secret:
+            yield (
+                f"engine.extra_args holds {secret.group(0)}: a secret on a command line can be "
+                "read by others. Set it in the environment, for example HF_TOKEN."
             )
 
 
@@ -172,6 +195,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             "engine=musubi for the real weights, or model=tiny for a rehearsal."
         )
     if engine == "diffusers":
+        if (config.memory.vae_tile or 0) % 64:
+            yield f"memory.vae_tile={config.memory.vae_tile} must be 0 or a multiple of 64."
         if config.precision.fp8_base:
             yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
         if config.memory.blocks_to_swap:
@@ -187,9 +212,6 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             )
         if config.training.weighting_scheme != "none":
             yield "training.weighting_scheme needs engine=musubi."
-    if engine == "musubi" and config.training.i2v_unscaled_condition is False:
-        # musubi has no scaled variant; the option is the embedded engine's.
-        pass
     if config.precision.fp8_scaled and not config.precision.fp8_base:
         yield "precision.fp8_scaled=true needs precision.fp8_base=true."
     most = model.blocks - 3

@@ -327,7 +327,9 @@ def _look(entry: _Entry) -> Item | str:
                     size, frames, fps = probe_video(entry.file or spool)
     except Exception as error:
         # Decoders raise all kinds of errors on damaged data, and one bad file must not end a scan.
-        return f"can't be read: {str(error) or type(error).__name__}"
+        if type(error).__name__ == "UnidentifiedImageError":
+            return "can't be read: it is no picture"
+        return f"can't be read: {getattr(error, 'strerror', None) or error or type(error).__name__}"
     return Item(
         name=entry.name,
         kind=entry.kind,

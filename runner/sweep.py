@@ -34,6 +34,12 @@ class Sweep:
         os.environ[VARIABLE] = sweep_id
         return cls(sweep_id, tuple(a for a in arguments if not a.startswith("-")))
 
+    @classmethod
+    def from_environment(cls, overrides: Sequence[str]) -> Sweep | None:
+        """The sweep that a launcher started this process for, if any."""
+        sweep_id = os.environ.get(VARIABLE)
+        return cls(sweep_id, tuple(overrides)) if sweep_id else None
+
     @property
     def swept(self) -> tuple[str, ...]:
         """Keys that have several values."""

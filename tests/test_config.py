@@ -88,6 +88,14 @@ def test_sources_are_typed_and_inherit() -> None:
 
 
 BROKEN = {
+    "name=../x": "name='../x' can't be a folder's name: leave out / and \\.",
+    "network.include=['[']": (
+        "network.include: '[' is no regular expression: unterminated character set at position 0."
+    ),
+    "engine.extra_args=[--huggingface_token,hf_x]": (
+        "engine.extra_args holds --huggingface_token: a secret on a command line can be read by "
+        "others. Set it in the environment, for example HF_TOKEN."
+    ),
     "network.rank=0": "network.rank=0 is too small: it must be at least 1.",
     "dataset.target_frames=[1,14]": (
         "dataset.target_frames: 14 is not of the form 4N+1 (nearest: 13 or 17)."
@@ -146,6 +154,10 @@ SAID = {
         "spaces or brackets twice, for example 'name=\"a b\"'."
     ),
     ("rehearsal",): "'rehearsal' is no option: write KEY=VALUE.",
+    ("+network.rnk=2",): "There is no option network.rnk. Did you mean network.rank?",
+    ("++zzz=1",): "There is no option zzz. `python -m runner --cfg job` lists them all.",
+    ("--hlep",): "There is no flag --hlep. Did you mean --help?",
+    ("hydra/launcher=basic", "network.rank=abc"): "network.rank=abc must be a whole number.",
 }
 
 

@@ -10,9 +10,10 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.engines.base import Machine
+from runner.errors import UserError
 from runner.groups import conf_folder, groups
 from runner.page import page
-from runner.plan import Plan
+from runner.plan import Plan, commands_sh
 
 MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
 CARD = Machine("NVIDIA H100", 80.0, (9, 0))
@@ -49,6 +50,48 @@ def test_whole_plan_is_golden(engine: str, task: str, golden: Callable[[str, str
     )
     facts = fake_facts(config, MEDIA, machine=CARD)
     golden(f"{engine}-{task}.txt", rendered(plan_of(config, facts)))
+
+
+# With source_fps the trainer reads as far as its longest target says, so none may be left out
+# of what it is told, though only some crops are missing.
+def test_targets_are_whole_when_frames_are_resampled() -> None:
+    config = compose(*BASES["diffusers"], "dataset.source_fps=12")
+    facts = fake_facts(config, [fake_item("clip.mp4")])
+    plan = plan_of(config, facts)
+    crops = [entry.made_of["frames"] for entry in plan.stage("latents").entries]
+    assert crops == [[0, 1], [0, 13]]
+    one = frozenset({f"latents/{plan.stage('latents').entries[0].name}"})
+    again = plan_of(config, fake_facts(config, [fake_item("clip.mp4")], cached=one))
+    toml = dict(again.stage("latents").files)["staging/latents.toml"]
+    assert toml == dict(plan.stage("latents").files)["staging/latents.toml"]
+    assert "25" in toml
+
+
+# musubi-tuner caches clips in buckets whatever it is told, and must then be told so in training.
+def test_clips_are_always_in_buckets() -> None:
+    import tomllib
+
+    config = compose("dataset.enable_bucket=false", "dataset.bucket_no_upscale=true")
+    plan = plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+    pictures, clips = tomllib.loads(dict(plan.files)["dataset.toml"])["datasets"]
+    assert (pictures["enable_bucket"], pictures["bucket_no_upscale"]) == (False, True)
+    assert (clips["enable_bucket"], clips["bucket_no_upscale"]) == (True, False)
+
+
+# Without training there is nothing to convert or evaluate, and the script runs what is to run.
+def test_skipping_training_skips_what_needs_its_lora() -> None:
+    config = compose(*BASES["diffusers"], "stages.skip=[train]")
+    plan = plan_of(config, fake_facts(config, MEDIA))
+    states = {stage.name: stage.state for stage in plan.stages}
+    assert states["train"] == states["convert"] == states["evaluate"] == "skipped"
+    assert "engines.diffusers.train" not in commands_sh(plan, "")
+
+
+# An 8-bit optimizer is refused before any work where there is no card for it.
+def test_8_bit_needs_a_card() -> None:
+    config = compose(*BASES["diffusers"], "optimizer=lion8bit")
+    with pytest.raises(UserError, match="optimizer=lion8bit needs an NVIDIA card"):
+        plan_of(config, fake_facts(config, MEDIA))
 
 
 # Each choice of each group changes the trainer's options as its golden file shows.

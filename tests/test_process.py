@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +90,6 @@ def test_stopping_ends_the_whole_group(tmp_path: Path, monkeypatch: pytest.Monke
         time.sleep(0.1)
     else:
         assert not psutil.pid_exists(child)
-    assert threading.active_count() >= 1
 
 
 # A command's environment is the runner's with what it names taken out and put in.
@@ -177,3 +175,63 @@ def test_the_trainers_own_error_is_told(tmp_path: Path, said: str, how: str, tol
 def test_a_killed_command_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="ended by SIGKILL, as the system does when memory"):
         python("import os; os.kill(os.getpid(), 9)", tmp_path / "stage.log")
+
+
+# A second signal while a command is being ended does not leave it running.
+def test_a_second_signal_does_not_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from runner.process import raise_on_signals
+
+    monkeypatch.setattr("runner.process.GRACE_SECONDS", 0.5)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    raise_on_signals()
+    log = tmp_path / "log"
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))\n"
+        "print(os.getpid(), flush=True)\n"
+        "while True: time.sleep(1)\n"
+    )
+
+    def stop_when_started() -> None:
+        if log.exists() and log.read_text().strip():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.raises(Stopped):
+            python(code, log, stop_when_started)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not psutil.pid_exists(int(log.read_text()))
+
+
+# When the runner is killed outright, the command it was running ends too.
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to do it")
+def test_a_killed_runner_takes_its_command_along(tmp_path: Path) -> None:
+    import subprocess
+
+    from conftest import TOP
+
+    log = tmp_path / "log"
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from runner.process import run\n"
+        "command = (sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); "
+        "time.sleep(600)')\n"
+        "run(command, cwd=Path('.'), env=dict(os.environ), log=Path(sys.argv[1]))\n"
+    )
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code, str(log)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOP)},
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().strip()):
+        time.sleep(0.05)
+    child = psutil.Process(int(log.read_text()))
+    runner.kill()
+    runner.wait()
+    child.wait(timeout=10)

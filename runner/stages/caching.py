@@ -33,7 +33,8 @@ def fill_and_link(context: Context, shelf: Shelf) -> None:
     def waiting() -> None:
         context.console.line(f"      waiting for another run, which is encoding {shelf}")
 
-    if context.plan.stage(shelf).missing:
+    stage = context.plan.stage(shelf)
+    if stage.missing and stage.state != "skipped":
         with context.store.lock(shelf, waiting):
             _encode(context, shelf)
     for entry in context.plan.stage(shelf).entries:
