@@ -19,7 +19,8 @@ from runner.engines.base import Engine
 from runner.errors import StageError, UserError
 from runner.facts import absolute, gather, refresh
 from runner.items import counted
-from runner.plan import Facts, Plan, Stage, commands_sh, make_plan
+from runner.plan import commands_sh, make_plan
+from runner.plan_model import Facts, Plan, Stage
 from runner.process import Stopped, raise_on_signals, signals_deferred
 from runner.record import Recorder, Status
 from runner.rules import check
@@ -303,10 +304,10 @@ class _Run:
                 if name == "weights":
                     for file, text in plan.files:
                         write_text(context.run_dir / file, text)
-                    # What ran is kept in the script, though it is done by now.
+                    # What ran stays in the script though it is done by now, with the commits
+                    # that its branches turned out to be.
                     ran = tuple(
-                        self.plan.stage(s.name) if s.name in context.finished else s
-                        for s in plan.stages
+                        replace(s, state=self.plan.stage(s.name).state) for s in plan.stages
                     )
                     text = commands_sh(replace(plan, stages=ran), str(context.run_dir))
                     write_text(commands, text)

@@ -17,7 +17,7 @@ from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine
 from runner.groups import conf_folder
 from runner.items import Source, select, source_options
-from runner.plan import Facts
+from runner.plan_model import Facts
 from runner.stages.weights import weight_facts
 from runner.store import Store
 

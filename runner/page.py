@@ -7,7 +7,7 @@ import textwrap
 from runner.config import RunConfig
 from runner.console import Console
 from runner.items import counted
-from runner.plan import Facts, Plan
+from runner.plan_model import Facts, Plan
 
 
 def page(plan: Plan, config: RunConfig, facts: Facts) -> str:

@@ -9,117 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from runner import rules_musubi
 from runner.commands import Command
-from runner.config import MemoryConfig, RunConfig
-from runner.engines.base import Engine, EngineFacts, Machine
+from runner.config import RunConfig
+from runner.engines.base import Engine
 from runner.errors import UserError
-from runner.formats import jsonl, train_toml
-from runner.formats.cache import image_latents_name, text_name, video_latents_name
-from runner.formats.dataset_toml import DatasetEntry
+from runner.formats import train_toml
 from runner.formats.dataset_toml import render as render_dataset
-from runner.formats.frames import FrameExtraction
-from runner.formats.train_toml import WeightPaths
-from runner.items import (
-    Kind,
-    SelectedItem,
-    Selection,
-    Source,
-    counted,
-    dataset_fingerprint,
-)
+from runner.items import counted, dataset_fingerprint
+from runner.plan_data import dataset_stage, entries, latents_stage, text_stage
+from runner.plan_model import Facts, Plan, Stage
 from runner.rules import STAGES
 from runner.store import key_of
-
-# Raised when decoding or resizing changes, so that older latents are not taken for newer ones.
-DECODE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class WeightFacts:
-    """Where the weights are or will be, and the digest of each once they are there."""
-
-    paths: WeightPaths
-    digests: dict[str, str] | None
-    commands: tuple[Command, ...]
-    summary: str
-
-    @property
-    def present(self) -> bool:
-        return self.digests is not None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the disk, the card and the environment say; gathered by :mod:`runner.facts`."""
-
-    root: Path
-    python: str
-    python_path: str | None
-    sources: tuple[Source, ...]
-    selection: Selection
-    weights: WeightFacts
-    cached: frozenset[str]
-    memory: MemoryConfig
-    memory_note: str | None
-    machine: Machine | None
-    engine: EngineFacts
-    seed: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A cache entry: the file that the engine writes, its place in the store, and its links."""
-
-    produced: str
-    shelf: str
-    name: str
-    made_of: dict[str, Any]
-    links: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage. ``files`` are written into the run's folder before ``commands`` are run."""
-
-    name: str
-    summary: str
-    state: str
-    commands: tuple[Command, ...] = ()
-    files: tuple[tuple[str, str], ...] = ()
-    entries: tuple[Entry, ...] = ()
-    missing: int = 0
-    outputs: tuple[str, ...] = ()
-
-    @property
-    def to_run(self) -> bool:
-        return self.state == "to run"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run, before it happens."""
-
-    name: str
-    stages: tuple[Stage, ...]
-    files: tuple[tuple[str, str], ...]
-    steps: int
-    steps_per_epoch: int
-    epochs: int
-    notices: tuple[str, ...]
-    fingerprint: str
-
-    def stage(self, name: str) -> Stage:
-        """The stage of that name; KeyError when the plan has none."""
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise KeyError(name)
 
 
 def default_name(config: RunConfig) -> str:
@@ -171,9 +75,9 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
         )
     stages = [
         _weights(facts),
-        _dataset(facts),
-        _latents(config, facts, engine),
-        _text(config, facts, engine),
+        dataset_stage(facts),
+        latents_stage(config, facts, engine),
+        text_stage(config, facts, engine),
         Stage(
             "train",
             counted(total, "step"),
@@ -230,60 +134,6 @@ def samples_per_epoch(facts: Facts) -> int:
     )
 
 
-def _groups(facts: Facts, held_out: bool) -> Iterable[tuple[int, Source, Kind, list[SelectedItem]]]:
-    for index, source in enumerate(facts.sources):
-        kinds: tuple[Kind, ...] = ("image", "video")
-        for kind in kinds:
-            items = facts.selection.of(index, kind, held_out=held_out)
-            if items:
-                yield index, source, kind, items
-
-
-def _folder(index: int, kind: Kind, held_out: bool) -> str:
-    return f"{index}-{kind}s{'-held-out' if held_out else ''}"
-
-
-def entries(facts: Facts, *, held_out: bool) -> list[DatasetEntry]:
-    """The datasets of dataset.toml (or validation.toml), one for each source and kind."""
-    return [
-        _entry(source, kind, _folder(index, kind, held_out), items)
-        for index, source, kind, items in _groups(facts, held_out)
-    ]
-
-
-def _entry(source: Source, kind: Kind, folder: str, items: Sequence[SelectedItem]) -> DatasetEntry:
-    options = source.options
-    extraction = None
-    if kind == "video":
-        targets = {crop.frames for item in items for crop in item.crops}
-        extraction = options.extraction
-        if narrows(extraction):
-            kept = tuple(f for f in extraction.target_frames if f in targets)
-            extraction = replace(extraction, target_frames=kept)
-    return DatasetEntry(
-        kind=kind,
-        cache_directory=f"cache/{folder}",
-        resolution=options.resolution,
-        jsonl=f"dataset/{folder}.jsonl",
-        batch_size=options.batch_size,
-        num_repeats=options.num_repeats,
-        # musubi-tuner caches clips as if these were so, and then trains by the file: told
-        # otherwise it would put clips of different shapes into one batch.
-        enable_bucket=options.enable_bucket or kind == "video",
-        bucket_no_upscale=options.bucket_no_upscale and kind == "image",
-        extraction=extraction,
-    )
-
-
-def narrows(extraction: FrameExtraction) -> bool:
-    """Whether leaving targets out leaves the crops of the others as they are.
-
-    With ``source_fps`` the trainer reads a clip as far as its longest target says, and ``full``
-    has no targets.
-    """
-    return extraction.mode != "full" and extraction.source_fps is None
-
-
 def _weights(facts: Facts) -> Stage:
     return Stage(
         "weights",
@@ -291,211 +141,6 @@ def _weights(facts: Facts) -> Stage:
         "done" if facts.weights.present else "to run",
         commands=facts.weights.commands,
         outputs=(facts.weights.paths.transformer,),
-    )
-
-
-def media_entry(item: SelectedItem) -> str:
-    """The name of an item's media in the store."""
-    suffix = Path(item.media_name).suffix
-    return item.media.sha256 + ("-rgb" if item.as_rgb else "") + suffix
-
-
-def _dataset(facts: Facts) -> Stage:
-    files: list[tuple[str, str]] = []
-    for held_out in (False, True):
-        for index, _source, kind, group in _groups(facts, held_out):
-            rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group]
-            name = f"dataset/{_folder(index, kind, held_out)}.jsonl"
-            files.append((name, jsonl.render(kind, rows)))
-    items = facts.selection.items
-    unpacked = [item for item in items if item.media.file is None or item.as_rgb]
-    missing = {media_entry(item) for item in unpacked if _absent(facts, "media", media_entry(item))}
-    pictures = sum(item.kind == "image" for item in items)
-    summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
-    if missing:
-        summary += f", {len(missing)} to unpack"
-    return Stage(
-        "dataset",
-        summary,
-        "to run" if missing else "done",
-        files=tuple(files),
-        missing=len(missing),
-        outputs=("dataset",),
-    )
-
-
-def _absent(facts: Facts, shelf: str, name: str) -> bool:
-    return f"{shelf}/{name}" not in facts.cached
-
-
-def entry_name(made_of: dict[str, Any]) -> str:
-    """The name in the store of a cache entry made of this."""
-    return key_of(made_of) + ".safetensors"
-
-
-def latents_of(config: RunConfig, facts: Facts, item: SelectedItem) -> list[Entry]:
-    """The latent cache entries of one item, one for a picture, one a crop for a clip."""
-    digests = facts.weights.digests or {}
-    force = "latents" in config.stages.force
-    i2v = config.task.name == "i2v"
-    folder = f"cache/{_folder(item.source, item.kind, item.held_out)}"
-    made: list[Entry] = []
-    extraction = facts.sources[item.source].options.extraction
-    for crop in item.crops or (None,):
-        made_of: dict[str, Any] = {
-            "media": item.media.sha256,
-            "bucket": list(item.bucket),
-            "frames": None if crop is None else [crop.position, crop.frames],
-            # Which decoded frames those are depends on the frame rates alone.
-            "source_fps": None if crop is None else extraction.source_fps,
-            "vae": digests.get("vae"),
-            "vae_tile": facts.memory.vae_tile or 0,
-            "engine": config.engine.name,
-            "task": config.task.name,
-            "image_encoder": digests.get("image_encoder") if i2v else None,
-            "decode": DECODE_VERSION,
-        }
-        untiled = {**made_of, "vae_tile": 0}
-        if not force and not _absent(facts, "latents", entry_name(untiled)):
-            # Tiles save memory and approximate the whole frame, so that what is there is better.
-            made_of = untiled
-        if crop is None:
-            produced = image_latents_name(item.id, item.media.size)
-        else:
-            produced = video_latents_name(item.id, crop, item.bucket)
-        made.append(
-            Entry(
-                produced,
-                "latents",
-                entry_name(made_of),
-                made_of,
-                (f"{folder}/{produced}",),
-            )
-        )
-    return made
-
-
-def _latents(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
-    force = "latents" in config.stages.force
-    wanted: dict[str, Entry] = {}
-    makers: dict[tuple[int, Kind, tuple[int, ...]], list[SelectedItem]] = {}
-    for item in facts.selection.items:
-        lacking: list[int] = []
-        for entry, crop in zip(latents_of(config, facts, item), item.crops or (None,), strict=True):
-            known = wanted.get(entry.name)
-            if known is not None:
-                wanted[entry.name] = replace(known, links=known.links + entry.links)
-                continue
-            wanted[entry.name] = entry
-            if force or _absent(facts, "latents", entry.name):
-                lacking.append(crop.frames if crop else 1)
-        if lacking:
-            key = (item.source, item.kind, tuple(sorted(set(lacking))))
-            makers.setdefault(key, []).append(item)
-    staging: list[DatasetEntry] = []
-    files: list[tuple[str, str]] = []
-    for number, ((index, kind, frames), items) in enumerate(sorted(makers.items())):
-        name = f"staging/latents-{number}.jsonl"
-        rows = [(f"dataset/media/{item.media_name}", item.caption) for item in items]
-        files.append((name, jsonl.render(kind, rows)))
-        entry_ = _entry(facts.sources[index], kind, "", items)
-        extraction = entry_.extraction
-        if extraction is not None and narrows(extraction):
-            extraction = replace(extraction, target_frames=frames)
-        staging.append(
-            replace(
-                entry_,
-                jsonl=name,
-                cache_directory=f"staging/latents-{number}",
-                batch_size=1,
-                num_repeats=1,
-                extraction=extraction,
-            )
-        )
-    missing = sum(force or _absent(facts, "latents", name) for name in wanted)
-    return _cache_stage(
-        "latents",
-        wanted,
-        missing,
-        files,
-        staging,
-        lambda toml: engine.cache_latents(config, facts.weights.paths, facts.memory, toml),
-    )
-
-
-def _text(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
-    digests = facts.weights.digests or {}
-    force = "text" in config.stages.force
-    wanted: dict[str, Entry] = {}
-    for item in facts.selection.items:
-        made_of = {
-            "caption": item.caption,
-            "text_encoder": digests.get("text_encoder"),
-            "byt5": digests.get("byt5"),
-            "fp8": bool(facts.memory.fp8_text_encoder),
-            "engine": config.engine.name,
-        }
-        key = key_of(made_of)
-        folder = f"cache/{_folder(item.source, item.kind, item.held_out)}"
-        place = f"{folder}/{text_name(item.id)}"
-        name = entry_name(made_of)
-        known = wanted.get(name)
-        if known is not None:
-            wanted[name] = replace(known, links=(*known.links, place))
-        else:
-            wanted[name] = Entry(text_name(key), "text", name, made_of, (place,))
-    lacking = [e for e in wanted.values() if force or _absent(facts, "text", e.name)]
-    files: list[tuple[str, str]] = []
-    staging: list[DatasetEntry] = []
-    if lacking:
-        # Captions are encoded without their media, so one line for each caption is enough.
-        rows = [
-            (e.produced.removesuffix(text_name("")) + ".png", e.made_of["caption"]) for e in lacking
-        ]
-        files.append(("staging/text.jsonl", jsonl.render("image", rows)))
-        staging.append(
-            DatasetEntry(
-                kind="image",
-                cache_directory="staging/text",
-                resolution=(16, 16),
-                jsonl="staging/text.jsonl",
-            )
-        )
-    return _cache_stage(
-        "text",
-        wanted,
-        len(lacking),
-        files,
-        staging,
-        lambda toml: engine.cache_text(config, facts.weights.paths, facts.memory, toml),
-    )
-
-
-def _cache_stage(
-    name: str,
-    wanted: dict[str, Entry],
-    missing: int,
-    files: list[tuple[str, str]],
-    staging: list[DatasetEntry],
-    command: Any,
-) -> Stage:
-    toml = f"staging/{name}.toml"
-    if missing:
-        files.append((toml, render_dataset(staging)))
-    what = "latent" if name == "latents" else "caption"
-    kept = len(wanted) - missing
-    summary = f"{counted(missing, what)} to encode" if missing else counted(len(wanted), what)
-    if missing and kept:
-        summary += f", {kept} cached"
-    return Stage(
-        name,
-        summary,
-        "to run" if missing else "done",
-        commands=(command(toml),) if missing else (),
-        files=tuple(files),
-        entries=tuple(wanted.values()),
-        missing=missing,
-        outputs=("cache",),
     )
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from runner.atomic import write_text
 from runner.config import RunConfig, TrackingConfig
 from runner.errors import UserError
-from runner.plan import Facts, Plan, config_fingerprint
+from runner.plan import config_fingerprint
+from runner.plan_model import Facts, Plan
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep

@@ -129,7 +129,7 @@ def fake_facts(
     from runner.facts import memory_tier
     from runner.formats.train_toml import WeightPaths
     from runner.items import Source, select, source_options
-    from runner.plan import Facts, WeightFacts
+    from runner.plan_model import Facts, WeightFacts
 
     sources = tuple(
         Source(options, "folder", options.path, tuple(items), ())

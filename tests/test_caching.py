@@ -14,7 +14,7 @@ from runner.commands import Command
 from runner.config import RunConfig
 from runner.console import Console
 from runner.errors import StageError
-from runner.plan import Entry, Stage
+from runner.plan_model import Entry, Stage
 from runner.stages.caching import fill_and_link
 from runner.store import Store
 

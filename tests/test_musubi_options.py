@@ -17,7 +17,7 @@ from runner.engines import musubi, musubi_options
 from runner.engines.base import Machine
 from runner.engines.musubi_options import TRAIN, arguments_of, check_table, missing, options, parse
 from runner.groups import conf_folder, groups
-from runner.plan import Plan
+from runner.plan_model import Plan
 
 GROUPS = groups(conf_folder())
 CARD = Machine("NVIDIA H100", 80.0, (9, 0))

@@ -13,7 +13,8 @@ from runner.engines.base import Machine
 from runner.errors import UserError
 from runner.groups import conf_folder, groups
 from runner.page import page
-from runner.plan import Plan, commands_sh
+from runner.plan import commands_sh
+from runner.plan_model import Plan
 
 MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
 CARD = Machine("NVIDIA H100", 80.0, (9, 0))

@@ -104,8 +104,8 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("training.seed=4294967296",): "training.seed=4294967296 must be below 4294967296.",
     ("network.exclude=['(']",): (
-        "network.exclude: '(' is no regular expression (missing ), unterminated subpattern at "
-        "position 0)."
+        "network.exclude: '(' is no regular expression: missing ), unterminated subpattern at "
+        "position 0."
     ),
     ("network.include=['.*attn.*']",): (
         "network.include does nothing alone, it adds back what network.exclude leaves out: add "

@@ -21,7 +21,7 @@ from hub_server import Hub, Repository, serve, talk_to
 from runner.config import RunConfig
 from runner.console import Console
 from runner.errors import StageError
-from runner.plan import Plan, WeightFacts
+from runner.plan_model import Plan, WeightFacts
 from runner.stages.weights import hub_requests, weight_facts
 
 MODEL, ENCODERS = "tencent/HunyuanVideo-1.5", "Comfy-Org/HunyuanVideo_1.5_repackaged"

@@ -1,6 +1,7 @@
 """Which packages make musubi-tuner's environment, and the commands that install them; pure.
 
-Versions are those that were tested together with musubi-tuner v0.3.4.
+The packages beside torch were tested together with musubi-tuner v0.3.4 on the CPU; the torch
+builds for CUDA are those it asks for and could not be installed where this was written.
 """
 
 from __future__ import annotations

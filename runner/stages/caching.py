@@ -19,7 +19,7 @@ from runner.store import Shelf, link
 
 if TYPE_CHECKING:
     from runner.execute import Context
-    from runner.plan import Stage
+    from runner.plan_model import Stage
 
 
 def fill_and_link(context: Context, shelf: Shelf) -> None:
@@ -39,6 +39,8 @@ def fill_and_link(context: Context, shelf: Shelf) -> None:
             _encode(context, shelf)
     for entry in context.plan.stage(shelf).entries:
         target = context.store.path(shelf, entry.name)
+        if not target.is_file() and stage.state == "skipped":
+            continue
         if not target.is_file():
             raise StageError(f"{shelf} of {entry.links[0]} are missing from the cache")
         for place in entry.links:

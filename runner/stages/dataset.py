@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.atomic import write_text
-from runner.plan import media_entry
+from runner.plan_data import media_entry
 from runner.store import link
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from runner.config import ModelConfig, RunConfig
 from runner.errors import StageError
 from runner.formats.train_toml import WeightPaths
 from runner.hub.cache import HubCache, Request
-from runner.plan import WeightFacts
+from runner.plan_model import WeightFacts
 from runner.process import run as run_command
 
 if TYPE_CHECKING:
