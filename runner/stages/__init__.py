@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from runner import process
+
 if TYPE_CHECKING:
     from runner.execute import Context
+    from runner.plan_model import Stage
 
 
 def run_stage(name: str, context: Context) -> None:
@@ -15,3 +20,18 @@ def run_stage(name: str, context: Context) -> None:
     Raises :class:`runner.errors.StageError` when it fails; what it finished before is kept.
     """
     import_module(f"runner.stages.{name}").run(context)
+
+
+def run_commands(context: Context, stage: Stage, on_tick: Callable[[], None] | None = None) -> None:
+    """Run a stage's commands in the run's folder, their output in the stage's log.
+
+    Raises :class:`runner.errors.StageError` when one fails.
+    """
+    for command in stage.commands:
+        process.run(
+            command.argv,
+            cwd=context.run_dir,
+            env=command.environment(os.environ),
+            log=context.log(stage.name),
+            on_tick=on_tick,
+        )

@@ -6,7 +6,6 @@ rewrites and deletes files where it works, through links too.
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from runner.atomic import write_text
 from runner.errors import StageError
-from runner.process import run as run_command
+from runner.stages import run_commands
 from runner.store import Shelf, link
 
 if TYPE_CHECKING:
@@ -62,14 +61,7 @@ def _encode(context: Context, shelf: Shelf) -> None:
             bar.update(min(stage.missing, sum(len(_made(folder)) for folder in folders)))
 
         try:
-            for command in stage.commands:
-                run_command(
-                    command.argv,
-                    cwd=context.run_dir,
-                    env=command.environment(os.environ),
-                    log=context.log(shelf),
-                    on_tick=count,
-                )
+            run_commands(context, stage, count)
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
             with suppress(OSError):

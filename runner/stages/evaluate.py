@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import StageError
-from runner.process import run as run_command
+from runner.stages import run_commands
 from runner.tracking.metrics import Point
 
 if TYPE_CHECKING:
@@ -26,14 +25,7 @@ def run(context: Context) -> None:
         def count() -> None:
             bar.update(evaluated(log))
 
-        for command in stage.commands:
-            run_command(
-                command.argv,
-                cwd=context.run_dir,
-                env=command.environment(os.environ),
-                log=log,
-                on_tick=count,
-            )
+        run_commands(context, stage, count)
         count()
     file = context.run_dir / "evaluation.json"
     if not file.is_file():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import StageError
 from runner.plan import samples_per_epoch
-from runner.process import run as run_command
+from runner.stages import run_commands
 from runner.store import link
 
 if TYPE_CHECKING:
@@ -36,13 +35,7 @@ def run(context: Context) -> None:
         )
         follower.start()
         try:
-            for command in stage.commands:
-                run_command(
-                    command.argv,
-                    cwd=context.run_dir,
-                    env=command.environment(os.environ),
-                    log=context.log("train"),
-                )
+            run_commands(context, stage)
         finally:
             warning = follower.stop()
             _collect_samples(context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from runner.errors import StageError
 from runner.formats.train_toml import WeightPaths
 from runner.hub.cache import HubCache, Request
 from runner.plan_model import WeightFacts
-from runner.process import run as run_command
+from runner.stages import run_commands
 
 if TYPE_CHECKING:
     from runner.execute import Context
@@ -207,13 +206,7 @@ def run(context: Context) -> None:
 def _make(context: Context) -> None:
     if context.facts.weights.present:
         return
-    for command in context.plan.stage("weights").commands:
-        run_command(
-            command.argv,
-            cwd=context.run_dir,
-            env=command.environment(os.environ),
-            log=context.log("weights"),
-        )
+    run_commands(context, context.plan.stage("weights"))
     if not weight_facts(context.config, context.facts.root).present:
         raise StageError(f"the weights are still incomplete; see {context.log('weights')}")
 
