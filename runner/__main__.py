@@ -84,13 +84,12 @@ def _hydra_sweep_dir(dry_run: bool, output_dir: str) -> str:
     return folder
 
 
-# Hydra's flags, with how many words follow each.
-_FLAGS = {
-    **dict.fromkeys(("--hydra-help", "--version", "--resolve", "--run", "-r"), 0),
-    **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--shell-completion", "-sc"), 1),
-    **dict.fromkeys(("--config-path", "-cp", "--config-name", "-cn"), 1),
-    **dict.fromkeys(("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"), 1),
-}
+# Hydra's flags; --help and --multirun are taken before they are looked at.
+_FLAGS = (
+    *("--hydra-help", "--version", "--resolve", "--run", "-r", "--cfg", "-c", "--package", "-p"),
+    *("--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
 
 
 def _wrong_flags(arguments: list[str]) -> str | None:

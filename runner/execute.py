@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -232,7 +231,7 @@ class _Run:
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
             self.console.notice(notice)
-        self._write_files(folder, self.plan)
+        self._write_files(folder)
         recorder.files()
         return Context(
             config=self.config,
@@ -261,23 +260,28 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _write_files(self, folder: Path, plan: Plan) -> None:
+    def _write_files(self, folder: Path) -> None:
         from omegaconf import OmegaConf
 
-        from runner.tracking.secrets import redact, secret_values
-
-        secrets = secret_values(os.environ)
+        from runner.tracking.mlflow_store import safe
 
         resolved = {**self.resolved, "training": {**self.resolved["training"]}}
         resolved["training"]["seed"] = self.facts.seed
-        text = OmegaConf.to_yaml(OmegaConf.create(resolved))
-        write_text(folder / "config.yaml", redact(text, secrets))
+        write_text(folder / "config.yaml", safe(OmegaConf.to_yaml(OmegaConf.create(resolved))))
         overrides = "".join(f"{override}\n" for override in self.overrides)
-        write_text(folder / "overrides.txt", redact(overrides, secrets))
+        write_text(folder / "overrides.txt", safe(overrides))
+        self._write_plan(folder, self.plan)
+
+    def _write_plan(self, folder: Path, plan: Plan) -> None:
+        """Write what the commands read, and the script of the commands."""
         for name, text in plan.files:
             write_text(folder / name, text)
-        write_text(folder / "commands.sh", commands_sh(plan, str(folder)))
-        (folder / "commands.sh").chmod(0o755)
+        # What ran stays in the script though it is done by now, with the commits that its
+        # branches turned out to be.
+        stages = tuple(replace(s, state=self.plan.stage(s.name).state) for s in plan.stages)
+        script = folder / "commands.sh"
+        write_text(script, commands_sh(replace(plan, stages=stages)))
+        script.chmod(0o755)
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
         names = [stage.name for stage in self.plan.stages]
@@ -297,21 +301,9 @@ class _Run:
             finally:
                 context.finished[name] = time.monotonic() - began
                 recorder.stage(name, context.finished[name])
-            if name in ("weights", "latents", "text"):
-                plan = context.replan()
-                # Commands and paths become final only when the weights are there.
-                commands = context.run_dir / "commands.sh"
-                if name == "weights":
-                    for file, text in plan.files:
-                        write_text(context.run_dir / file, text)
-                    # What ran stays in the script though it is done by now, with the commits
-                    # that its branches turned out to be.
-                    ran = tuple(
-                        replace(s, state=self.plan.stage(s.name).state) for s in plan.stages
-                    )
-                    text = commands_sh(replace(plan, stages=ran), str(context.run_dir))
-                    write_text(commands, text)
-                    commands.chmod(0o755)
+            if name == "weights":
+                # Commands, paths and cache keys become final only when the weights are there.
+                self._write_plan(context.run_dir, context.replan())
 
     def _how_to_compare(self, recorder: Recorder) -> str:
         """The command or the address that shows this run beside the others."""
@@ -319,7 +311,9 @@ class _Run:
         if tracking.name == "server":
             return recorder.writer.url_hint
         if tracking.uri:
-            return f"python -m runner.ui --tracking-uri {shlex.quote(tracking.uri)}"
+            from runner.tracking.mlflow_store import safe
+
+            return f"python -m runner.ui --tracking-uri {shlex.quote(safe(tracking.uri))}"
         option = "" if outputs == "outputs" else f" --outputs {shlex.quote(outputs)}"
         return f"python -m runner.ui{option}"
 

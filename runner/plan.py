@@ -187,7 +187,7 @@ def _evaluate(config: RunConfig, facts: Facts, engine: Engine) -> list[Stage]:
     ]
 
 
-def commands_sh(plan: Plan, folder: str) -> str:
+def commands_sh(plan: Plan) -> str:
     """A script that runs the plan's commands by hand, in the run's folder."""
     lines = ["#!/bin/sh", f"# {plan.name}: what was run, in order.", "set -e"]
     lines.append('cd "$(dirname "$0")"')

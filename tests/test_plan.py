@@ -85,7 +85,7 @@ def test_skipping_training_skips_what_needs_its_lora() -> None:
     plan = plan_of(config, fake_facts(config, MEDIA))
     states = {stage.name: stage.state for stage in plan.stages}
     assert states["train"] == states["convert"] == states["evaluate"] == "skipped"
-    assert "engines.diffusers.train" not in commands_sh(plan, "")
+    assert "engines.diffusers.train" not in commands_sh(plan)
 
 
 # An 8-bit optimizer is refused before any work where there is no card for it.
