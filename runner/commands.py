@@ -37,7 +37,7 @@ class Command:
         if len(line) <= 100:
             return line
         # The program and the module it runs stay together; each option gets a line of its own.
-        first = 3 if words[1:2] == ["-m"] else 1
+        first = words.index("-m") + 2 if "-m" in words[1:3] else 1
         lines = [" ".join(prefix + words[:first])]
         rest = words[first:]
         while rest:

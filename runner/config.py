@@ -141,6 +141,9 @@ class NetworkConfig:
     rank: int = option(32, "Rank (network_dim).")
     alpha: float = option("${.rank}", "Scale is alpha / rank; follows the rank unless set.")
     dropout: float | None = option(None, "Dropout inside the adapter.")
+    weights: str | None = option(
+        None, "A LoRA of an earlier run to start from (its lora.safetensors).", path=True
+    )
     include: list[str] = option([], "Regular expressions of module names to add.")
     exclude: list[str] = option([], "Regular expressions of module names to leave out.")
     args: dict[str, Any] = option({}, "More network arguments.")
@@ -182,6 +185,7 @@ class MemoryConfig:
     )
     vae_tile: int | None = option(None, "VAE tile, pixels; 0 encodes whole frames.")
     fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.")
+    text_batch_size: int | None = option(None, "Captions encoded at once.")
     pinned: bool | None = option(None, "Pin main memory for block swap.")
     h2d_only: bool | None = option(None, "Swap blocks in one direction only.")
 
@@ -201,8 +205,18 @@ class TrainingConfig:
     weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
     max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
-    save_every_epochs: int = option(1, "Epochs between checkpoints.")
-    keep_last: int | None = option(None, "Checkpoints kept; null keeps all.")
+    save_every_epochs: int | None = option(1, "Epochs between checkpoints; null for none.")
+    save_every_steps: int | None = option(None, "Steps between checkpoints, besides those.")
+    keep_last: int | None = option(None, "Checkpoints kept of each kind; null keeps all.")
+    save_state: bool = option(
+        False, "Save the optimizer's state with each checkpoint, for training.resume_from."
+    )
+    resume_from: str | None = option(
+        None,
+        "A state folder (checkpoints/lora-state) to take weights, optimizer and schedule from; "
+        "musubi-tuner then counts its steps from 0.",
+        path=True,
+    )
     save_precision: str = option("bf16", "Type of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
     data_workers: int = option(2, "Processes that read the cache.")
     i2v_unscaled_condition: bool = option(
@@ -234,6 +248,18 @@ class SamplingConfig:
 
 
 @dataclass
+class MetadataConfig:
+    """What the LoRA file says of itself (model-spec keys), shown by those who load it."""
+
+    title: str | None = option(None, "Title in the LoRA file (default: the run's name).")
+    author: str | None = option(None, "Author in the LoRA file.")
+    description: str | None = option(None, "Description in the LoRA file.")
+    license: str | None = option(None, "License in the LoRA file.")
+    tags: list[str] = option([], "Tags in the LoRA file.")
+    comment: str | None = option(None, "Comment in the LoRA file (ss_training_comment).")
+
+
+@dataclass
 class TrackingConfig:
     name: str = option("sqlite", "Where runs are recorded.", choices=("sqlite", "server", "none"))
     uri: str | None = option(None, "Tracking server or store (default: outputs/mlflow.db).")
@@ -261,6 +287,7 @@ class RunConfig:
     memory: MemoryConfig = part(MemoryConfig)
     training: TrainingConfig = part(TrainingConfig)
     sampling: SamplingConfig = part(SamplingConfig)
+    metadata: MetadataConfig = part(MetadataConfig)
     tracking: TrackingConfig = part(TrackingConfig)
     stages: StagesConfig = part(StagesConfig)
     name: str | None = option(None, "Name of the run (default: made from its main options).")

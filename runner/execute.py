@@ -16,7 +16,8 @@ from runner.config import RunConfig
 from runner.console import Console, duration
 from runner.engines.base import Engine
 from runner.errors import StageError, UserError
-from runner.facts import absolute, gather, refresh
+from runner.facts import gather, refresh
+from runner.given_files import settle
 from runner.items import counted
 from runner.plan import commands_sh, make_plan
 from runner.plan_model import Facts, Plan, Stage
@@ -82,7 +83,7 @@ def execute(
     failed, and :class:`runner.process.Stopped` when a signal ended the run.
     """
     check(config)
-    _absolute_paths(config, cwd)
+    settle(config, cwd)
     facts = _gather(config, cwd, console)
     engine = engine_for(config, facts)
     plan = make_plan(config, facts, engine)
@@ -130,16 +131,6 @@ def _close(shown: dict[str, Any]) -> None:
     bar = shown.pop("bar", None)
     if bar is not None:
         bar.__exit__(None, None, None)
-
-
-def _absolute_paths(config: RunConfig, cwd: Path) -> None:
-    """Commands run in the run's folder, so what they are given must not depend on ours."""
-    image = config.sampling.image_path
-    if image is not None:
-        path = absolute(image, cwd)
-        if not path.is_file():
-            raise UserError(f"sampling.image_path={image}: there is no such file.")
-        config.sampling.image_path = str(path)
 
 
 def _ending(error: BaseException) -> tuple[Status, str]:

@@ -59,7 +59,12 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
             f"network={config.network.name} is not converted for ComfyUI: only LoRA can be."
         )
     options = train_toml.train_options(
-        config, facts.weights.paths, facts.memory, seed=facts.seed, compile_blocks=compiled
+        config,
+        facts.weights.paths,
+        facts.memory,
+        name=config.name or default_name(config),
+        seed=facts.seed,
+        compile_blocks=compiled,
     )
     files: list[tuple[str, str]] = [
         ("dataset.toml", render_dataset(entries(facts, held_out=False))),

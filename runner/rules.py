@@ -83,6 +83,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("training.gradient_accumulation_steps", 1),
         ("training.max_grad_norm", 0),
         ("training.save_every_epochs", 1),
+        ("training.save_every_steps", 1),
         ("training.keep_last", 1),
         ("training.seed", -1),
         ("training.data_workers", 0),
@@ -95,6 +96,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("scheduler.num_cycles", 1),
         ("memory.blocks_to_swap", 0),
         ("memory.vae_tile", 0),
+        ("memory.text_batch_size", 1),
         ("sampling.steps", 1),
         ("sampling.every_epochs", 1),
     )
@@ -203,6 +205,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             yield "memory.blocks_to_swap needs engine=musubi; with engine=diffusers leave it 0."
         if config.engine.arguments != "file":
             yield "engine.arguments=command_line needs engine=musubi."
+        if config.training.save_state or config.training.resume_from:
+            yield "training.save_state and training.resume_from need engine=musubi."
         if config.engine.extra_args:
             yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
         if config.training.timestep_sampling not in ("shift", "sigmoid", "uniform"):

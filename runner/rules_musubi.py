@@ -116,6 +116,11 @@ def plan_notices(config: RunConfig, *, steps: int) -> Iterator[str]:
             f"scheduler.warmup_steps={warmup} is not below the run's {steps} steps: the learning "
             "rate is never reached."
         )
+    if config.training.resume_from:
+        yield (
+            "training.resume_from gives the trainer weights, optimizer and schedule; musubi-tuner "
+            f"counts from 0 again and trains {steps} steps more."
+        )
     if config.network.dropout and config.network.name != "lora":
         yield (
             f"network.dropout does nothing with network={config.network.name}; "

@@ -204,8 +204,8 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("engine.extra_args=[--show_timesteps,console]",): (
         "engine.extra_args: --show_timesteps can't be used: it ends the trainer before training."
     ),
-    ("engine.extra_args=[--save_every_n_steps,0]",): (
-        "engine.extra_args: --save_every_n_steps 0 is too small: it must be at least 1."
+    ("engine.extra_args=[--sample_every_n_steps,0]",): (
+        "engine.extra_args: --sample_every_n_steps 0 is too small: it must be at least 1."
     ),
     ("engine.extra_args=[--vae_dtype,half]",): (
         "engine.extra_args: --vae_dtype can't be 'half': take float16, bfloat16 or float32."
@@ -269,8 +269,10 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal"),
         (*PROMPTS, "sampling.prompts=['I see a cat','- a dash']"),
         (*PROMPTS, "sampling.prompts=['N scale']", "sampling.negative_prompt=blur"),
-        ("engine.extra_args=[--save_every_n_steps,50,--save_state,'--logit_mean=-0.5']",),
-        ("engine.extra_args=[--training_comment,'a b',--base_weights,/a,/b]",),
+        (
+            "engine.extra_args=[--sample_every_n_steps,50,--save_state_on_train_end,'--logit_mean=-0.5']",
+        ),
+        ("engine.extra_args=[--log_prefix,'a b',--base_weights,/a,/b]",),
         ("task=i2v", "training.i2v_unscaled_condition=true"),
     ],
     ids=" ".join,
@@ -375,6 +377,15 @@ def test_owned_options_are_those_the_runner_writes() -> None:
         "training.min_timestep=1",
         "training.max_timestep=9",
         "training.keep_last=1",
+        "training.save_every_steps=5",
+        "training.save_state=true",
+        "training.resume_from=state",
+        "network.weights=lora.safetensors",
+        "metadata.author=a",
+        "metadata.description=d",
+        "metadata.license=l",
+        "metadata.tags=[one,two]",
+        "metadata.comment=c",
         "network.dropout=0.1",
         "+network.args.rank_dropout=0.1",
         "+optimizer.args.eps=1e-8",
@@ -387,7 +398,7 @@ def test_owned_options_are_those_the_runner_writes() -> None:
     for variant in variants:
         config = compose(variant, *everything)
         written |= set(
-            train_options(config, paths, config.memory, seed=1, compile_blocks=True),
+            train_options(config, paths, config.memory, name="x", seed=1, compile_blocks=True),
         )
     assert written == set(OWNED)
     assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))

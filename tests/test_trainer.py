@@ -248,6 +248,37 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in converted
 
 
+# Checkpoints by steps bear musubi's names, and of them too the last so many are kept: three here.
+def test_checkpoints_by_steps(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run", max_train_epochs=5, save_every_n_steps=3, save_last_n_steps=6
+    )
+    run(folder)
+    files = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    steps = [f"lora-step{step:08d}.safetensors" for step in (12, 15, 18)]
+    assert files == [*steps, "lora.safetensors"]
+    _, metadata = read(folder / "checkpoints" / steps[0])
+    assert (metadata["ss_steps"], metadata["ss_epoch"]) == ("12", "3")
+
+
+# A run that starts from a LoRA goes on from its weights; one that does not fit is refused.
+def test_training_starts_from_a_lora(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", max_train_epochs=1)
+    run(first)
+    old = first / "checkpoints" / "lora.safetensors"
+    second = write_run(
+        tmp_path / "second", max_train_steps=1, learning_rate=1e-12, network_weights=str(old)
+    )
+    run(second)
+    before, _ = read(old)
+    after, _ = read(second / "checkpoints" / "lora.safetensors")
+    for key, tensor in before.items():
+        assert torch.allclose(after[key], tensor, atol=1e-6), key
+    other = write_run(tmp_path / "other", network_dim=3, network_weights=str(old))
+    with inside(other), pytest.raises(UserError, match="does not fit this network"):
+        train.main(["--config_file", "train.toml"])
+
+
 # Steps an epoch are batches over accumulation, rounded up; each epoch's loss is the mean of its
 # steps' losses, and metrics have musubi's names and steps.
 def test_metrics_and_accumulation(tmp_path: Path) -> None:

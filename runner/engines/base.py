@@ -65,11 +65,11 @@ def latents_arguments(
     return arguments
 
 
-def text_arguments(weights: WeightPaths, dataset_toml: str) -> list[str]:
+def text_arguments(weights: WeightPaths, memory: MemoryConfig, dataset_toml: str) -> list[str]:
     """Arguments of the script that caches text embeddings, which every engine's takes."""
     return [
         *("--dataset_config", dataset_toml),
         *("--text_encoder", weights.text_encoder),
         *("--byt5", weights.byt5),
-        *("--batch_size", "4"),
+        *("--batch_size", str(memory.text_batch_size or 4)),
     ]

@@ -28,6 +28,27 @@ main_training_function: main
 use_cpu: false
 """
 
+# Embeddings are taken from within the language model, and its head is not needed for them.
+_HEADLESS = """\
+# Runs musubi-tuner's text caching without the head of the language model, which gives each token
+# a score for every word and is never read: 1.4 GB, too much for a card of 12 GB.
+import runpy
+import sys
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
+
+
+def headless(self, *args, forward=Encoder.forward, **kwargs):
+    self.lm_head = torch.nn.Identity()
+    return forward(self, *args, **kwargs, logits_to_keep=1)
+
+
+Encoder.forward = headless
+del sys.argv[:2]  # This file's name and -m.
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
 
 class MusubiEngine:
     """musubi-tuner in an environment of its own."""
@@ -35,11 +56,16 @@ class MusubiEngine:
     def __init__(self, facts: EngineFacts) -> None:
         self.facts = facts
 
-    def _python(self, *arguments: str) -> Command:
+    def _python(self, *arguments: str, offline: bool = True) -> Command:
         path = self.facts.source_path
+        environment = [("PYTHONPATH", path)] if path else []
+        if offline:
+            # The weights stage has brought all that is needed. Online, the tokenizers' cache would
+            # be moved on from the commit that the run asked for.
+            environment.append(("HF_HUB_OFFLINE", "1"))
         return Command(
             (self.facts.python, *arguments),
-            set_env=(("PYTHONPATH", path),) if path else (),
+            set_env=tuple(environment),
             unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
             # A user's ACCELERATE_* variables would override the launcher's arguments.
             unset_prefixes=("ACCELERATE_",),
@@ -54,10 +80,11 @@ class MusubiEngine:
     def cache_text(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
-        arguments = text_arguments(weights, dataset_toml)
+        arguments = text_arguments(weights, memory, dataset_toml)
         if memory.fp8_text_encoder:
             arguments.append("--fp8_vl")
-        return self._python("-m", "musubi_tuner.hv_1_5_cache_text_encoder_outputs", *arguments)
+        module = "musubi_tuner.hv_1_5_cache_text_encoder_outputs"
+        return self._python("headless.py", "-m", module, *arguments)
 
     def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
         given = ["--config_file", "train.toml"]
@@ -76,13 +103,15 @@ class MusubiEngine:
             *("--module", "musubi_tuner.hv_1_5_train_network"),
             *given,
             *config.engine.extra_args,
+            # An upload that was asked for must reach the hub.
+            offline=not any(a.startswith("--huggingface") for a in config.engine.extra_args),
         )
 
     def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
         return None
 
     def files(self, config: RunConfig) -> dict[str, str]:
-        return {"accelerate.yaml": _ACCELERATE}
+        return {"accelerate.yaml": _ACCELERATE, "headless.py": _HEADLESS}
 
     def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
         mode = config.training.compile

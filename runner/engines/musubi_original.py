@@ -35,6 +35,8 @@ def command_line(table: Mapping[str, Any]) -> list[str]:
         del kept["log_with"]
     if kept.get("save_precision") == "fp32":
         del kept["save_precision"]
+    if kept.get("metadata_title") == kept.get("output_name"):
+        del kept["metadata_title"]
     # The trainer loads the text encoder for previews alone; the script gave this with --fp8.
     if not kept.get("fp8_base") and "sample_prompts" not in kept:
         kept.pop("fp8_vl", None)

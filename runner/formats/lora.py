@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from runner.errors import UserError
 from runner.formats.transformer_keys import (
@@ -23,6 +23,8 @@ from runner.formats.transformer_keys import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 Metadata = dict[str, str]
@@ -40,6 +42,8 @@ _COMFYUI = {
 _MUSUBI = {theirs: ours for ours, theirs in _COMFYUI.items()}
 _JOINED = re.compile(r"(img|txt)_attn_(q|k|v)")
 _TENCENT = {name.replace(".", "_"): name for name in BLOCK_LINEARS}
+# The tensors that tell a file's kind, and on which side of them the rank is.
+_RANK_OF = {"lora_down.weight": ("lora", 0), "hada_w1_b": ("loha", 0), "lokr_w2_a": ("lokr", 1)}
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
@@ -75,6 +79,43 @@ def sshs_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Met
         "sshs_model_hash": hashlib.sha256(memoryview(data)[header:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
     }
+
+
+class Described(NamedTuple):
+    """What a LoRA file holds: lora, loha or lokr, its rank and its alpha."""
+
+    kind: str
+    rank: int
+    alpha: float
+
+
+def describe(file: Path) -> Described:
+    """Look into a file with musubi-tuner's names, reading little of it.
+
+    Raises:
+        UserError: it can't be read, or is no such file; ComfyUI's is named as what it is.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            keys = list(handle.keys())
+            for key in keys:
+                name, _, leaf = key.partition(".")
+                match = _NAME.fullmatch(name)
+                if match and (match[2] in _MUSUBI or match[2].endswith("_qkv")):
+                    raise UserError(
+                        f"{file} is a LoRA for ComfyUI: take the lora.safetensors beside it"
+                    )
+                if match and leaf in _RANK_OF:
+                    kind, side = _RANK_OF[leaf]
+                    rank = handle.get_slice(key).get_shape()[side]
+                    alpha = f"{name}.alpha"
+                    scale = float(handle.get_tensor(alpha)) if alpha in keys else float(rank)
+                    return Described(kind, rank, scale)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
+    raise UserError(f"{file} is no LoRA of this model")
 
 
 def to_comfyui(

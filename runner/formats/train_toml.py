@@ -36,10 +36,14 @@ def train_options(
     weights: WeightPaths,
     memory: MemoryConfig,
     *,
+    name: str,
     seed: int,
     compile_blocks: bool,
 ) -> dict[str, Any]:
-    """The trainer's options; ``memory`` is the resolved tier, ``seed`` the resolved seed."""
+    """The trainer's options; ``memory`` is the resolved tier, ``seed`` the resolved seed.
+
+    ``name`` is the run's name, which the LoRA file has for a title unless it is given one.
+    """
     training, network, optimizer = config.training, config.network, config.optimizer
     options: dict[str, Any] = {
         "task": config.task.name,
@@ -66,7 +70,6 @@ def train_options(
         "seed": seed,
         "output_dir": "checkpoints",
         "output_name": "lora",
-        "save_every_n_epochs": training.save_every_epochs,
         "save_precision": training.save_precision,
         "logging_dir": "tensorboard",
         "log_with": "tensorboard",
@@ -87,13 +90,15 @@ def train_options(
         "persistent_data_loader_workers": True if training.data_workers else None,
         "min_timestep": training.min_timestep,
         "max_timestep": training.max_timestep,
-        "save_last_n_epochs": training.keep_last,
+        **_checkpoints(config),
+        "network_weights": network.weights,
         "network_dropout": network.dropout,
         "network_args": _network_args(config) or None,
         "optimizer_args": _pairs(optimizer.args) or None,
         **_scheduler(config),
         **_memory(memory),
         **_previews(config),
+        **_metadata(config, name),
     }
     options.update({key: value for key, value in optional.items() if value is not None})
     if config.engine.name == "diffusers" and config.task.name == "i2v":
@@ -130,6 +135,32 @@ def _scheduler(config: RunConfig) -> dict[str, Any]:
         "lr_scheduler_min_lr_ratio": (
             scheduler.min_lr_ratio if scheduler.name in ("cosine_with_min_lr", "rex") else None
         ),
+    }
+
+
+def _checkpoints(config: RunConfig) -> dict[str, Any]:
+    training = config.training
+    epochs, steps, keep = training.save_every_epochs, training.save_every_steps, training.keep_last
+    return {
+        "save_every_n_epochs": epochs,
+        "save_every_n_steps": steps,
+        "save_last_n_epochs": keep if epochs else None,
+        # Counted in steps: the checkpoint of the step itself, and those of so many before it.
+        "save_last_n_steps": (keep - 1) * steps if keep and steps else None,
+        "save_state": training.save_state or None,
+        "resume": training.resume_from,
+    }
+
+
+def _metadata(config: RunConfig, name: str) -> dict[str, Any]:
+    metadata = config.metadata
+    return {
+        "metadata_title": metadata.title or name,
+        "metadata_author": metadata.author,
+        "metadata_description": metadata.description,
+        "metadata_license": metadata.license,
+        "metadata_tags": ",".join(metadata.tags) or None,
+        "training_comment": metadata.comment,
     }
 
 

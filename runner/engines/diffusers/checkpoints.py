@@ -66,6 +66,20 @@ class Checkpoints:
                 self._epoch_path(old).unlink(missing_ok=True)
         return path
 
+    def save_step(self, network: Network, *, epoch: int, step: int) -> Path | None:
+        """Save after a step (from 1) if it is due, and remove what is then too old.
+
+        Returns the file written, or None.
+        """
+        every, kept = self._options.save_every_n_steps, self._options.save_last_n_steps
+        if every is None or step % every:
+            return None
+        path = self._save(network, self._step_path(step), epoch=epoch, step=step)
+        if kept is not None:
+            for old in range(every, step - kept, every):
+                self._step_path(old).unlink(missing_ok=True)
+        return path
+
     def save_last(self, network: Network, *, step: int) -> Path:
         """Save the finished network."""
         path = self._folder / f"{self._options.output_name}.safetensors"
@@ -73,6 +87,9 @@ class Checkpoints:
 
     def _epoch_path(self, epoch: int) -> Path:
         return self._folder / f"{self._options.output_name}-{epoch:06d}.safetensors"
+
+    def _step_path(self, step: int) -> Path:
+        return self._folder / f"{self._options.output_name}-step{step:08d}.safetensors"
 
     def _save(self, network: Network, path: Path, *, epoch: int, step: int) -> Path:
         state = {

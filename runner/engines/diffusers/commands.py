@@ -45,7 +45,7 @@ class DiffusersEngine:
     def cache_text(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
-        return self._module("cache_text", *text_arguments(weights, dataset_toml))
+        return self._module("cache_text", *text_arguments(weights, memory, dataset_toml))
 
     def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
         return self._module("train", "--config_file", "train.toml")

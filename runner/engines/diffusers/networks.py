@@ -352,6 +352,27 @@ def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
     return network
 
 
+def start_from(network: Network, file: str) -> None:
+    """Give a fresh network the weights of a LoRA file.
+
+    Raises:
+        UserError: no such file, or one of another kind, rank or set of modules.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(file)
+        network.load_state_dict(state)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"network_weights={file}: cannot be read ({error})") from None
+    except RuntimeError:
+        raise UserError(
+            f"network_weights={file} does not fit this network: its kind, rank and modules must "
+            "be those of the run"
+        ) from None
+
+
 def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
     """A network on `model` with a file's weights, of whatever kind they are, in fp32.
 

@@ -39,9 +39,9 @@ OFF_ONLY = frozenset(
         "fp8_base", "fp8_scaled", "blocks_to_swap", "use_pinned_memory_for_block_swap",
         "block_swap_h2d_only", "block_swap_ring_size", "img_in_txt_in_offloading",
         "gradient_checkpointing_cpu_offload", "preserve_distribution_shape",
-        "num_timestep_buckets", "show_timesteps", "no_metadata", "network_weights",
+        "num_timestep_buckets", "show_timesteps", "no_metadata",
         "dim_from_weights", "scale_weight_norms", "base_weights", "base_weights_multiplier",
-        "resume", "save_every_n_steps", "save_last_n_steps", "save_last_n_epochs_state",
+        "resume", "save_last_n_epochs_state",
         "save_last_n_steps_state", "save_state", "save_state_on_train_end",
         "sample_every_n_steps", "log_prefix", "log_tracker_name", "log_tracker_config",
         "wandb_run_name", "wandb_api_key", "huggingface_repo_id", "sage_attn",
@@ -94,11 +94,14 @@ class TrainOptions:
     network_alpha: float = 1.0
     network_dropout: float | None = None
     network_args: list[str] = field(default_factory=list)
+    network_weights: str | None = None
     max_train_steps: int = 1600
     max_train_epochs: int | None = None
     seed: int | None = None
     save_every_n_epochs: int | None = None
     save_last_n_epochs: int | None = None
+    save_every_n_steps: int | None = None
+    save_last_n_steps: int | None = None
     save_precision: str | None = None
     logging_dir: str | None = None
     log_with: str = "tensorboard"
@@ -136,6 +139,7 @@ class TrainOptions:
             "max_train_epochs",
             "save_every_n_epochs",
             "save_last_n_epochs",
+            "save_every_n_steps",
             "sample_every_n_epochs",
         ]
         for key in at_least_one:

@@ -162,6 +162,8 @@ class Trainer:
             chosen.dit, dtype=self.device.weights, device=self.device.name
         )
         self.network = networks.create(self.model, spec, seed=seed)
+        if chosen.network_weights is not None:
+            networks.start_from(self.network, chosen.network_weights)
         self.optimizer, described = optimizers.build_optimizer(
             chosen, self.network.parameter_groups(chosen.learning_rate)
         )
@@ -210,6 +212,8 @@ class Trainer:
                         {"loss/current": loss, "loss/average": average.value, **self.rates}, step
                     )
                     progress.show(epoch, step, loss, average.value)
+                    if self.options.save_every_n_steps is not None:
+                        self._evaluating(functools.partial(self._end_step, epoch, step))
                     if step >= self.steps:
                         break
                 self.metrics.write({"loss/epoch": average.value}, epoch, flush=True)
@@ -269,6 +273,11 @@ class Trainer:
                 self.rates[f"lr/d*lr/{name}"] = float(group["d"] * group["lr"])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _end_step(self, epoch: int, step: int) -> None:
+        path = self.checkpoints.save_step(self.network, epoch=epoch, step=step)
+        if path is not None:
+            print(f"saved {path}")
 
     def _end_epoch(self, epoch: int, step: int) -> None:
         path = self.checkpoints.save_epoch(self.network, epoch=epoch, step=step)
