@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -39,13 +40,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """List or prune. Exit code 2 for wrong options, 1 if something could not be deleted."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
+    parser, given = _parser(), sys.argv[1:] if argv is None else argv
     try:
-        if unknown:
-            options = [option for option in parser._option_string_actions if option[:2] == "--"]
-            hint = did_you_mean(unknown[0], options)
-            raise UserError(f"there is no option {unknown[0]}.{hint}")
+        _known(parser, given)
+        args = parser.parse_args(given)
         wish = _wish(args)
         root = args.outputs / "cache"
         stock = take_stock(root, time.time())
@@ -56,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read this has seen enough; Python must not try to write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
         return 1
@@ -90,6 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--dry-run", action="store_true", help="show, and delete nothing")
     prune.add_argument("--yes", action="store_true", help="delete without asking")
     return parser
+
+
+def _known(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Raise UserError for the first option that there is not, with the nearest that there is."""
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    for argument in given:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in options:
+            raise UserError(f"there is no option {name}.{did_you_mean(name, options)}")
 
 
 def _command(text: str) -> str:

@@ -77,7 +77,7 @@ class Store:
 
     def path(self, shelf: str, name: str) -> Path:
         """Where an entry lies, or will lie."""
-        return self.root / shelf / name[:2] / name
+        return Path(self.root, shelf, name[:2], name)
 
     def place(self, stored: str) -> Path:
         """Where the entry called ``shelf/name`` lies, or will lie."""
@@ -149,69 +149,78 @@ class Store:
         found: dict[str, Fault] = {}
         to_read: dict[str, int] = {}
         for one in stored:
-            fault, size = self._glance(self.place(one))
+            fault, size = self._glance(self.place(one), read=read)
             if fault:
                 found[one] = fault
-            elif read:
+            elif size:
                 to_read[one] = size
         if to_read:
-            wrong = self._digests_differ(to_read, progress or (lambda _done, _total: None))
-            # Another process may have replaced one between the two looks at file and note.
-            for one in wrong:
-                fault, size = self._glance(self.place(one))
-                if fault is None and self._digests_differ({one: size}, lambda _d, _t: None):
-                    fault = "damaged"
-                if fault:
-                    found[one] = fault
+            self._read_all(to_read, progress or (lambda _done, _total: None))
+        for one in to_read:
+            fault, size = self._glance(self.place(one), read=True)
+            if size and fault is None:  # Another process has just put a new file there.
+                self._read_all({one: size}, lambda _done, _total: None)
+                fault, size = self._glance(self.place(one), read=True)
+            if fault or size:
+                found[one] = fault or "damaged"
         return found
 
-    def _glance(self, place: Path) -> tuple[Fault | None, int]:
-        """What is wrong with an entry at a glance, and its size."""
+    def _glance(self, place: Path, *, read: bool) -> tuple[Fault | None, int]:
+        """What is wrong with an entry as far as is known, and the bytes to read to know the rest.
+
+        Note and file are looked at anew each time: other processes replace them.
+        """
         try:
-            size = place.stat().st_size
+            stat = place.stat()
         except OSError:
             return "absent", 0
         note = read_note(place)
         if note is None:
-            return "damaged", size
+            return "damaged", 0
         if note.sha256 is None:
-            return "unchecked", size
-        return (None if note.size == size else "damaged"), size
+            return "unchecked", 0
+        if note.size != stat.st_size:
+            return "damaged", 0
+        if not read:
+            return None, 0
+        known = self._read.get(place)
+        if known is None or known[0] != _identity(stat):
+            # One byte at least, so that an empty file is looked at too.
+            return None, stat.st_size or 1
+        return ("damaged" if known[1] != note.sha256 else None), 0
 
-    def _digests_differ(
-        self, sizes: Mapping[str, int], progress: Callable[[int, int], None]
-    ) -> list[str]:
+    def _read_all(self, sizes: Mapping[str, int], progress: Callable[[int, int], None]) -> None:
+        """Take the digests of these entries."""
         from concurrent.futures import ThreadPoolExecutor, as_completed
 
         total, done = sum(sizes.values()), 0
-        differing: list[str] = []
         # An affinity mask, as Slurm sets one, leaves fewer cores than the machine has.
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
         pool = ThreadPoolExecutor(min(_READERS, max(2, count)), "check")
         try:
-            futures = {pool.submit(self._digest_differs, self.place(one)): one for one in sizes}
+            futures = {pool.submit(self._read_one, self.place(one)): one for one in sizes}
             for future in as_completed(futures):
-                if future.result():
-                    differing.append(futures[future])
+                future.result()
                 done += sizes[futures[future]]
                 progress(done, total)
         finally:
             # A signal need not wait for files that nobody has begun to read.
             pool.shutdown(cancel_futures=True)
-        return differing
 
-    def _digest_differs(self, place: Path) -> bool:
+    def _read_one(self, place: Path) -> None:
         try:
-            stat = place.stat()
-            identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-            known = self._read.get(place)
-            if known is None or known[0] != identity:
-                known = (identity, digest_of(place))
-                self._read[place] = known
+            before = _identity(place.stat())
+        except OSError:
+            return
+        try:
+            self._read[place] = (before, digest_of(place))
         except OSError:  # A disk that can't read it is damage too.
-            return True
-        note = read_note(place)
-        return note is None or note.sha256 != known[1]
+            self._read[place] = (before, "")
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    """What changes whenever a file's bytes are written anew."""
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def note_of(place: Path) -> Path:
