@@ -13,7 +13,18 @@ from typing import Any, NoReturn
 
 from runner.console import readable
 from runner.errors import UserError
-from runner.inventory import Kept, Stock, Wish, by_dataset, chosen, dataset_key, delete, take_stock
+from runner.inventory import (
+    OTHER,
+    UNKNOWN,
+    Kept,
+    Stock,
+    Wish,
+    by_dataset,
+    chosen,
+    dataset_key,
+    delete,
+    take_stock,
+)
 from runner.store import SHELVES
 from runner.suggest import did_you_mean
 
@@ -139,7 +150,7 @@ def _wish(args: Any) -> Wish | None:
     given = [
         f"--{name.replace('_', '-')}"
         for name in ("older_than", "keep_below", "dataset", "unused")
-        if getattr(args, name) not in (None, False)
+        if getattr(args, name) is not None and getattr(args, name) is not False
     ]
     manner = [
         f"--{name.replace('_', '-')}"
@@ -168,8 +179,10 @@ def _list(root: Path, stock: Stock) -> None:
     shared = [one for one in stock.kept if len(one.datasets) > 1]
     if shared:
         print(f"{_sum(shared)} that several datasets use count in each.")
-    if any(not one.datasets for one in stock.kept):
-        print("unknown: what no run on record has used.")
+    if any(one.named and not one.datasets for one in stock.kept):
+        print(f"{UNKNOWN}: what no run on record has used.")
+    if any(not one.named for one in stock.kept):
+        print(f"{OTHER}: small files that any run may use.")
     print(
         "After a prune the cache/ of finished runs has links that lead nowhere; nothing needs them."
     )
@@ -249,7 +262,7 @@ def _table(stock: Stock, kept: Sequence[Kept]) -> None:
     shelves = (*SHELVES, *others)
     rows = [("dataset", "entries", *shelves, "last used")]
     for name, of_it in by_dataset(stock, kept).items():
-        rows.append((name, *_cells(of_it, shelves), _when(stock, of_it)))
+        rows.append((name, *_cells(of_it, shelves), _when(stock, name, of_it)))
     rows.append(("total", *_cells(kept, shelves), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -264,11 +277,12 @@ def _cells(kept: Iterable[Kept], shelves: Sequence[str]) -> list[str]:
     return [str(len(kept)), *(readable(size) if size else "-" for size in sizes)]
 
 
-def _when(stock: Stock, kept: Sequence[Kept]) -> str:
+def _when(stock: Stock, dataset: str, kept: Sequence[Kept]) -> str:
     names = {one.name for one in kept if one.in_use}
     if names:
         return f"in use by {min(one.who for one in stock.running if one.names & names)}"
-    return ago(time.time() - max(one.used for one in kept))
+    used = stock.used.get(dataset) or max(one.used for one in kept)
+    return ago(time.time() - used)
 
 
 def ago(seconds: float) -> str:

@@ -19,6 +19,8 @@ _SCRAP_SECONDS = 3600.0
 # Deleting holds back runs that start, so it is done so many files at a time.
 _BATCH = 200
 _NO_SHELVES = ("claims", "uses")
+# What belongs to no dataset: as no record names it, or as runs say nothing of its shelf.
+UNKNOWN, OTHER = "(unknown)", "(other)"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Stock:
-    """All of a cache. ``datasets`` has a short name for each key; ``running`` are runs at work."""
+    """All of a cache. ``datasets`` has a short name for each key; ``running`` are runs at work.
+
+    ``used`` is when a run last used each dataset, by its short name.
+    """
 
     kept: tuple[Kept, ...]
     datasets: dict[str, str]
+    used: dict[str, float]
     running: tuple[Record, ...]
 
     @property
@@ -71,8 +77,10 @@ def take_stock(root: Path, now: float) -> Stock:
     last: dict[str, float] = {}
     owners: dict[str, set[str]] = {}
     paths: dict[str, str] = {}
+    of_dataset: dict[str, float] = {}
     for record in uses:
         key = _key(record, paths)
+        of_dataset[key] = max(of_dataset.get(key, 0.0), _time(record))
         for name in record.names:
             last[name] = max(last.get(name, 0.0), _time(record))
             owners.setdefault(name, set()).add(key)
@@ -96,7 +104,9 @@ def take_stock(root: Path, now: float) -> Stock:
                 )
             )
     running = tuple(one for one in (*uses, *claims) if one.alive)
-    return Stock(tuple(kept), _short(paths), running)
+    short = _short(paths)
+    used = {short[key]: time for key, time in of_dataset.items()}
+    return Stock(tuple(kept), short, used, running)
 
 
 def _time(record: Record) -> float:
@@ -228,13 +238,14 @@ def _delete(path: Path) -> None:
 
 
 def by_dataset(stock: Stock, kept: Iterable[Kept]) -> dict[str, list[Kept]]:
-    """The things of each dataset by its short name, and those of none under ``unknown``.
+    """The things of each dataset by its short name, then :data:`UNKNOWN` and :data:`OTHER`.
 
     What several datasets use is in each.
     """
-    found: dict[str, list[Kept]] = {}
+    found: dict[str, list[Kept]] = {name: [] for name in sorted(stock.datasets.values())}
+    found |= {UNKNOWN: [], OTHER: []}
     for one in kept:
-        for name in sorted(stock.datasets[key] for key in one.datasets) or ["unknown"]:
-            found.setdefault(name, []).append(one)
-    order = sorted(name for name in found if name != "unknown")
-    return {name: found[name] for name in (*order, *(["unknown"] if "unknown" in found else []))}
+        names = [stock.datasets[key] for key in one.datasets]
+        for name in names or [UNKNOWN if one.named else OTHER]:
+            found[name].append(one)
+    return {name: of_it for name, of_it in found.items() if of_it}

@@ -230,6 +230,7 @@ class Use:
                 if not record.alive and record.data.get("set") == words["set"]:
                     uses.remove(record.id)
             uses.write(self._id, words)
+            uses.sweep(keep=True)
         with suppress(OSError):
             uses.close(self._id, self._lock, keep=True)
         self._lock = None

@@ -60,7 +60,7 @@ def test_claims_are_on_entries(tmp_path: Path) -> None:
             assert claim.who == f"runs/other (process {process.pid})"
             assert claim.names == {"text/a", "text/b"}
         with ledger.claim({"latents/x"}, "runs/mine") as (mine, claims):
-            assert (mine, claims) == ({"latents/x"}, ())
+            assert (set(mine), claims) == ({"latents/x"}, ())
 
 
 # A killed process claims nothing any more, and its files go when the next one claims.
@@ -90,7 +90,7 @@ def test_claims_end(tmp_path: Path) -> None:
         except RuntimeError:
             pass
         with ledger.claim({"text/a"}, "runs/mine") as (mine, claims):
-            assert (mine, claims) == ({"text/a"}, ())
+            assert (set(mine), claims) == ({"text/a"}, ())
     assert list((ledger.root / "claims").iterdir()) == []
 
 
@@ -124,6 +124,10 @@ def test_scraps_are_swept(tmp_path: Path) -> None:
         assert mine == {"text/a"}
         assert ledger.in_use() == {"text/a"}
     assert list((ledger.root / "claims").iterdir()) == []
+    use = Use(ledger, "runs/mine", {"name": "d", "paths": ["/d"]})
+    use.hold(["text/a"])
+    use.release()
+    assert {file.suffix for file in (ledger.root / "uses").iterdir()} == {".json"}
 
 
 # What a run uses is in use until its process has ended, however that ends; its record stays.
