@@ -186,6 +186,26 @@ def test_a_failed_makers_entries_are_taken_over(here: Path) -> None:
     assert len([line for line in encoded(log) if line.startswith("latents")]) == 4
 
 
+# What another run finishes between this one's look and its claim is not made again.
+def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
+    from runner.ledger import Ledger
+
+    media, out = pictures(here / "media", 3), here / "out"
+    real = Ledger.claim
+    others: list[int] = []
+
+    def overtaken(self: Ledger, names: Any, run: str) -> Any:
+        if not others:
+            others.append(1)
+            told(out, media)
+        return real(self, names, run)
+
+    monkeypatch.setattr(Ledger, "claim", overtaken)
+    told(out, media)
+    assert others
+    assert set(Counter(encoded(here / "log")).values()) == {1}
+
+
 # Runs on different datasets don't wait for each other; of datasets that overlap only the common
 # part is waited for, after the rest was made.
 def test_only_common_entries_are_waited_for(here: Path) -> None:
@@ -420,6 +440,7 @@ def test_copies_where_links_are_refused(here: Path, monkeypatch: Any) -> None:
 # a file system that lists by time of making then lists two runs' items alike.
 def test_links_are_made_in_order(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 6), here / "out"
+    (media / "p005.png").write_bytes((media / "p000.png").read_bytes())
     made: list[Path] = []
     real = Path.symlink_to
 
