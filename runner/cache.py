@@ -178,7 +178,7 @@ def _list(root: Path, stock: Stock) -> None:
     print()
     shared = [one for one in stock.kept if len(one.datasets) > 1]
     if shared:
-        print(f"{_sum(shared)} that several datasets use count in each.")
+        print(f"{_sum(shared)} that several datasets use {_s(shared, 'count')} in each.")
     if any(one.named and not one.datasets for one in stock.kept):
         print(f"{UNKNOWN}: what no run on record has used.")
     if any(not one.named for one in stock.kept):
@@ -221,7 +221,7 @@ def _prune(root: Path, stock: Stock, wish: Wish, args: Any) -> int:
     names = {one.name for one in gone}
     left = [one for one in victims if one.name not in names]
     if left:
-        print(f"{_sum(left)} stay: a run has begun to use them.")
+        print(f"{_sum(left)} {_s(left, 'stay')}: a run has begun to use them.")
     return 0
 
 
@@ -241,10 +241,10 @@ def _stays(stock: Stock, wish: Wish, victims: Sequence[Kept]) -> list[str]:
     if used:
         names = {one.name for one in used}
         runs = sorted({one.who for one in stock.running if one.names & names})
-        lines.append(f"{_sum(used)} stay: in use by {', '.join(runs)}.")
+        lines.append(f"{_sum(used)} {_s(used, 'stay')}: in use by {', '.join(runs)}.")
     shared = [one for one in of_it if len(one.datasets) > 1 and not one.in_use]
     if wish.dataset is not None and shared:
-        lines.append(f"{_sum(shared)} stay: other datasets use them too.")
+        lines.append(f"{_sum(shared)} {_s(shared, 'stay')}: other datasets use them too.")
     left = stock.bytes - sum(one.bytes for one in victims)
     if wish.keep_below is not None and left > wish.keep_below:
         lines.append(f"{readable(left)} would be left, more than {readable(wish.keep_below)}.")
@@ -254,6 +254,10 @@ def _stays(stock: Stock, wish: Wish, victims: Sequence[Kept]) -> list[str]:
 def _sum(kept: Sequence[Kept]) -> str:
     number = f"{len(kept)} entr{'y' if len(kept) == 1 else 'ies'}"
     return f"{number} ({readable(sum(one.bytes for one in kept))})"
+
+
+def _s(kept: Sequence[Kept], verb: str) -> str:
+    return f"{verb}s" if len(kept) == 1 else verb
 
 
 def _table(stock: Stock, kept: Sequence[Kept]) -> None:

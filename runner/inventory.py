@@ -19,6 +19,8 @@ _SCRAP_SECONDS = 3600.0
 # Deleting holds back runs that start, so it is done so many files at a time.
 _BATCH = 200
 _NO_SHELVES = ("claims", "uses")
+# What is known of the hub's weights, on the shelf of the tiny model's.
+CHECKED = "checked"
 # What belongs to no dataset: as no record names it, or as runs say nothing of its shelf.
 UNKNOWN, OTHER = "(unknown)", "(other)"
 
@@ -100,7 +102,7 @@ def take_stock(root: Path, now: float) -> Stock:
                     max(made, last.get(stored, 0.0)),
                     frozenset(owners.get(stored, ())),
                     stored in held,
-                    shelf.name in (*SHELVES, "weights"),
+                    shelf.name in SHELVES or (shelf.name == "weights" and name != CHECKED),
                 )
             )
     running = tuple(one for one in (*uses, *claims) if one.alive)
@@ -179,7 +181,7 @@ def _measure(path: Path) -> tuple[int, float]:
 def dataset_key(stock: Stock, wanted: str) -> str:
     """The dataset of that name or path. Raises UserError with the nearest name for a wrong one."""
     for key, name in stock.datasets.items():
-        if wanted in (key, name):
+        if wanted in (key, name) or os.path.normpath(Path(wanted).absolute()) == key:
             return key
     if not stock.datasets:
         raise UserError(f"--dataset {wanted}: no run has said what it uses yet")

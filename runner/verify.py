@@ -103,4 +103,5 @@ def use_of(facts: Facts, plan: Plan, run_dir: Path) -> Use:
         if path and Path(path).is_relative_to(root)
     )
     run = run_dir.relative_to(facts.root).as_posix()
-    return Use(Ledger(root), run, dataset, {"/".join(parts) for parts in weights})
+    always = {"weights/checked", *("/".join(parts) for parts in weights)}
+    return Use(Ledger(root), run, dataset, always)

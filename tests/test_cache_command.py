@@ -186,7 +186,7 @@ def test_prune_shows_what_goes(stocked: Path, capsys: pytest.CaptureFixture[str]
     assert "outputs/cache: 8.0 kB, of which this would be deleted:" in said
     assert "  outputs/cache/latents/d1/d1.safetensors  1.0 kB\n" in said
     assert "  outputs/cache/text/d2/d2.safetensors  1.0 kB\n" in said
-    assert "1 entry (1.0 kB) stay: other datasets use them too." in said
+    assert "1 entry (1.0 kB) stays: other datasets use them too." in said
     assert "a1" not in said
 
 
@@ -324,9 +324,24 @@ def test_weights_go_whole(stocked: Path) -> None:
     assert list(Path("outputs/cache/weights").iterdir()) == []
 
 
+# What is known of downloaded weights is not taken for unused: it saves reading them all again.
+def test_checked_weights_are_known_still(stocked: Path) -> None:
+    file = Path("outputs/cache/weights/checked/model.json")
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    aged(file, 50)
+    aged(file.parent, 50)
+    for options in ("--unused", "--dataset cats", "--dataset dogs", "--older-than 43d"):
+        assert file.exists(), options
+        assert cache.main(["prune", *options.split(), "--yes"]) == 0
+    assert not file.exists()
+
+
 # Datasets of one name are told apart by their paths.
-def test_datasets_of_one_name(stocked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    DATASETS["/other/cats"] = "/other/cats.zip"
+def test_datasets_of_one_name(
+    stocked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(DATASETS, "/other/cats", "/other/cats.zip")
     used("/other/cats", ["text/u1.safetensors"], days=1)
     for file in Path("outputs/cache/uses").glob("*.json"):
         file.write_text(file.read_text().replace('"name": "/other/cats"', '"name": "cats"'))
@@ -334,7 +349,11 @@ def test_datasets_of_one_name(stocked: Path, capsys: pytest.CaptureFixture[str])
     listed = capsys.readouterr().out
     assert "\n/data/cats.zip" in listed
     assert "\n/other/cats.zip" in listed
-    assert cache.main(["prune", "--dataset", "/other/cats.zip", "--yes"]) == 0
+    monkeypatch.chdir("/")
+    relative = os.path.relpath("/other/cats.zip")
+    stocked_at = str(stocked / "outputs")
+    assert cache.main(["prune", "--dataset", relative, "--yes", "--outputs", stocked_at]) == 0
+    monkeypatch.chdir(stocked)
     assert left() == ALL - {"u1"}
 
 
