@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ Fault = Literal["absent", "damaged", "unchecked"]
 _CHUNK = 1 << 20
 # More readers than this gain nothing on a local disk, and some on a shared one.
 _READERS = 8
+# Between an entry's note and its file, when both are replaced, far less than this goes by.
+_REPLACE_SECONDS = 0.1
 
 
 def key_of(made_of: Mapping[str, Any]) -> str:
@@ -146,6 +149,18 @@ class Store:
         ``unchecked`` are entries whose note has no digest: they were made by a version that
         noted none, and nothing can vouch for them. ``progress`` gets the bytes read and to read.
         """
+        found = self._look(stored, read, progress or (lambda _done, _total: None))
+        damaged = [one for one, fault in found.items() if fault == "damaged"]
+        if damaged:
+            # Another process may be at replacing them, note first and then file.
+            time.sleep(_REPLACE_SECONDS)
+            again = self._look(damaged, read, lambda _done, _total: None)
+            found = {one: f for one, f in found.items() if f != "damaged"} | again
+        return found
+
+    def _look(
+        self, stored: Collection[str], read: bool, progress: Callable[[int, int], None]
+    ) -> dict[str, Fault]:
         found: dict[str, Fault] = {}
         to_read: dict[str, int] = {}
         for one in stored:
@@ -155,12 +170,9 @@ class Store:
             elif size:
                 to_read[one] = size
         if to_read:
-            self._read_all(to_read, progress or (lambda _done, _total: None))
+            self._read_all(to_read, progress)
         for one in to_read:
             fault, size = self._glance(self.place(one), read=True)
-            if size and fault is None:  # Another process has just put a new file there.
-                self._read_all({one: size}, lambda _done, _total: None)
-                fault, size = self._glance(self.place(one), read=True)
             if fault or size:
                 found[one] = fault or "damaged"
         return found

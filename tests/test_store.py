@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -159,6 +160,24 @@ def test_damage_after_a_look_is_found(tmp_path: Path) -> None:
     stored_again.write_bytes(b"latents")
     store.commit("latents", place.name, stored_again, {}, replace=True)
     assert store.faults([name], read=True) == {}
+
+
+# An entry that another process replaces at the moment of the look is not taken for damaged.
+def test_replacing_is_no_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    place = stored(store, b"latents")
+    name = f"latents/{place.name}"
+    assert store.faults([name], read=True) == {}
+    new = tmp_path / "new"
+    new.write_bytes(b"new latents")
+    old = place.read_bytes()
+    store.commit("latents", place.name, new, {}, replace=True)
+    place.rename(tmp_path / "replaced")
+    place.write_bytes(old)
+    replacing = threading.Timer(0.03, lambda: (tmp_path / "replaced").rename(place))
+    replacing.start()
+    assert store.faults([name], read=True) == {}
+    replacing.join()
 
 
 # Each file is read once in a run, however often the run looks.
