@@ -64,10 +64,10 @@ class Context:
 
         facts = refresh(self.facts, self.config)
         self.facts, self.plan, found = verify.settled(self.config, facts, self.engine, faults)
-        for line in verify.notices(found, self.config.stages.skip):
-            if line not in self._told:
-                self.console.notice(line)
-                self._told.add(line)
+        new = {one: fault for one, fault in found.items() if one not in self._told}
+        for line in verify.notices(new, self.config.stages.skip):
+            self.console.notice(line)
+        self._told |= {one for one, (_, fault) in new.items() if fault != "absent"}
         return self.plan
 
     def log(self, stage: str) -> Path:

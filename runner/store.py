@@ -154,8 +154,9 @@ class Store:
         if damaged:
             # Another process may be at replacing them, note first and then file.
             time.sleep(_REPLACE_SECONDS)
-            again = self._look(damaged, read, lambda _done, _total: None)
-            found = {one: f for one, f in found.items() if f != "damaged"} | again
+            for one in damaged:
+                del found[one]
+            found |= self._look(damaged, read, lambda _done, _total: None)
         return found
 
     def _look(

@@ -70,11 +70,11 @@ def notices(found: Found, skipped: Collection[str]) -> list[str]:
         stage = "dataset" if shelf == "media" else shelf
         fate = "left out, as the stage is skipped" if stage in skipped else "made again"
         for wanted, why in _WHY.items():
-            names = [
+            names = sorted(
                 PurePosixPath(entry.links[0]).name
                 for entry, fault in found.values()
                 if (entry.shelf, fault) == (shelf, wanted)
-            ]
+            )
             was, is_ = ("was", "is") if len(names) == 1 else ("were", "are")
             if names:
                 lines.append(

@@ -4,14 +4,15 @@ python tests/cache_process.py OUTPUTS MEDIA LOG [overrides ...]
 
 The encoder stands in for musubi-tuner's two cache scripts and is run by its real command line. As
 musubi-tuner does, it writes into whatever lies at a file's place, and deletes all else from its
-cache folder. It appends a line to LOG for each item. FAKE_SECONDS is how long an item takes,
-FAKE_FAILS after how many the encoder fails.
+cache folder. It appends a line to LOG for each item. FAKE_FAILS is after how many it fails;
+FAKE_GATE is a file that it waits for after its first, FAKE_END one that a run waits for at its end.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,6 @@ def encode(what, names):
         for line in map(json.loads, lines):
             if done == int(os.environ.get("FAKE_FAILS", "-1")):
                 sys.exit("RuntimeError: the encoder failed as it was told")
-            time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
             media = line.get("image_path") or line["video_path"]
             place = folder / names(Path(media).stem)
             header = json.dumps({"x": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}})
@@ -48,6 +48,8 @@ def encode(what, names):
             kept.add(place)
             with open(os.environ["FAKE_LOG"], "a") as log:
                 log.write(f"{what} {line['caption']}\\n")
+            while not Path(os.environ.get("FAKE_GATE", "/")).exists():
+                time.sleep(0.02)
             done += 1
         for other in folder.iterdir():
             if other not in kept:
@@ -109,8 +111,11 @@ def with_musubi(outputs: Path) -> list[str]:
     return [f"engine.path={checkout}", f"engine.python={sys.executable}"]
 
 
-def prepare(context: Context) -> None:
-    """Run the stages that prepare data, as a run does once the weights are there."""
+def prepare(context: Context, end: Path = Path("/")) -> None:
+    """Run the stages that prepare data, as a run does once the weights are there.
+
+    The run ends when there is a file ``end``.
+    """
     from runner.stages import run_stage
 
     try:
@@ -118,6 +123,8 @@ def prepare(context: Context) -> None:
         for number, name in enumerate(("dataset", "latents", "text"), 2):
             context.console.stage(number, 7, name, context.plan.stage(name).summary)
             run_stage(name, context)
+        while not end.exists():
+            time.sleep(0.02)
     finally:
         context.use.release()
 
@@ -125,4 +132,5 @@ def prepare(context: Context) -> None:
 if __name__ == "__main__":
     outputs, media, log = map(Path, sys.argv[1:4])
     os.environ["FAKE_LOG"] = str(log)
-    prepare(context_of(outputs, media, *with_musubi(outputs), *sys.argv[4:]))
+    context = context_of(outputs, media, *with_musubi(outputs), *sys.argv[4:])
+    prepare(context, Path(os.environ.get("FAKE_END", "/")))

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 from cache_process import fake_musubi
 from conftest import TOP, run_program, tree
-from test_caching import encoded, pictures, start, zipped
+from test_caching import ended, none_left, pictures, start, zipped
 from test_ledger import other
 
 from runner import cache
 from runner.inventory import take_stock
 from runner.ledger import Ledger, Use
 from runner.store import SHELVES, Store
+
+__all__ = ("none_left",)
 
 DAY = 86400.0
 DATASETS = {"cats": "/data/cats.zip", "dogs": "/data/dogs"}
@@ -96,9 +98,9 @@ ALL = {"a1", "a2", "a3", "a4", "shared", "d1", "d2", "u1"}
 def test_list_and_help_are_golden(
     stocked: Path, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as done:
         cache.main(["--help"])
-    assert ended.value.code == 0
+    assert done.value.code == 0
     golden("cache-help.txt", capsys.readouterr().out)
     before = tree(stocked)
     assert cache.main([]) == 0
@@ -241,15 +243,17 @@ def test_a_real_run_and_a_prune_at_once(
     fake_musubi(tmp_path / "musubi")
     media = zipped(pictures(tmp_path / "media", 5), tmp_path / "my five.zip")
     outputs, log = tmp_path / "outputs", tmp_path / "log"
-    run = start(outputs, media, log, seconds=0.3)
+    end = tmp_path / "end"
+    run = start(outputs, media, log, FAKE_END=str(end))
     said: list[str] = []
-    while len(encoded(log)) < 10:
+    while not list(outputs.glob("runs/*/*/cache/0-images/*_te.safetensors")):
         assert run.poll() is None
         if (outputs / "cache").is_dir():
             assert cache.main(["prune", "--keep-below", "0kB", "--yes"]) == 0
             said.append(capsys.readouterr().out)
         time.sleep(0.05)
-    assert run.communicate()[0].count("encoded 5/5") == 2
+    end.touch()
+    assert ended(run).count("encoded 5/5") == 2
     assert any("in use by runs/" in text and f"(process {run.pid})" in text for text in said)
     assert len(left()) == 15
     assert cache.main([]) == 0
@@ -393,8 +397,8 @@ def test_errors_are_one_line(
     before = tree(stocked)
     try:
         code = cache.main(arguments.split())
-    except SystemExit as ended:
-        code = int(str(ended.code))
+    except SystemExit as done:
+        code = int(str(done.code))
     said = capsys.readouterr()
     assert (code, said.out) == (2, "")
     assert said.err.startswith("error: ")

@@ -15,7 +15,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +49,54 @@ def zipped(media: Path, place: Path) -> Path:
     return place
 
 
-def start(
-    outputs: Path, media: Path, log: Path, *overrides: str, seconds: float = 0.0, fails: int = -1
-) -> subprocess.Popen[str]:
-    """Another process that prepares a run."""
-    return subprocess.Popen(
-        [sys.executable, str(HELPER), str(outputs), str(media), str(log), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(TOP),
-            "FAKE_SECONDS": str(seconds),
-            "FAKE_FAILS": str(fails),
-        },
-    )
+def start(outputs: Path, media: Path, log: Path, **env: str) -> subprocess.Popen[str]:
+    """Another process that prepares a run. ``said`` has its output so far."""
+    number = len(list(log.parent.glob("said*")))
+    with (log.parent / f"said{number}").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, str(HELPER), str(outputs), str(media), str(log)],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(TOP), **env},
+        )
+    STARTED.append((process, Path(said.name)))
+    return process
+
+
+STARTED: list[tuple[subprocess.Popen[str], Path]] = []
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """End what a failed test has left waiting."""
+    yield
+    for process, _ in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    return next(file for known, file in STARTED if known is process).read_text()
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Wait for a process to end well; what it said."""
+    assert process.wait(timeout=120) == 0, said(process)
+    return said(process)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def encoded(log: Path) -> list[str]:
     """What was encoded, a line for each call of the encoder."""
     return log.read_text().splitlines() if log.exists() else []
-
-
-def wait_for(log: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(encoded(log)) < count:
-        assert time.monotonic() < deadline, encoded(log)
-        time.sleep(0.02)
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -130,20 +150,20 @@ def told(outputs: Path, media: Path, *overrides: str, into: Path | None = None) 
 # find it being made say that they wait, and no lock or claim is left behind.
 def test_eight_at_once_make_everything_once(here: Path) -> None:
     media = zipped(pictures(here / "media", 12), here / "twelve.zip")
-    log = here / "log"
-    processes = [start(here / "out", media, log, seconds=0.1) for _ in range(8)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, outputs
+    log, gate = here / "log", here / "gate"
+    processes = [start(here / "out", media, log, FAKE_GATE=str(gate)) for _ in range(8)]
+    waiting = "      waiting for 12 latents that another run encodes: runs/"
+    until(lambda: sum(waiting in said(process) for process in processes) == 7)
+    gate.touch()
+    for process in processes:
+        assert ended(process).count("waiting for 12 latents") <= 1
     counts = Counter(encoded(log))
     assert len(counts) == 24
     assert set(counts.values()) == {1}
     assert len(entries(here / "out")) == 12 * 3
-    waited = [text for text in outputs if "      waiting for " in text]
-    assert waited
-    for text in waited:
-        assert "that another run" in text
-        assert "(process " in text
-    for run in (here / "out" / "runs").glob("*/*"):
+    runs = list((here / "out" / "runs").glob("*/*"))
+    assert len(runs) == 8
+    for run in runs:
         assert len(list((run / "cache" / "0-images").iterdir())) == 24
         assert len(list((run / "dataset" / "media").iterdir())) == 12
     assert leftovers(here / "out") == []
@@ -152,37 +172,30 @@ def test_eight_at_once_make_everything_once(here: Path) -> None:
 # A run that waits goes on with what a killed one left: all that was unfinished, made once more.
 def test_a_killed_makers_entries_are_taken_over(here: Path) -> None:
     media, log = pictures(here / "media", 4), here / "log"
-    first = start(here / "out", media, log, seconds=2.0)
-    wait_for(log, 1)
+    first = start(here / "out", media, log, FAKE_GATE=str(here / "never"))
+    until(lambda: len(encoded(log)) == 1)
     second = start(here / "out", media, log)
-    assert second.stdout is not None
-    lines: list[str] = []
-    while not any("waiting for 4 latents" in line for line in lines):
-        line = second.stdout.readline()
-        assert line, lines
-        lines.append(line)
-    assert f"(process {first.pid})" in lines[-1]
+    until(lambda: "waiting for 4 latents" in said(second))
+    assert f"(process {first.pid})" in said(second)
     first.kill()
     first.wait()
-    rest, _ = second.communicate(timeout=60)
-    assert second.returncode == 0, [*lines, rest]
+    assert "encoded 4/4" in ended(second)
     assert len(entries(here / "out")) == 8
     assert leftovers(here / "out") == []
 
 
 # What another run failed to make, the run that waited for it makes.
 def test_a_failed_makers_entries_are_taken_over(here: Path) -> None:
-    media, log = pictures(here / "media", 4), here / "log"
-    first = start(here / "out", media, log, seconds=1.5, fails=3)
-    wait_for(log, 1)
+    media, log, gate = pictures(here / "media", 4), here / "log", here / "gate"
+    first = start(here / "out", media, log, FAKE_FAILS="3", FAKE_GATE=str(gate))
+    until(lambda: len(encoded(log)) == 1)
     second = start(here / "out", media, log)
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 1
-    assert "the encoder failed as it was told" in said
-    rest, _ = second.communicate(timeout=60)
-    assert second.returncode == 0, rest
-    assert "waiting for 4 latents" in rest
+    until(lambda: "waiting for 4 latents" in said(second))
+    gate.touch()
+    assert first.wait(timeout=120) == 1
+    assert "the encoder failed as it was told" in said(first)
     # Three latents of the failed run were kept, and the fourth was made by the other.
+    assert "encoded 1/1" in ended(second)
     assert len([line for line in encoded(log) if line.startswith("latents")]) == 4
 
 
@@ -209,25 +222,23 @@ def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
 # Runs on different datasets don't wait for each other; of datasets that overlap only the common
 # part is waited for, after the rest was made.
 def test_only_common_entries_are_waited_for(here: Path) -> None:
-    log = here / "log"
-    first = start(here / "out", pictures(here / "a", 4), log, seconds=2.5)
-    wait_for(log, 1)
-    other = here / "other log"
-    second = start(here / "out", pictures(here / "b", 4, first=50), other)
-    said, _ = second.communicate(timeout=60)
-    assert second.returncode == 0, said
-    assert "waiting" not in said
+    log, other, gate = here / "log", here / "other log", here / "gate"
+    first = start(here / "out", pictures(here / "a", 4), log, FAKE_GATE=str(gate))
+    until(lambda: len(encoded(log)) == 1)
+    assert "waiting" not in ended(start(here / "out", pictures(here / "b", 4, first=50), other))
     assert len(encoded(other)) == 8
+    pictures(here / "b", 2, first=60)
+    third = start(here / "out", pictures(here / "b", 2), other)
+    until(lambda: "waiting for 2 latents" in said(third))
+    assert "encoded 2/2" in said(third)
+    assert len(encoded(other)) == 10
     assert first.poll() is None
-    common = pictures(here / "b", 2)
-    third = start(here / "out", common, other)
-    said, _ = third.communicate(timeout=60)
-    assert third.returncode == 0, said
-    assert "waiting for 2 latents" in said
-    first.communicate(timeout=60)
+    gate.touch()
+    ended(first)
+    ended(third)
     every = Counter(line for line in (*encoded(log), *encoded(other)) if line[0] == "l")
     assert set(every.values()) == {1}
-    assert len(every) == 8
+    assert len(every) == 10
 
 
 def flip(file: Path) -> None:
@@ -261,11 +272,11 @@ def test_damage_is_found_and_mended(here: Path) -> None:
     flip(caption)
     unpacked = of_shelf(out, "media")[0]
     flip(unpacked)
-    context, said = told(out, media)
-    assert said.count("note: ") == 3
-    assert "2 of the latents were damaged in the cache and are made again: p00" in said
-    assert "1 of the encoded captions was damaged in the cache and is made again: p00" in said
-    assert "1 of the unpacked media was damaged in the cache and is made again: p00" in said
+    context, words = told(out, media)
+    assert words.count("note: ") == 3
+    assert "2 of the latents were damaged in the cache and are made again: p00" in words
+    assert "1 of the encoded captions was damaged in the cache and is made again: p00" in words
+    assert "1 of the unpacked media was damaged in the cache and is made again: p00" in words
     assert len(encoded(here / "log")) == made + 3
     after = sums(out / "cache")
     # The zip holds what the picture was.
@@ -309,9 +320,9 @@ def test_entries_without_a_digest_are_made_again(here: Path) -> None:
     without, old = of_shelf(out, "latents")[:2]
     Path(f"{without}.json").unlink()
     Path(f"{old}.json").write_text('{"media": "as older versions wrote it"}')
-    _, said = told(out, media)
-    assert "1 of the latents was damaged in the cache and is made again" in said
-    assert "1 of the latents was cached without a checksum and is made again" in said
+    _, words = told(out, media)
+    assert "1 of the latents was damaged in the cache and is made again" in words
+    assert "1 of the latents was cached without a checksum and is made again" in words
     assert len([line for line in encoded(here / "log") if line[0] == "l"]) == 5
     assert "note" not in told(out, media)[1]
 
@@ -321,8 +332,8 @@ def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
     flip(of_shelf(out, "latents")[0])
-    context, said = told(out, media, "stages.skip=[latents]")
-    assert "was damaged in the cache and is left out, as the stage is skipped" in said
+    context, words = told(out, media, "stages.skip=[latents]")
+    assert "was damaged in the cache and is left out, as the stage is skipped" in words
     assert len(list((context.run_dir / "cache").rglob("*_hv15.safetensors"))) == 2
     assert len(encoded(here / "log")) == 6
 
@@ -331,8 +342,8 @@ def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
 def test_force_makes_all_again(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
-    _, said = told(out, media, "stages.force=[latents]")
-    assert "encoded 3/3" in said
+    _, words = told(out, media, "stages.force=[latents]")
+    assert "encoded 3/3" in words
     counts = Counter(encoded(here / "log"))
     assert sorted(counts.values()) == [1, 1, 1, 2, 2, 2]
     assert all(line.startswith("latents") for line, count in counts.items() if count == 2)
@@ -479,8 +490,8 @@ def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
         told(out, media)
     assert len(of_shelf(out, "latents")) == 3
     monkeypatch.setenv("FAKE_FAILS", "-1")
-    _, said = told(out, media)
-    assert "encoded 1/1" in said
+    _, words = told(out, media)
+    assert "encoded 1/1" in words
     assert len(encoded(here / "log")) == 8
     assert leftovers(out) == []
 
