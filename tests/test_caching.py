@@ -545,13 +545,12 @@ def test_what_is_pruned_meanwhile_is_made_again(here: Path, shelves: Sequence[st
 def test_a_cached_dataset_is_ready_within_a_second(here: Path) -> None:
     media, out = zipped(pictures(here / "media", 100), here / "hundred.zip"), here / "out"
     told(out, media)
-    seconds: list[float] = []
-    while len(seconds) < 3 or (min(seconds) >= 1.0 and len(seconds) < 10):  # a busy machine
-        silent = Console.for_stream(io.StringIO())
-        context = context_of(out, media, *with_musubi(out), console=silent)
-        began = time.monotonic()
-        prepare(context)
-        seconds.append(time.monotonic() - began)
-    print(f"100 cached items are ready in {min(seconds):.2f} s")
+    silent = Console.for_stream(io.StringIO())
+    context = context_of(out, media, *with_musubi(out), console=silent)
+    began, worked = time.monotonic(), time.process_time()
+    prepare(context)
+    wall, work = time.monotonic() - began, time.process_time() - worked
+    print(f"100 cached items are ready in {wall:.2f} s, {work:.2f} s of them work")
     assert len(encoded(here / "log")) == 200
-    assert min(seconds) < 1.0
+    # A busy machine takes longer, and works no more.
+    assert work < 1.0

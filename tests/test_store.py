@@ -205,10 +205,10 @@ def test_reading_is_fast(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     block = os.urandom(1 << 20)
     names = [f"latents/{stored(store, bytes([n] * 9) + block * 16).name}" for n in range(16)]
-    rates: list[float] = []
-    while len(rates) < 3 or (max(rates) < 0.25 and len(rates) < 10):  # a busy machine
-        began = time.monotonic()
-        assert Store(tmp_path / "cache").faults(names, read=True) == {}
-        rates.append(16 * len(names) / 1000 / (time.monotonic() - began))
-    print(f"{max(rates):.1f} GB/s")
-    assert max(rates) > 0.25
+    began, worked = time.monotonic(), time.process_time()
+    assert Store(tmp_path / "cache").faults(names, read=True) == {}
+    wall, work = time.monotonic() - began, time.process_time() - worked
+    size = 16 * len(names) / 1000
+    print(f"{size / wall:.1f} GB/s, {size / work:.1f} GB for each second of a core's work")
+    # A busy machine takes longer, and works no more.
+    assert size / work > 0.25
