@@ -7,10 +7,14 @@ import re
 import shlex
 import shutil
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import verify
 from runner.atomic import write_text
 from runner.config import RunConfig
 from runner.console import Console, duration
@@ -19,13 +23,14 @@ from runner.errors import StageError, UserError
 from runner.facts import gather, refresh
 from runner.given_files import settle
 from runner.items import counted
-from runner.plan import commands_sh, make_plan
+from runner.ledger import Use
+from runner.plan import commands_sh
 from runner.plan_model import Facts, Plan, Stage
 from runner.process import Stopped, raise_on_signals, signals_deferred
 from runner.record import Recorder, Status
 from runner.rules import check
 from runner.stages import run_stage
-from runner.store import Store
+from runner.store import Fault, Store
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep
@@ -44,12 +49,26 @@ class Context:
     console: Console
     writer: RunWriter | NullWriter
     plan: Plan
+    use: Use
     finished: dict[str, float] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     def replan(self) -> Plan:
-        """Look at weights and cache again, and plan with what is there now."""
-        self.facts = refresh(self.facts, self.config)
-        self.plan = make_plan(self.config, self.facts, self.engine)
+        """Look at weights and cache again, and plan with what is there now and undamaged.
+
+        What the plan counts on is kept from being pruned before it is looked at.
+        """
+
+        def faults(stored: Collection[str]) -> dict[str, Fault]:
+            self.use.hold(stored)
+            return verify.read_through(self.store, stored, self.console)
+
+        facts = refresh(self.facts, self.config)
+        self.facts, self.plan, found = verify.settled(self.config, facts, self.engine, faults)
+        new = {one: fault for one, fault in found.items() if one not in self._told}
+        for line in verify.notices(new, self.config.stages.skip):
+            self.console.notice(line)
+        self._told |= {one for one, (_, fault) in new.items() if fault != "absent"}
         return self.plan
 
     def log(self, stage: str) -> Path:
@@ -86,7 +105,9 @@ def execute(
     settle(config, cwd)
     facts = _gather(config, cwd, console)
     engine = engine_for(config, facts)
-    plan = make_plan(config, facts, engine)
+    cache = Store(facts.root / "cache")
+    # Sizes alone: a dry run must not read gigabytes.
+    facts, plan, _ = verify.settled(config, facts, engine, partial(cache.faults, read=False))
     if config.dry_run:
         from runner.page import show_plan
 
@@ -197,11 +218,19 @@ class _Run:
     def through(self) -> int:
         """Run every stage; the run's status is settled whatever happens."""
         folder = run_folder(self.facts.root, self.plan.name)
+        use = verify.use_of(self.facts, self.plan, folder)
+        try:
+            return self._through(folder, use)
+        finally:
+            with signals_deferred():
+                use.release()
+
+    def _through(self, folder: Path, use: Use) -> int:
         recorder: Recorder | None = None
         try:
             with signals_deferred():
                 recorder = self._open(folder)
-            context = self._begin(folder, recorder)
+            context = self._begin(folder, recorder, use)
             self._stages(context, recorder)
         except BaseException as error:
             if recorder is not None:
@@ -217,7 +246,7 @@ class _Run:
         self._closing_words(context, recorder)
         return 0
 
-    def _begin(self, folder: Path, recorder: Recorder) -> Context:
+    def _begin(self, folder: Path, recorder: Recorder, use: Use) -> Context:
         """Say what will be done, and write the run's files."""
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
@@ -233,6 +262,7 @@ class _Run:
             console=self.console,
             writer=recorder.writer,
             plan=self.plan,
+            use=use,
         )
 
     def _open(self, folder: Path) -> Recorder:
@@ -268,8 +298,11 @@ class _Run:
         for name, text in plan.files:
             write_text(folder / name, text)
         # What ran stays in the script though it is done by now, with the commits that its
-        # branches turned out to be.
-        stages = tuple(replace(s, state=self.plan.stage(s.name).state) for s in plan.stages)
+        # branches turned out to be. Damage that was found since makes more to run.
+        before = self.plan
+        stages = tuple(
+            s if s.to_run else replace(s, state=before.stage(s.name).state) for s in plan.stages
+        )
         script = folder / "commands.sh"
         write_text(script, commands_sh(replace(plan, stages=stages)))
         script.chmod(0o755)
@@ -277,6 +310,12 @@ class _Run:
     def _stages(self, context: Context, recorder: Recorder) -> None:
         names = [stage.name for stage in self.plan.stages]
         for number, name in enumerate(names, 1):
+            with _named(name):
+                if name == "weights":
+                    context.replan()
+                elif name == "dataset":
+                    # Commands, paths and cache keys become final only when the weights are there.
+                    self._write_plan(context.run_dir, context.replan())
             stage = context.plan.stage(name)
             self.console.stage(number, len(names), name, _summary(stage))
             if stage.state == "skipped" and name not in ("latents", "text"):
@@ -284,17 +323,11 @@ class _Run:
                 continue
             began = time.monotonic()
             try:
-                run_stage(name, context)
-            except (StageError, UserError) as error:
-                raise StageError(f"stage {name} failed: {error}") from error
-            except OSError as error:
-                raise StageError(f"stage {name} failed: {told(error)}") from error
+                with _named(name):
+                    run_stage(name, context)
             finally:
                 context.finished[name] = time.monotonic() - began
                 recorder.stage(name, context.finished[name])
-            if name == "weights":
-                # Commands, paths and cache keys become final only when the weights are there.
-                self._write_plan(context.run_dir, context.replan())
 
     def _how_to_compare(self, recorder: Recorder) -> str:
         """The command or the address that shows this run beside the others."""
@@ -329,6 +362,17 @@ class _Run:
             console.notice(f"MLflow: {problem}")
         if recorder.writer.run_id:
             console.line(f"  Compare the runs: {self._how_to_compare(recorder)}")
+
+
+@contextmanager
+def _named(stage: str) -> Iterator[None]:
+    """Failures inside are told as the stage's."""
+    try:
+        yield
+    except (StageError, UserError) as error:
+        raise StageError(f"stage {stage} failed: {error}") from error
+    except OSError as error:
+        raise StageError(f"stage {stage} failed: {told(error)}") from error
 
 
 def _summary(stage: Stage) -> str:

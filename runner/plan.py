@@ -80,7 +80,7 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
         )
     stages = [
         _weights(facts),
-        dataset_stage(facts),
+        dataset_stage(config, facts),
         latents_stage(config, facts, engine),
         text_stage(config, facts, engine),
         Stage(

@@ -6,7 +6,7 @@ files are called, and nothing that was made of something else is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def media_entry(item: SelectedItem) -> str:
     return item.media.sha256 + ("-rgb" if item.as_rgb else "") + suffix
 
 
-def dataset_stage(facts: Facts) -> Stage:
+def dataset_stage(config: RunConfig, facts: Facts) -> Stage:
+    force = "dataset" in config.stages.force
     files: list[tuple[str, str]] = []
     for held_out in (False, True):
         for index, _source, kind, group in _groups(facts, held_out):
@@ -94,8 +95,18 @@ def dataset_stage(facts: Facts) -> Stage:
             name = f"dataset/{_folder(index, kind, held_out)}.jsonl"
             files.append((name, jsonl.render(kind, rows)))
     items = facts.selection.items
-    unpacked = [item for item in items if item.media.file is None or item.as_rgb]
-    missing = {media_entry(item) for item in unpacked if _absent(facts, "media", media_entry(item))}
+    wanted: dict[str, Entry] = {}
+    for item in items:
+        if item.media.file is not None and not item.as_rgb:
+            continue
+        name, place = media_entry(item), f"dataset/media/{item.media_name}"
+        known = wanted.get(name)
+        if known is not None:
+            wanted[name] = replace(known, links=(*known.links, place))
+        else:
+            made_of = {"media": item.media.sha256, "as_rgb": item.as_rgb}
+            wanted[name] = Entry(name, "media", name, made_of, (place,))
+    missing = [name for name in wanted if force or _absent(facts, "media", name)]
     pictures = sum(item.kind == "image" for item in items)
     summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
     if missing:
@@ -105,9 +116,23 @@ def dataset_stage(facts: Facts) -> Stage:
         summary,
         "to run" if missing else "done",
         files=tuple(files),
+        entries=tuple(wanted.values()),
         missing=len(missing),
         outputs=("dataset",),
     )
+
+
+def part_of(
+    config: RunConfig, facts: Facts, engine: Engine, stage: Stage, todo: Collection[str]
+) -> Stage:
+    """The stage that encodes just these (``shelf/name``) of ``stage``'s entries.
+
+    The others are there, or another process makes them.
+    """
+    rest = frozenset(entry.stored for entry in stage.entries) - frozenset(todo)
+    config = replace(config, stages=replace(config.stages, force=[]))
+    made = latents_stage if stage.name == "latents" else text_stage
+    return made(config, replace(facts, cached=rest), engine)
 
 
 def _absent(facts: Facts, shelf: str, name: str) -> bool:

@@ -55,6 +55,11 @@ class Entry:
     made_of: dict[str, Any]
     links: tuple[str, ...]
 
+    @property
+    def stored(self) -> str:
+        """``shelf/name``."""
+        return f"{self.shelf}/{self.name}"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -86,6 +91,11 @@ class Plan:
     epochs: int
     notices: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every cache entry that the run counts on."""
+        return tuple(entry for stage in self.stages for entry in stage.entries)
 
     def stage(self, name: str) -> Stage:
         """The stage of that name; KeyError when the plan has none."""

@@ -148,6 +148,49 @@ def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
     assert losses[0] == losses[1]
 
 
+def store(cwd: Path) -> dict[Path, str]:
+    """The checksum of every entry of the cache."""
+    shelves = (cwd / "outputs" / "cache" / shelf for shelf in ("media", "latents", "text"))
+    files = (file for shelf in shelves for file in sorted(shelf.glob("*/*")))
+    return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+# Damaged entries are no failure: the run says so, encodes just these again, and nothing else in the
+# cache changes by a single bit. A dry run before it reads no bytes and says nothing wrong. Whose
+# entries they are is known to `python -m runner.cache`.
+def test_damage_is_mended_in_the_same_run(first: tuple[Path, Finished]) -> None:
+    cwd, _ = first
+    before = store(cwd)
+    entries = [file for file in before if file.suffix != ".json"]
+    of = {shelf: next(f for f in entries if shelf in f.parts) for shelf in ("latents", "text")}
+    for shelf, file in of.items():
+        data = file.read_bytes()
+        flipped = data[:-1] + bytes([data[-1] ^ 1])
+        file.chmod(0o644)
+        file.write_bytes(flipped if shelf == "latents" else data[:-1])
+    planned = page(cwd)
+    assert re.search(r"latents +done +\d+ latents\n", planned)
+    assert re.search(r"text +to run +1 caption to encode, \d+ cached\n", planned)
+    archive = next(cwd.glob("*.zip")).name
+    only = ("stages.skip=[train]", "tracking=none", "name=mending")
+    done = rehearse(cwd, f"dataset.path={archive}", "dataset=zip", *only)
+    assert done.code == 0, done.err + done.out
+    assert "note: 1 of the latents was damaged in the cache and is made again: " in done.out
+    assert (
+        "note: 1 of the encoded captions was damaged in the cache and is made again: " in done.out
+    )
+    assert re.search(
+        r"latents +1 latent to encode, \d+ cached\n(?: +encoded 0/1.*\n)* +encoded 1/1\n", done.out
+    )
+    assert store(cwd) == before
+    (run,) = (r for r in runs(cwd) if r.name.endswith("-mending"))
+    assert len(re.findall(r"cache_(?:latents|text) ", (run / "commands.sh").read_text())) == 2
+    listed = run_program(cwd=cwd, module="runner.cache").out
+    assert re.search(rf"^{re.escape(archive)} +\d+ ", listed, re.MULTILINE), listed
+    assert not list((cwd / "outputs" / "cache").rglob("*.lock.*"))
+    assert not list((cwd / "outputs" / "cache" / "claims").iterdir())
+
+
 # The commands can be run by hand from the run's folder, and give the same LoRA.
 def test_commands_run_by_hand(first: tuple[Path, Finished]) -> None:
     from safetensors.torch import load_file

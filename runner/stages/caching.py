@@ -1,4 +1,4 @@
-"""What the latents and text stages share: encode the missing entries, commit them, link all.
+"""What the stages that fill the cache share: make the missing entries, commit them, link all.
 
 The engine writes into a staging folder of the run's own, never into the store: musubi-tuner
 rewrites and deletes files where it works, through links too.
@@ -7,54 +7,117 @@ rewrites and deletes files where it works, through links too.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.atomic import write_text
 from runner.errors import StageError
+from runner.items import counted, named
+from runner.plan_data import part_of
 from runner.stages import run_commands
-from runner.store import Shelf, link
+from runner.store import link
 
 if TYPE_CHECKING:
     from runner.execute import Context
+    from runner.ledger import Record
     from runner.plan_model import Stage
 
 
-def fill_and_link(context: Context, shelf: Shelf) -> None:
-    """Run one caching stage.
+def fill(context: Context, name: str, make: Callable[[frozenset[str]], None]) -> None:
+    """Bring every entry of a stage into the store, undamaged.
 
-    The shelf is locked while its missing entries are made, so that of two runs wanting the same
-    entry one makes it and the other waits. Raises :class:`StageError` when the engine fails or
-    leaves an entry out.
+    ``make`` commits the entries it is given (``shelf/name``). Of those that are missing it gets
+    the ones that no other process makes; the others are waited for, and made here if that process
+    fails or dies. Raises :class:`StageError` for an entry that can't be kept whole.
     """
-
-    def waiting() -> None:
-        context.console.line(f"      waiting for another run, which is encoding {shelf}")
-
-    stage = context.plan.stage(shelf)
-    if stage.missing and stage.state != "skipped":
-        with context.store.lock(shelf, waiting):
-            _encode(context, shelf)
-    for entry in context.plan.stage(shelf).entries:
-        target = context.store.path(shelf, entry.name)
-        if not target.is_file() and stage.state == "skipped":
-            continue
-        if not target.is_file():
-            raise StageError(f"{shelf} of {entry.links[0]} are missing from the cache")
-        for place in entry.links:
-            link(target.absolute(), context.run_dir / place)
+    made: set[str] = set()
+    told: set[str] = set()
+    while lacking := _lacking(context, name, made):
+        with context.use.ledger.claim(lacking, context.use.run) as (mine, others):
+            # Another process may have made some between the look and the claim.
+            todo = mine & _lacking(context, name, made) if mine else mine
+            if todo:
+                make(todo)
+                made |= todo
+        if not mine:
+            _say(context, name, [claim for claim in others if claim.id not in told], lacking)
+            told.update(claim.id for claim in others)
+            context.use.ledger.wait(others)
 
 
-def _encode(context: Context, shelf: Shelf) -> None:
-    # Another run may have made some of them while this one waited.
-    stage = context.replan().stage(shelf)
-    if not stage.missing:
+def _lacking(context: Context, name: str, made: Collection[str]) -> frozenset[str]:
+    """What a stage has to make still; with ``stages.force`` that is all it has not made yet."""
+    stage = context.replan().stage(name)
+    if stage.state == "skipped":
+        return frozenset()
+    absent = {e.stored for e in stage.entries if e.stored not in context.facts.cached}
+    lost = absent.intersection(made)
+    if lost:
+        files = [str(context.store.place(one)) for one in sorted(lost)]
+        raise StageError(
+            f"{named(files, 1)} could not be read back as it was written: check the disk"
+        )
+    if name in context.config.stages.force:
+        return frozenset(entry.stored for entry in stage.entries).difference(made)
+    return frozenset(absent)
+
+
+def _say(context: Context, name: str, claims: Collection[Record], lacking: Collection[str]) -> None:
+    """One line about claims that are waited for."""
+    if not claims:
         return
+    number = sum(len(claim.names.intersection(lacking)) for claim in claims)
+    what = {"dataset": "item", "latents": "latent", "text": "caption"}[name]
+    who = named([claim.who for claim in claims], 3)
+    doing = "unpacks" if name == "dataset" else "encodes"
+    context.console.line(
+        f"      waiting for {counted(number, what)} that another run {doing}: {who}"
+    )
+
+
+def fill_and_link(context: Context, name: str) -> None:
+    """Run one encoding stage: afterwards the run's ``cache`` holds its items and nothing else.
+
+    Raises :class:`StageError` when the engine fails or leaves an entry out.
+    """
+    fill(context, name, lambda todo: _encode(context, name, todo))
+    stage = context.plan.stage(name)
+    link_entries(context, stage)
+    encodings = (context.plan.stage("latents"), context.plan.stage("text"))
+    tidy(
+        context.run_dir / "cache",
+        {context.run_dir / p for s in encodings for e in s.entries for p in e.links},
+    )
+
+
+def link_entries(context: Context, stage: Stage) -> None:
+    """Put the stage's entries into the run's folder, in the order of their names there.
+
+    Those that a skipped stage lacks are left out.
+    """
+    cached = [entry for entry in stage.entries if entry.stored in context.facts.cached]
+    places = {place: entry.stored for entry in cached for place in entry.links}
+    for place, stored in sorted(places.items()):
+        link(context.store.place(stored).absolute(), context.run_dir / place)
+
+
+def tidy(folder: Path, keep: Collection[Path]) -> None:
+    """Remove every file below ``folder`` that is not to be kept: an earlier attempt left it."""
+    for file in sorted(folder.rglob("*")):
+        if file not in keep and (file.is_symlink() or not file.is_dir()):
+            file.unlink()
+
+
+def _encode(context: Context, name: str, todo: frozenset[str]) -> None:
+    stage = part_of(context.config, context.facts, context.engine, context.plan.stage(name), todo)
     staging = context.run_dir / "staging"
-    for name, text in stage.files:
-        write_text(context.run_dir / name, text)
-    folders = sorted(_folders(staging, shelf, stage.files))
+    folders = sorted(_folders(staging, name, stage.files))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    for file, text in stage.files:
+        write_text(context.run_dir / file, text)
     with context.console.bar("encoded", stage.missing) as bar:
 
         def count() -> None:
@@ -65,25 +128,34 @@ def _encode(context: Context, shelf: Shelf) -> None:
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
             with suppress(OSError):
-                _commit(context, stage, shelf, [f for f in _all_made(folders) if _whole(f)])
+                _commit(context, stage, todo, [f for f in _all_made(folders) if _whole(f)])
             raise
         count()
-    _commit(context, stage, shelf, _all_made(folders))
-    for entry in stage.entries:
-        if not context.store.has(shelf, entry.name):
-            raise StageError(f"the engine made no {entry.produced}; see {context.log(shelf)}")
+    left_out = _commit(context, stage, todo, _all_made(folders))
+    if left_out:
+        raise StageError(f"the engine made no {left_out[0]}; see {context.log(name)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _commit(context: Context, stage: Stage, shelf: Shelf, files: list[Path]) -> None:
-    """Move what the engine made into the store, in place of older entries where that is forced."""
+def _commit(
+    context: Context, stage: Stage, todo: Collection[str], files: Collection[Path]
+) -> list[str]:
+    """Move what the engine made into the store, in place of what is damaged or not wanted.
+
+    Gives the files that it should have made and has not.
+    """
     made = {file.name: file for file in files}
+    left_out = []
     for entry in stage.entries:
+        if entry.stored not in todo:
+            continue
         if entry.produced in made:
-            if shelf in context.config.stages.force:
-                context.store.path(shelf, entry.name).unlink(missing_ok=True)
-            context.store.commit(shelf, entry.name, made[entry.produced], entry.made_of)
+            file = made[entry.produced]
+            context.store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
+        else:
+            left_out.append(entry.produced)
+    return left_out
 
 
 def _whole(file: Path) -> bool:
@@ -101,11 +173,11 @@ def _all_made(folders: list[Path]) -> list[Path]:
     return [file for folder in folders for file in _made(folder)]
 
 
-def _folders(staging: Path, shelf: Shelf, files: tuple[tuple[str, str], ...]) -> set[Path]:
+def _folders(staging: Path, name: str, files: tuple[tuple[str, str], ...]) -> set[Path]:
     return {
-        staging / Path(name).stem
-        for name, _ in files
-        if name.startswith(f"staging/{shelf}") and name.endswith(".jsonl")
+        staging / Path(file).stem
+        for file, _ in files
+        if file.startswith(f"staging/{name}") and file.endswith(".jsonl")
     }
 
 
