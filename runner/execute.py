@@ -16,7 +16,8 @@ from runner.config import RunConfig
 from runner.console import Console, duration
 from runner.engines.base import Engine
 from runner.errors import StageError, UserError
-from runner.facts import absolute, gather, refresh
+from runner.facts import absolute, gather, refresh, refusal
+from runner.ingest import Reading
 from runner.items import counted
 from runner.plan import commands_sh, make_plan
 from runner.plan_model import Facts, Plan, Stage
@@ -78,11 +79,13 @@ def execute(
 ) -> int:
     """Check, plan, and show or run one config; returns the exit code.
 
-    Raises :class:`UserError` before anything is written, :class:`StageError` after a stage
-    failed, and :class:`runner.process.Stopped` when a signal ended the run.
+    Raises :class:`UserError` before anything but the shared cache is written,
+    :class:`StageError` after a stage failed, and :class:`runner.process.Stopped` when a signal
+    ended the run.
     """
     check(config)
     _absolute_paths(config, cwd)
+    raise_on_signals()
     facts = _gather(config, cwd, console)
     engine = engine_for(config, facts)
     plan = make_plan(config, facts, engine)
@@ -91,17 +94,14 @@ def execute(
 
         show_plan(console, plan, config, facts)
         return 0
-    if "weights" in config.stages.skip and not facts.weights.present:
-        raise UserError("stages.skip=[weights], but the weights are not all on this machine yet.")
-    if facts.engine.missing:
-        raise UserError(f"engine={config.engine.name}: {facts.engine.missing}")
+    if why := refusal(config, facts.weights, facts.engine):
+        raise UserError(why)
     if config.engine.name == "musubi":
         from runner.engines.musubi_check import check_environment
 
         versions = check_environment(config, plan.stage("train").commands[0], facts.machine)
         told_version = f"{facts.engine.version}, {versions}"
         facts = replace(facts, engine=replace(facts.engine, version=told_version))
-    raise_on_signals()
     run = _Run(config, resolved, overrides, choices, console, facts, engine, plan, sweep)
     return run.through()
 
@@ -120,8 +120,11 @@ def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
             shown["bar"] = console.bar(f"reading {path}", total).__enter__()
         shown["bar"].update(done)
 
+    def waiting() -> None:
+        console.line("      waiting for another run, which is unpacking media")
+
     try:
-        return gather(config, cwd, progress)
+        return gather(config, cwd, Reading(progress, waiting, keep=not config.dry_run))
     finally:
         _close(shown)
 

@@ -23,11 +23,9 @@ from runner.formats.frames import Crop, FrameExtraction, crops, kept_frames
 
 if TYPE_CHECKING:
     from runner.sources import Item
+    from runner.sources.entries import Entry
 
 Kind = Literal["image", "video"]
-
-# musubi-tuner crashes on these, so such pictures are handed on as RGB copies.
-_MODES_READ_BY_MUSUBI = ("RGB",)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class SelectedItem:
     @property
     def as_rgb(self) -> bool:
         """Whether the run gets an RGB copy instead of the file itself."""
-        return self.kind == "image" and self.media.mode not in _MODES_READ_BY_MUSUBI
+        return self.media.as_rgb
 
     @property
     def media_name(self) -> str:
@@ -223,8 +221,30 @@ def _clips_only(source: Source, items: list[Item], notices: list[str]) -> list[I
     return clips
 
 
-def _targets(source: Source, task: str, notices: list[str]) -> FrameExtraction:
-    extraction = source.options.extraction
+def is_used(item: Item, options: SourceOptions, task: str) -> bool:
+    """Whether :func:`select` would take the item, so far as it alone can tell."""
+    if not item.caption and options.default_caption is None:
+        return False
+    if item.kind == "image":
+        return task != "i2v"
+    try:
+        extraction = _targets(options, task, [])
+    except UserError:
+        return False
+    return bool(crops(len(kept_frames(item.frames, extraction.source_fps)), extraction))
+
+
+def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
+    """Whether :func:`select` will refuse a source, if all its media can be read."""
+    if not listing:
+        return True
+    if options.missing_captions == "error" and options.default_caption is None:
+        return not all(entry.caption for entry in listing)
+    return task == "i2v" and all(entry.kind == "image" for entry in listing)
+
+
+def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtraction:
+    extraction = options.extraction
     if task != "i2v" or extraction.mode == "full" or 1 not in extraction.target_frames:
         return extraction
     rest = tuple(frames for frames in extraction.target_frames if frames != 1)
@@ -255,7 +275,7 @@ def _place(
     options = source.options
     extraction = options.extraction
     if any(item.kind == "video" for item in items):
-        extraction = _targets(source, task, notices)
+        extraction = _targets(options, task, notices)
     short: list[str] = []
     lost: set[int] = set()
     for item in items:

@@ -11,32 +11,52 @@ from runner.store import link
 
 if TYPE_CHECKING:
     from runner.execute import Context
+    from runner.items import SelectedItem
+    from runner.sources import Item
 
 
 def run(context: Context) -> None:
     """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files."""
-    from runner.sources import check_archive, write_media
+    from runner.sources import check_unchanged
 
-    selection, store = context.facts.selection, context.store
-    limit = int(context.config.dataset.max_archive_gb * 1e9)
-    for archive in {item.media.archive for item in selection.items if item.media.archive}:
-        check_archive(archive, limit)
-    staging = context.run_dir / "staging" / "media"
-    stage = context.plan.stage("dataset")
-    with context.console.bar("items", len(selection.items)) as bar:
-        for done, item in enumerate(selection.items, 1):
-            if item.media.file is not None and not item.as_rgb:
-                target = item.media.file
-            else:
-                name = media_entry(item)
-                if not store.has("media", name):
-                    staging.mkdir(parents=True, exist_ok=True)
-                    temporary = staging / name
-                    write_media(item.media, temporary, as_rgb=item.as_rgb)
-                    made_of = {"media": item.media.sha256, "as_rgb": item.as_rgb}
-                    store.commit("media", name, temporary, made_of)
-                target = store.path("media", name)
-            link(Path(target).absolute(), context.run_dir / "dataset" / "media" / item.media_name)
-            bar.update(done)
-    for name, text in stage.files:
+    items = context.facts.selection.items
+    missing = {
+        media_entry(item): item.media
+        for item in items
+        if _in_store(item) and not context.store.has("media", media_entry(item))
+    }
+    if missing:
+        _unpack(context, list(missing.values()))
+    check_unchanged(item.media for item in items if not _in_store(item))
+    for item in items:
+        if _in_store(item):
+            target = context.store.path("media", media_entry(item))
+        else:
+            assert item.media.file is not None
+            target = item.media.file
+        link(Path(target).absolute(), context.run_dir / "dataset" / "media" / item.media_name)
+    for name, text in context.plan.stage("dataset").files:
         write_text(context.run_dir / name, text)
+
+
+def _in_store(item: SelectedItem) -> bool:
+    return item.media.file is None or item.as_rgb
+
+
+def _unpack(context: Context, items: list[Item]) -> None:
+    from runner.incoming import Incoming
+    from runner.sources import check_archive, unpack
+
+    limit = int(context.config.dataset.max_archive_gb * 1e9)
+    for archive in {item.archive for item in items if item.archive}:
+        check_archive(archive, limit)
+
+    def waiting() -> None:
+        context.console.line("      waiting for another run, which is unpacking media")
+
+    with (
+        context.store.lock("media", waiting),
+        context.console.bar("unpacked", len(items)) as bar,
+        Incoming(context.store, "media") as incoming,
+    ):
+        unpack(items, incoming, bar.update)

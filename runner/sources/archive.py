@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from runner.errors import UserError
@@ -34,10 +35,14 @@ def member_name(member: zipfile.ZipInfo) -> str:
 
 def check_archive(path: Path, max_bytes: int) -> None:
     """Raise UserError if unpacking the archive could do harm, or needs over `max_bytes` bytes."""
+    with open_archive(path) as archive:
+        check_members(path, archive.infolist(), max_bytes)
+
+
+def check_members(path: Path, members: Sequence[zipfile.ZipInfo], max_bytes: int) -> None:
+    """`check_archive` of an archive that is open."""
     seen: set[str] = set()
     total = 0
-    with open_archive(path) as archive:
-        members = archive.infolist()
     for member in members:
         name = member_name(member)
         if why := _unsafe(member, name):

@@ -1,0 +1,167 @@
+"""Many files into the store at once: written, synced together, then renamed.
+
+A file under its final name is whole, after a power cut too. What a cut leaves behind lies in
+`incoming` and is cleared by the next run; what was renamed before it stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from runner.errors import UserError
+from runner.store import Shelf, Store
+
+Write = Callable[[bytes | memoryview], None]
+
+# So much is synced and renamed at a time: what a crash can cost, and what an interrupt waits for.
+BATCH_BYTES = 64 << 20
+
+
+class CannotKeep(UserError):
+    """The store can't be written to."""
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    file: Path
+    name: str
+    made_of: Mapping[str, Any]
+
+
+class Incoming(AbstractContextManager["Incoming"]):
+    """Takes files into one shelf from many threads. The shelf's lock must be held meanwhile."""
+
+    def __init__(self, store: Store, shelf: Shelf) -> None:
+        self.store, self.shelf = store, shelf
+        self.folder = store.root / "incoming" / shelf
+        self._claimed: set[str] = set()
+        self._waiting: list[_Arrived] = []
+        self._bytes = 0
+        self._mutex = threading.Lock()
+        self._numbers = itertools.count()
+        self._committer = ThreadPoolExecutor(1)
+        self._commits: list[Future[None]] = []
+
+    def __enter__(self) -> Incoming:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return self
+
+    def claim(self, name: str) -> bool:
+        """Whether the entry is to be made, by who asks: it is not there and no one else makes it.
+
+        Equal media may lie in a source several times.
+        """
+        with self._mutex:
+            if name in self._claimed or self.store.has(self.shelf, name):
+                return False
+            self._claimed.add(name)
+            return True
+
+    def write(self, fill: Callable[[Write], object]) -> Path:
+        """A new file of what `fill` gives to the function it is called with.
+
+        Raises CannotKeep where the disk that is written to fails, and what `fill` raises.
+        """
+        place = self.folder / str(next(self._numbers))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            out = place.open("wb", buffering=0)
+        except OSError as error:
+            raise self._told(error) from error
+
+        def write(data: bytes | memoryview) -> None:
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[out.write(view) :]
+            except OSError as error:
+                raise self._told(error) from error
+
+        try:
+            with out:
+                fill(write)
+                _begin_writeback(out.fileno())
+        except BaseException:
+            place.unlink(missing_ok=True)
+            raise
+        return place
+
+    def add(self, file: Path, name: str, made_of: Mapping[str, Any]) -> None:
+        """Take a file that `write` made as the entry `name`."""
+        with self._mutex:
+            self._waiting.append(_Arrived(file, name, made_of))
+            self._bytes += file.stat().st_size
+            if self._bytes >= BATCH_BYTES:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        batch, self._waiting, self._bytes = self._waiting, [], 0
+        self._commits.append(self._committer.submit(self._commit, batch))
+
+    def _commit(self, batch: list[_Arrived]) -> None:
+        for arrived in batch:
+            note = arrived.file.with_name(arrived.file.name + ".json")
+            text = json.dumps(arrived.made_of, sort_keys=True, indent=1, ensure_ascii=False)
+            note.write_text(text, encoding="utf-8")
+            arrived.file.chmod(0o444)
+        for arrived in batch:
+            _sync(arrived.file)
+            _sync(arrived.file.with_name(arrived.file.name + ".json"))
+        for arrived in batch:
+            place = self.store.path(self.shelf, arrived.name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            note = arrived.file.with_name(arrived.file.name + ".json")
+            note.replace(place.with_name(place.name + ".json"))
+            arrived.file.replace(place)
+
+    def _told(self, error: OSError) -> CannotKeep:
+        words = error.strerror or str(error)
+        return CannotKeep(
+            f"{self.store.root} can't be written to ({words}): free some space, or name another "
+            "folder with output_dir."
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._hand_over()
+        self._committer.shutdown()
+        try:
+            for commit in self._commits:
+                commit.result()
+        except OSError as failure:
+            if error is None:
+                raise self._told(failure) from failure
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _begin_writeback(descriptor: int) -> None:
+    """Have the system write the file out from now on, so that syncing it later is quick."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is not None:
+        advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
