@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from runner.errors import UserError
 from runner.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from runner.sources.archive import check_members, member_name, open_archive
+from runner.sources.archive import check_members, member_name, open_archive, plain
 from runner.sources.model import Identity, MediaKind, identity_of
 
 # As the Hugging Face loaders of pictures and clips read it: a file_name, and text beside it.
@@ -79,7 +80,7 @@ def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
         return lambda: cast(BinaryIO, archive.open(member))
 
     packed = [member for member in archive.infolist() if not member.is_dir()]
-    members = {str(PurePosixPath(member_name(member))): member for member in packed}
+    members = {plain(member_name(member)): member for member in packed}
     found = _tree_entries({name: reader(member) for name, member in members.items()}, path)
     entries = [
         replace(
@@ -106,7 +107,7 @@ def _tree_entries(openers: Mapping[str, Opener], where: Path) -> list[Entry]:
         kind = media_kind(name)
         if kind is None:
             continue
-        text = captions.get(str(PurePosixPath(name).with_suffix("")))
+        text = captions.get(posixpath.splitext(name)[0])
         caption = told.get(name)
         if text is not None:
             caption = _read(openers[text], f"{text} in {where}").strip()
@@ -120,14 +121,14 @@ def _metadata(
     """Captions by the name of their media, of every metadata.jsonl; each names those below it."""
     found: dict[str, str | None] = {}
     for name in visible:
-        if PurePosixPath(name).name != METADATA:
+        if posixpath.basename(name) != METADATA:
             continue
-        folder = PurePosixPath(name).parent
+        folder = posixpath.dirname(name)
         for line, record in _records(_read(openers[name], f"{name} in {where}"), f"{where}/{name}"):
             media = record.get("file_name")
             if not isinstance(media, str):
                 raise UserError(f"{line}: needs a file_name, a string")
-            place = os.path.normpath(folder / media).replace(os.sep, "/")
+            place = posixpath.normpath(posixpath.join(folder, media))
             if place not in openers:
                 raise UserError(f"{line}: there is no {place}")
             caption = record.get("text", record.get("caption"))
@@ -193,12 +194,12 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 def hidden(name: str) -> bool:
     """Whether a file is none of the person's: hidden, or a companion that macOS adds."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
 
 
 def media_kind(name: str) -> MediaKind | None:
     """What a file is by its ending, None when it is no medium."""
-    extension = PurePosixPath(name).suffix.lower()
+    extension = posixpath.splitext(name)[1].lower()
     if extension in IMAGE_EXTENSIONS:
         return "image"
     return "video" if extension in VIDEO_EXTENSIONS else None

@@ -5,6 +5,8 @@ PIL and PyAV are imported where they are used, so that importing this module is 
 
 from __future__ import annotations
 
+import io
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 _Counter = Callable[["InputContainer", "VideoStream"], tuple[Size, int] | None]
 
+_EOI = b"\xff\xd9"
+# So much of a JPEG holds its headers, and more than 16 lines.
+_HEAD = 256 << 10
+
 # Raised when the same file may be told otherwise than before.
 PROBE_VERSION = 1
 
@@ -30,13 +36,50 @@ def probe_image(stream: BinaryIO) -> tuple[Size, str]:
 
     with Image.open(stream) as image:
         size, mode = image.size, image.mode
-        if image.format in ("JPEG", "MPO"):
-            # All of the file is read and a cut seen, but only an eighth of each side is computed.
-            image.draft("L", (1, 1))
+        is_whole = {"JPEG": _jpeg_is_whole, "PNG": _png_is_whole}.get(image.format or "")
         # A file that is cut short opens, and fails only in load().
-        if image.format != "PNG" or not _png_is_whole(stream):
+        if is_whole is None or not is_whole(stream):
             image.load()
     return size, mode
+
+
+def _jpeg_is_whole(stream: BinaryIO) -> bool:
+    """Whether a JPEG has readable headers, and its end where the file ends.
+
+    What lies between can't make a decoder fail, since it takes any bits for a picture.
+    """
+    place = stream.tell()
+    stream.seek(0)
+    head = bytearray(stream.read(_HEAD))
+    stream.seek(-min(len(head), 2), os.SEEK_END)
+    end = stream.read()
+    stream.seek(place)
+    return end == _EOI and _jpeg_head_decodes(head)
+
+
+def _jpeg_head_decodes(head: bytearray) -> bool:
+    """Whether the first lines of a JPEG can be decoded: they need all of its tables."""
+    from PIL import Image
+
+    at, lines = 2, 0
+    while at + 4 <= len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            lines = int.from_bytes(head[at + 5 : at + 7], "big")
+            head[at + 5 : at + 7] = min(lines, 16).to_bytes(2, "big")
+        if marker == 0xDA:
+            break
+        at += 2 + length
+    else:
+        return False
+    if not lines:
+        return False
+    try:
+        with Image.open(io.BytesIO(bytes(head) + _EOI)) as image:
+            image.load()
+    except Exception:  # The caller decodes all of it, and tells what is wrong.
+        return False
+    return True
 
 
 def _png_is_whole(stream: BinaryIO) -> bool:
