@@ -97,6 +97,16 @@ class SourceConfig:
     source_fps: float | None = None
     enable_bucket: bool | None = None
     bucket_no_upscale: bool | None = None
+    regularisation: bool = option(
+        False,
+        "Media of the subject's kind, not of the subject: they keep the model from forgetting. "
+        "No trigger word is added, none is held out, and weight says how often they are seen.",
+    )
+    weight: float | None = option(
+        None,
+        "Regularisation samples in an epoch for each sample of the other sources (default 1). "
+        "Repeats, or a part of the set, are chosen to come nearest.",
+    )
 
 
 @dataclass
@@ -131,7 +141,12 @@ class DatasetConfig:
     max_archive_gb: float = option(100.0, "Refuse a zip that unpacks to more than this.")
     sources: list[SourceConfig] = field(
         default_factory=list,
-        metadata={"help": "Several datasets in one run, instead of dataset.path.", "choices": ()},
+        metadata={
+            "help": "Several datasets in one run, instead of dataset.path, each with its own "
+            "options: [{path: a.zip, num_repeats: 2}, {path: reg, regularisation: true, "
+            "weight: 0.5}].",
+            "choices": (),
+        },
     )
 
 

@@ -16,8 +16,9 @@ from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine
 from runner.groups import conf_folder
 from runner.ingest import Reading, scan_sources
-from runner.items import select
+from runner.items import Selection, Source, select
 from runner.plan_model import Facts, WeightFacts
+from runner.regularisation import weigh
 from runner.stages.weights import weight_facts
 from runner.store import Store
 
@@ -35,17 +36,13 @@ def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Fact
     if refusal(config, weights, engine):
         # Sources may be refused first; but nothing is unpacked for a run that can't be.
         reading = replace(reading, keep=False)
-    sources = scan_sources(config, cwd, Store(root / "cache"), reading)
+    sources, selection = weigh(*_selected(config, cwd, root, reading))
     return Facts(
         root=root,
         python=sys.executable,
         python_path=checkout(),
         sources=sources,
-        selection=select(
-            sources,
-            task=config.task.name,
-            validation_fraction=config.dataset.validation_fraction,
-        ),
+        selection=selection,
         weights=weights,
         cached=Store(root / "cache").names(),
         memory=memory,
@@ -54,6 +51,14 @@ def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Fact
         engine=engine,
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
     )
+
+
+def _selected(
+    config: RunConfig, cwd: Path, root: Path, reading: Reading
+) -> tuple[tuple[Source, ...], Selection]:
+    sources = scan_sources(config, cwd, Store(root / "cache"), reading)
+    fraction = config.dataset.validation_fraction
+    return sources, select(sources, task=config.task.name, validation_fraction=fraction)
 
 
 def refresh(facts: Facts, config: RunConfig) -> Facts:

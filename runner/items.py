@@ -43,6 +43,8 @@ class SourceOptions:
     enable_bucket: bool
     bucket_no_upscale: bool
     extraction: FrameExtraction
+    regularisation: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,13 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
     return SourceOptions(
         path=source.path,
         kind=source.kind,
-        trigger_word=pick("trigger_word"),
+        # The word stands for what is learned, which a regularisation set does not show.
+        trigger_word=source.trigger_word if source.regularisation else pick("trigger_word"),
         default_caption=pick("default_caption"),
         missing_captions=dataset.missing_captions,
         resolution=(width, height),
         batch_size=pick("batch_size"),
-        num_repeats=pick("num_repeats"),
+        num_repeats=1 if source.regularisation else pick("num_repeats"),
         enable_bucket=pick("enable_bucket"),
         bucket_no_upscale=pick("bucket_no_upscale"),
         extraction=FrameExtraction(
@@ -136,6 +139,8 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
             max_frames=pick("max_frames"),
             source_fps=pick("source_fps"),
         ),
+        regularisation=source.regularisation,
+        weight=1.0 if source.weight is None else source.weight,
     )
 
 
@@ -307,7 +312,7 @@ def _place(
             caption=caption,
             bucket=bucket,
             crops=windows,
-            held_out=is_held_out(item.sha256, validation_fraction),
+            held_out=not options.regularisation and is_held_out(item.sha256, validation_fraction),
         )
     if lost:
         notices.append(
