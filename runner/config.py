@@ -80,10 +80,13 @@ class EngineConfig:
 class SourceConfig:
     """One of several datasets; what it leaves out it takes from ``dataset``."""
 
-    path: str = option("", "Zip, folder or JSONL file.", path=True)
+    path: str = option("", "Zip, folder or JSONL file; owner/name with hub.", path=True)
     kind: str = option(
-        "auto", "What the path is.", choices=("auto", "zip", "folder", "jsonl", "sample")
+        "auto",
+        "What the path is.",
+        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
     )
+    revision: str | None = None
     trigger_word: str | None = None
     default_caption: str | None = None
     resolution: list[int] | None = None
@@ -113,10 +116,17 @@ class SourceConfig:
 class DatasetConfig:
     kind: str = option(
         "auto",
-        "What the path is; auto tells it from the path.",
-        choices=("auto", "zip", "folder", "jsonl", "sample"),
+        "What the path is; auto tells it from the path, hub is a dataset of the Hugging Face hub.",
+        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
     )
-    path: str = option("data", "Zip, folder or JSONL file of pictures and clips.", path=True)
+    path: str = option(
+        "data", "Zip, folder or JSONL file of pictures and clips; owner/name with hub.", path=True
+    )
+    revision: str = option(
+        "main",
+        "Branch, tag or commit (hub). A branch is looked up once: stages.force=[dataset] does it "
+        "again.",
+    )
     trigger_word: str | None = option(None, "Put before every caption that lacks it.")
     default_caption: str | None = option(None, "Caption of media that have none.")
     missing_captions: str = option(

@@ -108,6 +108,8 @@ def execute(
 
 def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
     """Read the facts, with a bar for sources that take a while to look through."""
+    from runner.hub.progress import Shown
+
     started = time.monotonic()
     shown: dict[str, Any] = {}
 
@@ -124,7 +126,11 @@ def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
         console.line("      waiting for another run, which is unpacking media")
 
     try:
-        return gather(config, cwd, Reading(progress, waiting, keep=not config.dry_run))
+        return gather(
+            config,
+            cwd,
+            Reading(progress, waiting, not config.dry_run, watch=lambda: Shown(console)),
+        )
     finally:
         _close(shown)
 

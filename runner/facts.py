@@ -33,9 +33,9 @@ def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Fact
     memory, note = memory_tier(config, machine)
     weights, engine = weight_facts(config, root), engine_facts(config, cwd)
     reading = reading or Reading()
-    if refusal(config, weights, engine):
+    if reading.keep and (why := refusal(config, weights, engine)):
         # Sources may be refused first; but nothing is unpacked for a run that can't be.
-        reading = replace(reading, keep=False)
+        reading = replace(reading, keep=False, refused=why)
     sources, selection = weigh(*_selected(config, cwd, root, reading))
     return Facts(
         root=root,

@@ -34,6 +34,7 @@ class SourceOptions:
 
     path: str
     kind: str
+    revision: str
     trigger_word: str | None
     default_caption: str | None
     missing_captions: str
@@ -49,13 +50,14 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """One source: its options and what a scan of it found."""
+    """One source: its options and what a scan of it found; ``commit`` is that of a hub's."""
 
     options: SourceOptions
     kind: str
     path: str
     items: tuple[Item, ...]
     ignored: tuple[tuple[str, str], ...]
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
     return SourceOptions(
         path=source.path,
         kind=source.kind,
+        revision=pick("revision"),
         # The word stands for what is learned, which a regularisation set does not show.
         trigger_word=source.trigger_word if source.regularisation else pick("trigger_word"),
         default_caption=pick("default_caption"),

@@ -9,6 +9,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -152,34 +153,35 @@ def _count_decoded(container: InputContainer, stream: VideoStream) -> tuple[Size
 def _count_packets(container: InputContainer, stream: VideoStream) -> tuple[Size, int] | None:
     """Size and frames of H.264 and HEVC in MP4, MOV and MKV, where a whole packet is one frame.
 
-    None where that is in doubt: packets are cut or empty, to be decoded but not shown (edit
-    lists), shown before the first that can be decoded, or may hold half a frame (interlaced).
+    None where that is in doubt: packets are cut, empty or missing between others, to be decoded
+    but not shown (edit lists), shown before the first that can be decoded, or may hold half a frame
+    (interlaced).
     """
     length_size = _nal_length_size(container, stream)
     if length_size is None:
         return None
     stream.codec_context.thread_count = 1
     shown: VideoFrame | None = None
-    first: int | None = None
-    packets, ended = 0, False
+    times: list[int] = []
+    ended = False
     for packet in container.demux(stream):
         if packet.size == 0:  # The last one is, to drain the decoder.
             ended = True
             continue
         if ended or packet.is_corrupt or packet.is_discard or packet.pts is None:
             return None
-        if first is None:
-            if not packet.is_keyframe:
-                return None
-            first = packet.pts
-        if packet.pts < first or not _nals_fit(memoryview(packet), length_size):
+        if not times and not packet.is_keyframe:
             return None
-        packets += 1
+        times.append(packet.pts)
+        if packet.pts < times[0] or not _nals_fit(memoryview(packet), length_size):
+            return None
         if shown is None:
             shown = next(iter(packet.decode()), None)  # type: ignore[assignment]
             if shown is not None and shown.interlaced_frame:
                 return None
-    return None if shown is None else ((shown.width, shown.height), packets)
+    if shown is None or not _even(times):
+        return None
+    return (shown.width, shown.height), len(times)
 
 
 def _nal_length_size(container: InputContainer, stream: VideoStream) -> int | None:
@@ -194,6 +196,13 @@ def _nal_length_size(container: InputContainer, stream: VideoStream) -> int | No
     if codec == "hevc" and len(extra) > 22:
         return (extra[21] & 3) + 1
     return None
+
+
+def _even(times: list[int]) -> bool:
+    """Whether frames follow each other without a gap in which one or more may be lost."""
+    ordered = sorted(times)
+    steps = sorted(later - earlier for earlier, later in pairwise(ordered))
+    return not steps or (steps[0] > 0 and steps[-1] < 2 * steps[len(steps) // 2])
 
 
 def _nals_fit(data: memoryview, length_size: int) -> bool:

@@ -35,6 +35,13 @@ def run(context: Context) -> None:
             assert item.media.file is not None
             target = item.media.file
         link(Path(target).absolute(), context.run_dir / "dataset" / "media" / item.media_name)
+    context.writer.set_tags(
+        {
+            f"dataset.{source.options.path}": source.commit
+            for source in context.facts.sources
+            if source.commit is not None
+        }
+    )
     for name, text in context.plan.stage("dataset").files:
         write_text(context.run_dir / name, text)
 
