@@ -13,11 +13,11 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from runner.errors import UserError
 from runner.store import Shelf, Store
@@ -76,7 +76,7 @@ class Incoming(AbstractContextManager["Incoming"]):
         place = self.folder / str(next(self._numbers))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            out = place.open("wb", buffering=0)
+            out = _open(place)
         except OSError as error:
             raise self._told(error) from error
 
@@ -89,9 +89,11 @@ class Incoming(AbstractContextManager["Incoming"]):
                 raise self._told(error) from error
 
         try:
-            with out:
+            try:
                 fill(write)
                 _begin_writeback(out.fileno())
+            finally:
+                _close(out, self._told)
         except BaseException:
             place.unlink(missing_ok=True)
             raise
@@ -152,11 +154,23 @@ class Incoming(AbstractContextManager["Incoming"]):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _open(place: Path) -> BinaryIO:
+    return cast(BinaryIO, place.open("wb", buffering=0))
+
+
+def _close(out: BinaryIO, told: Callable[[OSError], CannotKeep]) -> None:
+    try:
+        out.close()
+    except OSError as error:  # Where a file system over a network is full, it says so here.
+        raise told(error) from error
+
+
 def _begin_writeback(descriptor: int) -> None:
     """Have the system write the file out from now on, so that syncing it later is quick."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is not None:
-        advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync(file: Path) -> None:

@@ -244,10 +244,9 @@ def is_used(item: Item, options: SourceOptions, task: str) -> bool:
 
 def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
     """Whether :func:`select` will refuse a source, if all its media can be read."""
-    if not listing:
+    needed = options.missing_captions == "error" and options.default_caption is None
+    if not listing or (needed and not all(entry.caption for entry in listing)):
         return True
-    if options.missing_captions == "error" and options.default_caption is None:
-        return not all(entry.caption for entry in listing)
     return task == "i2v" and all(entry.kind == "image" for entry in listing)
 
 
