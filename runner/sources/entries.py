@@ -40,12 +40,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """Media of a source. For those of an archive: its identity when it was listed, a function that
-    gives it again while the archive is the same, and when that was, in nanoseconds."""
+    """Media of a source. For those of an archive: its identity when it was listed, and when that
+    was, in nanoseconds."""
 
     entries: list[Entry]
     identity: Identity | None = None
-    archive: Callable[[], Identity | None] | None = None
     began: int = 0
 
 
@@ -70,11 +69,7 @@ def listed(kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
 
 def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
     assert archive.fp is not None
-    began, descriptor = time.time_ns(), archive.fp.fileno()
-    identity = identity_of(os.fstat(descriptor))
-
-    def same() -> Identity | None:
-        return identity if identity_of(os.fstat(descriptor)) == identity else None
+    began, identity = time.time_ns(), identity_of(os.fstat(archive.fp.fileno()))
 
     def reader(member: zipfile.ZipInfo) -> Opener:
         return lambda: cast(BinaryIO, archive.open(member))
@@ -91,7 +86,7 @@ def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
         )
         for entry in found
     ]
-    return Listing(entries, identity, same, began)
+    return Listing(entries, identity, began)
 
 
 def _file_opener(file: Path) -> Opener:

@@ -45,12 +45,12 @@ class Keeper:
 class Looker:
     """Looks at entries of one source, from several threads.
 
-    archive: whether that is still the archive it was, None for other sources. stop: set when
-    nobody waits for an answer any more.
+    archive: the identity of the archive they lie in, None for other sources. stop: set when nobody
+    waits for an answer any more.
     """
 
     keeper: Keeper | None
-    archive: Callable[[], Identity | None] | None
+    archive: Identity | None
     stop: threading.Event
 
     def __call__(self, entry: Entry) -> tuple[Item | str, int]:
@@ -98,14 +98,13 @@ class Looker:
             digest, length = hashed(stream, None, self.stop)
             stream.seek(0)
             facts = _image(stream) if entry.kind == "image" else _video(entry.file)
-        same = identity_of(os.fstat(stream.fileno())) == before
-        return _made(entry, digest, length, facts, before if same else None)
+        return _made(entry, digest, length, facts, before)
 
     def _of_small_member(self, entry: Entry, stream: BinaryIO) -> Item:
         data = stream.read()
         facts = _image(io.BytesIO(data))
         digest = hashlib.sha256(data).hexdigest()
-        item = _made(entry, digest, len(data), facts, self._archive())
+        item = _made(entry, digest, len(data), facts, self.archive)
         if self.keeper is not None and self.keeper.takes(item):
             kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
             file = self.keeper.incoming.write(lambda write: write(kept))
@@ -117,14 +116,14 @@ class Looker:
             digest, length = hashed(stream, held.write, self.stop)
             held.seek(0)
             facts = _image(held) if entry.kind == "image" else _video(held)
-            return _made(entry, digest, length, facts, self._archive())
+            return _made(entry, digest, length, facts, self.archive)
 
     def _of_kept_member(self, entry: Entry, stream: BinaryIO, keeper: Keeper) -> Item:
         told: list[tuple[str, int]] = []
         file = keeper.incoming.write(lambda write: told.append(hashed(stream, write, self.stop)))
         try:
             facts = _image_in(file) if entry.kind == "image" else _video(file)
-            item = _made(entry, *told[0], facts, self._archive())
+            item = _made(entry, *told[0], facts, self.archive)
             if keeper.takes(item):
                 if item.as_rgb:
                     with file.open("rb") as raw:
@@ -138,9 +137,6 @@ class Looker:
             raise
         file.unlink()
         return item
-
-    def _archive(self) -> Identity | None:
-        return self.archive() if self.archive is not None else None
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Item:
     name: path inside its source, forward slashes. sha256: hex digest of the media's bytes.
     size: width and height in pixels, as stored. frames: those that can be decoded, 1 for a picture.
     fps: of a clip, if it says. mode: PIL's mode of a picture. caption: None when there is none.
-    The bytes lie in `file`, or in `member` of `archive`; `identity` is that file's when they were
-    read, None when it changed meanwhile.
+    The bytes lie in `file`, or in `member` of `archive`; `identity` is that file's before they were
+    read, so that a change since then shows.
     """
 
     name: str

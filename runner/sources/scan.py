@@ -79,7 +79,7 @@ def _look_at_all(
     pool = ThreadPoolExecutor(workers())
     saved = time.monotonic()
     try:
-        looks = pool.map(Looker(keeper, listing.archive, stop), rest)
+        looks = pool.map(Looker(keeper, listing.identity, stop), rest)
         for entry, (result, began) in zip(rest, looks, strict=True):
             found.append((entry, result))
             if memo is not None and isinstance(result, Item):
