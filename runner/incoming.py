@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -36,14 +36,23 @@ class CannotKeep(UserError):
 class _Arrived:
     file: Path
     name: str
-    made_of: Mapping[str, Any]
+    note: Mapping[str, Any]
 
 
 class Incoming(AbstractContextManager["Incoming"]):
-    """Takes files into one shelf from many threads. The shelf's lock must be held meanwhile."""
+    """Takes files into one shelf from many threads; one process at a time has the block.
 
-    def __init__(self, store: Store, shelf: Shelf) -> None:
-        self.store, self.shelf = store, shelf
+    waiting: called when another process has it. anew: entries to make though they are there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shelf: Shelf,
+        waiting: Callable[[], None] = lambda: None,
+        anew: Collection[str] = (),
+    ) -> None:
+        self.store, self.shelf, self.waiting, self.anew = store, shelf, waiting, anew
         self.folder = store.root / "incoming" / shelf
         self._claimed: set[str] = set()
         self._waiting: list[_Arrived] = []
@@ -54,6 +63,19 @@ class Incoming(AbstractContextManager["Incoming"]):
         self._commits: list[Future[None]] = []
 
     def __enter__(self) -> Incoming:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # The system lets go of it when its process dies.
+            self._lock = FileLock(self.folder.with_suffix(".lock"), thread_local=False)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                self.waiting()
+                self._lock.acquire()
+        except OSError as error:
+            raise self._told(error) from error
         shutil.rmtree(self.folder, ignore_errors=True)
         return self
 
@@ -63,7 +85,8 @@ class Incoming(AbstractContextManager["Incoming"]):
         Equal media may lie in a source several times.
         """
         with self._mutex:
-            if name in self._claimed or self.store.has(self.shelf, name):
+            there = name not in self.anew and self.store.has(self.shelf, name)
+            if name in self._claimed or there:
                 return False
             self._claimed.add(name)
             return True
@@ -99,11 +122,13 @@ class Incoming(AbstractContextManager["Incoming"]):
             raise
         return place
 
-    def add(self, file: Path, name: str, made_of: Mapping[str, Any]) -> None:
-        """Take a file that `write` made as the entry `name`."""
+    def add(self, file: Path, name: str, made_of: Mapping[str, Any], sha256: str) -> None:
+        """Take a file that `write` made, of this digest, as the entry `name`."""
+        size = file.stat().st_size
         with self._mutex:
-            self._waiting.append(_Arrived(file, name, made_of))
-            self._bytes += file.stat().st_size
+            note = {"bytes": size, "made_of": made_of, "sha256": sha256}
+            self._waiting.append(_Arrived(file, name, note))
+            self._bytes += size
             if self._bytes >= BATCH_BYTES:
                 self._hand_over()
 
@@ -114,7 +139,7 @@ class Incoming(AbstractContextManager["Incoming"]):
     def _commit(self, batch: list[_Arrived]) -> None:
         for arrived in batch:
             note = arrived.file.with_name(arrived.file.name + ".json")
-            text = json.dumps(arrived.made_of, sort_keys=True, indent=1, ensure_ascii=False)
+            text = json.dumps(arrived.note, sort_keys=True, indent=1, ensure_ascii=False)
             note.write_text(text, encoding="utf-8")
             arrived.file.chmod(0o444)
         for arrived in batch:
@@ -152,6 +177,7 @@ class Incoming(AbstractContextManager["Incoming"]):
                 raise self._told(failure) from failure
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.release()
 
 
 def _open(place: Path) -> BinaryIO:

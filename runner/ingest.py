@@ -142,12 +142,5 @@ def _unpacking(
     from runner.incoming import Incoming
     from runner.sources.look import Keeper
 
-    try:
-        store.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{store.root} can't be written to ({error.strerror}): name another folder with "
-            "output_dir."
-        ) from error
-    with store.lock("media", reading.waiting), Incoming(store, "media") as incoming:
+    with Incoming(store, "media", reading.waiting) as incoming:
         yield Keeper(incoming, lambda item: is_used(item, options, task))

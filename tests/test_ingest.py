@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import threading
 import time
 import zipfile
@@ -116,7 +117,8 @@ def test_one_pass(tmp_path: Path, opened: list[str]) -> None:
         place = store_of(tmp_path).path("media", item.entry)
         assert place.stat().st_mode & 0o777 == 0o444
         note = json.loads(place.with_name(place.name + ".json").read_text())
-        assert note == {"as_rgb": False, "media": item.sha256}
+        made_of = {"as_rgb": False, "media": item.sha256}
+        assert note == {"bytes": item.bytes, "made_of": made_of, "sha256": item.sha256}
     assert not (tmp_path / "outputs" / "cache" / "incoming" / "media").exists()
 
 
@@ -373,6 +375,8 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     assert alpha.name.endswith("-rgb.png")
     with Image.open(alpha) as image, Image.open(made / "alpha.png") as original:
         assert image.mode == "RGB" and image.tobytes() == original.convert("RGB").tobytes()
+    note = json.loads(alpha.with_name(alpha.name + ".json").read_text())
+    assert note["sha256"] == hashlib.sha256(alpha.read_bytes()).hexdigest()
     ingest(tmp_path, *options, "task=i2v")
     assert set(entries(tmp_path)) == set(kept)
     (tmp_path / "other").mkdir()
@@ -398,7 +402,7 @@ def test_two_runs_read_it_once(tmp_path: Path, opened: list[str]) -> None:
     zipped(tmp_path / "m.zip")
     store, waited = store_of(tmp_path), threading.Event()
     found: list[Source] = []
-    with store.lock("media", lambda: None):
+    with Incoming(store, "media"):
         second = threading.Thread(target=lambda: found.append(ingest(tmp_path, waiting=waited.set)))
         second.start()
         assert waited.wait(20)
@@ -445,6 +449,34 @@ def test_an_archive_that_changes_while_it_is_read(
 def captured(tmp_path: Path) -> Iterator[Incoming]:
     with Incoming(store_of(tmp_path), "media") as arriving:
         yield arriving
+
+
+# What the dataset stage unpacks is what the first look would have kept; an entry that is to be made
+# anew, as a damaged one is, is put in place of the other.
+def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
+    made = zipped(tmp_path / "m.zip").parent / "made"
+    make_image(made / "alpha.png", mode="RGBA")
+    with zipfile.ZipFile(tmp_path / "m.zip", "a") as archive:
+        archive.write(made / "alpha.png", "alpha.png")
+        archive.writestr("alpha.txt", "clear")
+    items = ingest(tmp_path, dry=True).items
+    store, done = store_of(tmp_path), list[int]()
+    with Incoming(store, "media") as arriving:
+        unpack(items, arriving, done.append)
+    assert done == list(range(1, 17))
+    unpacked = tree(tmp_path / "outputs" / "cache" / "media")
+    bytes_of = entries(tmp_path)
+    shutil.rmtree(tmp_path / "outputs")
+    ingest(tmp_path)
+    assert entries(tmp_path) == bytes_of
+    assert tree(tmp_path / "outputs" / "cache" / "media").keys() == unpacked.keys()
+    place = store.path("media", items[0].entry)
+    place.chmod(0o644)
+    place.write_bytes(b"damaged")
+    for anew in ((), (items[0].entry,)):
+        with Incoming(store, "media", anew=anew) as arriving:
+            unpack(items, arriving, done.append)
+        assert (entries(tmp_path) == bytes_of) == bool(anew)
 
 
 # Unpacking tells an archive that changed since, and keeps nothing of it.

@@ -37,8 +37,16 @@ class Keeper:
     def takes(self, item: Item) -> bool:
         return self.wanted(item) and self.incoming.claim(item.entry)
 
+    def write(self, item: Item, data: bytes) -> None:
+        """Keep a medium that is held in memory, or the RGB picture made of it."""
+        kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
+        digest = hashlib.sha256(kept).hexdigest() if item.as_rgb else item.sha256
+        file = self.incoming.write(lambda write: write(kept))
+        self.incoming.add(file, item.entry, made_of(item), digest)
+
     def add(self, item: Item, file: Path) -> None:
-        self.incoming.add(file, item.entry, made_of(item))
+        """Keep a medium that was written to `file`."""
+        self.incoming.add(file, item.entry, made_of(item), item.sha256)
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,7 @@ class Looker:
         digest = hashlib.sha256(data).hexdigest()
         item = _made(entry, digest, len(data), facts, self.archive)
         if self.keeper is not None and self.keeper.takes(item):
-            kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
-            file = self.keeper.incoming.write(lambda write: write(kept))
-            self.keeper.add(item, file)
+            self.keeper.write(item, data)
         return item
 
     def _of_member(self, entry: Entry, stream: BinaryIO) -> Item:
@@ -125,13 +131,10 @@ class Looker:
             facts = _image_in(file) if entry.kind == "image" else _video(file)
             item = _made(entry, *told[0], facts, self.archive)
             if keeper.takes(item):
-                if item.as_rgb:
-                    with file.open("rb") as raw:
-                        png = rgb_png(raw)
-                    file.unlink()
-                    file = keeper.incoming.write(lambda write: write(png))
-                keeper.add(item, file)
-                return item
+                if not item.as_rgb:
+                    keeper.add(item, file)
+                    return item
+                keeper.write(item, file.read_bytes())
         except BaseException:
             file.unlink(missing_ok=True)
             raise

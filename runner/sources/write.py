@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import threading
@@ -46,10 +47,13 @@ def unpack(items: Sequence[Item], incoming: Incoming, progress: Callable[[int], 
     def one(item: Item) -> None:
         if stop.is_set() or not incoming.claim(item.entry):
             return
+        digests: list[str] = []
         file = incoming.write(
-            lambda write: _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
+            lambda write: digests.append(
+                _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
+            )
         )
-        incoming.add(file, item.entry, made_of(item))
+        incoming.add(file, item.entry, made_of(item), digests[0])
 
     with _archives(items) as archives:
         pool = ThreadPoolExecutor(workers())
@@ -86,13 +90,17 @@ def _copy(
     *,
     as_rgb: bool,
     stop: threading.Event | None = None,
-) -> None:
+) -> str:
+    """Give an item's bytes, or the RGB picture, to `write`; the sha256 of what was given."""
     held = io.BytesIO()
     with _open_item(item, archives) as source:
         _check(item, hashed(source, held.write if as_rgb else write, stop)[0])
-    if as_rgb:
-        held.seek(0)
-        write(rgb_png(held))
+    if not as_rgb:
+        return item.sha256
+    held.seek(0)
+    png = rgb_png(held)
+    write(png)
+    return hashlib.sha256(png).hexdigest()
 
 
 @contextmanager

@@ -62,8 +62,7 @@ def _unpack(context: Context, items: list[Item]) -> None:
         context.console.line("      waiting for another run, which is unpacking media")
 
     with (
-        context.store.lock("media", waiting),
+        Incoming(context.store, "media", waiting) as incoming,
         context.console.bar("unpacked", len(items)) as bar,
-        Incoming(context.store, "media") as incoming,
     ):
         unpack(items, incoming, bar.update)
