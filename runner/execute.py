@@ -131,6 +131,10 @@ def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
             cwd,
             Reading(progress, waiting, not config.dry_run, watch=lambda: Shown(console)),
         )
+    except Stopped as stopped:
+        _close(shown)
+        console.error(f"ended by {stopped} while reading the sources; what was unpacked is kept.")
+        raise
     finally:
         _close(shown)
 
