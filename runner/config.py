@@ -80,10 +80,13 @@ class EngineConfig:
 class SourceConfig:
     """One of several datasets; what it leaves out it takes from ``dataset``."""
 
-    path: str = option("", "Zip, folder or JSONL file.", path=True)
+    path: str = option("", "Zip, folder or JSONL file; owner/name with hub.", path=True)
     kind: str = option(
-        "auto", "What the path is.", choices=("auto", "zip", "folder", "jsonl", "sample")
+        "auto",
+        "What the path is.",
+        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
     )
+    revision: str | None = None
     trigger_word: str | None = None
     default_caption: str | None = None
     resolution: list[int] | None = None
@@ -97,16 +100,33 @@ class SourceConfig:
     source_fps: float | None = None
     enable_bucket: bool | None = None
     bucket_no_upscale: bool | None = None
+    regularisation: bool = option(
+        False,
+        "Media of the subject's kind, not of the subject: they keep the model from forgetting. "
+        "No trigger word is added, none is held out, and weight says how often they are seen.",
+    )
+    weight: float | None = option(
+        None,
+        "Regularisation samples in an epoch for each sample of the other sources (default 1). "
+        "Repeats, or a part of the set, are chosen to come nearest.",
+    )
 
 
 @dataclass
 class DatasetConfig:
     kind: str = option(
         "auto",
-        "What the path is; auto tells it from the path.",
-        choices=("auto", "zip", "folder", "jsonl", "sample"),
+        "What the path is; auto tells it from the path, hub is a dataset of the Hugging Face hub.",
+        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
     )
-    path: str = option("data", "Zip, folder or JSONL file of pictures and clips.", path=True)
+    path: str = option(
+        "data", "Zip, folder or JSONL file of pictures and clips; owner/name with hub.", path=True
+    )
+    revision: str = option(
+        "main",
+        "Branch, tag or commit (hub). A branch is looked up once: stages.force=[dataset] does it "
+        "again.",
+    )
     trigger_word: str | None = option(None, "Put before every caption that lacks it.")
     default_caption: str | None = option(None, "Caption of media that have none.")
     missing_captions: str = option(
@@ -131,7 +151,12 @@ class DatasetConfig:
     max_archive_gb: float = option(100.0, "Refuse a zip that unpacks to more than this.")
     sources: list[SourceConfig] = field(
         default_factory=list,
-        metadata={"help": "Several datasets in one run, instead of dataset.path.", "choices": ()},
+        metadata={
+            "help": "Several datasets in one run, instead of dataset.path, each with its own "
+            "options: [{path: a.zip, num_repeats: 2}, {path: reg, regularisation: true, "
+            "weight: 0.5}].",
+            "choices": (),
+        },
     )
 
 

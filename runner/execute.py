@@ -20,8 +20,9 @@ from runner.config import RunConfig
 from runner.console import Console, duration
 from runner.engines.base import Engine
 from runner.errors import StageError, UserError
-from runner.facts import gather, refresh
+from runner.facts import gather, refresh, refusal
 from runner.given_files import settle
+from runner.ingest import Reading
 from runner.items import counted
 from runner.ledger import Use
 from runner.plan import commands_sh
@@ -98,11 +99,13 @@ def execute(
 ) -> int:
     """Check, plan, and show or run one config; returns the exit code.
 
-    Raises :class:`UserError` before anything is written, :class:`StageError` after a stage
-    failed, and :class:`runner.process.Stopped` when a signal ended the run.
+    Raises :class:`UserError` before anything but the shared cache is written,
+    :class:`StageError` after a stage failed, and :class:`runner.process.Stopped` when a signal
+    ended the run.
     """
     check(config)
     settle(config, cwd)
+    raise_on_signals()
     facts = _gather(config, cwd, console)
     engine = engine_for(config, facts)
     cache = Store(facts.root / "cache")
@@ -113,23 +116,22 @@ def execute(
 
         show_plan(console, plan, config, facts)
         return 0
-    if "weights" in config.stages.skip and not facts.weights.present:
-        raise UserError("stages.skip=[weights], but the weights are not all on this machine yet.")
-    if facts.engine.missing:
-        raise UserError(f"engine={config.engine.name}: {facts.engine.missing}")
+    if why := refusal(config, facts.weights, facts.engine):
+        raise UserError(why)
     if config.engine.name == "musubi":
         from runner.engines.musubi_check import check_environment
 
         versions = check_environment(config, plan.stage("train").commands[0], facts.machine)
         told_version = f"{facts.engine.version}, {versions}"
         facts = replace(facts, engine=replace(facts.engine, version=told_version))
-    raise_on_signals()
     run = _Run(config, resolved, overrides, choices, console, facts, engine, plan, sweep)
     return run.through()
 
 
 def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
     """Read the facts, with a bar for sources that take a while to look through."""
+    from runner.hub.progress import Shown
+
     started = time.monotonic()
     shown: dict[str, Any] = {}
 
@@ -142,8 +144,19 @@ def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
             shown["bar"] = console.bar(f"reading {path}", total).__enter__()
         shown["bar"].update(done)
 
+    def waiting() -> None:
+        console.line("      waiting for another run, which is unpacking media")
+
     try:
-        return gather(config, cwd, progress)
+        return gather(
+            config,
+            cwd,
+            Reading(progress, waiting, not config.dry_run, watch=lambda: Shown(console)),
+        )
+    except Stopped as stopped:
+        _close(shown)
+        console.error(f"ended by {stopped} while reading the sources; what was unpacked is kept.")
+        raise
     finally:
         _close(shown)
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,42 +15,50 @@ from typing import Any
 from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine
 from runner.groups import conf_folder
-from runner.items import Source, select, source_options
-from runner.plan_model import Facts
+from runner.ingest import Reading, scan_sources
+from runner.items import Selection, Source, select
+from runner.plan_model import Facts, WeightFacts
+from runner.regularisation import weigh
 from runner.stages.weights import weight_facts
 from runner.store import Store
 
-Progress = Callable[[str, int, int], None]
 
-
-def gather(config: RunConfig, cwd: Path, progress: Progress | None = None) -> Facts:
+def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Facts:
     """Everything :func:`runner.plan.make_plan` needs.
 
-    ``progress`` is called with a source's path and the media read and found so far. Raises
-    :class:`runner.errors.UserError` for input that cannot be trained on.
+    Raises :class:`runner.errors.UserError` for input that cannot be trained on.
     """
     root = absolute(config.output_dir, cwd)
-    sources = scan_sources(config, cwd, progress)
     machine = find_machine()
     memory, note = memory_tier(config, machine)
+    weights, engine = weight_facts(config, root), engine_facts(config, cwd)
+    reading = reading or Reading()
+    if reading.keep and (why := refusal(config, weights, engine)):
+        # Sources may be refused first; but nothing is unpacked for a run that can't be.
+        reading = replace(reading, keep=False, refused=why)
+    sources, selection = weigh(*_selected(config, cwd, root, reading))
     return Facts(
         root=root,
         python=sys.executable,
         python_path=checkout(),
         sources=sources,
-        selection=select(
-            sources,
-            task=config.task.name,
-            validation_fraction=config.dataset.validation_fraction,
-        ),
-        weights=weight_facts(config, root),
+        selection=selection,
+        weights=weights,
         cached=Store(root / "cache").names(),
         memory=memory,
         memory_note=note,
         machine=machine,
-        engine=engine_facts(config, cwd),
+        engine=engine,
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
     )
+
+
+def _selected(
+    config: RunConfig, cwd: Path, root: Path, reading: Reading
+) -> tuple[tuple[Source, ...], Selection]:
+    sources = scan_sources(config, cwd, Store(root / "cache"), reading)
+    fraction = config.dataset.validation_fraction
+    return sources, select(sources, task=config.task.name, validation_fraction=fraction)
 
 
 def refresh(facts: Facts, config: RunConfig) -> Facts:
@@ -74,29 +81,13 @@ def checkout() -> str | None:
     return str(top) if (top / "pyproject.toml").is_file() else None
 
 
-def scan_sources(
-    config: RunConfig, cwd: Path, progress: Progress | None = None
-) -> tuple[Source, ...]:
-    """Look into each source: what media it has, and their captions."""
-    from runner.sources import locate, scan
-
-    found: list[Source] = []
-    limit = int(config.dataset.max_archive_gb * 1e9)
-    for options in source_options(config.dataset):
-        kind, path = locate(options.path, options.kind, cwd=cwd)
-        report = None
-        if progress is not None:
-            report = _report(progress, str(path))
-        scanned = scan(kind, path, max_bytes=limit, progress=report)
-        found.append(Source(options, kind, str(path), scanned.items, scanned.ignored))
-    return tuple(found)
-
-
-def _report(progress: Progress, path: str) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
-        progress(path, done, total)
-
-    return report
+def refusal(config: RunConfig, weights: WeightFacts, engine: EngineFacts) -> str | None:
+    """Why a run can't begin on this machine, though it can be planned."""
+    if "weights" in config.stages.skip and not weights.present:
+        return "stages.skip=[weights], but the weights are not all on this machine yet."
+    if engine.missing:
+        return f"engine={config.engine.name}: {engine.missing}"
+    return None
 
 
 def find_machine() -> Machine | None:

@@ -23,11 +23,9 @@ from runner.formats.frames import Crop, FrameExtraction, crops, kept_frames
 
 if TYPE_CHECKING:
     from runner.sources import Item
+    from runner.sources.entries import Entry
 
 Kind = Literal["image", "video"]
-
-# musubi-tuner crashes on these, so such pictures are handed on as RGB copies.
-_MODES_READ_BY_MUSUBI = ("RGB",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class SourceOptions:
 
     path: str
     kind: str
+    revision: str
     trigger_word: str | None
     default_caption: str | None
     missing_captions: str
@@ -45,17 +44,20 @@ class SourceOptions:
     enable_bucket: bool
     bucket_no_upscale: bool
     extraction: FrameExtraction
+    regularisation: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source: its options and what a scan of it found."""
+    """One source: its options and what a scan of it found; ``commit`` is that of a hub's."""
 
     options: SourceOptions
     kind: str
     path: str
     items: tuple[Item, ...]
     ignored: tuple[tuple[str, str], ...]
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class SelectedItem:
     @property
     def as_rgb(self) -> bool:
         """Whether the run gets an RGB copy instead of the file itself."""
-        return self.kind == "image" and self.media.mode not in _MODES_READ_BY_MUSUBI
+        return self.media.as_rgb
 
     @property
     def media_name(self) -> str:
@@ -122,12 +124,14 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
     return SourceOptions(
         path=source.path,
         kind=source.kind,
-        trigger_word=pick("trigger_word"),
+        revision=pick("revision"),
+        # The word stands for what is learned, which a regularisation set does not show.
+        trigger_word=source.trigger_word if source.regularisation else pick("trigger_word"),
         default_caption=pick("default_caption"),
         missing_captions=dataset.missing_captions,
         resolution=(width, height),
         batch_size=pick("batch_size"),
-        num_repeats=pick("num_repeats"),
+        num_repeats=1 if source.regularisation else pick("num_repeats"),
         enable_bucket=pick("enable_bucket"),
         bucket_no_upscale=pick("bucket_no_upscale"),
         extraction=FrameExtraction(
@@ -138,6 +142,8 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
             max_frames=pick("max_frames"),
             source_fps=pick("source_fps"),
         ),
+        regularisation=source.regularisation,
+        weight=1.0 if source.weight is None else source.weight,
     )
 
 
@@ -223,8 +229,29 @@ def _clips_only(source: Source, items: list[Item], notices: list[str]) -> list[I
     return clips
 
 
-def _targets(source: Source, task: str, notices: list[str]) -> FrameExtraction:
-    extraction = source.options.extraction
+def is_used(item: Item, options: SourceOptions, task: str) -> bool:
+    """Whether :func:`select` would take the item, so far as it alone can tell."""
+    if not item.caption and options.default_caption is None:
+        return False
+    if item.kind == "image":
+        return task != "i2v"
+    try:
+        extraction = _targets(options, task, [])
+    except UserError:
+        return False
+    return bool(crops(len(kept_frames(item.frames, extraction.source_fps)), extraction))
+
+
+def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
+    """Whether :func:`select` will refuse a source, if all its media can be read."""
+    needed = options.missing_captions == "error" and options.default_caption is None
+    if not listing or (needed and not all(entry.caption for entry in listing)):
+        return True
+    return task == "i2v" and all(entry.kind == "image" for entry in listing)
+
+
+def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtraction:
+    extraction = options.extraction
     if task != "i2v" or extraction.mode == "full" or 1 not in extraction.target_frames:
         return extraction
     rest = tuple(frames for frames in extraction.target_frames if frames != 1)
@@ -255,7 +282,7 @@ def _place(
     options = source.options
     extraction = options.extraction
     if any(item.kind == "video" for item in items):
-        extraction = _targets(source, task, notices)
+        extraction = _targets(options, task, notices)
     short: list[str] = []
     lost: set[int] = set()
     for item in items:
@@ -287,7 +314,7 @@ def _place(
             caption=caption,
             bucket=bucket,
             crops=windows,
-            held_out=is_held_out(item.sha256, validation_fraction),
+            held_out=not options.regularisation and is_held_out(item.sha256, validation_fraction),
         )
     if lost:
         notices.append(

@@ -102,39 +102,5 @@ def load_clip(path: Path | str, extraction: FrameExtraction, resolution: Size) -
     return np.stack(frames)
 
 
-def probe_image(stream: BinaryIO) -> tuple[Size, str]:
-    """Size (pixels, as stored) and PIL mode of a picture; the decoder's error if it is damaged."""
-    from PIL import Image
-
-    with Image.open(stream) as image:
-        image.load()  # a file that is cut short opens, and fails only here
-        return image.size, image.mode
-
-
-def probe_video(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
-    """Size (pixels), decodable frames and frames a second, if stated, of a clip.
-
-    Every frame is decoded, since containers state wrong counts and hide damage. Raises UserError
-    when there is no frame, the decoder's error when the clip is damaged.
-    """
-    import av
-
-    if not isinstance(source, Path):
-        source.seek(0)
-    with av.open(f"file:{source}" if isinstance(source, Path) else source, "r") as container:
-        if not container.streams.video:
-            raise UserError("it has no video stream")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        size, frames = None, 0
-        for frame in container.decode(stream):
-            size = size or (frame.width, frame.height)
-            frames += 1
-        rate = stream.average_rate or stream.guessed_rate
-    if size is None:
-        raise UserError("it holds no frame")
-    return size, frames, float(rate) if rate else None
-
-
 def _name(path: Path | str | BinaryIO) -> str:
     return str(path) if isinstance(path, str | Path) else str(getattr(path, "name", "the picture"))

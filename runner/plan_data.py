@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from runner.config import RunConfig
@@ -82,8 +81,7 @@ def narrows(extraction: FrameExtraction) -> bool:
 
 def media_entry(item: SelectedItem) -> str:
     """The name of an item's media in the store."""
-    suffix = Path(item.media_name).suffix
-    return item.media.sha256 + ("-rgb" if item.as_rgb else "") + suffix
+    return item.media.entry
 
 
 def dataset_stage(config: RunConfig, facts: Facts) -> Stage:

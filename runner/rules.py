@@ -171,6 +171,7 @@ def _frames(config: RunConfig) -> Iterator[str]:
     for n, source in enumerate(config.dataset.sources):
         if not source.path and source.kind != "sample":
             yield f"dataset.sources[{n}] has no path."
+    yield from _regularisation(config)
     if config.sampling.name == "prompts":
         yield from _resolution("sampling.width/height", _preview_size(config))
         yield from _target_frames("sampling.frames", [config.sampling.frames])
@@ -178,6 +179,24 @@ def _frames(config: RunConfig) -> Iterator[str]:
             yield "sampling=prompts needs sampling.prompts, for example [a cat on a roof]."
         if config.task.name == "i2v" and not config.sampling.image_path:
             yield "sampling=prompts with task=i2v needs sampling.image_path, the first frame."
+
+
+def _regularisation(config: RunConfig) -> Iterator[str]:
+    sources = config.dataset.sources
+    for n, source in enumerate(sources):
+        key = f"dataset.sources[{n}]"
+        if source.weight is not None and not source.regularisation:
+            yield (
+                f"{key}.weight is for regularisation sets: add regularisation: true, or take "
+                "num_repeats."
+            )
+        if source.regularisation and source.num_repeats is not None:
+            yield f"{key}: regularisation sets get their repeats from weight: drop num_repeats."
+        weight = 1.0 if source.weight is None else source.weight
+        if not (weight > 0 and math.isfinite(weight)):
+            yield f"{key}.weight={weight} must be a number above 0."
+    if sources and all(source.regularisation for source in sources):
+        yield "dataset.sources holds regularisation sets only: add what is to be learned."
 
 
 def _preview_size(config: RunConfig) -> list[int]:

@@ -130,10 +130,19 @@ def fake_facts(
     from runner.formats.train_toml import WeightPaths
     from runner.items import Source, select, source_options
     from runner.plan_model import Facts, WeightFacts
+    from runner.regularisation import weigh
 
     sources = tuple(
         Source(options, "folder", options.path, tuple(items), ())
         for options in source_options(config.dataset)
+    )
+    sources, selection = weigh(
+        sources,
+        select(
+            sources,
+            task=config.task.name,
+            validation_fraction=config.dataset.validation_fraction,
+        ),
     )
     memory, note = memory_tier(config, machine)
     parts = ("transformer", "vae", "text_encoder", "byt5", "image_encoder")
@@ -142,11 +151,7 @@ def fake_facts(
         python="/venv/bin/python",
         python_path=None,
         sources=sources,
-        selection=select(
-            sources,
-            task=config.task.name,
-            validation_fraction=config.dataset.validation_fraction,
-        ),
+        selection=selection,
         weights=WeightFacts(
             WeightPaths(*(f"/weights/{part}" for part in parts)),
             {part: part for part in parts} if digests else None,

@@ -1,8 +1,8 @@
 """A Hugging Face hub on loopback, which can be told to misbehave.
 
 It answers what huggingface_hub asks: a repository's files at a revision, the head of a file, and
-its bytes with ranges. Large (LFS) files are redirected to another host name, as the hub does to
-its content network.
+its bytes with ranges. A dataset is named as its page is, "datasets/owner/name". Large (LFS) files
+are redirected to another host name, as the hub does to its content network.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._end(self.hub.failures.pop(0))
         elif path.startswith("/api/models/"):
             self._info(path.removeprefix("/api/models/"))
+        elif path.startswith("/api/datasets/"):
+            self._info("datasets/" + path.removeprefix("/api/datasets/"))
         elif path.startswith("/cdn/"):
             repository, _, file = path.removeprefix("/cdn/").partition("/resolve/")
             self._send(self.hub.repositories[repository], file, asked)

@@ -24,6 +24,13 @@ from runner.formats.captions import with_trigger
         ("Été à Paris", "été", "Été à Paris"),
         ("a red fox runs", "red fox", "a red fox runs"),
         ("", "ohwx", "ohwx"),
+        # Punctuation ends a word, on either side.
+        ("(Ohwx), smiling", "ohwx", "(Ohwx), smiling"),
+        ("the cat of OHWX.", "ohwx", "the cat of OHWX."),
+        ("ohwx's cat", "ohwx", "ohwx's cat"),
+        ("an ohwx-like cat", "ohwx", "an ohwx-like cat"),
+        ("ohwx_2 runs", "ohwx", "ohwx, ohwx_2 runs"),
+        ("a RED FOX, running", "red fox", "a RED FOX, running"),
         ("", None, ""),
     ],
 )

@@ -18,9 +18,9 @@ from runner.media import (
     VIDEO_EXTENSIONS,
     load_clip,
     load_image,
-    probe_video,
     resize_to_bucket,
 )
+from runner.sources.probe import probe_video
 
 
 # Every kind of picture that is accepted by name can be read, in any mode, as RGB.

@@ -68,6 +68,32 @@ def test_targets_are_whole_when_frames_are_resampled() -> None:
     assert "25" in toml
 
 
+# Several datasets in one run keep their own resolution, repeats and frames, in what the trainer is
+# given, in what is encoded, and in the count of steps.
+def test_several_datasets_in_one_run() -> None:
+    import tomllib
+
+    config = compose(
+        *BASES["diffusers"],
+        "dataset.sources=[{path: a.zip, num_repeats: 2, resolution: [64, 64]},"
+        "{path: b, resolution: [96, 64], target_frames: [5]}]",
+        "dataset.batch_size=1",
+    )
+    facts = fake_facts(config, [fake_item("p.jpg", size=(64, 64)), fake_item("c.mp4", frames=9)])
+    plan = plan_of(config, facts)
+    tables = tomllib.loads(dict(plan.files)["dataset.toml"])["datasets"]
+    assert [(t["resolution"], t["num_repeats"], t.get("target_frames")) for t in tables] == [
+        ([64, 64], 2, None),
+        ([64, 64], 2, [1]),
+        ([96, 64], 1, None),
+        ([96, 64], 1, [5]),
+    ]
+    assert len({t["cache_directory"] for t in tables}) == 4
+    assert plan.steps_per_epoch == 2 * 2 + 2
+    buckets = {tuple(e.made_of["bucket"]) for e in plan.stage("latents").entries}
+    assert len(buckets) > 1
+
+
 # musubi-tuner caches clips in buckets whatever it is told, and must then be told so in training.
 def test_clips_are_always_in_buckets() -> None:
     import tomllib

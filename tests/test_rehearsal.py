@@ -128,10 +128,17 @@ def test_piped_output_is_plain(first: tuple[Path, Finished]) -> None:
     assert "python -m runner.ui" in done.out
 
 
-# A second run on the same data encodes nothing, whatever its rank or the zip's name.
+def cached(cwd: Path) -> dict[str, tuple[int, int]]:
+    """What lies on the three shelves."""
+    cache = cwd / "outputs" / "cache"
+    return tree(cache / "media") | tree(cache / "latents") | tree(cache / "text")
+
+
+# A second run on the same data unpacks and encodes nothing, whatever its rank or the zip's name.
 def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
     cwd, _ = first
-    before = tree(cwd / "outputs" / "cache" / "latents") | tree(cwd / "outputs" / "cache" / "text")
+    before = cached(cwd)
+    assert before
     archive = next(cwd.glob("*.zip"))
     renamed = archive.rename(cwd / "renamed.zip")
     try:
@@ -140,8 +147,7 @@ def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
         renamed.rename(archive)
     assert done.code == 0, done.err
     assert done.out.count("(done already)") == 4, done.out
-    after = tree(cwd / "outputs" / "cache" / "latents") | tree(cwd / "outputs" / "cache" / "text")
-    assert after == before
+    assert cached(cwd) == before
     losses = [json.loads((r / "evaluation.json").read_text())["base_loss"] for r in runs(cwd)]
     # The base network's loss is the same for every run on a dataset: that is what makes eval/loss
     # comparable.

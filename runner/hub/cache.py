@@ -7,6 +7,8 @@ Its layout is the one described in huggingface_hub's guide "Understand caching":
     models--<owner>--<name>/blobs/<etag>               the bytes; the etag is the sha256 of a
                                                        large (LFS) file, else git's blob id
     .locks/models--<owner>--<name>/<etag>.lock         held while a blob is made
+
+and for a dataset ``datasets--`` in place of ``models--``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Request:
 
     ``files`` must be there; of what the repository has besides, files like ``patterns`` are taken
     too. ``branch`` is a name that programs will ask for offline: it is made to point at the
-    commit. ``option`` is the option that holds the revision.
+    commit. ``option`` is the option that holds the revision. ``repo_type`` is model or dataset.
     """
 
     repository: str
@@ -43,6 +45,7 @@ class Request:
     patterns: tuple[str, ...] = ()
     branch: str | None = None
     option: str = "revision"
+    repo_type: str = "model"
 
     def matches(self, file: str) -> bool:
         """Whether a file of the repository is wanted."""
@@ -73,24 +76,26 @@ def is_commit(revision: str) -> bool:
 
 
 class HubCache:
-    """The cache at ``folder``; ``checked`` is where it is noted which files were found whole."""
+    """The cache at ``folder`` as far as it is of one type; ``checked`` is where it is noted which
+    files were found whole."""
 
-    def __init__(self, folder: Path, checked: Path) -> None:
+    def __init__(self, folder: Path, checked: Path, repo_type: str = "model") -> None:
         self.folder = folder
+        self._type = repo_type
         self._checked = checked
         # The notes once more, for when they can't be written.
         self._notes: dict[str, dict[str, object]] = {}
 
     @classmethod
-    def of_user(cls, checked: Path) -> HubCache:
+    def of_user(cls, checked: Path, repo_type: str = "model") -> HubCache:
         """The user's own cache, where HF_HOME and HF_HUB_CACHE put it."""
         from huggingface_hub import constants
 
-        return cls(Path(constants.HF_HUB_CACHE), checked)
+        return cls(Path(constants.HF_HUB_CACHE), checked, repo_type)
 
     def of(self, repository: str) -> Path:
         """A repository's folder."""
-        return self.folder / f"models--{repository.replace('/', '--')}"
+        return self.folder / f"{self._type}s--{repository.replace('/', '--')}"
 
     def commit(self, repository: str, revision: str) -> str | None:
         """The commit of a revision as far as this machine knows."""

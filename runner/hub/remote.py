@@ -55,9 +55,10 @@ def look_up(request: Request) -> Remote:
     from huggingface_hub import HfApi, constants
 
     api = HfApi(endpoint=constants.ENDPOINT)
+    ask = api.dataset_info if request.repo_type == "dataset" else api.model_info
     info = _patiently(
         request,
-        lambda: api.model_info(
+        lambda: ask(
             request.repository,
             revision=request.revision,
             files_metadata=True,
@@ -196,7 +197,10 @@ def _stream(
 def _url(remote: Remote, file: RemoteFile) -> str:
     from huggingface_hub import hf_hub_url
 
-    return hf_hub_url(remote.request.repository, file.name, revision=remote.commit)
+    request = remote.request
+    return hf_hub_url(
+        request.repository, file.name, repo_type=request.repo_type, revision=remote.commit
+    )
 
 
 def _patiently(request: Request, call: Callable[[], T]) -> T:
@@ -235,10 +239,12 @@ def told(error: Exception, request: Request, file: str | None = None) -> str:
     from huggingface_hub import constants, errors, get_token
 
     where, repository = constants.ENDPOINT, request.repository
+    page = f"{where}/{'datasets/' if request.repo_type == 'dataset' else ''}{repository}"
+    what = "dataset" if request.repo_type == "dataset" else "repository"
     token = "the token in use does not open it" if get_token() else "no token is set"
     if isinstance(error, errors.GatedRepoError):
         return (
-            f"{repository} is gated and {token}: accept its terms at {where}/{repository}, then "
+            f"{repository} is gated and {token}: accept its terms at {page}, then "
             "log in with `hf auth login` or set HF_TOKEN."
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -248,7 +254,7 @@ def told(error: Exception, request: Request, file: str | None = None) -> str:
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repository} has no file {file or ''} at {request.option}={request.revision}."
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no repository {repository} at {where}, or it is private and {token}."
+        return f"there is no {what} {repository} at {where}, or it is private and {token}."
     status = _status(error)
     if status in (401, 403):
         return (

@@ -12,6 +12,7 @@ from runner.store import link
 
 if TYPE_CHECKING:
     from runner.execute import Context
+    from runner.items import SelectedItem
 
 
 def run(context: Context) -> None:
@@ -19,35 +20,53 @@ def run(context: Context) -> None:
 
     Nothing else is in ``dataset/`` afterwards.
     """
-    from runner.sources import check_archive
+    from runner.sources import check_unchanged
 
-    selection = context.facts.selection
-    limit = int(context.config.dataset.max_archive_gb * 1e9)
-    for archive in {item.media.archive for item in selection.items if item.media.archive}:
-        check_archive(archive, limit)
+    items = context.facts.selection.items
+    # Most of an archive was unpacked when it was looked at.
     fill(context, "dataset", lambda todo: _unpack(context, todo))
     stage = context.plan.stage("dataset")
+    check_unchanged(item.media for item in items if not _in_store(item))
     link_entries(context, stage)
     media = context.run_dir / "dataset" / "media"
-    for item in selection.items:
+    for item in items:
         if item.media.file is not None and not item.as_rgb:
             link(Path(item.media.file).absolute(), media / item.media_name)
+    context.writer.set_tags(
+        {
+            f"dataset.{source.options.path}": source.commit
+            for source in context.facts.sources
+            if source.commit is not None
+        }
+    )
     for name, text in stage.files:
         write_text(context.run_dir / name, text)
-    kept = {media / item.media_name for item in selection.items}
+    kept = {media / item.media_name for item in items}
     tidy(context.run_dir / "dataset", kept | {context.run_dir / name for name, _ in stage.files})
 
 
-def _unpack(context: Context, todo: frozenset[str]) -> None:
-    from runner.sources import write_media
+def _in_store(item: SelectedItem) -> bool:
+    return item.media.file is None or item.as_rgb
 
-    staging = context.run_dir / "staging" / "media"
-    staging.mkdir(parents=True, exist_ok=True)
-    items = {f"media/{media_entry(item)}": item for item in context.facts.selection.items}
-    entries = [e for e in context.plan.stage("dataset").entries if e.stored in todo]
-    with context.console.bar("unpacked", len(entries)) as bar:
-        for done, entry in enumerate(entries, 1):
-            item, temporary = items[entry.stored], staging / entry.name
-            write_media(item.media, temporary, as_rgb=item.as_rgb)
-            context.store.commit("media", entry.name, temporary, entry.made_of, replace=True)
-            bar.update(done)
+
+def _unpack(context: Context, todo: frozenset[str]) -> None:
+    from runner.incoming import Incoming
+    from runner.sources import check_archive, unpack
+
+    items = {
+        media_entry(item): item.media
+        for item in context.facts.selection.items
+        if f"media/{media_entry(item)}" in todo
+    }
+    limit = int(context.config.dataset.max_archive_gb * 1e9)
+    for archive in {item.archive for item in items.values() if item.archive}:
+        check_archive(archive, limit)
+
+    def waiting() -> None:
+        context.console.line("      waiting for another run, which is unpacking media")
+
+    with (
+        Incoming(context.store, "media", waiting, anew=items) as incoming,
+        context.console.bar("unpacked", len(items)) as bar,
+    ):
+        unpack(list(items.values()), incoming, bar.update)

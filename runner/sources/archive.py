@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from runner.errors import UserError
@@ -32,17 +33,27 @@ def member_name(member: zipfile.ZipInfo) -> str:
         return member.filename
 
 
+def plain(name: str) -> str:
+    """A member's name as a path: no "./" and no doubled or closing slash in it."""
+    odd = name.endswith("/") or "//" in name or "./" in name or name.endswith("/.")
+    return str(PurePosixPath(name)) if odd else name
+
+
 def check_archive(path: Path, max_bytes: int) -> None:
     """Raise UserError if unpacking the archive could do harm, or needs over `max_bytes` bytes."""
+    with open_archive(path) as archive:
+        check_members(path, archive.infolist(), max_bytes)
+
+
+def check_members(path: Path, members: Sequence[zipfile.ZipInfo], max_bytes: int) -> None:
+    """`check_archive` of an archive that is open."""
     seen: set[str] = set()
     total = 0
-    with open_archive(path) as archive:
-        members = archive.infolist()
     for member in members:
         name = member_name(member)
         if why := _unsafe(member, name):
             raise UserError(f"{path}: refused, its member {name!r} {why}")
-        place = str(PurePosixPath(name))
+        place = plain(name)
         if place in seen:
             raise UserError(f"{path}: refused, it holds {name!r} twice: keep one of them")
         seen.add(place)

@@ -1,0 +1,181 @@
+"""A dataset of the Hugging Face hub: its media, captions and zips, in the hub's cache.
+
+They are used where they lie in the cache, as a folder is. Which files a commit has is noted, so
+that a dataset that is here needs no hub; a branch that has moved since is looked at again only
+with ``stages.force=[dataset]``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from runner.atomic import write_text
+from runner.console import readable
+from runner.errors import StageError, UserError
+from runner.hub.cache import HubCache, Request
+from runner.items import counted
+
+if TYPE_CHECKING:
+    from runner.hub.fetch import Watcher
+    from runner.hub.remote import Remote
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Media inside these can't be got at as files.
+_PACKED = (".parquet", ".arrow", ".tar")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One repository at one commit; `folder` is its snapshot in the cache."""
+
+    repository: str
+    revision: str
+    commit: str
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.repository} ({self.commit[:12]})"
+
+
+@dataclass(frozen=True)
+class _Listed(Request):
+    """All of a repository that matters, before its names are known."""
+
+    def matches(self, file: str) -> bool:
+        return is_wanted(file) or file.lower().endswith(_PACKED)
+
+
+class HubDatasets:
+    """Datasets in the user's cache; ``root`` is the folder of the runner's own notes."""
+
+    def __init__(self, root: Path) -> None:
+        self._notes = root / "hub"
+        self._cache = HubCache.of_user(root / "weights" / "checked", repo_type="dataset")
+
+    def fetch(
+        self, repository: str, revision: str, watcher: Watcher, *, force: bool = False
+    ) -> HubDataset:
+        """Have the dataset in the cache, every file whole. Nothing is asked where it is already.
+
+        Raises :class:`UserError` for a dataset that can't be used, and :class:`StageError` where
+        it can't be had.
+        """
+        from runner.hub.fetch import obtain
+
+        here = None if force else self.find(repository, revision)
+        if here is not None:
+            return here
+        remote = self._look_up(repository, revision)
+        names = _usable(remote)
+        obtain([_request(remote, names)], self._cache, watcher, force=force)
+        write_text(self._note(repository, remote.commit), json.dumps({"files": names}) + "\n")
+        return self._made(repository, revision, remote.commit)
+
+    def planned(self, repository: str, revision: str) -> HubDataset:
+        """The dataset if it is here, for a dry run: nothing is fetched or noted.
+
+        Raises :class:`UserError` saying how much there is to fetch where it isn't, and as
+        :meth:`fetch` does.
+        """
+        here = self.find(repository, revision)
+        if here is not None:
+            return here
+        remote = self._look_up(repository, revision)
+        names = _usable(remote)
+        lacking = [
+            file
+            for file in remote.files
+            if file.name in names and not self._cache.find(repository, remote.commit, file.name)
+        ]
+        if lacking:
+            raise UserError(
+                f"the dataset {repository} is not on this machine yet "
+                f"({counted(len(lacking), 'file')}, {readable(sum(f.size for f in lacking))} at "
+                f"commit {remote.commit[:12]}), and dry_run=true fetches nothing. Start without "
+                "dry_run, which fetches it first, or run: "
+                f"hf download {repository} --repo-type dataset --revision {revision}"
+            )
+        return self._made(repository, revision, remote.commit)
+
+    def find(self, repository: str, revision: str) -> HubDataset | None:
+        """The dataset where all of it is known to be here."""
+        if not _NAME.fullmatch(repository):
+            raise UserError(
+                f"dataset=hub needs the name of a dataset, dataset.path=owner/name: {repository!r} "
+                "is none."
+            )
+        commit = self._cache.commit(repository, revision)
+        if commit is None:
+            return None
+        try:
+            names = json.loads(self._note(repository, commit).read_text("utf-8"))["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not all(self._cache.find(repository, commit, name) for name in names):
+            return None
+        return self._made(repository, revision, commit)
+
+    def _made(self, repository: str, revision: str, commit: str) -> HubDataset:
+        folder = self._cache.place(repository, commit, "")
+        return HubDataset(repository, revision, commit, folder)
+
+    def _note(self, repository: str, commit: str) -> Path:
+        return self._notes / self._cache.of(repository).name / f"{commit}.json"
+
+    def _look_up(self, repository: str, revision: str) -> Remote:
+        from runner.hub.remote import look_up, offline
+
+        if offline():
+            raise StageError(
+                f"HF_HUB_OFFLINE is set and the dataset {repository} ({revision}) was not fetched "
+                "whole by an earlier run: run once without it."
+            )
+        listed = _Listed(repository, revision, (), option="dataset.revision", repo_type="dataset")
+        return look_up(listed)
+
+
+def is_wanted(file: str) -> bool:
+    """Whether a file of a repository is a medium, a caption, or an archive of them."""
+    from runner.sources.entries import hidden, media_kind
+
+    known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
+    return not hidden(file) and (known or media_kind(file) is not None)
+
+
+def _usable(remote: Remote) -> list[str]:
+    names = [file.name for file in remote.files]
+    wanted = [name for name in names if is_wanted(name)]
+    if any(_holds_media(name) for name in wanted):
+        return wanted
+    what = f"the dataset {remote.request.repository}"
+    packed = [name for name in names if name not in wanted]
+    if packed:
+        kinds = ", ".join(sorted({PurePosixPath(name).suffix for name in packed}))
+        raise UserError(
+            f"{what} keeps its media inside {kinds} files, which can't be read here: save them as "
+            "pictures or clips with a .txt beside each (datasets.load_dataset reads them), and "
+            "give that folder."
+        )
+    raise UserError(f"{what} has no picture, clip or zip.")
+
+
+def _holds_media(name: str) -> bool:
+    return not name.lower().endswith((".txt", ".jsonl"))
+
+
+def _request(remote: Remote, names: Iterable[str]) -> Request:
+    """The files of the very commit that was listed; the branch may move meanwhile."""
+    request = remote.request
+    return Request(
+        request.repository,
+        remote.commit,
+        tuple(names),
+        branch=request.revision,
+        option=request.option,
+        repo_type=request.repo_type,
+    )
