@@ -88,8 +88,10 @@ def execute(
     plan = make_plan(config, facts, engine)
     if config.dry_run:
         from runner.page import show_plan
+        from runner.report.read import read_report
 
-        show_plan(console, plan, config, facts)
+        report = read_report(config, facts, console, keep=False)
+        show_plan(console, plan, config, facts, report)
         return 0
     if "weights" in config.stages.skip and not facts.weights.present:
         raise UserError("stages.skip=[weights], but the weights are not all on this machine yet.")

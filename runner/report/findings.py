@@ -68,7 +68,7 @@ def _each(
     if len(which) == 1:
         text = re.sub("^are ", "is ", re.sub("^have ", "has ", text))
     what = _many([media[i] for i in which])
-    yield Finding(kind, f"{what} {text}: {named(shown, 3)}", serious, cases)
+    yield Finding(kind, f"{what} {text}", named(shown, 3), serious, cases)
 
 
 def _many(media: Sequence[Medium]) -> str:
@@ -110,9 +110,9 @@ def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
     ):
         if found:
             cases = tuple(Case(group) for group in found)
-            names = [f"({named([media[i].name for i in group], 3)})" for group in found]
-            line = f"{counted(len(found), 'group')} of {text}: {named(names, 3)}"
-            yield Finding(kind, line, serious, cases)
+            names = [f"({named([media[i].name for i in group], 2)})" for group in found]
+            what = f"{counted(len(found), 'group')} of {text}"
+            yield Finding(kind, what, named(names, 3), serious, cases)
 
 
 def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
@@ -122,7 +122,8 @@ def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterato
     yield Finding(
         "leak",
         f"{counted(len(pairs), 'held-out item')} nearly equal to what is trained on, so that "
-        f"eval/loss says less: {named(names, 3)}",
+        "eval/loss says less",
+        named(names, 3),
         True,
         tuple(Case(pair, "held out, and trained on") for pair in pairs),
     )

@@ -94,12 +94,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something a person should know. `text` is one line; `serious` ones are worth a notice."""
+    """Something a person should know: what it is, and a few names of what it is about.
+
+    The `serious` ones are worth a notice.
+    """
 
     kind: str
     text: str
+    names: str
     serious: bool
     cases: tuple[Case, ...]
+
+    @property
+    def line(self) -> str:
+        return f"{self.text}: {self.names}."
 
 
 @dataclass(frozen=True)
