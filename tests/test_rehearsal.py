@@ -75,6 +75,7 @@ def test_a_zip_becomes_a_lora(first: tuple[Path, Finished]) -> None:
     (run,) = runs(cwd)
     for name in ("config.yaml", "dataset.toml", "train.toml", "commands.sh", "evaluation.json"):
         assert (run / name).stat().st_size > 0
+    assert "bunny_rises.mp4" in (run / "dataset_report.html").read_text()
     with safe_open(run / "lora.safetensors", framework="pt") as file:
         names = set(file.keys())
     # Two blocks of 14 linears, each with down, up and alpha.
@@ -107,6 +108,7 @@ def test_the_run_is_in_mlflow(first: tuple[Path, Finished]) -> None:
     names = artifacts(cwd, run)
     for name in ("config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"):
         assert name in names
+    assert "dataset_report.html" in names
     assert {"lora.safetensors", "lora_comfyui.safetensors"} <= names
     assert "logs/train.log" in artifacts(cwd, run, "logs")
 
@@ -131,7 +133,9 @@ def test_piped_output_is_plain(first: tuple[Path, Finished]) -> None:
 # A second run on the same data encodes nothing, whatever its rank or the zip's name.
 def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
     cwd, _ = first
-    before = tree(cwd / "outputs" / "cache" / "latents") | tree(cwd / "outputs" / "cache" / "text")
+    shelves = [cwd / "outputs" / "cache" / shelf for shelf in ("latents", "text", "looks")]
+    before = [tree(shelf) for shelf in shelves]
+    assert len(before[2]) >= 7
     archive = next(cwd.glob("*.zip"))
     renamed = archive.rename(cwd / "renamed.zip")
     try:
@@ -140,8 +144,7 @@ def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
         renamed.rename(archive)
     assert done.code == 0, done.err
     assert done.out.count("(done already)") == 4, done.out
-    after = tree(cwd / "outputs" / "cache" / "latents") | tree(cwd / "outputs" / "cache" / "text")
-    assert after == before
+    assert [tree(shelf) for shelf in shelves] == before
     losses = [json.loads((r / "evaluation.json").read_text())["base_loss"] for r in runs(cwd)]
     # The base network's loss is the same for every run on a dataset: that is what makes eval/loss
     # comparable.

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import shutil
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,48 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TOP, compose, fake_facts, fake_item, report_of, run_program, tree
-from media_factory import make_clip, pattern
+from bad_media import make_bad_media
+from conftest import compose, fake_facts, fake_item, report_of, run_program
 
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS
 from runner.report import looks as looking
-from runner.report.alike import NEAR, groups, nearest
 from runner.report.html import html
-from runner.report.looks import Look, look_at, look_at_clip, look_at_picture, measure
+from runner.report.looks import Look, look_at
 from runner.report.model import Report, Tokens
 from runner.report.page import notices, page_lines, printable
 from runner.report.tokens import count_tokens, estimate, may_be_cut
 from runner.sources import Item, scan
 
-SAMPLE = TOP / "runner" / "sample"
-PHOTOS = sorted(SAMPLE.rglob("*.jpg"))
 FINE = Look(900.0, 120.0, 50.0, 0, "")
 BASE = ["engine=diffusers", "model=tiny", "optimizer=adamw", "precision=fp32", "memory=cpu"]
-
-
-def photo(file: Path) -> Any:
-    from PIL import Image
-
-    return Image.open(file).convert("RGB")
-
-
-def blurred(image: Any, radius: float) -> Any:
-    """`image` blurred by so many pixels of the size it is measured at."""
-    from PIL import ImageFilter
-
-    return image.filter(ImageFilter.GaussianBlur(radius * max(1, max(image.size) / looking.SIDE)))
-
-
-def saved(image: Any, quality: int = 75) -> Any:
-    from PIL import Image
-
-    held = io.BytesIO()
-    image.save(held, "JPEG", quality=quality)
-    return Image.open(held).convert("RGB")
-
-
-def distance(first: Look, second: Look) -> int:
-    return (first.hash ^ second.hash).bit_count()
 
 
 def report(items: list[Item], *overrides: str, looks: Any = None, tokens: Any = None) -> Report:
@@ -72,118 +41,9 @@ def kinds(made: Report) -> dict[str, set[str]]:
     }
 
 
-# A sharp picture is not called blurred, its blurred copy is, and the worse the blur the lower the
-# measure.
-@pytest.mark.parametrize("file", PHOTOS, ids=lambda file: file.stem)
-def test_blur_is_told_from_sharpness(file: Path) -> None:
-    image = photo(file)
-    seen = [measure(blurred(image, radius)) for radius in (0, 0.7, 1.5, 3)]
-    assert [look.blurred for look in seen] == [False, False, True, True]
-    assert sorted(seen, key=lambda look: -look.sharpness) == seen
-
-
-# A sharp subject before a soft background is sharp.
-def test_a_soft_background_is_no_blur() -> None:
-    image = photo(PHOTOS[0])
-    width, height = image.size
-    soft = blurred(image, 6)
-    box = (width // 2, height // 2, width * 3 // 4, height * 3 // 4)
-    soft.paste(image.crop(box), box[:2])
-    assert measure(blurred(image, 6)).blurred
-    assert not measure(soft).blurred
-
-
-# The same picture at any size is measured at one size.
-def test_sharpness_does_not_grow_with_the_picture() -> None:
-    image = photo(PHOTOS[0])
-    large = image.resize((image.width * 4, image.height * 4))
-    assert measure(large).sharpness <= measure(image).sharpness * 1.1
-
-
-# Saved again at another size, quality or brightness a picture is near itself; another one is not.
-def test_alike_pictures_are_near() -> None:
-    from PIL import ImageEnhance
-
-    seen = []
-    for file in PHOTOS:
-        image = photo(file)
-        half = image.resize((image.width // 2, image.height // 2))
-        changed = [saved(image, 30), saved(half, 40), ImageEnhance.Brightness(image).enhance(1.2)]
-        look = measure(image)
-        assert all(distance(look, measure(copy)) <= NEAR // 2 for copy in changed)
-        seen.append(look)
-    far = [distance(a, b) for at, a in enumerate(seen) for b in seen[at + 1 :]]
-    assert min(far) > 3 * NEAR
-
-
-# Every pair that is near is found, and groups are what near pairs tie together.
-def test_groups_are_what_near_pairs_tie_together() -> None:
-    random = np.random.default_rng(0)
-    hashes = [int.from_bytes(random.bytes(16)) for _ in range(40)]
-
-    def off(value: int, bits: int) -> int:
-        for bit in random.choice(128, bits, replace=False):
-            value ^= 1 << int(bit)
-        return value
-
-    hashes += [off(hashes[3], NEAR), off(hashes[5], NEAR + 1), hashes[7]]
-    hashes.append(off(hashes[40], NEAR))
-    found = groups(hashes)
-    assert (7, 42) in found
-    assert (3, 40, 43) in found
-    assert len(found) == 2
-    assert nearest(hashes[3], hashes[4:]) == 36
-    assert nearest(hashes[5], hashes[41:42]) is None
-    assert nearest(hashes[5], []) is None
-    assert groups([]) == []
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample, and media that are wrong in each of the ways that a report knows."""
-    from PIL import Image
-
-    top = tmp_path_factory.mktemp("it's [bad] <media> ünïcode")
-    for file in SAMPLE.rglob("*"):
-        if file.suffix in (".jpg", ".mp4", ".txt"):
-            shutil.copy(file, top / file.name)
-    image = photo(PHOTOS[0])
-    made = {
-        "blurred.jpg": blurred(image, 2.5),
-        "again.jpg": saved(photo(PHOTOS[1]).resize((900, 600)), 60),
-        "black.png": Image.new("RGB", (640, 640), (3, 3, 3)),
-        "grey.png": Image.new("RGB", (640, 640), (128, 128, 128)),
-        "tiny.png": Image.fromarray(pattern((90, 60))),
-        "wide.png": Image.fromarray(pattern((1200, 200))),
-        "<script>alert(1)</script>.png".replace("/", "∕"): Image.fromarray(pattern((640, 640), 3)),
-    }
-    for name, picture in made.items():
-        picture.save(top / name, **({"quality": 90} if name.endswith("jpg") else {}))
-        (top / name).with_suffix(".txt").write_text(f'caption of <b>{name}</b> & "more"')
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo(PHOTOS[2]).transpose(Image.Transpose.ROTATE_90).save(top / "turned.jpg", exif=exif)
-    (top / "turned.txt").write_text("turned")
-    shutil.copy(top / "coffee.jpg", top / "copy.jpg")
-    (top / "copy.txt").write_text((top / "coffee.txt").read_text())
-    shutil.copy(top / "rocket.jpg", top / "other words.jpg")
-    (top / "other words.txt").write_text("another caption")
-    (top / "long.txt").write_text("many words of it " * 400)
-    Image.fromarray(pattern((700, 700), 9)).save(top / "long.png")
-    (top / "sign.txt").write_text(f'a sign that says "{"a" * 140}"')
-    Image.fromarray(pattern((700, 690), 11)).save(top / "sign.png")
-    (top / "broken.jpg").write_bytes(PHOTOS[0].read_bytes()[:3000])
-    make_clip(top / "short.mp4", 3, size=(960, 544))
-    (top / "short.txt").write_text("a short clip")
-    # It begins black, as a fade does; its key frame is the first.
-    frames = [np.zeros((128, 128, 3), np.uint8)] * 4 + [pattern((128, 128))] * 8
-    make_clip(top / "fade.mp4", pictures=frames)
-    (top / "fade.txt").write_text("a fade")
-    return top
-
-
-def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[str, Look]:
-    return look_at(scan(kind, path, max_bytes=10**9).items, cache, keep=keep)
+    return make_bad_media(tmp_path_factory.mktemp("media") / "it's [bad] <media> ünïcode")
 
 
 # Each way a medium can be wrong is found in it and in no other.
@@ -193,9 +53,8 @@ def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
     made = report(items, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]", looks=looks)
     found = kinds(made)
     assert found["blurred"] == {"blurred.jpg"}
-    assert found["flat"] == {"grey.png", "black.png"} | {
-        item.name for item in items if item.name == "short.mp4" and looks[item.sha256].flat
-    }
+    assert found["flat"] == {"grey.png"}
+    assert found["dark"] == {"night.png"}
     assert found["turned"] == {"turned.jpg"}
     assert found["equal"] == {"coffee.jpg", "copy.jpg"}
     assert found["captioned"] == {"rocket.jpg", "other words.jpg"}
@@ -207,8 +66,332 @@ def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
     assert [out.name for out in made.left_out] == ["short.mp4"]
 
 
-# A clip that is black where its key frame is, as in a fade, is judged by a later frame.
-def test_a_fade_is_not_black(folder: Path) -> None:
-    look = look_at_clip(folder / "fade.mp4")
-    assert look.fine
-    assert look.brightness > 50
+# A held-out item that nearly equals one that is trained on is named, and no other is.
+def test_a_leak_is_named() -> None:
+    items = [fake_item(f"{n}.jpg", sha256=f"{n:x}".zfill(1) + "0" * 63) for n in range(16)]
+    hashes = [int.from_bytes(np.random.default_rng(n).bytes(16)) for n in range(16)]
+    # By its digest 0.jpg is held out, 9.jpg is its twin, and 8.jpg is that of 7.jpg: both trained.
+    hashes[9], hashes[8] = hashes[0] ^ 0b1011, hashes[7]
+    looks = {item.sha256: replace(FINE, hash=h) for item, h in zip(items, hashes, strict=True)}
+    made = report(items, "dataset.validation_fraction=0.1", looks=looks)
+    assert [m.name for m in made.media if m.item.held_out] == ["0.jpg", "1.jpg"]
+    found = kinds(made)
+    assert found["leak"] == {"0.jpg", "9.jpg"}
+    assert found["alike"] == {"7.jpg", "8.jpg"}
+    assert "eval/loss" in notices(made)[0]
+    whole = report(items, looks=looks)
+    assert "leak" not in kinds(whole)
+    assert kinds(whole)["alike"] == {"0.jpg", "9.jpg", "7.jpg", "8.jpg"}
+
+
+# Counts are those of what is trained on: repeats, held-out items, partial batches, crops.
+def test_counts_are_true() -> None:
+    items = [fake_item(f"{n}.jpg", bytes=100) for n in range(5)] + [fake_item("a.mp4", fps=12.0)]
+    config = compose(*BASE, "dataset.num_repeats=3", "dataset.batch_size=4")
+    facts = fake_facts(config, items)
+    made = report_of(config, facts)
+    (source,) = made.sources
+    assert (source.pictures, source.clips, source.crops, source.samples) == (5, 1, 3, 24)
+    assert source.bytes == 5 * 100 + 1000
+    assert source.seconds == pytest.approx(49 / 12)
+    assert [(row.samples, row.count, row.last) for row in made.batches] == [
+        (15, 4, 3),
+        *[(3, 1, 3)] * 3,
+    ]
+    from conftest import plan_of
+
+    assert sum(row.count for row in made.batches) == plan_of(config, facts).steps_per_epoch
+
+
+# The frames that crops cover are told in decoded frames, each counted once.
+@pytest.mark.parametrize(
+    ("overrides", "used"),
+    [
+        (["dataset.target_frames=[1,13]"], ((0, 13),)),
+        (["dataset.target_frames=[13]", "dataset.frame_extraction=chunk"], ((0, 39),)),
+        (
+            [
+                "dataset.target_frames=[5]",
+                "dataset.frame_extraction=uniform",
+                *["dataset.frame_sample=2"],
+            ],
+            ((0, 5), (44, 49)),
+        ),
+        (["dataset.target_frames=[13]", "dataset.source_fps=48"], ((0, 25),)),
+    ],
+)
+def test_frames_chosen(overrides: list[str], used: tuple[tuple[int, int], ...]) -> None:
+    (medium,) = report([fake_item("clip.mp4")], *overrides).media
+    assert medium.used == used
+    assert medium.frames_used == sum(end - start for start, end in used)
+
+
+# How much a medium is enlarged and cut is what musubi's resize does to it.
+@pytest.mark.parametrize(
+    ("size", "scale", "cut"),
+    [((512, 512), 1.0, 0.0), ((256, 256), 2.0, 0.0), ((4096, 512), 0.5, 0.5)],
+)
+def test_fit(size: tuple[int, int], scale: float, cut: float) -> None:
+    (medium,) = report([fake_item("a.jpg", size=size)], "dataset.resolution=[512,512]").media
+    assert (medium.scale, medium.cut) == (scale, cut)
+
+
+# Everything left out is told with its reason, whatever leaves it out.
+def test_what_is_left_out_says_why() -> None:
+    items = [
+        fake_item("a.jpg"),
+        fake_item("b.mp4", caption=None),
+        fake_item("c.mp4", frames=5),
+        fake_item("d.mp4"),
+    ]
+    config = compose(
+        *BASE, "task=i2v", "dataset.missing_captions=skip", "dataset.target_frames=[13]"
+    )
+    facts = fake_facts(config, items)
+    ignored = (("e.jpg", "can't be read: it is no picture"),)
+    source = replace(facts.sources[0], ignored=ignored)
+    made = report_of(config, replace(facts, sources=(source,)))
+    assert {out.name: out.why for out in made.left_out} == {
+        "e.jpg": "can't be read: it is no picture",
+        "a.jpg": "task=i2v learns from clips alone",
+        "b.mp4": "it has no caption",
+        "c.mp4": "5 frames, fewer than every target",
+    }
+    assert made.sources[0].left_out == 4
+    assert {out.name for out in made.left_out}.isdisjoint(m.name for m in made.media)
+
+
+# A caption that the encoder would cut is found, and one of exactly its length is not.
+@pytest.mark.parametrize(("count", "found"), [(MAX_TOKENS, False), (MAX_TOKENS + 1, True)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_captions_over_the_limit(count: int, found: bool, exact: bool) -> None:
+    made = report([fake_item("a.jpg", caption="x")], tokens={"x": Tokens(count, exact)})
+    kind = "long-caption" if exact else "maybe-long-caption"
+    assert (kind in kinds(made)) == found
+    assert (len(notices(made)) == 1) == found
+    assert not found or ("estimate" in notices(made)[0]) != exact
+
+
+# Quoted text is cut at so many bytes, its frame and the end mark among them.
+def test_quotes_over_the_limit() -> None:
+    room = MAX_GLYPH_TOKENS - len('Text "". ') - 1
+    items = [fake_item(f"{n}.jpg", caption=f'a sign "{"x" * n}"') for n in (room, room + 1)]
+    assert kinds(report(items))["long-quote"] == {f"{room + 1}.jpg"}
+
+
+# Captions of few bytes load no tokenizer; the tiny model's own counts the long ones, as the
+# encoder will; without one an estimate says that it is one.
+def test_tokens_are_counted_by_the_encoders_own_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.engines.diffusers import models, text_encoding
+    from runner.engines.diffusers.make_weights import make_weights
+    from runner.report import tokens as counting
+
+    config = compose(*BASE)
+    facts = fake_facts(config, [fake_item("a.jpg")])
+    with monkeypatch.context() as patched:
+        patched.setattr(counting, "_load", lambda folder: pytest.fail("loaded a tokenizer"))
+        assert count_tokens(["short", "x" * 900], config, facts) == {}
+    long = "a photo of a cat " * 100
+    assert count_tokens([long], config, facts) == {long: Tokens(estimate(long), exact=False)}
+    make_weights(tmp_path / "tiny")
+    paths = replace(facts.weights.paths, text_encoder=str(tmp_path / "tiny" / "text_encoder"))
+    facts = replace(facts, weights=replace(facts.weights, paths=paths))
+    (length,) = count_tokens([long], config, facts).values()
+    tokenizer, encoder = models.load_text_encoder(tmp_path / "tiny" / "text_encoder")
+    (embed,) = text_encoding.encode_captions(tokenizer, encoder, [long])
+    assert length == Tokens(len(embed), exact=True)
+
+
+# The hub's cache is asked for the real tokenizer, and what lies there is enough to count with.
+def test_the_real_tokenizer_is_found_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from runner.engines.diffusers.make_weights import make_weights
+    from runner.stages.weights import find_tokenizer
+
+    config = compose("model=hunyuan15_480p")
+    facts = replace(fake_facts(config, [fake_item("a.jpg")]), root=tmp_path / "outputs")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert find_tokenizer(config.model, facts.root) is None
+    make_weights(tmp_path / "tiny")
+    tiny = json.loads((tmp_path / "tiny/text_encoder/tokenizer/tokenizer.json").read_text())
+    repository = tmp_path / "hub" / "models--Qwen--Qwen-Image"
+    place = repository / "snapshots" / ("a" * 40) / "tokenizer"
+    place.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / config.model.qwen_tokenizer_revision).write_text("a" * 40)
+    vocabulary = dict(tiny["model"]["vocab"])
+    (place / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [" ".join(merge) for merge in tiny["model"]["merges"]]
+    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    assert find_tokenizer(config.model, facts.root) == place
+    caption = "a photo of a cat " * 100
+    (length,) = count_tokens([caption], config, facts).values()
+    assert length.exact
+    assert 300 < length.count < 1800
+
+
+# No caption that is cut escapes: one token is one byte at least, however it is written.
+@pytest.mark.parametrize("letter", ["a", "é", "क़", "日", "🐇"])
+def test_only_short_captions_are_not_counted(letter: str) -> None:
+    import unicodedata
+
+    caption = letter * (MAX_TOKENS // len(unicodedata.normalize("NFC", letter).encode()))
+    assert may_be_cut(caption)
+    assert not may_be_cut(letter)
+
+
+class _Page(HTMLParser):
+    """Elements, attributes and text of a page; fails on an element that is not closed."""
+
+    VOID = ("meta", "img", "rect")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+ELEMENTS = """
+html head meta title style body section h1 h2 p ul li dl div dt dd table thead tbody tr th td
+details summary figure figcaption a img span bdi small b i em q svg rect
+"""
+HOSTILE = "<script>alert('1')</script>\"onerror=x \x1b[31m\u202egpj.png"
+
+
+# Whatever files and captions are called, the page shows it as text and holds nothing active, and
+# nothing of it comes from anywhere else.
+def test_hostile_names_and_captions_are_text() -> None:
+    items = [
+        fake_item(HOSTILE, caption=f'</q><img src="http://x/y.png" onerror=alert(1)>{HOSTILE}'),
+        fake_item("b.mp4", caption="&lt;b&gt;"),
+    ]
+    config = compose(*BASE)
+    facts = fake_facts(config, items)
+    source = replace(
+        facts.sources[0], path=f"/media/{HOSTILE}", ignored=((f"\udcff{HOSTILE}", HOSTILE),)
+    )
+    looks = {item.sha256: replace(FINE, sharpness=1.0, thumbnail="AA==") for item in items}
+    made = report_of(config, replace(facts, sources=(source,)), looks)
+    written = html(made, HOSTILE)
+    written.encode("utf-8")
+    page = _Page(written)
+    allowed = set(ELEMENTS.split())
+    assert {tag for tag, _ in page.elements} <= allowed
+    for _tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/jpeg;base64,", "#"))
+    style = written[written.index("<style>") : written.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "<script>alert('1')</script>" in page.text
+    assert "&lt;b&gt;" in page.text
+    assert "\x1b" not in written
+    lines = [*page_lines(made), *notices(made)]
+    assert all(printable(line) == line for line in lines)
+    assert HOSTILE[:20] in " ".join(lines)
+
+
+# Every medium, finding, clip and bucket is on the page, each link leads somewhere, and thumbnails
+# are pictures.
+def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
+    import base64
+
+    from PIL import Image
+
+    found = scan("folder", folder, max_bytes=10**9)
+    looks = look_at(found.items, tmp_path, keep=False)
+    config = compose(*BASE, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]")
+    facts = fake_facts(config, found.items)
+    facts = replace(facts, sources=(replace(facts.sources[0], ignored=found.ignored),))
+    made = report_of(config, facts, looks)
+    page = _Page(html(made, "test"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {f"m{index}" for index in range(len(made.media))} <= set(ids)
+    assert {f"finding-{finding.kind}" for finding in made.findings} <= set(ids)
+    links = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
+    assert {link[1:] for link in links if link} <= set(ids)
+    assert sum(tag == "svg" for tag, _ in page.elements) == 3
+    for medium in made.media:
+        assert printable(medium.name) in page.text
+    for out in made.left_out:
+        assert out.name in page.text
+        assert out.why in page.text
+    assert "broken.jpg" in {out.name for out in made.left_out}
+    pictures = [attributes["src"] or "" for tag, attributes in page.elements if tag == "img"]
+    assert len(pictures) >= len(made.media)
+    for source in set(pictures):
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+            assert max(image.size) <= looking.THUMBNAIL
+
+
+# Of a large dataset the page shows the thumbnails that matter, and stays a page.
+def test_a_large_dataset_has_fewer_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.report import html as pages
+
+    items = [fake_item(f"{n:03}.jpg") for n in range(40)]
+    random = np.random.default_rng(0)
+    looks = {item.sha256: replace(FINE, hash=int.from_bytes(random.bytes(16))) for item in items}
+    bad = items[-1]
+    looks[bad.sha256] = replace(looks[bad.sha256], sharpness=1.0)
+    monkeypatch.setattr(pages, "MAX_THUMBNAILS", 10)
+    monkeypatch.setattr(pages, "_thumbnail", lambda medium: f"[thumbnail of {medium.name}]")
+    made = report(items, looks=looks)
+    assert kinds(made) == {"blurred": {bad.name}}
+    written = html(made, "large")
+    # Once under the finding, once among all media, which have the rest.
+    assert written.count(f"[thumbnail of {bad.name}]") == 2
+    assert written.count("[thumbnail of ") == 11
+    assert all(f">{item.name}<" in written for item in items)
+
+
+# The section of the dry run's page is short, however much is wrong, and its text is kept whole.
+def test_the_section_is_golden(golden: Callable[[str, str], None]) -> None:
+    items = [
+        *[fake_item(f"{n}.jpg", size=(300 + 40 * n, 300)) for n in range(9)],
+        fake_item("clip.mp4", frames=20),
+        fake_item("long name " * 12 + ".jpg", caption="y" * 2000),
+    ]
+    looks = {item.sha256: replace(FINE, hash=1 << n, sharpness=n) for n, item in enumerate(items)}
+    tokens = {"y" * 2000: Tokens(1500, exact=True)}
+    made = report(items, "dataset.batch_size=4", looks=looks, tokens=tokens)
+    lines = page_lines(made)
+    assert len(lines) <= 15
+    assert max(map(len, lines)) <= 96
+    golden("report.txt", "\n".join([*lines, "", *notices(made), ""]))
+
+
+# The dry run shows the section and touches nothing.
+def test_a_dry_run_shows_the_report(tmp_path: Path) -> None:
+    done = run_program("experiment=rehearsal", "dry_run=true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    section = done.out[done.out.index("\nDataset\n") : done.out.index("\nStages\n")]
+    assert "  frames     6 crops of 1, 5, 9 frames use 22% of 82 frames\n" in section
+    assert "  ! " not in section
+    assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,7 @@ def _each(
         for i, case in zip(which, cases, strict=True)
     ]
     if len(which) == 1:
-        text = re.sub("^are ", "is ", re.sub("^have ", "has ", text))
+        text = re.sub("^are ", "is ", text)
     what = _many([media[i] for i in which])
     yield Finding(kind, f"{what} {text}", named(shown, 3), serious, cases)
 
@@ -121,8 +121,8 @@ def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterato
     names = [f"{media[held_out].name} and {media[trained].name}" for held_out, trained in pairs]
     yield Finding(
         "leak",
-        f"{counted(len(pairs), 'held-out item')} nearly equal to what is trained on, so that "
-        "eval/loss says less",
+        f"{counted(len(pairs), 'held-out item')} {'is' if len(pairs) == 1 else 'are'} nearly equal "
+        "to what is trained on, so that eval/loss says less",
         named(names, 3),
         True,
         tuple(Case(pair, "held out, and trained on") for pair in pairs),
@@ -131,6 +131,7 @@ def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterato
 
 def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Iterator[Finding]:
     over = {c: length for c, length in tokens.items() if length.count > MAX_TOKENS}
+    what = f"are captioned with more than the encoder's {MAX_TOKENS:,} tokens, and the rest is lost"
     for exact, text in ((True, ""), (False, ", by estimate (the tokenizer is not here yet)")):
         which = [
             i
@@ -141,7 +142,7 @@ def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Ite
             media,
             "long-caption" if exact else "maybe-long-caption",
             sorted(which, key=lambda i: -over[media[i].item.caption].count),
-            f"have captions over the encoder's {MAX_TOKENS:,} tokens, and lose the rest{text}",
+            what + text,
             serious=True,
             note=lambda i: f"{over[media[i].item.caption].count:,}",
         )
@@ -152,7 +153,7 @@ def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Ite
         media,
         "long-quote",
         sorted((i for i, n in quoted.items() if n > MAX_GLYPH_TOKENS), key=lambda i: -quoted[i]),
-        f"have quoted text over the glyph encoder's {MAX_GLYPH_TOKENS} bytes, and lose the rest",
+        f"are captioned with over {MAX_GLYPH_TOKENS} bytes of quoted text, and the rest is lost",
         serious=True,
     )
 
@@ -183,7 +184,7 @@ def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
         media,
         "tiny",
         sorted(tiny, key=lambda i: -media[i].scale),
-        f"are tiny, enlarged over {TINY:g} times to fill their buckets",
+        f"are tiny, enlarged over {TINY:g} times to fill the bucket",
         serious=True,
         note=lambda i: f"{media[i].scale:.1f}x",
     )
@@ -192,7 +193,7 @@ def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
         media,
         "cut",
         sorted(cut, key=lambda i: -media[i].cut),
-        f"have over {CUT:.0%} of their area cut off by their buckets",
+        f"are cut by over {CUT:.0%} to fit the bucket",
         serious=False,
         note=lambda i: f"{media[i].cut:.0%}",
     )
@@ -204,10 +205,10 @@ def _captions(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Fi
         for i, medium in enumerate(media)
         if not medium.item.media.caption and sources[medium.item.source].options.default_caption
     ]
-    text = "have no caption of their own and get dataset.default_caption"
+    text = "are without a caption and get dataset.default_caption"
     yield from _each(media, "default-caption", default, text, serious=False)
     empty = [i for i, medium in enumerate(media) if not medium.item.caption]
-    yield from _each(media, "empty-caption", empty, "have an empty caption", serious=True)
+    yield from _each(media, "empty-caption", empty, "are captioned with nothing", serious=True)
 
 
 def _short(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:

@@ -117,7 +117,7 @@ def _buckets(report: Report) -> str:
 def _batches(report: Report) -> str:
     count = sum(row.count for row in report.batches)
     sizes = sorted({row.batch_size for row in report.batches})
-    text = f"{count:,} of {' or '.join(str(size) for size in sizes)}"
+    text = f"{count:,} of {'' if sizes == [1] else 'up to '}{' or '.join(map(str, sizes))}"
     partial = sum(row.last > 0 for row in report.batches)
     return text if sizes == [1] else f"{text}, {partial} of them not full"
 
