@@ -144,7 +144,7 @@ def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Ite
             sorted(which, key=lambda i: -over[media[i].item.caption].count),
             what + text,
             serious=True,
-            note=lambda i: f"{over[media[i].item.caption].count:,}",
+            note=lambda i: f"{over[media[i].item.caption].count:,} tokens",
         )
     texts = {i: glyph_text(medium.item.caption) for i, medium in enumerate(media)}
     # ByT5 reads bytes, and an end mark.

@@ -146,9 +146,8 @@ def _left_out(report: Report) -> Iterator[str]:
         yield from _table(("Medium", "Why"), rows)
     else:
         yield "<p>Nothing: every medium found is used.</p>"
-    # Media that can't be read have a notice each, and are in the table.
-    told = {f"{out.name} is left out: {out.why}." for out in report.left_out}
-    notices = [notice for notice in report.notices if notice not in told]
+    # Those that say what is left out only say again what the table does.
+    notices = [notice for notice in report.notices if " left out" not in notice]
     if notices:
         yield "<ul>" + "".join(f"<li>{text(notice)}</li>" for notice in notices) + "</ul>"
     yield "</section>"
@@ -262,8 +261,8 @@ def _card(index: int, medium: Medium, found: list[str], shown: bool) -> Iterator
     if item.held_out:
         yield '<span class="tag">held out</span>'
     fit = f"{medium.scale:.2f}x, {medium.cut:.0%} cut off"
-    yield f"<small>{size}{frames}, {readable(item.media.bytes)} to {width} x {height} ({fit})"
+    small = f"{size}{frames}, {readable(item.media.bytes)} to {width} x {height} ({fit})"
     if medium.look is not None:
         look = medium.look
-        yield f"; sharpness {look.sharpness:.0f}, brightness {look.brightness:.0f}"
-    yield f"</small><q>{text(caption)}</q></figcaption></figure>"
+        small += f"; sharpness {look.sharpness:.0f}, brightness {look.brightness:.0f}"
+    yield f"<small>{small}</small><q>{text(caption)}</q></figcaption></figure>"

@@ -25,7 +25,10 @@ def printable(text: str) -> str:
 def page_lines(report: Report) -> list[str]:
     """The section of the dry run's page; what its notes say already is not said again."""
     lines = ["Dataset"]
-    for name, value in facts_of(report):
+    facts = list(facts_of(report))
+    if report.left_out:
+        facts.append(("left out", f"{len(report.left_out)} media (see the notes)"))
+    for name, value in facts:
         lines.append(textwrap.shorten(printable(value), _WIDTH - 13, placeholder=" ..."))
         lines[-1] = f"  {name:<10} {lines[-1]}"
     left = list(report.findings)
@@ -92,9 +95,6 @@ def facts_of(report: Report) -> Iterator[tuple[str, str]]:
         yield "frames", _frames(clips)
     yield "fit", _fit(report)
     yield "captions", _captions(report)
-    if report.left_out:
-        why = " (see the notes)" if report.notices else ""
-        yield "left out", f"{len(report.left_out)} media{why}"
 
 
 def _buckets(report: Report) -> str:
