@@ -14,7 +14,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from runner.archive import open_archive
 from runner.atomic import write_text
+from runner.errors import UserError
 from runner.media import to_rgb
 from runner.store import key_of
 
@@ -108,7 +109,8 @@ def look_at(
         archives: dict[Path, zipfile.ZipFile] = {}
         for item in missing:
             if item.archive is not None and item.archive not in archives:
-                archives[item.archive] = stack.enter_context(open_archive(item.archive))
+                with suppress(UserError):  # Gone since the scan: its media have no look.
+                    archives[item.archive] = stack.enter_context(open_archive(item.archive))
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             futures = {pool.submit(_look, item, archives): item for item in missing}

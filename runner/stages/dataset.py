@@ -14,14 +14,11 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> None:
-    """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files.
-
-    First the dataset report is written and its worst findings are told, while nothing has been
-    encoded yet.
-    """
+    """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files."""
+    from runner.report.write import write_report
     from runner.sources import check_archive, write_media
 
-    _report(context)
+    write_report(context)
     selection, store = context.facts.selection, context.store
     limit = int(context.config.dataset.max_archive_gb * 1e9)
     for archive in {item.media.archive for item in selection.items if item.media.archive}:
@@ -45,16 +42,3 @@ def run(context: Context) -> None:
             bar.update(done)
     for name, text in stage.files:
         write_text(context.run_dir / name, text)
-
-
-def _report(context: Context) -> None:
-    from runner.report.html import html
-    from runner.report.page import notices
-    from runner.report.read import read_report
-
-    report = read_report(context.config, context.facts, context.console, keep=True)
-    file = context.run_dir / "dataset_report.html"
-    write_text(file, html(report, context.plan.name))
-    context.writer.log_artifact(file)
-    for notice in notices(report):
-        context.console.notice(notice)
