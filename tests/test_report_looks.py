@@ -13,7 +13,7 @@ from conftest import compose, fake_facts, report_of, tree
 
 from runner.report import looks as looking
 from runner.report.alike import NEAR, groups, nearest
-from runner.report.looks import Look, look_at, look_at_clip, measure
+from runner.report.looks import Look, look_at, look_at_clip, look_at_picture, measure
 from runner.sources import scan
 
 
@@ -157,3 +157,20 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     made = report_of(config, fake_facts(config, items), looks)
     (unseen,) = (finding for finding in made.findings if finding.kind == "unseen")
     assert [made.media[i].name for case in unseen.cases for i in case.media] == ["1.jpg", "2.jpg"]
+
+
+# Pictures of any size and mode that training takes can be looked at.
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (3, 3), (7, 5), (2000, 40)])
+def test_every_mode_and_size(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = Image.new("L", size, 255).convert("I").convert("I;16") if mode == "I;16" else None
+    image = image or Image.new("RGB", size, "white").convert(mode if mode != "LA" else "L")
+    file = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    (image.convert("LA") if mode == "LA" else image).save(file)
+    with file.open("rb") as stream:
+        look = look_at_picture(stream)
+    assert look.flat
+    assert look.sharpness < 1
+    assert look.thumbnail
