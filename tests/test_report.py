@@ -379,10 +379,12 @@ def test_the_section_is_golden(golden: Callable[[str, str], None]) -> None:
         fake_item("long name " * 12 + ".jpg", caption="y" * 2000),
     ]
     looks = {item.sha256: replace(FINE, hash=1 << n, sharpness=n) for n, item in enumerate(items)}
+    looks[items[0].sha256] = replace(FINE, brightness=2.0)
+    looks[items[1].sha256] = replace(FINE, contrast=0.0, turned=True)
     tokens = {"y" * 2000: Tokens(1500, exact=True)}
     made = report(items, "dataset.batch_size=4", looks=looks, tokens=tokens)
     lines = page_lines(made)
-    assert len(lines) <= 15
+    assert len(lines) == 15
     assert max(map(len, lines)) <= 96
     golden("report.txt", "\n".join([*lines, "", *notices(made), ""]))
 
@@ -395,3 +397,34 @@ def test_a_dry_run_shows_the_report(tmp_path: Path) -> None:
     assert "  frames     6 crops of 1, 5, 9 frames use 22% of 82 frames\n" in section
     assert "  ! " not in section
     assert list(tmp_path.iterdir()) == []
+
+
+# A real run has the whole report in its folder, and the worst of it as notes on the console.
+def test_a_run_has_the_report_and_its_notes(folder: Path, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from conftest import plan_of
+
+    from runner.console import Console
+    from runner.report.write import write_report
+    from runner.tracking.mlflow_run import NullWriter
+
+    out = io.StringIO()
+    config = compose(*BASE, "dataset.resolution=[512,512]")
+    facts = fake_facts(config, scan("folder", folder, max_bytes=10**9).items)
+    facts = replace(facts, root=tmp_path / "outputs")
+    context: Any = SimpleNamespace(
+        config=config,
+        facts=facts,
+        console=Console.for_stream(out),
+        run_dir=tmp_path,
+        writer=NullWriter(),
+        plan=plan_of(config, facts),
+    )
+    write_report(context)
+    notes = out.getvalue().splitlines()
+    assert "note: 1 group of equal media with one caption: (coffee.jpg, copy.jpg)." in notes
+    assert len(notes) == 4
+    assert notes[-1].endswith(" more in dataset_report.html.")
+    assert "blurred.jpg" in (tmp_path / "dataset_report.html").read_text("utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"dataset_report.html", "outputs"}
