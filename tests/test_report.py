@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -21,7 +20,6 @@ from runner.report.html import html
 from runner.report.looks import Look, look_at
 from runner.report.model import Report, Tokens
 from runner.report.page import notices, page_lines, printable
-from runner.report.tokens import count_tokens, estimate, may_be_cut
 from runner.sources import Item, scan
 
 FINE = Look(900.0, 120.0, 50.0, 0, "")
@@ -179,73 +177,6 @@ def test_quotes_over_the_limit() -> None:
     assert kinds(report(items))["long-quote"] == {f"{room + 1}.jpg"}
 
 
-# Captions of few bytes load no tokenizer; the tiny model's own counts the long ones, as the
-# encoder will; without one an estimate says that it is one.
-def test_tokens_are_counted_by_the_encoders_own_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from runner.engines.diffusers import models, text_encoding
-    from runner.engines.diffusers.make_weights import make_weights
-    from runner.report import tokens as counting
-
-    config = compose(*BASE)
-    facts = fake_facts(config, [fake_item("a.jpg")])
-    with monkeypatch.context() as patched:
-        patched.setattr(counting, "_load", lambda folder: pytest.fail("loaded a tokenizer"))
-        assert count_tokens(["short", "x" * 900], config, facts) == {}
-    long = "a photo of a cat " * 100
-    assert count_tokens([long], config, facts) == {long: Tokens(estimate(long), exact=False)}
-    make_weights(tmp_path / "tiny")
-    paths = replace(facts.weights.paths, text_encoder=str(tmp_path / "tiny" / "text_encoder"))
-    facts = replace(facts, weights=replace(facts.weights, paths=paths))
-    (length,) = count_tokens([long], config, facts).values()
-    tokenizer, encoder = models.load_text_encoder(tmp_path / "tiny" / "text_encoder")
-    (embed,) = text_encoding.encode_captions(tokenizer, encoder, [long])
-    assert length == Tokens(len(embed), exact=True)
-
-
-# The hub's cache is asked for the real tokenizer, and what lies there is enough to count with.
-def test_the_real_tokenizer_is_found_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    from runner.engines.diffusers.make_weights import make_weights
-    from runner.stages.weights import find_tokenizer
-
-    config = compose("model=hunyuan15_480p")
-    facts = replace(fake_facts(config, [fake_item("a.jpg")]), root=tmp_path / "outputs")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert find_tokenizer(config.model, facts.root) is None
-    make_weights(tmp_path / "tiny")
-    tiny = json.loads((tmp_path / "tiny/text_encoder/tokenizer/tokenizer.json").read_text())
-    repository = tmp_path / "hub" / "models--Qwen--Qwen-Image"
-    place = repository / "snapshots" / ("a" * 40) / "tokenizer"
-    place.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / config.model.qwen_tokenizer_revision).write_text("a" * 40)
-    vocabulary = dict(tiny["model"]["vocab"])
-    (place / "vocab.json").write_text(json.dumps(vocabulary))
-    merges = [" ".join(merge) for merge in tiny["model"]["merges"]]
-    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
-    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    assert find_tokenizer(config.model, facts.root) == place
-    caption = "a photo of a cat " * 100
-    (length,) = count_tokens([caption], config, facts).values()
-    assert length.exact
-    assert 300 < length.count < 1800
-
-
-# No caption that is cut escapes: one token is one byte at least, however it is written.
-@pytest.mark.parametrize("letter", ["a", "é", "क़", "日", "🐇"])
-def test_only_short_captions_are_not_counted(letter: str) -> None:
-    import unicodedata
-
-    caption = letter * (MAX_TOKENS // len(unicodedata.normalize("NFC", letter).encode()))
-    assert may_be_cut(caption)
-    assert not may_be_cut(letter)
-
-
 class _Page(HTMLParser):
     """Elements, attributes and text of a page; fails on an element that is not closed."""
 
@@ -386,6 +317,9 @@ def test_the_section_is_golden(golden: Callable[[str, str], None]) -> None:
     lines = page_lines(made)
     assert len(lines) == 15
     assert max(map(len, lines)) <= 96
+    for n in range(len(made.findings)):
+        turned = replace(made, findings=made.findings[n:] + made.findings[:n])
+        assert len(page_lines(turned)) <= 15
     golden("report.txt", "\n".join([*lines, "", *notices(made), ""]))
 
 
