@@ -1,4 +1,4 @@
-"""How long captions are for the text encoder, without going online or loading what is not needed."""
+"""How long captions are for the text encoder: never online, and nothing loaded in vain."""
 
 from __future__ import annotations
 
