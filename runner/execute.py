@@ -113,8 +113,10 @@ def execute(
     facts, plan, _ = verify.settled(config, facts, engine, partial(cache.faults, read=False))
     if config.dry_run:
         from runner.page import show_plan
+        from runner.report.read import read_report
 
-        show_plan(console, plan, config, facts)
+        report = read_report(config, facts, console, keep=False)
+        show_plan(console, plan, config, facts, report)
         return 0
     if why := refusal(config, facts.weights, facts.engine):
         raise UserError(why)

@@ -105,6 +105,29 @@ class Selection:
         return any(item.held_out for item in self.items)
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What the samples of a batch have in common; a picture has 1 frame."""
+
+    source: int
+    kind: Kind
+    bucket: Size
+    frames: int
+
+
+def shapes(sources: Sequence[Source], selection: Selection) -> dict[Shape, int]:
+    """How many samples of each shape an epoch trains on, repeats included, in order."""
+    counts: dict[Shape, int] = {}
+    for item in selection.items:
+        if item.held_out:
+            continue
+        repeats = sources[item.source].options.num_repeats
+        for crop in item.crops or (None,):
+            shape = Shape(item.source, item.kind, item.bucket, crop.frames if crop else 1)
+            counts[shape] = counts.get(shape, 0) + repeats
+    return dict(sorted(counts.items()))
+
+
 def source_options(dataset: DatasetConfig) -> list[SourceOptions]:
     """One entry for ``dataset.path``, or one for each of ``dataset.sources``."""
     kind = dataset.kind

@@ -8,17 +8,19 @@ from runner.config import RunConfig
 from runner.console import Console
 from runner.items import counted
 from runner.plan_model import Facts, Plan
+from runner.report.model import Report
+from runner.report.page import page_lines
 
 
-def page(plan: Plan, config: RunConfig, facts: Facts) -> str:
-    """What a dry run prints: the stages, the exact commands, the files, steps and epochs."""
+def page(plan: Plan, config: RunConfig, facts: Facts, report: Report) -> str:
+    """What a dry run prints: the dataset, stages, exact commands, files, steps and epochs."""
     lines = [f"{plan.name}: nothing is run or written (dry_run=true)", ""]
     lines += _overview(plan, config, facts)
     if plan.notices:
         lines += ["", "Notes"]
         for notice in plan.notices:
             lines += textwrap.wrap(notice, 96, initial_indent="  - ", subsequent_indent="    ")
-    lines += ["", "Stages"]
+    lines += ["", *page_lines(report), "", "Stages"]
     for number, stage in enumerate(plan.stages, 1):
         mark = {"done": "done", "to run": "to run", "skipped": "skip"}[stage.state]
         lines.append(f"  {number}. {stage.name:<9} {mark:<7} {stage.summary}")
@@ -71,8 +73,10 @@ def _alpha(config: RunConfig) -> str:
     return f"alpha {config.network.alpha:g}"
 
 
-def show_plan(console: Console, plan: Plan, config: RunConfig, facts: Facts) -> None:
+def show_plan(
+    console: Console, plan: Plan, config: RunConfig, facts: Facts, report: Report
+) -> None:
     """Print :func:`page`."""
-    for line in page(plan, config, facts).splitlines():
+    for line in page(plan, config, facts, report).splitlines():
         heading = bool(line) and not line.startswith(" ")
         console.line(line, style="bold" if heading else None)

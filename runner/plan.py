@@ -19,7 +19,7 @@ from runner.engines.base import Engine
 from runner.errors import UserError
 from runner.formats import train_toml
 from runner.formats.dataset_toml import render as render_dataset
-from runner.items import counted, dataset_fingerprint
+from runner.items import counted, dataset_fingerprint, shapes
 from runner.plan_data import dataset_stage, entries, latents_stage, text_stage
 from runner.plan_model import Facts, Plan, Stage
 from runner.rules import STAGES
@@ -117,26 +117,17 @@ def _with_wishes(config: RunConfig, stage: Stage) -> Stage:
 
 def steps_per_epoch(config: RunConfig, facts: Facts) -> int:
     """Optimizer steps in an epoch: batches of equal shape, over gradient accumulation."""
-    batches = 0
-    for index, source in enumerate(facts.sources):
-        counts: dict[tuple[Any, ...], int] = {}
-        for item in facts.selection.items:
-            if item.source != index or item.held_out:
-                continue
-            for crop in item.crops or (None,):
-                shape = (item.kind, item.bucket, crop.frames if crop else 1)
-                counts[shape] = counts.get(shape, 0) + source.options.num_repeats
-        batches += sum(math.ceil(count / source.options.batch_size) for count in counts.values())
+    counts = shapes(facts.sources, facts.selection)
+    batches = sum(
+        math.ceil(count / facts.sources[shape.source].options.batch_size)
+        for shape, count in counts.items()
+    )
     return max(1, math.ceil(batches / config.training.gradient_accumulation_steps))
 
 
 def samples_per_epoch(facts: Facts) -> int:
     """Pictures and crops seen in an epoch, repeats included."""
-    return sum(
-        len(item.crops or (None,)) * facts.sources[item.source].options.num_repeats
-        for item in facts.selection.items
-        if not item.held_out
-    )
+    return sum(shapes(facts.sources, facts.selection).values())
 
 
 def _weights(facts: Facts) -> Stage:

@@ -167,6 +167,15 @@ def fake_facts(
     )
 
 
+def report_of(config: RunConfig, facts: Any, looks: Any = None, tokens: Any = None) -> Any:
+    """The dataset report for fake facts; nobody looks at pixels unless looks are given."""
+    from runner.report.make import make_report
+
+    return make_report(
+        facts.sources, facts.selection, task=config.task.name, looks=looks, tokens=tokens or {}
+    )
+
+
 def plan_of(config: RunConfig, facts: Any) -> Any:
     """The plan for fake facts."""
     from runner.execute import engine_for

@@ -13,7 +13,7 @@ from runner.engines.diffusers import cache_text, models
 from runner.engines.diffusers import text_encoding as encoding
 from runner.engines.diffusers.make_weights import make_weights
 from runner.errors import UserError
-from runner.formats import cache
+from runner.formats import cache, captions
 
 CAPTIONS = ["a cat", 'a sign that says "OPEN" beside a long road through the hills', "", "日本 🐇"]
 
@@ -51,12 +51,12 @@ def test_what_is_kept(qwen: tuple[Any, Any]) -> None:
     tokenizer, model = qwen
     caption = "a photo of a cat"
     (embed,) = encoding.encode_captions(tokenizer, model, [caption])
-    own = tokenizer(caption + encoding.TEMPLATE_TAIL)["input_ids"]
+    own = tokenizer(caption + captions.TEMPLATE_TAIL)["input_ids"]
     assert embed.shape == (len(own), 64)
     assert embed.dtype == torch.bfloat16
 
     whole = tokenizer(
-        encoding.TEMPLATE_HEAD + caption + encoding.TEMPLATE_TAIL, return_tensors="pt"
+        captions.TEMPLATE_HEAD + caption + captions.TEMPLATE_TAIL, return_tensors="pt"
     )
     with torch.no_grad():
         states = model(**whole, output_hidden_states=True).hidden_states
@@ -68,7 +68,7 @@ def test_what_is_kept(qwen: tuple[Any, Any]) -> None:
 # The template is Tencent's wording on separate lines, to the letter: another template gives other
 # embeddings than those the model was trained with.
 def test_template() -> None:
-    head = encoding.TEMPLATE_HEAD
+    head = captions.TEMPLATE_HEAD
     assert head.startswith(
         "<|im_start|>system\nYou are a helpful assistant. Describe the video by detailing the "
         "following aspects: \n1. The main content and theme of the video. \n2. The color,"
@@ -78,7 +78,7 @@ def test_template() -> None:
         "<|im_start|>user\n"
     )
     assert head.count(" \n") == 5
-    assert encoding.TEMPLATE_TAIL == "<|im_end|>\n<|im_start|>assistant\n"
+    assert captions.TEMPLATE_TAIL == "<|im_end|>\n<|im_start|>assistant\n"
 
 
 # Captions are cut at 1024 tokens after the template, quoted text at 128.
@@ -101,7 +101,7 @@ def test_long_captions_are_cut(qwen: tuple[Any, Any], byt5: tuple[Any, Any]) -> 
     ],
 )
 def test_glyph_text(caption: str, text: str | None) -> None:
-    assert encoding.glyph_text(caption) == text
+    assert captions.glyph_text(caption) == text
 
 
 # A caption without quotes has no ByT5 tokens, kept as musubi keeps that: an empty float32 row.

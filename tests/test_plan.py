@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import compose, fake_facts, fake_item, plan_of
+from conftest import compose, fake_facts, fake_item, plan_of, report_of
 
 from runner.engines.base import Machine
 from runner.errors import UserError
@@ -137,7 +137,7 @@ def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None])
 def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
     config = compose(*BASES["diffusers"], "dry_run=true", "dataset.validation_fraction=0.3")
     facts = fake_facts(config, MEDIA)
-    golden("page.txt", page(plan_of(config, facts), config, facts))
+    golden("page.txt", page(plan_of(config, facts), config, facts, report_of(config, facts)))
 
 
 def keys(plan: Plan, stage: str) -> set[str]:

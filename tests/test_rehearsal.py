@@ -75,6 +75,7 @@ def test_a_zip_becomes_a_lora(first: tuple[Path, Finished]) -> None:
     (run,) = runs(cwd)
     for name in ("config.yaml", "dataset.toml", "train.toml", "commands.sh", "evaluation.json"):
         assert (run / name).stat().st_size > 0
+    assert "bunny_rises.mp4" in (run / "dataset_report.html").read_text()
     with safe_open(run / "lora.safetensors", framework="pt") as file:
         names = set(file.keys())
     # Two blocks of 14 linears, each with down, up and alpha.
@@ -107,6 +108,7 @@ def test_the_run_is_in_mlflow(first: tuple[Path, Finished]) -> None:
     names = artifacts(cwd, run)
     for name in ("config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"):
         assert name in names
+    assert "dataset_report.html" in names
     assert {"lora.safetensors", "lora_comfyui.safetensors"} <= names
     assert "logs/train.log" in artifacts(cwd, run, "logs")
 
@@ -129,16 +131,17 @@ def test_piped_output_is_plain(first: tuple[Path, Finished]) -> None:
 
 
 def cached(cwd: Path) -> dict[str, tuple[int, int]]:
-    """What lies on the three shelves."""
+    """What lies in the cache of media and what was made of them."""
     cache = cwd / "outputs" / "cache"
-    return tree(cache / "media") | tree(cache / "latents") | tree(cache / "text")
+    shelves = ("media", "latents", "text", "looks")
+    return {f"{s}/{name}": what for s in shelves for name, what in tree(cache / s).items()}
 
 
 # A second run on the same data unpacks and encodes nothing, whatever its rank or the zip's name.
 def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
     cwd, _ = first
     before = cached(cwd)
-    assert before
+    assert sum("looks" in name for name in before) >= 7
     archive = next(cwd.glob("*.zip"))
     renamed = archive.rename(cwd / "renamed.zip")
     try:

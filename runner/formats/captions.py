@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import re
 
+# The chat template that Qwen2.5-VL sees a caption in: HEAD, the caption, TAIL.
+_ASPECTS = (
+    "You are a helpful assistant. Describe the video by detailing the following aspects:",
+    "1. The main content and theme of the video.",
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the "
+    "objects.",
+    "4. background environment, light, style and atmosphere.",
+    "5. camera angles, movements, and transitions used in the video.",
+)
+TEMPLATE_HEAD = "<|im_start|>system\n" + " \n".join(_ASPECTS) + "<|im_end|>\n<|im_start|>user\n"
+TEMPLATE_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+
+MAX_TOKENS = 1024  # of caption and tail; what is longer is cut
+MAX_GLYPH_TOKENS = 128  # bytes of quoted text, with its frame
+_QUOTED = (re.compile(r'"(.*?)"'), re.compile(r"“(.*?)”"))
+
 
 def with_trigger(caption: str, trigger_word: str | None) -> str:
     """`"trigger, caption"`, stripped of outer white space.
@@ -20,3 +37,12 @@ def with_trigger(caption: str, trigger_word: str | None) -> str:
     if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}"
+
+
+def glyph_text(caption: str) -> str | None:
+    """What ByT5 reads: `Text "...". ` for each text between double quotes, straight ones first.
+
+    None when the caption quotes nothing.
+    """
+    found = [text for pattern in _QUOTED for text in pattern.findall(caption)]
+    return "".join(f'Text "{text}". ' for text in found) or None

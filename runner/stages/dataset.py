@@ -1,4 +1,4 @@
-"""The dataset stage: unpack what lies in zips, and give each item its name in the run's folder."""
+"""The dataset stage: report on the media, unpack zips, name each item in the run's folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def run(context: Context) -> None:
 
     Nothing else is in ``dataset/`` afterwards.
     """
+    from runner.report.write import write_report
     from runner.sources import check_unchanged
 
+    write_report(context)
     items = context.facts.selection.items
     # Most of an archive was unpacked when it was looked at.
     fill(context, "dataset", lambda todo: _unpack(context, todo))

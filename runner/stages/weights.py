@@ -168,6 +168,19 @@ def _hub(config: RunConfig, root: Path) -> WeightFacts:
     )
 
 
+def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
+    """The folder of Qwen2.5-VL's tokenizer when it is in the hub's cache; never goes online."""
+    cache = _cache(root)
+    commit = cache.commit(_QWEN, model.qwen_tokenizer_revision)
+    found = [cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
+    # The parent of the name in the snapshot, not of the blob that it leads to.
+    return (
+        None
+        if commit is None or None in found
+        else cache.place(_QWEN, commit, _QWEN_FILES[0]).parent
+    )
+
+
 def _cache(root: Path) -> HubCache:
     return HubCache.of_user(root / "cache" / "weights" / "checked")
 

@@ -35,7 +35,7 @@ MAX_POINTS = 1000  # in one request
 
 # Files of these kinds are searched for secrets before they are stored.
 _TEXT_SUFFIXES = frozenset(
-    (".csv", ".json", ".jsonl", ".log", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml")
+    (".csv", ".html", ".json", ".jsonl", ".log", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml")
 )
 
 # What MLflow answers when sending the same again would be in vain.

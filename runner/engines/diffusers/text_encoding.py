@@ -9,27 +9,19 @@ eight spaces apart), and at most 128 ByT5 tokens are kept (diffusers: 256).
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 
-_ASPECTS = (
-    "You are a helpful assistant. Describe the video by detailing the following aspects:",
-    "1. The main content and theme of the video.",
-    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
-    "3. Actions, events, behaviors temporal relationships, physical movement changes of the "
-    "objects.",
-    "4. background environment, light, style and atmosphere.",
-    "5. camera angles, movements, and transitions used in the video.",
+from runner.formats.captions import (
+    MAX_GLYPH_TOKENS,
+    MAX_TOKENS,
+    TEMPLATE_HEAD,
+    TEMPLATE_TAIL,
+    glyph_text,
 )
-TEMPLATE_HEAD = "<|im_start|>system\n" + " \n".join(_ASPECTS) + "<|im_end|>\n<|im_start|>user\n"
-TEMPLATE_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
-MAX_TOKENS = 1024  # of caption and tail; what is longer is cut
-MAX_GLYPH_TOKENS = 128  # bytes of quoted text, with its frame
 _HIDDEN_STATE = -3  # the third last of all layers' outputs, the last being the normalised one
-_QUOTED = (re.compile(r'"(.*?)"'), re.compile(r"“(.*?)”"))
 
 
 def template_tokens(tokenizer: Any) -> int:
@@ -63,15 +55,6 @@ def encode_captions(tokenizer: Any, text_encoder: Any, captions: list[str]) -> l
     return [
         state[head:length].to(torch.bfloat16) for state, length in zip(states, lengths, strict=True)
     ]
-
-
-def glyph_text(caption: str) -> str | None:
-    """What ByT5 reads: `Text "...". ` for each text between double quotes, straight ones first.
-
-    None when the caption quotes nothing.
-    """
-    found = [text for pattern in _QUOTED for text in pattern.findall(caption)]
-    return "".join(f'Text "{text}". ' for text in found) or None
 
 
 @torch.no_grad()
