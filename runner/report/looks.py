@@ -20,10 +20,10 @@ from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from runner.sources.archive import open_archive
 from runner.atomic import write_text
 from runner.errors import UserError
 from runner.media import to_rgb
+from runner.sources.archive import open_archive
 from runner.store import key_of
 
 if TYPE_CHECKING:
