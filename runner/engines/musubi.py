@@ -28,26 +28,39 @@ main_training_function: main
 use_cpu: false
 """
 
-# Embeddings are taken from within the language model, and its head is not needed for them.
-_HEADLESS = """\
-# Runs musubi-tuner's text caching without the head of the language model, which gives each token
-# a score for every word and is never read: 1.4 GB, too much for a card of 12 GB.
+# Written into the run's folder, where every command runs, so that they can be repeated by hand.
+_CORRECTED = """\
+# Runs a module of musubi-tuner with two things set right: corrected.py -m MODULE ARGUMENTS
+import glob
 import runpy
 import sys
 
-import torch
-from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
+del sys.argv[:2]
+module = sys.argv[0]
 
+# It takes its items in the order in which the file system lists the cache, which differs from disk
+# to disk, and with it what a seed gives.
+found = glob.glob
+glob.glob = lambda *args, **kwargs: sorted(found(*args, **kwargs))
 
-def headless(self, *args, forward=Encoder.forward, **kwargs):
-    self.lm_head = torch.nn.Identity()
-    return forward(self, *args, **kwargs, logits_to_keep=1)
+# Its text encoder's head gives each token a score for every word, and is never read: 1.4 GB, too
+# much for a card of 12 GB.
+if module.endswith("cache_text_encoder_outputs"):
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
 
+    def headless(self, *args, forward=Encoder.forward, **kwargs):
+        self.lm_head = torch.nn.Identity()
+        return forward(self, *args, **kwargs, logits_to_keep=1)
 
-Encoder.forward = headless
-del sys.argv[:2]  # This file's name and -m.
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    Encoder.forward = headless
+
+runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
+
+
+def _corrected(script: str) -> tuple[str, ...]:
+    return ("corrected.py", "-m", f"musubi_tuner.{script}")
 
 
 class MusubiEngine:
@@ -75,7 +88,7 @@ class MusubiEngine:
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
         arguments = latents_arguments(config, weights, memory, dataset_toml)
-        return self._python("-m", "musubi_tuner.hv_1_5_cache_latents", *arguments)
+        return self._python(*_corrected("hv_1_5_cache_latents"), *arguments)
 
     def cache_text(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
@@ -83,8 +96,7 @@ class MusubiEngine:
         arguments = text_arguments(weights, memory, dataset_toml)
         if memory.fp8_text_encoder:
             arguments.append("--fp8_vl")
-        module = "musubi_tuner.hv_1_5_cache_text_encoder_outputs"
-        return self._python("headless.py", "-m", module, *arguments)
+        return self._python(*_corrected("hv_1_5_cache_text_encoder_outputs"), *arguments)
 
     def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
         given = ["--config_file", "train.toml"]
@@ -100,7 +112,7 @@ class MusubiEngine:
             *("--num_cpu_threads_per_process", "1"),
             *("--dynamo_backend", "no"),
             *("--mixed_precision", config.precision.mixed_precision),
-            *("--module", "musubi_tuner.hv_1_5_train_network"),
+            *_corrected("hv_1_5_train_network"),
             *given,
             *config.engine.extra_args,
             # An upload that was asked for must reach the hub.
@@ -111,7 +123,7 @@ class MusubiEngine:
         return None
 
     def files(self, config: RunConfig) -> dict[str, str]:
-        return {"accelerate.yaml": _ACCELERATE, "headless.py": _HEADLESS}
+        return {"accelerate.yaml": _ACCELERATE, "corrected.py": _CORRECTED}
 
     def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
         mode = config.training.compile

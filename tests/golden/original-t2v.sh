@@ -1,9 +1,9 @@
-env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python -m musubi_tuner.hv_1_5_cache_latents \
+env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m musubi_tuner.hv_1_5_cache_latents \
     --dataset_config staging/latents.toml \
     --vae /weights/vae \
     --vae_sample_size 128
 
-env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python headless.py -m musubi_tuner.hv_1_5_cache_text_encoder_outputs \
+env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m musubi_tuner.hv_1_5_cache_text_encoder_outputs \
     --dataset_config staging/text.toml \
     --text_encoder /weights/text_encoder \
     --byt5 /weights/byt5 \
@@ -16,8 +16,8 @@ env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python -m accelerat
     --num_machines 1 \
     --num_cpu_threads_per_process 1 \
     --dynamo_backend no \
-    --mixed_precision bf16 \
-    --module musubi_tuner.hv_1_5_train_network \
+    --mixed_precision bf16 corrected.py \
+    -m musubi_tuner.hv_1_5_train_network \
     --dit /weights/transformer \
     --vae /weights/vae \
     --text_encoder /weights/text_encoder \

@@ -1,0 +1,62 @@
+"""``corrected.py``, through which musubi-tuner's modules are run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import compose, fake_facts, fake_item, plan_of
+
+MODULE = "import glob, sys\nprint(glob.glob('*'), sys.argv[1:], __name__)\n"
+ENCODER = """
+class Qwen2_5_VLForConditionalGeneration:
+    lm_head = "a head"
+
+    def forward(self, ids, logits_to_keep=0):
+        return ids, logits_to_keep, type(self.lm_head).__name__
+"""
+TEXT = """
+import sys
+from transformers import Qwen2_5_VLForConditionalGeneration as Encoder
+
+print(Encoder().forward("ids"), sys.argv[1:])
+"""
+
+
+def run_corrected(folder: Path, module: str, *arguments: str) -> str:
+    """What a module of a made-up musubi-tuner prints when it is run through corrected.py."""
+    config = compose("engine=musubi")
+    files = dict(plan_of(config, fake_facts(config, [fake_item("a.png")])).files)
+    run, packages = folder / "run", folder / "packages"
+    run.mkdir()
+    (packages / "musubi_tuner").mkdir(parents=True)
+    (run / "corrected.py").write_text(files["corrected.py"])
+    # A file system that lists its files in no order.
+    (packages / "glob.py").write_text("def glob(pattern, recursive=False): return ['b', 'c', 'a']")
+    (packages / "musubi_tuner" / "train.py").write_text(MODULE)
+    (packages / "musubi_tuner" / "cache_text_encoder_outputs.py").write_text(TEXT)
+    (packages / "transformers.py").write_text(ENCODER)
+    (packages / "torch.py").write_text("class nn:\n    class Identity: pass")
+    done = subprocess.run(
+        [sys.executable, "corrected.py", "-m", f"musubi_tuner.{module}", *arguments],
+        cwd=run,
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# The order of the items, and so what a seed gives, does not depend on the file system.
+def test_the_cache_is_read_in_order(tmp_path: Path) -> None:
+    told = run_corrected(tmp_path, "train", "--config_file", "a b.toml")
+    assert told == "['a', 'b', 'c'] ['--config_file', 'a b.toml'] __main__"
+
+
+# Captions are encoded without the language model's head, whose scores nothing reads.
+def test_text_is_encoded_without_the_head(tmp_path: Path) -> None:
+    told = run_corrected(tmp_path, "cache_text_encoder_outputs", "--fp8_vl")
+    assert told == "('ids', 1, 'Identity') ['--fp8_vl']"
