@@ -17,6 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -494,6 +495,31 @@ def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
     _, words = told(out, media)
     assert "encoded 1/1" in words
     assert len(encoded(here / "log")) == 8
+    assert leftovers(out) == []
+
+
+# While the engine goes on, what it has finished is in the store already: the power may go.
+def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
+    media, out, gate = pictures(here / "media", 3), here / "out", here / "gate"
+    monkeypatch.setenv("FAKE_GATE", str(gate))
+    monkeypatch.setattr("runner.stages.caching._KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("runner.stages.caching._SETTLED_SECONDS", 0.0)
+    early: list[int] = []
+
+    def watch() -> None:
+        # The engine waits for the gate after its first item.
+        end = time.monotonic() + 20
+        while not (early or time.monotonic() > end):
+            early.extend([1] * len(of_shelf(out, "latents")))
+            time.sleep(0.05)
+        gate.touch()
+
+    watching = Thread(target=watch)
+    watching.start()
+    told(out, media)
+    watching.join()
+    assert early == [1]
+    assert len(of_shelf(out, "latents")) == 3
     assert leftovers(out) == []
 
 

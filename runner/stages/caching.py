@@ -7,6 +7,7 @@ rewrites and deletes files where it works, through links too.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from runner.execute import Context
     from runner.ledger import Record
     from runner.plan_model import Stage
+
+# How often finished entries are moved into the store while the engine goes on, and how long a file
+# must not have changed to be one.
+_KEEP_SECONDS = 20.0
+_SETTLED_SECONDS = 2.0
 
 
 def fill(context: Context, name: str, make: Callable[[frozenset[str]], None]) -> None:
@@ -118,44 +124,69 @@ def _encode(context: Context, name: str, todo: frozenset[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file, text in stage.files:
         write_text(context.run_dir / file, text)
+    keeper = _Keeper(context, stage, todo, folders)
     with context.console.bar("encoded", stage.missing) as bar:
 
-        def count() -> None:
-            bar.update(min(stage.missing, sum(len(_made(folder)) for folder in folders)))
+        def tick() -> None:
+            keeper.keep_finished()
+            bar.update(min(stage.missing, keeper.count()))
 
         try:
-            run_commands(context, stage, count)
+            run_commands(context, stage, tick)
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
             with suppress(OSError):
-                _commit(context, stage, todo, [f for f in _all_made(folders) if _whole(f)])
+                keeper.keep(_whole)
             raise
-        count()
-    left_out = _commit(context, stage, todo, _all_made(folders))
-    if left_out:
-        raise StageError(f"the engine made no {left_out[0]}; see {context.log(name)}")
+        keeper.keep()
+        bar.update(min(stage.missing, keeper.count()))
+    for entry in stage.entries:
+        if entry.stored in todo and entry.stored not in keeper.kept:
+            raise StageError(f"the engine made no {entry.produced}; see {context.log(name)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _commit(
-    context: Context, stage: Stage, todo: Collection[str], files: Collection[Path]
-) -> list[str]:
-    """Move what the engine made into the store, in place of what is damaged or not wanted.
+class _Keeper:
+    """Moves what the engine made into the store, in place of what is damaged or not wanted."""
 
-    Gives the files that it should have made and has not.
-    """
-    made = {file.name: file for file in files}
-    left_out = []
-    for entry in stage.entries:
-        if entry.stored not in todo:
-            continue
-        if entry.produced in made:
-            file = made[entry.produced]
-            context.store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
-        else:
-            left_out.append(entry.produced)
-    return left_out
+    def __init__(
+        self, context: Context, stage: Stage, todo: Collection[str], folders: Collection[Path]
+    ) -> None:
+        self.context, self.folders = context, folders
+        self.wanted = {entry.produced: entry for entry in stage.entries if entry.stored in todo}
+        self.kept: set[str] = set()
+        self._last = time.monotonic()
+
+    def count(self) -> int:
+        """How many entries were made so far."""
+        return len(self.kept) + len(self._made())
+
+    def keep_finished(self) -> None:
+        """Now and then, what is written to its end, so that a power cut costs minutes at most."""
+        if time.monotonic() - self._last < _KEEP_SECONDS:
+            return
+        before = time.time() - _SETTLED_SECONDS
+        self.keep(lambda file: file.stat().st_mtime < before and _whole(file))
+        self._last = time.monotonic()
+
+    def keep(self, which: Callable[[Path], bool] = lambda _: True) -> None:
+        """Commit the files that ``which`` accepts."""
+        for file in self._made():
+            entry = self.wanted.get(file.name)
+            if entry is not None and which(file):
+                store = self.context.store
+                store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
+                self.kept.add(entry.stored)
+
+    def _made(self) -> list[Path]:
+        return [
+            file
+            for folder in self.folders
+            if folder.is_dir()
+            for file in folder.iterdir()
+            if file.suffix == ".safetensors" and file.name[0] != "."
+        ]
 
 
 def _whole(file: Path) -> bool:
@@ -169,19 +200,9 @@ def _whole(file: Path) -> bool:
         return False
 
 
-def _all_made(folders: list[Path]) -> list[Path]:
-    return [file for folder in folders for file in _made(folder)]
-
-
 def _folders(staging: Path, name: str, files: tuple[tuple[str, str], ...]) -> set[Path]:
     return {
         staging / Path(file).stem
         for file, _ in files
         if file.startswith(f"staging/{name}") and file.endswith(".jsonl")
     }
-
-
-def _made(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [f for f in folder.iterdir() if f.suffix == ".safetensors" and f.name[0] != "."]
