@@ -137,6 +137,12 @@ def _absent(facts: Facts, shelf: str, name: str) -> bool:
     return f"{shelf}/{name}" not in facts.cached
 
 
+# Entries of the two engines are kept apart ("engine" in what they are made of). Their networks are
+# two implementations, and no weights fit both: musubi-tuner takes the published ones, the embedded
+# engine its own tiny model. So nothing can show yet that their numbers are the same. The files
+# have one format, and each engine's trainer reads the other's: docs/musubi-proof.md.
+
+
 def entry_name(made_of: dict[str, Any]) -> str:
     """The name in the store of a cache entry made of this."""
     return key_of(made_of) + ".safetensors"

@@ -26,7 +26,7 @@ from cache_process import context_of, fake_musubi, prepare, with_musubi
 from conftest import TOP, run_program
 
 from runner.console import Console
-from runner.errors import StageError
+from runner.errors import StageError, UserError
 
 HELPER = TOP / "tests" / "cache_process.py"
 
@@ -521,6 +521,20 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     assert early == [1]
     assert len(of_shelf(out, "latents")) == 3
     assert leftovers(out) == []
+
+
+# A file that a person changes while it is encoded is not cached under what it was before.
+def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) -> None:
+    media, out = pictures(here / "media", 2), here / "out"
+    script = "from pathlib import Path\n"
+    script += f"changed = Path({str(media / 'p000.png')!r})\n"
+    script += "if changed.stat().st_size != 1: changed.write_bytes(b'x')\n"
+    musubi = fake_musubi(here / "musubi") / "src" / "musubi_tuner" / "hv_1_5_cache_latents.py"
+    musubi.write_text(musubi.read_text() + script)
+    monkeypatch.setattr("cache_process.fake_musubi", lambda folder: folder)
+    with pytest.raises(UserError, match=r"p000\.png has changed since it was looked at"):
+        told(out, media)
+    assert len(of_shelf(out, "latents")) <= 1
 
 
 # What the engine left half-written when it died is no entry.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.atomic import write_text
-from runner.errors import StageError
+from runner.errors import StageError, UserError
 from runner.items import counted, named
 from runner.plan_data import part_of
 from runner.stages import run_commands
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from runner.execute import Context
     from runner.ledger import Record
     from runner.plan_model import Stage
+    from runner.sources import Item
 
 # How often finished entries are moved into the store while the engine goes on, and how long a file
 # must not have changed to be one.
@@ -135,7 +136,7 @@ def _encode(context: Context, name: str, todo: frozenset[str]) -> None:
             run_commands(context, stage, tick)
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
-            with suppress(OSError):
+            with suppress(OSError, UserError):
                 keeper.keep(_whole)
             raise
         keeper.keep()
@@ -155,6 +156,9 @@ class _Keeper:
     ) -> None:
         self.context, self.folders = context, folders
         self.wanted = {entry.produced: entry for entry in stage.entries if entry.stored in todo}
+        self.media: dict[str, list[Item]] = {}
+        for item in context.facts.selection.items:
+            self.media.setdefault(item.media.sha256, []).append(item.media)
         self.kept: set[str] = set()
         self._last = time.monotonic()
 
@@ -171,10 +175,16 @@ class _Keeper:
         self._last = time.monotonic()
 
     def keep(self, which: Callable[[Path], bool] = lambda _: True) -> None:
-        """Commit the files that ``which`` accepts."""
+        """Commit the files that ``which`` accepts.
+
+        Raises :class:`UserError` when a person has changed a file while it was encoded.
+        """
+        from runner.sources import check_unchanged
+
         for file in self._made():
             entry = self.wanted.get(file.name)
             if entry is not None and which(file):
+                check_unchanged(self.media.get(str(entry.made_of.get("media")), ()))
                 store = self.context.store
                 store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
                 self.kept.add(entry.stored)
