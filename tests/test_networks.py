@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 )
 from torch import Tensor
 
-from runner.engines.diffusers import flow, networks
+from runner.engines.diffusers import flow, network_files, networks
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.errors import UserError
 from runner.formats.transformer_keys import BLOCK_LINEARS
@@ -132,7 +132,7 @@ def test_weights_round_trip(kind: str, factor: int, rank: int) -> None:
     randomise(network)
     expected = prediction(model)
     network.remove()
-    again = networks.from_weights(model, network.state_dict())
+    again = network_files.from_weights(model, network.state_dict())
     assert torch.equal(prediction(model), expected)
     assert again.state_dict().keys() == network.state_dict().keys()
 
@@ -230,9 +230,11 @@ def test_nothing_to_train_is_refused() -> None:
 def test_foreign_weights_are_refused() -> None:
     model = tiny()
     with pytest.raises(UserError, match="no module of this transformer"):
-        networks.from_weights(model, {"lora_unet_blocks_0_q.lora_down.weight": torch.zeros(2, 2)})
+        network_files.from_weights(
+            model, {"lora_unet_blocks_0_q.lora_down.weight": torch.zeros(2, 2)}
+        )
     stem = "lora_unet_double_blocks_0_img_attn_q"
     wrong = {f"{stem}.lora_down.weight": torch.zeros(2, 9)}
     wrong[f"{stem}.lora_up.weight"] = torch.zeros(9, 2)
     with pytest.raises(UserError, match="does not fit"):
-        networks.from_weights(model, wrong)
+        network_files.from_weights(model, wrong)

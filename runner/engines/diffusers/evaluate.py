@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from runner.atomic import write_text
-from runner.engines.diffusers import cli, data, flow, models, networks, options
+from runner.engines.diffusers import cli, data, flow, models, network_files, options
 from runner.engines.diffusers.train import Device
 from runner.errors import UserError
 
@@ -75,7 +75,7 @@ def evaluate(chosen: options.TrainOptions, dataset_config: str, lora: str) -> di
         raise UserError(f"{lora}: not a LoRA file that can be read ({error})") from None
     device = Device.choose(chosen)
     model = models.load_transformer(chosen.dit, dtype=device.weights, device=device.name)
-    network = networks.from_weights(model, weights).eval()
+    network = network_files.from_weights(model, weights).eval()
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}
     shown = time.monotonic()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,7 +261,7 @@ def factorise(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-_CLASSES: dict[str, type[LoRA] | type[LoHa] | type[LoKr]] = {
+CLASSES: dict[str, type[LoRA] | type[LoHa] | type[LoKr]] = {
     "lora": LoRA,
     "loha": LoHa,
     "lokr": LoKr,
@@ -341,7 +341,7 @@ def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
         out = any(pattern.fullmatch(module) for pattern in exclude)
         if out and not any(pattern.fullmatch(module) for pattern in include):
             continue
-        adapter = _CLASSES[spec.kind](
+        adapter = CLASSES[spec.kind](
             spec, spec.rank, spec.alpha, linear.in_features, linear.out_features
         )
         generator = torch.Generator().manual_seed(derived_seed(seed, "network", module))
@@ -350,69 +350,3 @@ def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
     if not network._hooks:
         raise UserError("train.toml: network_args exclude every module; nothing is left to train")
     return network
-
-
-def start_from(network: Network, file: str) -> None:
-    """Give a fresh network the weights of a LoRA file.
-
-    Raises:
-        UserError: no such file, or one of another kind, rank or set of modules.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(file)
-        network.load_state_dict(state)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"network_weights={file}: cannot be read ({error})") from None
-    except RuntimeError:
-        raise UserError(
-            f"network_weights={file} does not fit this network: its kind, rank and modules must "
-            "be those of the run"
-        ) from None
-
-
-def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
-    """A network on `model` with a file's weights, of whatever kind they are, in fp32.
-
-    Raises:
-        UserError: weights for a module the transformer has not, or of a shape it has not.
-    """
-    weights: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        name, _, leaf = key.partition(".")
-        weights.setdefault(name, {})[leaf] = tensor
-    linears = {lora_name(module): linear for module, linear in block_modules(model).items()}
-    network = Network(NetworkSpec())
-    for name, parts in weights.items():
-        if name not in linears:
-            raise UserError(f"LoRA file: {name!r} is no module of this transformer")
-        linear = linears[name]
-        kind, rank = _kind_and_rank(name, parts)
-        alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
-        sizes = (network.spec, rank, alpha, linear.in_features, linear.out_features)
-        adapter: Adapter
-        if kind == "lokr":
-            rows, columns = parts["lokr_w1"].shape
-            adapter = LoKr(*sizes, split=(rows, columns))
-        else:
-            adapter = _CLASSES[kind](*sizes)
-        try:
-            adapter.load_state_dict({"alpha": torch.tensor(alpha), **parts})
-        except RuntimeError:
-            raise UserError(f"LoRA file: {name!r} does not fit this transformer") from None
-        network.attach(linear, name, adapter.float().to(linear.weight.device))
-    return network
-
-
-def _kind_and_rank(name: str, parts: Mapping[str, Tensor]) -> tuple[str, int]:
-    if "lora_down.weight" in parts:
-        return "lora", parts["lora_down.weight"].shape[0]
-    if "hada_w1_b" in parts:
-        return "loha", parts["hada_w1_b"].shape[0]
-    if "lokr_w2_a" in parts:
-        return "lokr", parts["lokr_w2_a"].shape[1]
-    if "lokr_w2" in parts:
-        return "lokr", max(parts["lokr_w2"].shape)
-    raise UserError(f"LoRA file: {name!r} is neither LoRA nor LoHa nor LoKr")

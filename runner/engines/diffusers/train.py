@@ -32,6 +32,7 @@ from runner.engines.diffusers import (
     data,
     flow,
     models,
+    network_files,
     networks,
     optimizers,
     options,
@@ -163,7 +164,7 @@ class Trainer:
         )
         self.network = networks.create(self.model, spec, seed=seed)
         if chosen.network_weights is not None:
-            networks.start_from(self.network, chosen.network_weights)
+            network_files.start_from(self.network, chosen.network_weights)
         self.optimizer, described = optimizers.build_optimizer(
             chosen, self.network.parameter_groups(chosen.learning_rate)
         )
