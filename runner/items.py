@@ -194,6 +194,11 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
             f"dataset.validation_fraction={validation_fraction:g} holds out all "
             f"{len(chosen)} items: lower it."
         )
+    if validation_fraction and not any(item.held_out for item in chosen):
+        notices.append(
+            f"dataset.validation_fraction={validation_fraction:g} holds out none of the "
+            f"{len(chosen)} items, which is chance with few: raise it."
+        )
     return Selection(tuple(sorted(chosen, key=lambda item: (item.source, item.id))), tuple(notices))
 
 

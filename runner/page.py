@@ -58,7 +58,7 @@ def _overview(plan: Plan, config: RunConfig, facts: Facts) -> list[str]:
         ("precision", f"{config.precision.name}, memory {facts.memory.name}"),
         (
             "steps",
-            f"{plan.steps:,} = {plan.epochs} epochs of {plan.steps_per_epoch}"
+            f"{plan.steps:,} = {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"
             + (f" (training.max_steps={training.max_steps})" if training.max_steps else ""),
         ),
         ("seed", str(facts.seed)),

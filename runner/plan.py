@@ -200,7 +200,7 @@ def commands_sh(plan: Plan) -> str:
 
 
 def config_fingerprint(resolved: dict[str, Any]) -> str:
-    """A digest of what decides the result: name, tracking, paths and dry_run left out."""
+    """A digest of what decides the result: name, tracking, output_dir and dry_run left out."""
     kept = {k: v for k, v in resolved.items() if k not in ("name", "tracking", "output_dir")}
     kept.pop("dry_run", None)
     return key_of(json.loads(json.dumps(kept, default=str)))[:16]

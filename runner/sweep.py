@@ -43,11 +43,14 @@ class Sweep:
     @property
     def swept(self) -> tuple[str, ...]:
         """Keys that have several values."""
-        return tuple(
-            key
-            for key, _, value in (text.partition("=") for text in self.overrides)
-            if ("," in value and not value.startswith("[")) or "range(" in value
-        )
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import OverrideParseException
+
+        try:
+            parsed = OverridesParser.create().parse_overrides(list(self.overrides))
+        except OverrideParseException:
+            return ()
+        return tuple(one.key_or_group for one in parsed if one.is_sweep_override())
 
     def close(self, codes: Sequence[int]) -> None:
         """End the parent run with what truly came of the sweep."""

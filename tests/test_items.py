@@ -77,6 +77,11 @@ def test_the_split_is_by_content() -> None:
     assert 20 <= len(small) <= 60
     assert small < large
     assert held_out(0.1, items[:100]) == {name for name in small if int(name[:-4]) < 100}
+    none = selection(items[:1], "dataset.validation_fraction=0.001")
+    assert none.notices == (
+        "dataset.validation_fraction=0.001 holds out none of the 1 items, which is chance with "
+        "few: raise it.",
+    )
     assert not is_held_out("f" * 64, 0.999)
     assert not is_held_out("0" * 64, 0.0)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from runner.sweep import Sweep
 from runner.tracking import sweep
 from runner.tracking.metrics import Point
 from runner.tracking.mlflow_run import RunWriter, Status
@@ -126,3 +127,21 @@ def test_a_sweep_can_go_on(store: Store) -> None:
     assert store.client.get_run(parent).info.status == "RUNNING"
     store.client.delete_run(parent)
     assert open_parent(store) != parent
+
+
+# What a sweep's runs are named by is what has several values: no list or table with commas in it.
+def test_swept_keys() -> None:
+    told = Sweep(
+        "id",
+        (
+            "network.rank=2,4",
+            "optimizer=adamw,adafactor",
+            "dataset.target_frames=[1,5]",
+            "dataset.target_frames=[1,5],[9]",
+            "optimizer.args={a:1,b:2}",
+            "name='a,b'",
+            "training.seed=range(1,4)",
+            "task=i2v",
+        ),
+    )
+    assert told.swept == ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
