@@ -30,13 +30,19 @@ use_cpu: false
 
 # Written into the run's folder, where every command runs, so that they can be repeated by hand.
 _CORRECTED = """\
-# Runs a module of musubi-tuner with two things set right: corrected.py -m MODULE ARGUMENTS
+# Runs a module of musubi-tuner with three things set right: corrected.py -m MODULE ARGUMENTS
+import ctypes
 import glob
 import runpy
+import signal
 import sys
 
 del sys.argv[:2]
 module = sys.argv[0]
+
+# accelerate starts the trainer, which would go on by itself when that is killed.
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 # It takes its items in the order in which the file system lists the cache, which differs from disk
 # to disk, and with it what a seed gives.
