@@ -157,7 +157,8 @@ def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
         )
     except Stopped as stopped:
         _close(shown)
-        console.error(f"ended by {stopped} while reading the sources; what was unpacked is kept.")
+        kept = "" if config.dry_run else "; what was unpacked is kept"
+        console.error(f"ended by {stopped} while reading the sources{kept}.")
         raise
     finally:
         _close(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from runner.config import RunConfig
@@ -51,7 +52,9 @@ def _fits(config: RunConfig, file: Path) -> None:
     from runner.formats.lora import describe
 
     found, network = describe(file), config.network
-    if (network.name, network.rank, network.alpha) != found:
+    # Saved in bf16, an alpha has three digits.
+    same_alpha = math.isclose(network.alpha, found.alpha, rel_tol=0.01)
+    if (network.name, network.rank) != (found.kind, found.rank) or not same_alpha:
         raise UserError(
             f"network.weights={file} is not of the run's kind, rank and alpha: add "
             f"network={found.kind} network.rank={found.rank} network.alpha={found.alpha:g}."

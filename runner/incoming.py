@@ -1,7 +1,7 @@
 """Many files into the store at once: written, synced together, then renamed.
 
 A file under its final name is whole, after a power cut too. What a cut leaves behind lies in
-`incoming` and is cleared by the next run; what was renamed before it stays.
+`incoming` and is cleared by the next run that takes something in; what was renamed before it stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from runner.errors import UserError
-from runner.store import Shelf, Store
+from runner.store import Shelf, Store, key_of
 
 Write = Callable[[bytes | memoryview], None]
 
@@ -40,20 +40,22 @@ class _Arrived:
 
 
 class Incoming(AbstractContextManager["Incoming"]):
-    """Takes files into one shelf from many threads; one process at a time has the block.
+    """Takes files into one shelf from many threads; one process at a time has a block of a name.
 
-    waiting: called when another process has it. anew: entries to make though they are there.
+    name: of what is taken in, so that those who take in the same wait for each other, and no others
+    do. waiting: called when another process has it. anew: entries to make though they are there.
     """
 
     def __init__(
         self,
         store: Store,
         shelf: Shelf,
+        name: str,
         waiting: Callable[[], None] = lambda: None,
         anew: Collection[str] = (),
     ) -> None:
         self.store, self.shelf, self.waiting, self.anew = store, shelf, waiting, anew
-        self.folder = store.root / "incoming" / shelf
+        self.folder = store.root / "incoming" / f"{shelf}-{key_of({'of': name})[:16]}"
         self._claimed: set[str] = set()
         self._waiting: list[_Arrived] = []
         self._bytes = 0
@@ -74,10 +76,22 @@ class Incoming(AbstractContextManager["Incoming"]):
             except Timeout:
                 self.waiting()
                 self._lock.acquire()
+            self._clear_leftovers()
         except OSError as error:
             raise self._told(error) from error
-        shutil.rmtree(self.folder, ignore_errors=True)
         return self
+
+    def _clear_leftovers(self) -> None:
+        """Remove what processes left behind that were killed, here and under other names."""
+        from filelock import FileLock, Timeout
+
+        for folder in self.folder.parent.iterdir():
+            if folder == self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.is_dir():
+                lock = FileLock(folder.with_suffix(".lock"))
+                with suppress(Timeout), lock.acquire(timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def claim(self, name: str) -> bool:
         """Whether the entry is to be made, by who asks: it is not there and no one else makes it.
@@ -124,7 +138,10 @@ class Incoming(AbstractContextManager["Incoming"]):
 
     def add(self, file: Path, name: str, made_of: Mapping[str, Any], sha256: str) -> None:
         """Take a file that `write` made, of this digest, as the entry `name`."""
-        size = file.stat().st_size
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise self._told(error) from error
         with self._mutex:
             note = {"bytes": size, "made_of": made_of, "sha256": sha256}
             self._waiting.append(_Arrived(file, name, note))

@@ -130,17 +130,17 @@ def _keep(
             return None
         if entries[0].archive is None:
             return nullcontext()
-        return _unpacking(store, options, task, reading)
+        return _unpacking(store, entries[0].archive, options, task, reading)
 
     return keep
 
 
 @contextmanager
 def _unpacking(
-    store: Store, options: SourceOptions, task: str, reading: Reading
+    store: Store, archive: Path, options: SourceOptions, task: str, reading: Reading
 ) -> Iterator[Keeper]:
     from runner.incoming import Incoming
     from runner.sources.look import Keeper
 
-    with Incoming(store, "media", reading.waiting) as incoming:
+    with Incoming(store, "media", str(archive), reading.waiting) as incoming:
         yield Keeper(incoming, lambda item: is_used(item, options, task))

@@ -18,7 +18,9 @@ from runner.suggest import did_you_mean
 _SCRAP_SECONDS = 3600.0
 # Deleting holds back runs that start, so it is done so many files at a time.
 _BATCH = 200
-_NO_SHELVES = ("claims", "uses")
+# Besides who uses what: media on their way in, whose own lock clears them, and which datasets of
+# the hub are whole, without which they could not be used offline.
+_NO_SHELVES = ("claims", "uses", "incoming", "hub")
 # What is known of the hub's weights, on the shelf of the tiny model's.
 CHECKED = "checked"
 # What belongs to no dataset: as no record names it, or as runs say nothing of its shelf.
@@ -201,7 +203,9 @@ def chosen(stock: Stock, wish: Wish, now: float) -> list[Kept]:
     if wish.dataset is not None:
         found = [one for one in found if one.datasets == {wish.dataset}]
     if wish.unused:
-        found = [one for one in found if one.named and not one.datasets]
+        # A run that has just made an entry says that it uses it a little later.
+        old = now - _SCRAP_SECONDS
+        found = [one for one in found if one.named and not one.datasets and one.used < old]
     if wish.older_than is not None:
         found = [one for one in found if one.used < now - wish.older_than]
     found.sort(key=lambda one: (one.used, one.name))

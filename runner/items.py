@@ -189,15 +189,17 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
         where = ", ".join(source.path for source in sources)
         why = f" {' '.join(notices)}" if notices else ""
         raise UserError(f"Nothing to train on in {where}.{why}")
-    if not any(not item.held_out for item in chosen):
+    ordinary = [item for item in chosen if not sources[item.source].options.regularisation]
+    held_out = sum(item.held_out for item in ordinary)
+    if ordinary and held_out == len(ordinary):
         raise UserError(
             f"dataset.validation_fraction={validation_fraction:g} holds out all "
-            f"{len(chosen)} items: lower it."
+            f"{len(ordinary)} items: lower it."
         )
-    if validation_fraction and not any(item.held_out for item in chosen):
+    if validation_fraction and ordinary and not held_out:
         notices.append(
             f"dataset.validation_fraction={validation_fraction:g} holds out none of the "
-            f"{len(chosen)} items, which is chance with few: raise it."
+            f"{len(ordinary)} items, which is chance with few: raise it."
         )
     return Selection(tuple(sorted(chosen, key=lambda item: (item.source, item.id))), tuple(notices))
 

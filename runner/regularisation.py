@@ -29,6 +29,12 @@ def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source
         for item in selection.items
         if not item.held_out and not sources[item.source].options.regularisation
     )
+    held_out = {item.media.sha256 for item in selection.items if item.held_out}
+    if not others and held_out:
+        raise UserError(
+            "dataset.validation_fraction holds out all items but those of regularisation sets: "
+            "lower it."
+        )
     if not others:
         raise UserError(
             "Only regularisation sets have media to train on: give a source that is none."
@@ -37,7 +43,12 @@ def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source
     for index, source in enumerate(sources):
         if not source.options.regularisation:
             continue
-        items = [item for item in selection.items if item.source == index]
+        found = [item for item in selection.items if item.source == index]
+        # What another source holds out must not be trained on by this way.
+        items = [item for item in found if item.media.sha256 not in held_out]
+        dropped |= {item.id for item in found} - {item.id for item in items}
+        if not items:
+            continue
         wanted = source.options.weight * others
         taken, repeats = _choose(items, wanted)
         dropped |= {item.id for item in items} - {item.id for item in taken}

@@ -257,5 +257,10 @@ def _combinations(config: RunConfig) -> Iterator[str]:
 def _stages(config: RunConfig) -> Iterator[str]:
     for key, names in (("skip", config.stages.skip), ("force", config.stages.force)):
         for name in names:
+            if name == "dataset" and key == "skip":
+                yield (
+                    "stages.skip=[dataset] would leave the later stages without media: leave it "
+                    "out, finished work is recognised."
+                )
             if name not in STAGES:
                 yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, STAGES)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Finished, run_program, tree
+from media_factory import make_image
 from PIL import Image
 
 
@@ -143,3 +144,22 @@ def test_wrong_input(
     assert done.err.count("\n") == 1
     assert tree(tmp_path) == before
     golden(f"errors/{case.__name__}.txt", done.err.replace(str(tmp_path), "<folder>"))
+
+
+# A cache that can't be written to is one line, whatever notices it first.
+@pytest.mark.parametrize("in_the_way", ["out", "out/cache"])
+def test_a_cache_that_cannot_be_written(tmp_path: Path, in_the_way: str) -> None:
+    (tmp_path / "media").mkdir()
+    make_image(tmp_path / "media" / "a.png", (64, 64))
+    (tmp_path / "media" / "a.txt").write_text("a")
+    place = tmp_path / in_the_way
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("a file, and no folder")
+    done = run_program(
+        *("engine=diffusers", "model=tiny", "optimizer=adamw", "precision=fp32", "memory=cpu"),
+        *("dataset.path=media", "output_dir=out", "tracking=none", "dataset.resolution=[64,64]"),
+        cwd=tmp_path,
+    )
+    assert done.code in (1, 2), done.err
+    assert "Traceback" not in done.err
+    assert "Not a directory" in done.err or "File exists" in done.err

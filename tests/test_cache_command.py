@@ -423,3 +423,11 @@ def test_as_a_program(stocked: Path) -> None:
     piped = f"{sys.executable} -m runner.cache | head -c 1"
     told = subprocess.run(["sh", "-c", piped], capture_output=True, text=True, env=env)
     assert told.stderr == ""
+
+
+# Media that another run takes in at the moment, and what is known of the hub's datasets, stay.
+def test_what_is_on_its_way_in_stays(stocked: Path) -> None:
+    incoming = put("incoming", "media-1", days=99)
+    known = put("hub", "commit", days=99)
+    assert cache.main(["prune", "--older-than", "1d", "--yes"]) == 0
+    assert incoming.exists() and known.exists()

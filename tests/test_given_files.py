@@ -14,6 +14,7 @@ from runner.formats.lora import to_comfyui
 from runner.given_files import settle
 
 NAME = "lora_unet_double_blocks_0_img_attn_q"
+STEM = "lora_unet_double_blocks_0_"
 
 
 def lora(rank: int = 4, alpha: float = 2.0) -> dict[str, torch.Tensor]:
@@ -21,6 +22,15 @@ def lora(rank: int = 4, alpha: float = 2.0) -> dict[str, torch.Tensor]:
         f"{NAME}.lora_down.weight": torch.zeros(rank, 8),
         f"{NAME}.lora_up.weight": torch.zeros(8, rank),
         f"{NAME}.alpha": torch.tensor(alpha),
+    }
+
+
+def whole_lora() -> dict[str, torch.Tensor]:
+    """As training leaves it, with modules that ComfyUI names as musubi-tuner does."""
+    return {
+        key.replace(NAME, STEM + module): tensor
+        for module in ("img_attn_proj", "img_attn_q", "img_attn_k", "img_attn_v", "txt_mlp_fc1")
+        for key, tensor in lora().items()
     }
 
 
@@ -32,6 +42,15 @@ def test_a_fitting_lora_is_taken(tmp_path: Path) -> None:
     assert config.network.weights == str(tmp_path / "old run [1].safetensors")
 
 
+# Files are saved in bf16, which rounds an alpha: what was trained with is still the same.
+def test_a_rounded_alpha_is_the_same(tmp_path: Path) -> None:
+    state = {key: tensor.bfloat16() for key, tensor in lora(4, 0.3).items()}
+    save_file(state, tmp_path / "old.safetensors")
+    settle(
+        compose("network.weights=old.safetensors", "network.rank=4", "network.alpha=0.3"), tmp_path
+    )
+
+
 # The trainer would load what fits by name and start the rest from nothing: each is refused.
 @pytest.mark.parametrize(
     ("state", "message"),
@@ -39,6 +58,7 @@ def test_a_fitting_lora_is_taken(tmp_path: Path) -> None:
         (lora(8, 2), "add network=lora network.rank=8 network.alpha=2."),
         (lora(4, 1), "add network=lora network.rank=4 network.alpha=1."),
         (to_comfyui(lora(4, 2), None)[0], "is a LoRA for ComfyUI"),
+        (to_comfyui(whole_lora(), None)[0], "is a LoRA for ComfyUI"),
         ({"other": torch.zeros(1)}, "is no LoRA of this model"),
         (
             {f"{NAME}.hada_w1_b": torch.zeros(4, 8), f"{NAME}.alpha": torch.tensor(2.0)},

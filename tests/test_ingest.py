@@ -264,7 +264,7 @@ def test_a_cut_ingestion_goes_on(tmp_path: Path, opened: list[str]) -> None:
     assert len(opened) <= 63 - 20
     store = store_of(tmp_path)
     missing = [item for item in source.items if not store.has("media", item.entry)]
-    with Incoming(store, "media") as arriving:
+    with Incoming(store, "media", "a.zip") as arriving:
         unpack(missing, arriving, lambda _: None)
     assert sorted(entries(tmp_path)) == sorted(item.entry for item in source.items)
     assert entries(tmp_path).items() >= some.items()
@@ -273,10 +273,13 @@ def test_a_cut_ingestion_goes_on(tmp_path: Path, opened: list[str]) -> None:
 # So after a crash that left files behind: they are cleared, and what was renamed stays.
 def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
     zipped(tmp_path / "m.zip")
-    left = tmp_path / "outputs" / "cache" / "incoming" / "media"
+    left = tmp_path / "outputs" / "cache" / "incoming" / "media-of-another-zip"
     left.mkdir(parents=True)
     (left / "0").write_bytes(b"half")
-    source = ingest(tmp_path)
+    with Incoming(store_of(tmp_path), "media", "a third") as living:
+        living.write(lambda write: write(b"not yet whole"))
+        source = ingest(tmp_path)
+        assert [file.read_bytes() for file in living.folder.iterdir()] == [b"not yet whole"]
     assert not left.exists()
     assert sorted(entries(tmp_path)) == sorted(item.entry for item in source.items)
 
@@ -402,13 +405,26 @@ def test_two_runs_read_it_once(tmp_path: Path, opened: list[str]) -> None:
     zipped(tmp_path / "m.zip")
     store, waited = store_of(tmp_path), threading.Event()
     found: list[Source] = []
-    with Incoming(store, "media"):
+    with Incoming(store, "media", str(tmp_path / "m.zip")):
         second = threading.Thread(target=lambda: found.append(ingest(tmp_path, waiting=waited.set)))
         second.start()
         assert waited.wait(20)
         assert opened == []
     second.join(60)
     assert len(found) == 1 and len(opened) == 15
+
+
+# A run with nothing to unpack waits for nobody, nor do runs on different zips for each other.
+def test_only_who_unpacks_the_same_waits(tmp_path: Path) -> None:
+    zipped(tmp_path / "m.zip")
+    ingest(tmp_path)
+    waited: list[str] = []
+    with Incoming(store_of(tmp_path), "media", str(tmp_path / "m.zip")):
+        ingest(tmp_path, waiting=lambda: waited.append("the same"))
+    with Incoming(store_of(tmp_path), "media", "another.zip"):
+        (tmp_path / "m.zip").rename(tmp_path / "n.zip")
+        ingest(tmp_path, path="n.zip", waiting=lambda: waited.append("another"))
+    assert waited == []
 
 
 # Media of a person's folder that change between the look and their use are noticed; a new time
@@ -447,7 +463,7 @@ def test_an_archive_that_changes_while_it_is_read(
 
 @pytest.fixture
 def captured(tmp_path: Path) -> Iterator[Incoming]:
-    with Incoming(store_of(tmp_path), "media") as arriving:
+    with Incoming(store_of(tmp_path), "media", "a.zip") as arriving:
         yield arriving
 
 
@@ -461,7 +477,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
         archive.writestr("alpha.txt", "clear")
     items = ingest(tmp_path, dry=True).items
     store, done = store_of(tmp_path), list[int]()
-    with Incoming(store, "media") as arriving:
+    with Incoming(store, "media", "a.zip") as arriving:
         unpack(items, arriving, done.append)
     assert done == list(range(1, 17))
     unpacked = tree(tmp_path / "outputs" / "cache" / "media")
@@ -474,7 +490,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     place.chmod(0o644)
     place.write_bytes(b"damaged")
     for anew in ((), (items[0].entry,)):
-        with Incoming(store, "media", anew=anew) as arriving:
+        with Incoming(store, "media", "a.zip", anew=anew) as arriving:
             unpack(items, arriving, done.append)
         assert (entries(tmp_path) == bytes_of) == bool(anew)
 

@@ -143,3 +143,18 @@ def test_regularisation_alone_is_refused() -> None:
         weighed(
             "1", pictures("r", 4), [fake_item("short.mp4", frames=1)], "dataset.target_frames=[13]"
         )
+
+
+# Media that another source holds out are not trained on by way of a regularisation set, and when
+# nothing else is left to train on, the line says why.
+def test_what_is_held_out_stays_out() -> None:
+    own = pictures("o", 40)
+    half = "dataset.validation_fraction=0.5"
+    _, chosen = weighed("1", own, own, half)
+    held_out = {item.media.name for item in chosen.items if item.held_out}
+    trained = {item.media.name for item in chosen.items if not item.held_out}
+    assert 5 < len(held_out) < 35
+    assert not held_out & trained
+    out = [item for item in own if item.name in held_out]
+    with pytest.raises(UserError, match=r"holds out all \d+ items: lower it"):
+        weighed("1", pictures("r", 5), out, half)

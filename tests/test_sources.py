@@ -355,3 +355,11 @@ def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="can't be read"):
             write_media(item, out / "x")
     assert [(file.name, file.read_text()) for file in out.iterdir()] == [("x", "old")]
+
+
+# Half of a character, as JSON can spell it, is told with its line: it can't be encoded.
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png", (8, 8))
+    (tmp_path / "m.jsonl").write_text('{"image_path": "a.png", "caption": "x \\ud83d y"}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl line 1: has half of a character"):
+        scan("jsonl", tmp_path / "m.jsonl", max_bytes=10**9)

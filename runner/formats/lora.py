@@ -100,14 +100,14 @@ def describe(file: Path) -> Described:
     try:
         with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
+            names = {match[2] for key in keys if (match := _NAME.fullmatch(key.partition(".")[0]))}
+            if any(name in _MUSUBI or name.endswith("_qkv") for name in names):
+                raise UserError(
+                    f"{file} is a LoRA for ComfyUI: take the lora.safetensors beside it"
+                )
             for key in keys:
                 name, _, leaf = key.partition(".")
-                match = _NAME.fullmatch(name)
-                if match and (match[2] in _MUSUBI or match[2].endswith("_qkv")):
-                    raise UserError(
-                        f"{file} is a LoRA for ComfyUI: take the lora.safetensors beside it"
-                    )
-                if match and leaf in _RANK_OF:
+                if _NAME.fullmatch(name) and leaf in _RANK_OF:
                     kind, side = _RANK_OF[leaf]
                     rank = handle.get_slice(key).get_shape()[side]
                     alpha = f"{name}.alpha"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -73,7 +74,9 @@ class HubDatasets:
         remote = self._look_up(repository, revision)
         names = _usable(remote)
         obtain([_request(remote, names)], self._cache, watcher, force=force)
-        write_text(self._note(repository, remote.commit), json.dumps({"files": names}) + "\n")
+        # Without it the next run asks the hub once more.
+        with suppress(OSError):
+            write_text(self._note(repository, remote.commit), json.dumps({"files": names}) + "\n")
         return self._made(repository, revision, remote.commit)
 
     def planned(self, repository: str, revision: str) -> HubDataset:

@@ -8,6 +8,7 @@ again. PIL, numpy and PyAV are imported where they are used.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from runner.atomic import write_text
 from runner.errors import UserError
 from runner.media import to_rgb
 from runner.sources.archive import open_archive
+from runner.sources.model import identity_of
 from runner.store import key_of
 
 if TYPE_CHECKING:
@@ -154,13 +156,17 @@ def _look(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> Look | None:
         with _opened(item, archives) as stream:
             if item.kind == "image":
                 data = stream.read()
-                return None if len(data) != item.bytes else look_at_picture(io.BytesIO(data))
+                same = hashlib.sha256(data).hexdigest() == item.sha256
+                return look_at_picture(io.BytesIO(data)) if same else None
             if item.file is not None:
-                return None if item.file.stat().st_size != item.bytes else look_at_clip(item.file)
+                same = item.identity in (None, identity_of(os.fstat(stream.fileno())))
+                return look_at_clip(item.file) if same else None
+            digest = hashlib.sha256()
             with cast(BinaryIO, SpooledTemporaryFile(_IN_MEMORY)) as spool:
                 while data := stream.read(1 << 20):
+                    digest.update(data)
                     spool.write(data)
-                return look_at_clip(spool)
+                return look_at_clip(spool) if digest.hexdigest() == item.sha256 else None
     except Exception:
         # Decoders raise all kinds of errors. The scan could read it, and a report must not stop a
         # run: the media without a look are named in it.

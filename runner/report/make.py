@@ -67,7 +67,9 @@ def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Ite
         for item in source.items:
             if (index, item) in used:
                 continue
-            if not item.caption and source.options.default_caption is None:
+            if source.options.regularisation and item.kind == "image" and task != "i2v":
+                why = "not drawn: the set's weight takes a part of it"
+            elif not item.caption and source.options.default_caption is None:
                 why = "it has no caption"
             elif item.kind == "image" and task == "i2v":
                 why = "task=i2v learns from clips alone"

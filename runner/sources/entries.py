@@ -119,7 +119,9 @@ def _metadata(
         if posixpath.basename(name) != METADATA:
             continue
         folder = posixpath.dirname(name)
-        for line, record in _records(_read(openers[name], f"{name} in {where}"), f"{where}/{name}"):
+        for line, record in _records(
+            _read(openers[name], f"{name} in {where}"), f"{where}/{name}", "file_name"
+        ):
             media = record.get("file_name")
             if not isinstance(media, str):
                 raise UserError(f"{line}: needs a file_name, a string")
@@ -133,7 +135,7 @@ def _metadata(
     return found
 
 
-def _records(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -143,13 +145,19 @@ def _records(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise UserError(f'{place}: must be an object such as {{"image_path": ...}}')
+            raise UserError(f'{place}: must be an object such as {{"{key}": ...}}')
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{place}: has half of a character written as \\ud800 to \\udfff: write it whole"
+            ) from None
         yield place, record
 
 
 def _jsonl_entries(path: Path) -> list[Entry]:
     entries: list[Entry] = []
-    for where, record in _records(_read(_file_opener(path), str(path)), str(path)):
+    for where, record in _records(_read(_file_opener(path), str(path)), str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
             raise UserError(f"{where}: needs one of image_path, video_path and path, a string")

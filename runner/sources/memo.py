@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,10 @@ class Memo:
         known = {**self._before, **self._now}
         media = {name: known[name] for name in names if name in known}
         text = {"version": _version(), "source": os.fspath(self.source), "media": media}
-        write_text(self.file, json.dumps(text, separators=(",", ":")) + "\n")
-        self._changed = False
+        # Without it media are read once more; a cache that can't be written to is told of later.
+        with suppress(OSError):
+            write_text(self.file, json.dumps(text, separators=(",", ":")) + "\n")
+            self._changed = False
 
 
 def _version() -> str:

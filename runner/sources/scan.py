@@ -49,6 +49,10 @@ def scan(
     """
     with listed(kind, path, max_bytes) as listing:
         keeping = keep(listing.entries) if keep is not None else None
+        memo = Memo.load(memos, path) if memos is not None else None
+        if keeping is not None and len(_recalled(listing, memo)) == len(listing.entries):
+            # What is known was kept, or can be by itself: nobody need be waited for.
+            keeping = nullcontext()
         with keeping or nullcontext() as keeper:
             # Another run may have looked at it while this one waited for its turn.
             memo = Memo.load(memos, path) if memos is not None else None

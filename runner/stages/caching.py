@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from runner.execute import Context
     from runner.ledger import Record
     from runner.plan_model import Stage
-    from runner.sources import Item
 
 # How often finished entries are moved into the store while the engine goes on, and how long a file
 # must not have changed to be one.
@@ -136,8 +135,8 @@ def _encode(context: Context, name: str, todo: frozenset[str]) -> None:
             run_commands(context, stage, tick)
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
-            with suppress(OSError, UserError):
-                keeper.keep(_whole)
+            with suppress(OSError):
+                keeper.keep(lambda file: _whole(file) and keeper.is_current(file))
             raise
         keeper.keep()
         bar.update(min(stage.missing, keeper.count()))
@@ -156,9 +155,12 @@ class _Keeper:
     ) -> None:
         self.context, self.folders = context, folders
         self.wanted = {entry.produced: entry for entry in stage.entries if entry.stored in todo}
-        self.media: dict[str, list[Item]] = {}
-        for item in context.facts.selection.items:
-            self.media.setdefault(item.media.sha256, []).append(item.media)
+        # The files of a person's that are encoded where they lie, by the name of the item.
+        self.media = {
+            item.id: item.media
+            for item in context.facts.selection.items
+            if item.media.file is not None and not item.as_rgb
+        }
         self.kept: set[str] = set()
         self._last = time.monotonic()
 
@@ -179,15 +181,28 @@ class _Keeper:
 
         Raises :class:`UserError` when a person has changed a file while it was encoded.
         """
-        from runner.sources import check_unchanged
-
         for file in self._made():
             entry = self.wanted.get(file.name)
             if entry is not None and which(file):
-                check_unchanged(self.media.get(str(entry.made_of.get("media")), ()))
+                self._check(file)
                 store = self.context.store
                 store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
                 self.kept.add(entry.stored)
+
+    def is_current(self, file: Path) -> bool:
+        """Whether what this was made of is still the same."""
+        try:
+            self._check(file)
+        except UserError:
+            return False
+        return True
+
+    def _check(self, file: Path) -> None:
+        from runner.sources import check_unchanged
+
+        media = self.media.get(file.name.partition("_")[0])
+        if media is not None:
+            check_unchanged([media])
 
     def _made(self) -> list[Path]:
         return [

@@ -68,7 +68,7 @@ def _unpack(context: Context, todo: frozenset[str]) -> None:
         context.console.line("      waiting for another run, which is unpacking media")
 
     with (
-        Incoming(context.store, "media", waiting, anew=items) as incoming,
+        Incoming(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as incoming,
         context.console.bar("unpacked", len(items)) as bar,
     ):
         unpack(list(items.values()), incoming, bar.update)

@@ -1,0 +1,85 @@
+"""A network with the weights of a LoRA file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from runner.engines.diffusers.networks import (
+    CLASSES,
+    Adapter,
+    LoKr,
+    Network,
+    NetworkSpec,
+    block_modules,
+)
+from runner.errors import UserError
+from runner.formats.lora import lora_name
+
+
+def start_from(network: Network, file: str) -> None:
+    """Give a fresh network the weights of a LoRA file.
+
+    Raises:
+        UserError: no such file, or one of another kind, rank or set of modules.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(file)
+        network.load_state_dict(state)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"network_weights={file}: cannot be read ({error})") from None
+    except RuntimeError:
+        raise UserError(
+            f"network_weights={file} does not fit this network: its kind, rank and modules must "
+            "be those of the run"
+        ) from None
+
+
+def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
+    """A network on `model` with a file's weights, of whatever kind they are, in fp32.
+
+    Raises:
+        UserError: weights for a module the transformer has not, or of a shape it has not.
+    """
+    weights: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        name, _, leaf = key.partition(".")
+        weights.setdefault(name, {})[leaf] = tensor
+    linears = {lora_name(module): linear for module, linear in block_modules(model).items()}
+    network = Network(NetworkSpec())
+    for name, parts in weights.items():
+        if name not in linears:
+            raise UserError(f"LoRA file: {name!r} is no module of this transformer")
+        linear = linears[name]
+        kind, rank = _kind_and_rank(name, parts)
+        alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
+        sizes = (network.spec, rank, alpha, linear.in_features, linear.out_features)
+        adapter: Adapter
+        if kind == "lokr":
+            rows, columns = parts["lokr_w1"].shape
+            adapter = LoKr(*sizes, split=(rows, columns))
+        else:
+            adapter = CLASSES[kind](*sizes)
+        try:
+            adapter.load_state_dict({"alpha": torch.tensor(alpha), **parts})
+        except RuntimeError:
+            raise UserError(f"LoRA file: {name!r} does not fit this transformer") from None
+        network.attach(linear, name, adapter.float().to(linear.weight.device))
+    return network
+
+
+def _kind_and_rank(name: str, parts: Mapping[str, Tensor]) -> tuple[str, int]:
+    if "lora_down.weight" in parts:
+        return "lora", parts["lora_down.weight"].shape[0]
+    if "hada_w1_b" in parts:
+        return "loha", parts["hada_w1_b"].shape[0]
+    if "lokr_w2_a" in parts:
+        return "lokr", parts["lokr_w2_a"].shape[1]
+    if "lokr_w2" in parts:
+        return "lokr", max(parts["lokr_w2"].shape)
+    raise UserError(f"LoRA file: {name!r} is neither LoRA nor LoHa nor LoKr")
