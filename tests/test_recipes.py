@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_value_has_a_reason(recipe: str) -> None:
     text = lines(recipe)
     assert text[0] == "# @package _global_"
     assert any(line.startswith(f"#   python -m runner experiment={recipe}") for line in text)
-    for above, line in zip(text, text[1:], strict=False):
+    for above, line in pairwise(text):
         if re.match(r" +(- override /)?\w+: .", line):
             assert " # " in line or above.lstrip().startswith("# "), line
 
