@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cache_process import fake_musubi
+from cache_process import context_of, fake_musubi, with_musubi
 from conftest import TOP, compose, run_program
 from media_factory import make_clip, make_image
 
@@ -88,6 +88,7 @@ COMMANDS = all_commands()
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all the data that the pages name, and a musubi-tuner that looks installed."""
     from runner.engines.musubi import VERSION
+    from runner.stages import run_stage
 
     top = tmp_path_factory.mktemp("docs")
     clips = top / "here" / "clips"
@@ -109,6 +110,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "venv" / "bin" / "python").symlink_to(sys.executable)
     (home / "installed.json").write_text("{}")
     fake_musubi(top / "home" / "musubi-tuner")
+    # A cache that holds the zip's media, as after a run.
+    context = context_of(top / "here" / "outputs", top / "here" / "mydata.zip", *with_musubi(top))
+    run_stage("dataset", context)
+    context.use.release()
     return top
 
 
@@ -286,7 +291,7 @@ def test_named_options_exist(page: Path) -> None:
             group, _, _ = key.partition(".")
             if key in choices:
                 for choice in value.split(","):
-                    names = {*choices[key], "custom"}
+                    names = {*choices[key], "NAME", "A"}
                     assert choice in names or not re.fullmatch(r"\w+", choice), code
             elif "." in key and group in {one.split(".")[0] for one in known}:
                 inside = any(key.startswith(f"{one}.") for one in known)
