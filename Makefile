@@ -19,5 +19,5 @@ rehearse: # a real, tiny LoRA from start to end
 	scripts/rehearse
 services: # image, PostgreSQL, MLflow server and browser: what needs more than Python
 	scripts/check-services
-docker: # the image, with Docker
-	docker build -f docker/Dockerfile -t hunyuan-lora-runner .
+docker: # the image, with Docker (docs/docker.md)
+	docker compose build train
