@@ -307,3 +307,29 @@ def test_the_picture_of_frames_is_current() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+# "Which recipe do I take?" has every recipe.
+def test_the_front_page_has_every_recipe() -> None:
+    table = (TOP / "README.md").read_text("utf-8").split("## Which recipe")[1].split("\n## ")[0]
+    recipes = {file.stem for file in (TOP / "conf" / "experiment").glob("*.yaml")}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == recipes
+
+
+# The tiers are described as they are set.
+def test_tiers_are_as_described() -> None:
+    from omegaconf import OmegaConf
+
+    page = (TOP / "docs" / "memory.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| [^|]+ \| `(\w+)[^`]*` \| ([^|]+) \|", page, re.MULTILINE))
+    for file in (TOP / "conf" / "memory").glob("*.yaml"):
+        tier = OmegaConf.load(file)
+        if tier.name in ("auto", "cpu"):
+            continue
+        row = rows[tier.name]
+        swapped = re.search(r"(\d+) blocks", row)
+        assert int(swapped[1] if swapped else 0) == tier.blocks_to_swap, row
+        tiles = re.search(r"tiles of (\d+)", row)
+        if tiles:
+            assert int(tiles[1]) == tier.vae_tile, row
+        assert ("one way" in row) == tier.h2d_only, row
