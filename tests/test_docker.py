@@ -202,9 +202,28 @@ def test_server_hands_secrets_over_unseen(tmp_path: Path) -> None:
     assert secret not in lines[0] + config.read_text()
 
 
-def server(environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+# An older store is brought up to date on request alone, and an unknown argument starts nothing.
+def test_server_upgrades_when_asked(tmp_path: Path) -> None:
+    fake = tmp_path / "mlflow"
+    fake.write_text('#!/bin/sh\necho "$*"\n')
+    fake.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "x" * 12,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "k",
+        "POSTGRES_PASSWORD": "p",
+    }
+    assert server(environment, tmp_path, "--upgrade").stdout == (
+        "db upgrade postgresql+psycopg2://\n"
+    )
+    assert server(environment, tmp_path, "--host=0.0.0.0").returncode == 2
+
+
+def server(
+    environment: dict[str, str], folder: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "docker" / "mlflow-server"],
+        [ROOT / "docker" / "mlflow-server", *arguments],
         env={"PATH": os.environ["PATH"], "TMPDIR": str(folder), **environment},
         capture_output=True,
         text=True,
