@@ -147,17 +147,10 @@ def memory_tier(config: RunConfig, machine: Machine | None) -> tuple[MemoryConfi
     return MemoryConfig(name=name, **chosen), note
 
 
-def engine_home() -> Path:
-    """Where musubi-tuner is installed for the runner."""
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "hunyuan-lora-runner"
-
-
 def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     """Where the chosen engine lies, and why it cannot run if it can't."""
     from runner import __version__
-    from runner.engines.musubi import VERSION
-    from runner.engines.musubi_packages import COMMAND
+    from runner.engines.musubi_packages import COMMAND, VERSION, engine_home
 
     if config.engine.name == "diffusers":
         return EngineFacts(sys.executable, f"runner {__version__}", checkout())

@@ -13,9 +13,8 @@ from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
 from runner.engines.musubi_original import command_line
+from runner.engines.musubi_packages import VERSION as VERSION
 from runner.formats.train_toml import WeightPaths
-
-VERSION = "v0.3.4"
 
 # Read by accelerate instead of the user's own default file, which could ask for several cards.
 _ACCELERATE = """\

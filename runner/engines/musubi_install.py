@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from runner.atomic import write_text
-from runner.engines.musubi import VERSION
 from runner.engines.musubi_options import recorded
 from runner.engines.musubi_packages import (
     COMMAND,
@@ -30,9 +29,11 @@ from runner.engines.musubi_packages import (
     OLDEST_PYTHON,
     REPOSITORY,
     TORCH,
+    VERSION,
     Step,
     Wish,
     constraints,
+    engine_home,
     steps,
     torch_build,
 )
@@ -273,8 +274,6 @@ def _output(argv: Sequence[str], env: Mapping[str, str], log: Path) -> str:
 
 def home_folder() -> Path:
     """Where the runner looks for the install."""
-    from runner.facts import engine_home
-
     return engine_home() / f"musubi-tuner-{VERSION}"
 
 

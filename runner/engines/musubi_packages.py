@@ -1,4 +1,8 @@
-"""Which packages make musubi-tuner's environment, and the commands that install them; pure.
+"""Which packages make musubi-tuner's environment, and the commands that install them; pure, but
+for the place, which the environment may name.
+
+The image installs it with this module and few others (docker/Dockerfile), so that a change of the
+rest does not install it again.
 
 The packages beside torch were tested together with musubi-tuner v0.3.4 on the CPU; the torch
 builds for CUDA are those it asks for and could not be installed where this was written.
@@ -6,14 +10,15 @@ builds for CUDA are those it asks for and could not be installed where this was 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.engines.musubi import VERSION
 from runner.errors import UserError
 
+VERSION = "v0.3.4"
 COMMAND = "python -m runner.engines.musubi_install install"
 REPOSITORY = "https://github.com/kohya-ss/musubi-tuner.git"
 # What musubi-tuner v0.3.4 says it needs.
@@ -35,6 +40,12 @@ TORCH = {
 INDEX = "https://download.pytorch.org/whl"
 # The least CUDA version that the driver must show; all of CUDA 12 runs on its first driver.
 _LEAST_CUDA = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu124", (12, 0)))
+
+
+def engine_home() -> Path:
+    """Where musubi-tuner is installed for the runner."""
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "hunyuan-lora-runner"
 
 
 @dataclass(frozen=True)
