@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TOP
 from servers import MlflowServer, Postgres, mlflow_server, postgres
+
+TOP = Path(__file__).resolve().parents[2]
 
 # Of a test's own making, and long enough to be searched for.
 PASSWORDS = {"ann": "ann-Qm7wZr2Tx9Lk4Vb", "bob": "bob-Hs5nYc8Jd3Pf6Wg"}
@@ -32,7 +34,9 @@ class Service:
     def url(self) -> str:
         return self.server.url
 
-    def ask(self, path: str, body: dict[str, Any], user: str = "admin") -> dict[str, Any]:
+    def ask(
+        self, path: str, body: dict[str, Any], user: str = "admin", version: str = "2.0"
+    ) -> dict[str, Any]:
         """Post to the server's API as `user`; returns its answer."""
         import base64
 
@@ -40,7 +44,7 @@ class Service:
         token = base64.b64encode(f"{user}:{word}".encode()).decode()
         headers = {"Content-Type": "application/json", "Authorization": f"Basic {token}"}
         request = urllib.request.Request(
-            f"{self.url}/api/2.0/mlflow/{path}", json.dumps(body).encode(), headers
+            f"{self.url}/api/{version}/mlflow/{path}", json.dumps(body).encode(), headers
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=30) as answer:
@@ -97,6 +101,8 @@ def begin(cwd: Path, env: dict[str, str], *arguments: str) -> subprocess.Popen[s
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("mlflow server [é]")
     python = server_python()
+    # Ended by a time limit, the servers must end too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         postgres(["mlflow", "users"]) as database,
         mlflow_server(folder, python, database.uri("mlflow"), database.uri("users")) as server,
