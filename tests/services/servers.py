@@ -104,16 +104,16 @@ class MlflowServer:
 
 @contextlib.contextmanager
 def mlflow_server(
-    folder: Path, python: Path, store: str, users: str, port: int | None = None
+    folder: Path, python: Path, store: str, users: str, permission: str = "EDIT"
 ) -> Iterator[MlflowServer]:
     """A server for the databases `store` and `users`, run by the environment of `python`."""
     folder.mkdir(parents=True, exist_ok=True)
-    port, admin = port or free_port(), secrets.token_urlsafe(16)
+    port, admin = free_port(), secrets.token_urlsafe(16)
     config = folder / "auth.ini"
     config.touch(0o600)
     config.write_text(
         "[mlflow]\n"
-        "default_permission = EDIT\n"
+        f"default_permission = {permission}\n"
         # configparser would read a percent sign as the start of a reference
         f"database_uri = {users.replace('%', '%%')}\n"
         # Else every request costs a password hash, a tenth of a second.

@@ -27,7 +27,7 @@ _BY_TEXT = (
 )
 # A line of the tree of columns, and in it the arrow or the box.
 _IN_TREE = (
-    "const line = [...document.querySelectorAll('[role=tree] [class*=tree-treenode]')]"
+    "const line = [...document.querySelectorAll('[class*=tree-treenode]')]"
     ".find(e => e.innerText.trim().startsWith(arguments[0]));"
     "return line && line.querySelector(arguments[1])"
 )
@@ -123,12 +123,14 @@ def test_the_table_shows_ranks_and_losses(swept: Swept, browser: Browser) -> Non
     browser.open(swept.page.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
     browser.wait_for_text("3 matching runs")
     tidy(browser)
+    browser.click(_BY_TEXT, "button", "Columns")
     for branch, column in (("Metrics (", "eval/loss"), ("Parameters (", "network.rank")):
-        browser.click(_BY_TEXT, "button", "Columns")
-        browser.click(_IN_TREE, branch, "[class*=tree-switcher]")
+        browser.wait_for(_IN_TREE, branch, "[class*=tree-switcher]")
+        if not browser.run(_IN_TREE, column, "[class*=tree-checkbox]"):
+            browser.click(_IN_TREE, branch, "[class*=tree-switcher]")
+        time.sleep(1)  # it unfolds slowly
         browser.click(_IN_TREE, column, "[class*=tree-checkbox]")
-        browser.click("return document.querySelector('[role=tree]') && document.body")
-        time.sleep(1)
+    browser.click(_BY_TEXT, "button", "Columns")
     rows = browser.wait_for(
         f"const rows = (() => {{{_TABLE}}})();"
         "return rows.length === 3 && rows.every(row => Object.values(row).length > 4) && rows"

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from servers import HOST, free_port
-from service_fixtures import PASSWORDS, begin, credentials
+from servers import HOST, free_port, mlflow_server
+from service_fixtures import PASSWORDS, begin, credentials, server_python
 
 if TYPE_CHECKING:
     from service_fixtures import Service
@@ -81,22 +81,22 @@ def test_a_wrong_address(tmp_path: Path) -> None:
     assert "needs an address" in refused(tmp_path, user)
 
 
-# A user who may not write to an experiment is told so before anything is made.
+# A user who may read an experiment but not write to it is told so, and no run is left.
 def test_a_user_without_permission(service: Service, tmp_path: Path) -> None:
-    made = service.ask("experiments/create", {"name": "ann's own"}, user="ann")
-    grant = {"resource_type": "experiment", "resource_id": made["experiment_id"]}
-    grant |= {"username": "bob", "permission": "READ"}
-    service.ask("users/permissions/grant", grant, version="3.0")
-    address = [f"tracking.uri={service.url}", 'tracking.experiment="ann\'s own"']
-    process = begin(
-        tmp_path, credentials("bob"), "experiment=rehearsal", "tracking=server", *address
-    )
-    told = process.communicate()[0]
+    service.ask("experiments/create", {"name": "of ann"}, user="ann")
+    (cwd := tmp_path / "cwd").mkdir()
+    store, users = service.database.uri("mlflow"), service.database.uri("users")
+    with mlflow_server(tmp_path / "server", server_python(), store, users, "READ") as server:
+        process = begin(
+            *(cwd, credentials("bob"), "experiment=rehearsal", "tracking=server"),
+            *(f"tracking.uri={server.url}", "tracking.experiment=of ann"),
+        )
+        told = process.communicate()[0]
     assert process.returncode == 2, told
-    [line] = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "does not let this user do that (403)" in line and "ann's own" in line
-    assert "Traceback" not in told
-    assert list(tmp_path.glob("outputs/runs/*/*")) == []
+    assert told.count("\n") == 1, told
+    assert "does not let this user do that (403)" in told and "of ann" in told
+    assert list(cwd.glob("outputs/runs/*/*")) == []
+    print(told.strip())
 
 
 # A dry run asks no server.
