@@ -124,6 +124,8 @@ def test_the_table_shows_ranks_and_losses(swept: Swept, browser: Browser) -> Non
     browser.wait_for_text("3 matching runs")
     tidy(browser)
     browser.click(_BY_TEXT, "button", "Columns")
+    for column in ("Dataset", "Source", "Models"):  # room for the others
+        browser.click(_IN_TREE, column, "[class*=tree-checkbox]")
     for branch, column in (("Metrics (", "eval/loss"), ("Parameters (", "network.rank")):
         browser.wait_for(_IN_TREE, branch, "[class*=tree-switcher]")
         if not browser.run(_IN_TREE, column, "[class*=tree-checkbox]"):
