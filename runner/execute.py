@@ -28,7 +28,7 @@ from runner.ledger import Use
 from runner.plan import commands_sh
 from runner.plan_model import Facts, Plan, Stage
 from runner.process import Stopped, raise_on_signals, signals_deferred
-from runner.record import Recorder, Status
+from runner.record import Recorder, Status, check_tracking
 from runner.rules import check
 from runner.stages import run_stage
 from runner.store import Fault, Store
@@ -106,6 +106,7 @@ def execute(
     check(config)
     settle(config, cwd)
     raise_on_signals()
+    check_tracking(config)
     facts = _gather(config, cwd, console)
     engine = engine_for(config, facts)
     cache = Store(facts.root / "cache")

@@ -47,6 +47,10 @@ def tracking_uri(tracking: TrackingConfig, root: Path) -> str | None:
 
     if tracking.name == "sqlite":
         return tracking.uri or sqlite_uri(root)
+    return _server_uri(tracking)
+
+
+def _server_uri(tracking: TrackingConfig) -> str:
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError(
@@ -54,6 +58,14 @@ def tracking_uri(tracking: TrackingConfig, root: Path) -> str | None:
             "MLFLOW_TRACKING_URI."
         )
     return uri
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Refuses a server that can't be used before media are read, which may take long."""
+    if config.tracking.name == "server" and not config.dry_run:
+        from runner.tracking.server import check_server
+
+        check_server(_server_uri(config.tracking))
 
 
 class Recorder:

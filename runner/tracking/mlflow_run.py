@@ -22,6 +22,7 @@ from runner.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.metrics import Point, clean_metric_name
 from runner.tracking.secrets import redact, redact_mapping, secret_values
+from runner.tracking.server import why
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -126,6 +127,9 @@ class RunWriter:
         try:
             run = client.create_run(experiment_id, tags=own, run_name=mlflow_store.safe(name))
         except Exception as error:
+            if _is_server(uri):
+                told = f"tracking server {mlflow_store.safe(uri)} {why(uri, error)}"
+                raise UserError(f"{told} (experiment {experiment})") from error
             message = mlflow_store.first_line(error)
             raise UserError(f"cannot start an MLflow run: {message}") from error
         writer = cls(client, uri, run.info.run_id, experiment_id, outputs)

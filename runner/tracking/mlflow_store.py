@@ -26,7 +26,7 @@ QUIET_ENVIRONMENT = {
 }
 # A server that is away must cost seconds, not MLflow's seven tries of two minutes each: what
 # could not be sent is kept and sent later. The user's own values win.
-_DEFAULT_ENVIRONMENT = {
+DEFAULT_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
@@ -35,16 +35,16 @@ _DEFAULT_ENVIRONMENT = {
 _SQLITE_MAGIC = b"SQLite format 3\0"
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Sets what MLflow reads at import; call before every import of it."""
     os.environ.update(QUIET_ENVIRONMENT)
-    for name, value in _DEFAULT_ENVIRONMENT.items():
+    for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def connect(uri: str) -> MlflowClient:
     """A client of the store at `uri` that is silent: no telemetry, no log lines, no git."""
-    _quiet()
+    quiet()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -119,13 +119,9 @@ def initialise(uri: str, outputs: Path) -> None:
     if database is not None:
         _initialise_sqlite(uri, database, artifact_root(outputs))
         return
-    try:
-        connect(uri).search_experiments(max_results=1)
-    except Exception as error:
-        raise UserError(
-            f"tracking server {safe(uri)} does not answer ({first_line(error)}); start it, "
-            "correct tracking.uri, or use tracking=sqlite"
-        ) from error
+    from runner.tracking.server import check_server
+
+    check_server(uri)
 
 
 def _initialise_sqlite(uri: str, database: Path, artifacts: Path) -> None:
@@ -156,7 +152,7 @@ def _initialise_sqlite(uri: str, database: Path, artifacts: Path) -> None:
 
 def _create_sqlite(database: Path, artifacts: Path) -> None:
     """Migrates an empty file under another name, then moves it in place; takes seconds."""
-    _quiet()
+    quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory(prefix="mlflow-", dir=database.parent) as folder:
@@ -188,6 +184,11 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
                     raise
                 found = client.get_experiment_by_name(name)
     except Exception as error:
+        if uri.startswith(("http://", "https://")):
+            from runner.tracking.server import why
+
+            told = f"tracking server {safe(uri)} {why(uri, error)}"
+            raise UserError(f"tracking.experiment={name}: {told}") from error
         raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
     if found is None or found.lifecycle_stage != "active":
         raise UserError(
