@@ -257,7 +257,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
 def _stages(config: RunConfig) -> Iterator[str]:
     for key, names in (("skip", config.stages.skip), ("force", config.stages.force)):
         for name in names:
-            if name == "dataset" and key == "skip":
+            later = {"latents", "text", "train"}
+            if name == "dataset" and key == "skip" and not later <= set(names):
                 yield (
                     "stages.skip=[dataset] would leave the later stages without media: leave it "
                     "out, finished work is recognised."
