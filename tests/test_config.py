@@ -104,6 +104,10 @@ BROKEN = {
         "dataset.resolution=[100, 64]: 100 is not a multiple of 16 (nearest: 96)."
     ),
     "training.attention=sdap": "training.attention=sdap is not a choice. Did you mean sdpa?",
+    "stages.skip=[dataset,train]": (
+        "stages.skip=[dataset] would leave the later stages without media: leave it out, finished "
+        "work is recognised."
+    ),
     "stages.skip=[wieghts]": "stages.skip: there is no stage wieghts. Did you mean weights?",
     "model=tiny": (
         "model=tiny has random weights and is for the embedded engine: add engine=diffusers, or "
