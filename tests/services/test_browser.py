@@ -82,7 +82,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     ) as ui:
         assert ui.stdout is not None
         try:
-            lines = []
+            lines: list[str] = []
             while not lines or not lines[-1].startswith("Newest sweep"):
                 lines.append(ui.stdout.readline())
                 assert lines[-1], lines
