@@ -284,7 +284,7 @@ def test_unusable_stores_are_said(
         ("sqlite:///mlflow.db", tmp_path, "absolute"),
         (mlflow_store.sqlite_uri(other), other, "not a SQLite file"),
         (store.uri, file / "outputs", "cannot create"),
-        ("http://ann:geheim@127.0.0.1:9", tmp_path, "does not answer"),
+        ("http://ann:geheim@127.0.0.1:9", tmp_path, "nothing listens"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
             mlflow_store.initialise(uri, outputs)
