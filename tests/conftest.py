@@ -19,6 +19,8 @@ from runner.config import RunConfig
 os.environ["OMP_NUM_THREADS"] = "1"
 
 TOP = Path(__file__).resolve().parent.parent
+# Recipes that no clip goes with, and so no task=i2v.
+PICTURES_ALONE = ("image_only",)
 
 
 def compose(*overrides: str) -> RunConfig:

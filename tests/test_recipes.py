@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 from cache_process import fake_musubi
-from conftest import TOP, run_program
+from conftest import PICTURES_ALONE, TOP, run_program
 
 RECIPES = sorted(file.stem for file in (TOP / "conf" / "experiment").glob("*.yaml"))
 # What a recipe is run for here when it is not t2v; the dry run takes both tasks of each.
 TASK = {"motion": "i2v"}
-PICTURES_ALONE = ("image_only",)
 
 # The recipe's own frames and adapter on the tiny model; the rest is what a CPU needs.
 TINY = (
