@@ -41,9 +41,9 @@ def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     write_bytes(path, text.encode("utf-8"), sync=sync)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

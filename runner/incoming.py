@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+from runner.atomic import sync
 from runner.errors import UserError
 from runner.store import Shelf, Store, key_of
 
@@ -160,8 +161,8 @@ class Incoming(AbstractContextManager["Incoming"]):
             note.write_text(text, encoding="utf-8")
             arrived.file.chmod(0o444)
         for arrived in batch:
-            _sync(arrived.file)
-            _sync(arrived.file.with_name(arrived.file.name + ".json"))
+            sync(arrived.file)
+            sync(arrived.file.with_name(arrived.file.name + ".json"))
         for arrived in batch:
             place = self.store.path(self.shelf, arrived.name)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -214,11 +215,3 @@ def _begin_writeback(descriptor: int) -> None:
     if advise is not None:
         with suppress(OSError):
             advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -79,11 +79,6 @@ def narrows(extraction: FrameExtraction) -> bool:
     return extraction.mode != "full" and extraction.source_fps is None
 
 
-def media_entry(item: SelectedItem) -> str:
-    """The name of an item's media in the store."""
-    return item.media.entry
-
-
 def dataset_stage(config: RunConfig, facts: Facts) -> Stage:
     force = "dataset" in config.stages.force
     files: list[tuple[str, str]] = []
@@ -97,13 +92,12 @@ def dataset_stage(config: RunConfig, facts: Facts) -> Stage:
     for item in items:
         if item.media.file is not None and not item.as_rgb:
             continue
-        name, place = media_entry(item), f"dataset/media/{item.media_name}"
+        name, place = item.media.entry, f"dataset/media/{item.media_name}"
         known = wanted.get(name)
         if known is not None:
             wanted[name] = replace(known, links=(*known.links, place))
         else:
-            made_of = {"media": item.media.sha256, "as_rgb": item.as_rgb}
-            wanted[name] = Entry(name, "media", name, made_of, (place,))
+            wanted[name] = Entry(name, "media", name, item.media.made_of, (place,))
     missing = [name for name in wanted if force or _absent(facts, "media", name)]
     pictures = sum(item.kind == "image" for item in items)
     summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runner.atomic import sync_folder, whole, write_text
+from runner.atomic import sync, whole, write_text
+from runner.file_identity import Identity, identity_of
 
 Shelf = Literal["media", "latents", "text"]
 SHELVES: tuple[Shelf, ...] = ("media", "latents", "text")
@@ -76,7 +77,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         # The digest of each file that was read, by what tells that the file is still the same.
-        self._read: dict[Path, tuple[tuple[int, ...], str]] = {}
+        self._read: dict[Path, tuple[Identity, str]] = {}
 
     def path(self, shelf: str, name: str) -> Path:
         """Where an entry lies, or will lie."""
@@ -133,7 +134,7 @@ class Store:
                 shutil.copyfile(file, temporary)
             place.chmod(0o444)
             file.unlink()
-        sync_folder(place.parent)
+        sync(place.parent)
         return place
 
     def faults(
@@ -197,7 +198,7 @@ class Store:
         if not read:
             return None, 0
         known = self._read.get(place)
-        if known is None or known[0] != _identity(stat):
+        if known is None or known[0] != identity_of(stat):
             # One byte at least, so that an empty file is looked at too.
             return None, stat.st_size or 1
         return ("damaged" if known[1] != note.sha256 else None), 0
@@ -222,18 +223,13 @@ class Store:
 
     def _read_one(self, place: Path) -> None:
         try:
-            before = _identity(place.stat())
+            before = identity_of(place.stat())
         except OSError:
             return
         try:
             self._read[place] = (before, digest_of(place))
         except OSError:  # A disk that can't read it is damage too.
             self._read[place] = (before, "")
-
-
-def _identity(stat: os.stat_result) -> tuple[int, ...]:
-    """What changes whenever a file's bytes are written anew."""
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def note_of(place: Path) -> Path:

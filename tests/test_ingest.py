@@ -341,7 +341,7 @@ def test_a_full_disk(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise OSError(errno.ENOSPC, "No space left on device")
 
     if where == "sync":
-        monkeypatch.setattr(incoming, "_sync", full)
+        monkeypatch.setattr(incoming, "sync", full)
     else:
         monkeypatch.setattr(incoming, "_open", lambda _: Full())
     with pytest.raises(UserError) as caught:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from runner.atomic import write_text
 from runner.errors import UserError
+from runner.file_identity import identity_of
 from runner.media import to_rgb
 from runner.sources.archive import open_archive
-from runner.sources.model import identity_of
 from runner.store import key_of
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from runner.errors import UserError
+from runner.file_identity import Identity, identity_of
 from runner.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from runner.sources.archive import check_members, member_name, open_archive, plain
-from runner.sources.model import Identity, MediaKind, identity_of
+from runner.sources.model import MediaKind
 
 # As the Hugging Face loaders of pictures and clips read it: a file_name, and text beside it.
 METADATA = "metadata.jsonl"

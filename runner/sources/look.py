@@ -14,11 +14,12 @@ from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
 
+from runner.file_identity import Identity, identity_of
 from runner.formats.bucket import Size
 from runner.incoming import CannotKeep, Incoming, Write
 from runner.media import to_rgb
 from runner.sources.entries import Entry
-from runner.sources.model import Identity, Item, identity_of
+from runner.sources.model import Item
 from runner.sources.probe import probe_image, probe_video
 
 CHUNK = 1 << 20
@@ -42,11 +43,11 @@ class Keeper:
         kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
         digest = hashlib.sha256(kept).hexdigest() if item.as_rgb else item.sha256
         file = self.incoming.write(lambda write: write(kept))
-        self.incoming.add(file, item.entry, made_of(item), digest)
+        self.incoming.add(file, item.entry, item.made_of, digest)
 
     def add(self, item: Item, file: Path) -> None:
         """Keep a medium that was written to `file`."""
-        self.incoming.add(file, item.entry, made_of(item), item.sha256)
+        self.incoming.add(file, item.entry, item.made_of, item.sha256)
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,6 @@ def _made(entry: Entry, digest: str, length: int, facts: _Facts, identity: Ident
         member=entry.member,
         identity=identity,
     )
-
-
-def made_of(item: Item) -> dict[str, object]:
-    """What an item's entry in the store is made of."""
-    return {"media": item.sha256, "as_rgb": item.as_rgb}
 
 
 def hashed(

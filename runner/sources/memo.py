@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.atomic import write_text
+from runner.file_identity import Identity
 from runner.sources.entries import Entry
-from runner.sources.model import Identity, Item
+from runner.sources.model import Item
 from runner.sources.probe import PROBE_VERSION
 
 # A file that was changed so shortly before it was read may be changed once more without its times

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
+from runner.file_identity import Identity
 from runner.formats.bucket import Size
 
 Kind = Literal["zip", "folder", "jsonl", "sample", "hub"]
 MediaKind = Literal["image", "video"]
-
-# Device, inode, size, and times of change of content and of inode, in nanoseconds.
-Identity = tuple[int, int, int, int, int]
-
-
-def identity_of(stat: os.stat_result) -> Identity:
-    """What tells a file from others and from itself before it was changed."""
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,11 @@ class Item:
         """The name of the media in the store."""
         suffix = ".png" if self.as_rgb else PurePosixPath(self.name).suffix.lower()
         return self.sha256 + ("-rgb" if self.as_rgb else "") + suffix
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What the media in the store is made of."""
+        return {"media": self.sha256, "as_rgb": self.as_rgb}
 
 
 @dataclass(frozen=True)

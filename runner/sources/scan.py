@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import cast
 
 from runner.errors import UserError
+from runner.file_identity import Identity, identity_of
 from runner.sources.entries import Entry, Listing, listed
 from runner.sources.look import Keeper, Looker
 from runner.sources.memo import Memo
-from runner.sources.model import Identity, Item, Kind, Scan, identity_of
+from runner.sources.model import Item, Kind, Scan
 
 Progress = Callable[[int, int], None]
 # Given the entries of a source, what a real run does with them beyond looking: keeps those of an

@@ -16,10 +16,11 @@ from typing import BinaryIO, cast
 
 from runner.atomic import whole
 from runner.errors import UserError
+from runner.file_identity import identity_of
 from runner.incoming import Incoming
 from runner.sources.archive import open_archive
-from runner.sources.look import hashed, made_of, rgb_png
-from runner.sources.model import Item, identity_of
+from runner.sources.look import hashed, rgb_png
+from runner.sources.model import Item
 from runner.sources.scan import workers
 
 
@@ -53,7 +54,7 @@ def unpack(items: Sequence[Item], incoming: Incoming, progress: Callable[[int], 
                 _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
             )
         )
-        incoming.add(file, item.entry, made_of(item), digests[0])
+        incoming.add(file, item.entry, item.made_of, digests[0])
 
     with _archives(items) as archives:
         pool = ThreadPoolExecutor(workers())

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.atomic import write_text
-from runner.plan_data import media_entry
 from runner.stages.caching import fill, link_entries, tidy
 from runner.store import link
 
@@ -56,9 +55,9 @@ def _unpack(context: Context, todo: frozenset[str]) -> None:
     from runner.sources import check_archive, unpack
 
     items = {
-        media_entry(item): item.media
+        item.media.entry: item.media
         for item in context.facts.selection.items
-        if f"media/{media_entry(item)}" in todo
+        if f"media/{item.media.entry}" in todo
     }
     limit = int(context.config.dataset.max_archive_gb * 1e9)
     for archive in {item.archive for item in items.values() if item.archive}:
