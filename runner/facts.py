@@ -31,7 +31,8 @@ def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Fact
     root = absolute(config.output_dir, cwd)
     machine = find_machine()
     memory, note = memory_tier(config, machine)
-    weights, engine = weight_facts(config, root), engine_facts(config, cwd)
+    weights = weight_facts(config, root)
+    engine = with_compiling(engine_facts(config, cwd), config, machine)
     reading = reading or Reading()
     if reading.keep and (why := refusal(config, weights, engine)):
         # Sources may be refused first; but nothing is unpacked for a run that can't be.
@@ -181,6 +182,17 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
         return EngineFacts(str(python), f"musubi-tuner {VERSION}", None, missing)
     version = _checkout_version(source) or "of an unknown version"
     return EngineFacts(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
+
+
+def with_compiling(facts: EngineFacts, config: RunConfig, machine: Machine | None) -> EngineFacts:
+    """``facts`` with whether torch.compile can work there, where a training on a card asks it."""
+    asked = config.training.compile != "none" and "train" not in config.stages.skip
+    if config.engine.name != "musubi" or facts.missing or machine is None or not asked:
+        return facts
+    from runner.engines.musubi import MusubiEngine
+    from runner.engines.musubi_check import cannot_compile
+
+    return replace(facts, cannot_compile=cannot_compile(MusubiEngine(facts).python()))
 
 
 def _checkout_version(source: Path) -> str | None:

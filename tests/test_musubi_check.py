@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import compose
+from conftest import compose, run_program
 
 from runner.commands import Command
 from runner.engines.base import Machine
-from runner.engines.musubi_check import check_environment, needs
+from runner.engines.musubi_check import cannot_compile, check_environment, needs
 from runner.errors import UserError
 from runner.groups import conf_folder, groups
 
@@ -149,3 +150,77 @@ def test_skipped_training_needs_nothing(tmp_path: Path) -> None:
 # The default optimizer is in what is asked for, whatever its case.
 def test_needs_of_the_default() -> None:
     assert [need.module for need in needs(compose())] == ["torch.utils.tensorboard", "bitsandbytes"]
+
+
+def compiling(folder: Path, compiler: str | None, *without: str, headers: bool = True) -> Command:
+    """A command whose Python has Triton, Python.h and ``compiler``, a shell script named gcc."""
+    for name in ("include", "bin"):
+        (folder / name).mkdir(parents=True)
+    if headers:
+        (folder / "include" / "Python.h").touch()
+    if compiler is not None:
+        gcc = folder / "bin" / "gcc"
+        gcc.write_text(f"#!/bin/sh\n{compiler}\n")
+        gcc.chmod(0o755)
+    paths = (
+        "def get_default_scheme(): return 'posix_local'\n"
+        "def get_paths(scheme):\n"
+        f"    return {{'posix_prefix': {{'include': '{folder}/include'}}}}[scheme]\n"
+    )
+    for name, text in {"triton": "", "sysconfig": paths}.items():
+        if name not in without:
+            (folder / f"{name}.py").write_text(text)
+    made = command(folder)
+    return replace(made, set_env=(*made.set_env, ("PATH", str(folder / "bin"))), unset_env=("CC",))
+
+
+# Whatever torch.compile builds with and lacks is told with what to do; and what is there serves.
+def test_what_compiling_needs(tmp_path: Path) -> None:
+    assert cannot_compile(compiling(tmp_path / "all", "exit 0")) is None
+    lacks = {
+        "no triton": compiling(tmp_path / "1", "exit 0", "triton"),
+        "no compiler": compiling(tmp_path / "2", None),
+        "no headers": compiling(tmp_path / "3", "exit 0", headers=False),
+        "broken": compiling(tmp_path / "4", "echo 'probe.c:1: no limits.h' >&2; exit 1"),
+    }
+    said = {
+        key: str(cannot_compile(what)).replace(str(tmp_path), "") for key, what in lacks.items()
+    }
+    assert said == {
+        "no triton": "/1/python has no Triton (install it with: /1/python -m pip install triton)",
+        "no compiler": "there is no C compiler, with which Triton builds (apt install gcc, or set "
+        "CC)",
+        "no headers": "/3/python has no Python.h, with which Triton builds (apt install "
+        "python3-dev)",
+        "broken": "the C compiler, with which Triton builds, can't build a Python module "
+        "(/4/bin/gcc: probe.c:1: no limits.h)",
+    }
+
+
+# CC goes before what lies on the PATH, as Triton takes it.
+def test_the_compiler_named_by_cc(tmp_path: Path) -> None:
+    made = compiling(tmp_path, "exit 0")
+    named = replace(made, set_env=(*made.set_env, ("CC", "/no/such/cc")), unset_env=())
+    assert "(/no/such/cc: No such file or directory)" in str(cannot_compile(named))
+
+
+# On a card without a C compiler a run goes on uncompiled and says why; asked for, it is refused.
+def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
+    made = compiling(tmp_path / "engine", None)
+    tool = tmp_path / "engine" / "bin" / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA RTX 4090, 24564, 8.9'\n")
+    tool.chmod(0o755)
+    (tmp_path / "src" / "musubi_tuner").mkdir(parents=True)
+    for name in ("triton", "sysconfig"):
+        (tmp_path / "engine" / f"{name}.py").rename(tmp_path / "src" / f"{name}.py")
+    arguments = [f"engine.path={tmp_path}", f"engine.python={made.argv[0]}", "dry_run=true"]
+    env = {"PATH": str(tool.parent)}
+    done = run_program(*arguments, "dataset=sample", cwd=tmp_path, env=env)
+    assert done.code == 0, done.err
+    note = "torch.compile is off: there is no C compiler, with which Triton builds"
+    assert note in " ".join(done.out.split()), done.out
+    done = run_program(
+        *arguments, "dataset=sample", "training.compile=always", cwd=tmp_path, env=env
+    )
+    assert done.code == 2
+    assert "training.compile=always: there is no C compiler" in done.err, done.err

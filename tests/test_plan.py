@@ -240,6 +240,20 @@ def test_compile_follows_the_card() -> None:
     assert compiled(ampere, "precision=fp8") == (False, True)
     assert compiled(CARD, "training.compile=none") == (False, False)
     assert compiled(None) == (False, True)
+    with pytest.raises(UserError, match=r"always: below compute capability 8.9 \(NVIDIA RTX 3090"):
+        compiled(ampere, "precision=fp8", "training.compile=always")
+    assert compiled(ampere, "training.compile=always") == (True, False)
+    assert compiled(None, "training.compile=always") == (True, False)
+
+
+# An engine that can't compile is used without, with its reason on the page.
+def test_compile_follows_the_engine() -> None:
+    config = compose()
+    facts = fake_facts(config, MEDIA, machine=CARD)
+    engine = replace(facts.engine, cannot_compile="there is no C compiler")
+    plan = plan_of(config, replace(facts, engine=engine))
+    assert "torch.compile is off: there is no C compiler." in plan.notices
+    assert "compile" not in dict(plan.files)["train.toml"]
 
 
 # memory=auto takes the largest tier the card holds, and what is set by hand stays.

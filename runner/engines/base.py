@@ -22,12 +22,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Where an engine lies and what it can do; ``missing`` says why it cannot run."""
+    """Where an engine lies and what it can do.
+
+    ``missing`` says why it cannot run, ``cannot_compile`` why torch.compile cannot work in it.
+    """
 
     python: str
     version: str
     source_path: str | None = None
     missing: str | None = None
+    cannot_compile: str | None = None
 
 
 class Engine(Protocol):
@@ -51,7 +55,10 @@ class Engine(Protocol):
         """Files of the engine's own that its commands read, by name."""
 
     def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
-        """Whether to use torch.compile, and why not when it would be expected."""
+        """Whether to use torch.compile, and why not when it would be expected.
+
+        Raises :class:`runner.errors.UserError` when it was asked for and cannot work.
+        """
 
 
 def latents_arguments(

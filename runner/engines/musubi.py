@@ -14,6 +14,7 @@ from runner.config import MemoryConfig, RunConfig
 from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
 from runner.engines.musubi_original import command_line
 from runner.engines.musubi_packages import VERSION as VERSION
+from runner.errors import UserError
 from runner.formats.train_toml import WeightPaths
 
 # Read by accelerate instead of the user's own default file, which could ask for several cards.
@@ -74,7 +75,8 @@ class MusubiEngine:
     def __init__(self, facts: EngineFacts) -> None:
         self.facts = facts
 
-    def _python(self, *arguments: str, offline: bool = True) -> Command:
+    def python(self, *arguments: str, offline: bool = True) -> Command:
+        """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
         path = self.facts.source_path
         environment = [("PYTHONPATH", path)] if path else []
         if offline:
@@ -93,7 +95,7 @@ class MusubiEngine:
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
     ) -> Command:
         arguments = latents_arguments(config, weights, memory, dataset_toml)
-        return self._python(*_corrected("hv_1_5_cache_latents"), *arguments)
+        return self.python(*_corrected("hv_1_5_cache_latents"), *arguments)
 
     def cache_text(
         self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
@@ -101,7 +103,7 @@ class MusubiEngine:
         arguments = text_arguments(weights, memory, dataset_toml)
         if memory.fp8_text_encoder:
             arguments.append("--fp8_vl")
-        return self._python(*_corrected("hv_1_5_cache_text_encoder_outputs"), *arguments)
+        return self.python(*_corrected("hv_1_5_cache_text_encoder_outputs"), *arguments)
 
     def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
         given = ["--config_file", "train.toml"]
@@ -109,7 +111,7 @@ class MusubiEngine:
             given = command_line(options)
         # accelerate takes what it is not told from the user's own config, and then every card it
         # sees and any torch.compile backend named there: so it is told all of it.
-        return self._python(
+        return self.python(
             *("-m", "accelerate.commands.launch"),
             *("--config_file", "accelerate.yaml"),
             *("--num_processes", "1"),
@@ -131,14 +133,20 @@ class MusubiEngine:
         return {"accelerate.yaml": _ACCELERATE, "corrected.py": _CORRECTED}
 
     def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
-        mode = config.training.compile
-        if mode != "auto":
-            return mode == "always", None
-        if machine is None:
-            return False, "torch.compile is off: no card was found here."
-        if config.precision.fp8_base and machine.capability < (8, 9):
-            return False, (
-                "torch.compile is off: below compute capability 8.9 "
-                f"({machine.name}) it cannot compile fp8."
+        if config.training.compile == "none":
+            return False, None
+        why = self._cannot_compile(config, machine)
+        if config.training.compile == "auto":
+            return why is None, why and f"torch.compile is off: {why}."
+        if why is not None and machine is not None:
+            raise UserError(
+                f"training.compile=always: {why}. training.compile=auto goes on without it."
             )
         return True, None
+
+    def _cannot_compile(self, config: RunConfig, machine: Machine | None) -> str | None:
+        if machine is None:
+            return "no card was found here"
+        if config.precision.fp8_base and machine.capability < (8, 9):
+            return f"below compute capability 8.9 ({machine.name}) it cannot compile fp8"
+        return self.facts.cannot_compile

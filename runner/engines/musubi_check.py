@@ -3,7 +3,8 @@
 musubi-tuner imports its optimizer, its attention code and its metrics writer hours after the run
 began, or never: bitsandbytes, prodigyopt and schedulefree are not among its requirements, missing
 attention code is first noticed at the first step, and without tensorboard accelerate drops the
-metrics with no warning that shows.
+metrics with no warning that shows. torch.compile fails at the first step too, where Triton or what
+it builds with is missing.
 """
 
 from __future__ import annotations
@@ -61,6 +62,37 @@ if "torch" not in answer["missing"]:
 print("\\n" + json.dumps(answer))
 """
 
+# Triton builds a small module for each kernel as here, with the compiler that is chosen as here
+# (triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it brings its own compiler.
+_COMPILE_PROBE = """\
+import importlib.util, json, os, shutil, subprocess, sys, sysconfig, tempfile
+lacks = None
+if importlib.util.find_spec("triton") is None:
+    lacks = "triton"
+elif sys.platform != "win32":
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = sysconfig.get_paths(scheme=scheme)["include"]
+    if compiler is None:
+        lacks = "compiler"
+    elif not os.path.isfile(os.path.join(headers, "Python.h")):
+        lacks = "headers"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.c")
+            with open(source, "w") as file:
+                file.write("#include <Python.h>\\n")
+            command = [compiler, source, "-shared", "-fPIC", "-o", source + ".so", "-I" + headers]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+                said, failed = done.stderr, done.returncode != 0
+            except OSError as error:
+                said, failed = error.strerror, True
+        if failed:
+            lacks = compiler + ": " + (said.strip().splitlines() or ["it failed"])[0]
+print("\\n" + json.dumps(lacks))
+"""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -111,7 +143,7 @@ def check_environment(config: RunConfig, command: Command, machine: Machine | No
         "versions": ["torch", "accelerate", "transformers", "diffusers"],
     }
     python = command.argv[0]
-    answer = _ask(python, json.dumps(asked), command)
+    answer: dict[str, Any] = _ask(python, _PROBE, json.dumps(asked), command)
     missing: dict[str, str] = answer["missing"]
     core = [f"{name}: {missing[name]}" for name in _CORE if name in missing]
     if core:
@@ -131,6 +163,25 @@ def check_environment(config: RunConfig, command: Command, machine: Machine | No
     return ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
 
 
+def cannot_compile(command: Command) -> str | None:
+    """Why torch.compile can't work in the Python of ``command``, and what to do; None if it can.
+
+    Raises :class:`UserError` for a Python that can't be asked.
+    """
+    python = command.argv[0]
+    lacks: str | None = _ask(python, _COMPILE_PROBE, "", command)
+    if lacks == "triton":
+        pip = f"{shlex.quote(python)} -m pip install triton"
+        return f"{python} has no Triton (install it with: {pip})"
+    if lacks == "compiler":
+        return "there is no C compiler, with which Triton builds (apt install gcc, or set CC)"
+    if lacks == "headers":
+        return f"{python} has no Python.h, with which Triton builds (apt install python3-dev)"
+    if lacks is not None:
+        return f"the C compiler, with which Triton builds, can't build a Python module ({lacks})"
+    return None
+
+
 def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
     reasons = [f"{need.why} {need.module} ({missing[need.module]})" for need in lacking]
     line = f"engine=musubi: {'; '.join(reasons)}."
@@ -148,17 +199,17 @@ def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
     return line
 
 
-def _ask(python: str, asked: str, command: Command) -> dict[str, Any]:
+def _ask(python: str, program: str, asked: str, command: Command) -> Any:
     environment = tuple(sorted(command.environment(os.environ).items()))
-    return _answer(python, asked, environment)
+    return _answer(python, program, asked, environment)
 
 
 @cache
-def _answer(python: str, asked: str, environment: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def _answer(python: str, program: str, asked: str, environment: tuple[tuple[str, str], ...]) -> Any:
     """One short process; the runs of a sweep that ask the same share its answer."""
     try:
         done = subprocess.run(
-            [python, "-c", _PROBE, asked],
+            [python, "-c", program, asked],
             capture_output=True,
             text=True,
             errors="replace",
@@ -177,11 +228,10 @@ def _answer(python: str, asked: str, environment: tuple[tuple[str, str], ...]) -
         raise UserError(f"engine=musubi: {python} can't be started: {error.strerror}.") from error
     lines = done.stdout.strip().splitlines()
     try:
-        answer: dict[str, Any] = json.loads(lines[-1])
+        return json.loads(lines[-1])
     except (IndexError, ValueError) as error:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(
             f"engine=musubi: {python} can't be asked what it has installed: {said} (exit code "
             f"{done.returncode})."
         ) from error
-    return answer
