@@ -32,7 +32,7 @@ def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Fact
     machine = find_machine()
     memory, note = memory_tier(config, machine)
     weights = weight_facts(config, root)
-    engine = with_compiling(engine_facts(config, cwd), config, machine)
+    engine = with_compiling(engine_facts(config, cwd), config, memory, machine)
     reading = reading or Reading()
     if reading.keep and (why := refusal(config, weights, engine)):
         # Sources may be refused first; but nothing is unpacked for a run that can't be.
@@ -184,10 +184,15 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     return EngineFacts(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
 
 
-def with_compiling(facts: EngineFacts, config: RunConfig, machine: Machine | None) -> EngineFacts:
+def with_compiling(
+    facts: EngineFacts, config: RunConfig, memory: MemoryConfig, machine: Machine | None
+) -> EngineFacts:
     """``facts`` with whether torch.compile can work there, where a training on a card asks it."""
-    asked = config.training.compile != "none" and "train" not in config.stages.skip
-    if config.engine.name != "musubi" or facts.missing or machine is None or not asked:
+    mode = config.training.compile
+    wanted = mode == "always" or (mode == "auto" and not memory.blocks_to_swap)
+    if config.engine.name != "musubi" or facts.missing or machine is None or not wanted:
+        return facts
+    if "train" in config.stages.skip:
         return facts
     from runner.engines.musubi import MusubiEngine
     from runner.engines.musubi_check import cannot_compile

@@ -36,7 +36,7 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
 
     Raises :class:`UserError` for options that the data make impossible.
     """
-    compiled, compile_note = engine.compiles(config, facts.machine)
+    compiled, compile_note = engine.compiles(config, facts.memory, facts.machine)
     per_epoch = steps_per_epoch(config, facts)
     total = config.training.max_steps or config.training.epochs * per_epoch
     clips = any(item.kind == "video" for item in facts.selection.items)

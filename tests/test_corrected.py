@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 MODULE = "import glob, sys\nprint(glob.glob('*'), sys.argv[1:], __name__)\n"
+MEMORY = "import os\nprint([v for k, v in os.environ.items() if k.endswith('_ALLOC_CONF')])\n"
 ENCODER = """
 class Qwen2_5_VLForConditionalGeneration:
     lm_head = "a head"
@@ -25,24 +27,28 @@ print(Encoder().forward("ids"), sys.argv[1:])
 """
 
 
-def run_corrected(folder: Path, module: str, *arguments: str) -> str:
+def run_corrected(
+    folder: Path, module: str, *arguments: str, release: str = "6.8", **env: str
+) -> str:
     """What a module of a made-up musubi-tuner prints when it is run through corrected.py."""
     config = compose("engine=musubi")
     files = dict(plan_of(config, fake_facts(config, [fake_item("a.png")])).files)
     run, packages = folder / "run", folder / "packages"
-    run.mkdir()
+    run.mkdir(parents=True)
     (packages / "musubi_tuner").mkdir(parents=True)
     (run / "corrected.py").write_text(files["corrected.py"])
     # A file system that lists its files in no order.
     (packages / "glob.py").write_text("def glob(pattern, recursive=False): return ['b', 'c', 'a']")
+    (packages / "platform.py").write_text(f"def release(): return {release!r}")
     (packages / "musubi_tuner" / "train.py").write_text(MODULE)
+    (packages / "musubi_tuner" / "memory.py").write_text(MEMORY)
     (packages / "musubi_tuner" / "cache_text_encoder_outputs.py").write_text(TEXT)
     (packages / "transformers.py").write_text(ENCODER)
     (packages / "torch.py").write_text("class nn:\n    class Identity: pass")
     done = subprocess.run(
         [sys.executable, "corrected.py", "-m", f"musubi_tuner.{module}", *arguments],
         cwd=run,
-        env={**os.environ, "PYTHONPATH": str(packages)},
+        env={**os.environ, "PYTHONPATH": str(packages), **env},
         capture_output=True,
         text=True,
     )
@@ -54,6 +60,19 @@ def run_corrected(folder: Path, module: str, *arguments: str) -> str:
 def test_the_cache_is_read_in_order(tmp_path: Path) -> None:
     told = run_corrected(tmp_path, "train", "--config_file", "a b.toml")
     assert told == "['a', 'b', 'c'] ['--config_file', 'a b.toml'] __main__"
+
+
+# Memory is taken in segments that grow, but for WSL, which has none, and the user's own setting.
+def test_memory_is_taken_in_segments_that_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert run_corrected(tmp_path / "a", "memory") == "['expandable_segments:True']"
+    wsl = "5.15.90.1-microsoft-standard-WSL2"
+    assert run_corrected(tmp_path / "b", "memory", release=wsl) == "[]"
+    own = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
+    assert run_corrected(tmp_path / "c", "memory", **own) == "['max_split_size_mb:64']"
 
 
 # Captions are encoded without the language model's head, whose scores nothing reads.

@@ -214,6 +214,7 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
     for name in ("triton", "sysconfig"):
         (tmp_path / "engine" / f"{name}.py").rename(tmp_path / "src" / f"{name}.py")
     arguments = [f"engine.path={tmp_path}", f"engine.python={made.argv[0]}", "dry_run=true"]
+    arguments += ["memory=80gb"]
     env = {"PATH": str(tool.parent)}
     done = run_program(*arguments, "dataset=sample", cwd=tmp_path, env=env)
     assert done.code == 0, done.err

@@ -230,7 +230,7 @@ def test_compile_follows_the_card() -> None:
     ampere = Machine("NVIDIA RTX 3090", 24.0, (8, 6))
 
     def compiled(machine: Machine | None, *overrides: str) -> tuple[bool, bool]:
-        config = compose(*overrides)
+        config = compose("memory=80gb", *overrides)
         plan = plan_of(config, fake_facts(config, MEDIA, machine=machine))
         on = "compile = true" in dict(plan.files)["train.toml"]
         return on, any("torch.compile" in notice for notice in plan.notices)
@@ -239,6 +239,8 @@ def test_compile_follows_the_card() -> None:
     assert compiled(ampere) == (True, False)
     assert compiled(ampere, "precision=fp8") == (False, True)
     assert compiled(CARD, "training.compile=none") == (False, False)
+    assert compiled(CARD, "memory.blocks_to_swap=1") == (False, True)
+    assert compiled(CARD, "memory.blocks_to_swap=1", "training.compile=always") == (True, False)
     assert compiled(None) == (False, True)
     with pytest.raises(UserError, match=r"always: below compute capability 8.9 \(NVIDIA RTX 3090"):
         compiled(ampere, "precision=fp8", "training.compile=always")
@@ -248,7 +250,7 @@ def test_compile_follows_the_card() -> None:
 
 # An engine that can't compile is used without, with its reason on the page.
 def test_compile_follows_the_engine() -> None:
-    config = compose()
+    config = compose("memory=80gb")
     facts = fake_facts(config, MEDIA, machine=CARD)
     engine = replace(facts.engine, cannot_compile="there is no C compiler")
     plan = plan_of(config, replace(facts, engine=engine))

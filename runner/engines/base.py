@@ -54,7 +54,9 @@ class Engine(Protocol):
     def files(self, config: RunConfig) -> dict[str, str]:
         """Files of the engine's own that its commands read, by name."""
 
-    def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(
+        self, config: RunConfig, memory: MemoryConfig, machine: Machine | None
+    ) -> tuple[bool, str | None]:
         """Whether to use torch.compile, and why not when it would be expected.
 
         Raises :class:`runner.errors.UserError` when it was asked for and cannot work.

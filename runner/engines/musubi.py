@@ -30,9 +30,11 @@ use_cpu: false
 
 # Written into the run's folder, where every command runs, so that they can be repeated by hand.
 _CORRECTED = """\
-# Runs a module of musubi-tuner with three things set right: corrected.py -m MODULE ARGUMENTS
+# Runs a module of musubi-tuner with four things set right: corrected.py -m MODULE ARGUMENTS
 import ctypes
 import glob
+import os
+import platform
 import runpy
 import signal
 import sys
@@ -43,6 +45,13 @@ module = sys.argv[0]
 # accelerate starts the trainer, which would go on by itself when that is killed.
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+# Samples of many shapes leave PyTorch's memory in pieces: 24.8 GB in use on a card where 21.9 do
+# with segments that grow. WSL has none of those. Torch 2.9 reads only the older of the two names.
+names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+wsl = "microsoft" in platform.release().lower()
+if sys.platform == "linux" and not wsl and not any(name in os.environ for name in names):
+    os.environ[names[0]] = "expandable_segments:True"
 
 # It takes its items in the order in which the file system lists the cache, which differs from disk
 # to disk, and with it what a seed gives.
@@ -132,11 +141,17 @@ class MusubiEngine:
     def files(self, config: RunConfig) -> dict[str, str]:
         return {"accelerate.yaml": _ACCELERATE, "corrected.py": _CORRECTED}
 
-    def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(
+        self, config: RunConfig, memory: MemoryConfig, machine: Machine | None
+    ) -> tuple[bool, str | None]:
         if config.training.compile == "none":
             return False, None
         why = self._cannot_compile(config, machine)
         if config.training.compile == "auto":
+            # With block swap every linear layer stays uncompiled: on an H100 the steps took as long
+            # as without, after half a minute more at the start (docs/musubi-proof.md).
+            if memory.blocks_to_swap and machine is not None:
+                why = "it gained nothing with block swap (memory.blocks_to_swap)"
             return why is None, why and f"torch.compile is off: {why}."
         if why is not None and machine is not None:
             raise UserError(

@@ -62,7 +62,9 @@ class DiffusersEngine:
     def files(self, config: RunConfig) -> dict[str, str]:
         return {}
 
-    def compiles(self, config: RunConfig, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(
+        self, config: RunConfig, memory: MemoryConfig, machine: Machine | None
+    ) -> tuple[bool, str | None]:
         if config.training.compile == "always":
             return False, "training.compile=always has no effect with engine=diffusers."
         return False, None
