@@ -54,9 +54,10 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
     notices += [note for note in (facts.memory_note, compile_note) if note]
     if config.engine.name == "musubi" and "evaluate" not in config.stages.skip:
         notices.append("engine=musubi has no evaluate stage yet: there will be no eval/loss.")
-    if config.network.name != "lora":
+    if config.network.name == "lokr":
         notices.append(
-            f"network={config.network.name} is not converted for ComfyUI: only LoRA can be."
+            "network=lokr: ComfyUI has q, k and v in one layer, which three Kronecker products "
+            "don't make, so they are written out whole: 2.7 GB of bf16 if all are trained."
         )
     options = train_toml.train_options(
         config,
@@ -90,7 +91,7 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
             commands=(engine.train(config, options),),
             outputs=("checkpoints/lora.safetensors", "lora.safetensors"),
         ),
-        *_convert(config, facts),
+        _convert(facts),
         *_evaluate(config, facts, engine),
     ]
     assert [stage.name for stage in stages] == [n for n in STAGES if n in {s.name for s in stages}]
@@ -140,9 +141,7 @@ def _weights(facts: Facts) -> Stage:
     )
 
 
-def _convert(config: RunConfig, facts: Facts) -> list[Stage]:
-    if config.network.name != "lora":
-        return []
+def _convert(facts: Facts) -> Stage:
     command = Command(
         (
             *(facts.python, "-m", "runner.stages.convert"),
@@ -150,15 +149,13 @@ def _convert(config: RunConfig, facts: Facts) -> list[Stage]:
         ),
         set_env=(("PYTHONPATH", facts.python_path),) if facts.python_path else (),
     )
-    return [
-        Stage(
-            "convert",
-            "lora_comfyui.safetensors",
-            "to run",
-            commands=(command,),
-            outputs=("lora_comfyui.safetensors",),
-        )
-    ]
+    return Stage(
+        "convert",
+        "lora_comfyui.safetensors",
+        "to run",
+        commands=(command,),
+        outputs=("lora_comfyui.safetensors",),
+    )
 
 
 def _evaluate(config: RunConfig, facts: Facts, engine: Engine) -> list[Stage]:

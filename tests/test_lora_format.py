@@ -143,12 +143,94 @@ def test_untrained_projection_counts_as_zero() -> None:
     assert same({k: v for k, v in back.items() if "img_attn_k" not in k}, state)
 
 
-# LoHa and LoKr have no ComfyUI form here, and the person is told so in one line.
-@pytest.mark.parametrize(("leaf", "kind"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr")])
-def test_other_networks_are_refused(leaf: str, kind: str) -> None:
-    state = {f"lora_unet_double_blocks_0_img_attn_q.{leaf}": torch.zeros(2, 2)}
-    with pytest.raises(UserError, match=f"{kind} file.*covers LoRA only"):
-        lora.to_comfyui(state, {})
+def other_file(kind: str, *, whole: bool = False) -> dict[str, Tensor]:
+    """A LoHa or LoKr of one block, hidden width 12, rank 3, alpha 1.5."""
+    torch.manual_seed(0)
+    state: dict[str, Tensor] = {}
+    for module in BLOCK_LINEARS:
+        inputs = 48 if module.endswith("fc2") else 12
+        outputs = 12 * (6 if "mod" in module else 4 if module.endswith("fc1") else 1)
+        shapes = {
+            "loha": {
+                **{f"hada_w{n}_a": (outputs, 3) for n in (1, 2)},
+                **{f"hada_w{n}_b": (3, inputs) for n in (1, 2)},
+            },
+            "lokr": {
+                "lokr_w1": (3, 4),
+                "lokr_w2_a": (outputs // 3, 3),
+                "lokr_w2_b": (3, inputs // 4),
+            },
+        }[kind]
+        if whole and kind == "lokr":
+            shapes = {"lokr_w1": (3, 4), "lokr_w2": (outputs // 3, inputs // 4)}
+        name = lora.lora_name(f"double_blocks.0.{module}")
+        state |= {f"{name}.{leaf}": torch.randn(shape) for leaf, shape in shapes.items()}
+        state[f"{name}.alpha"] = torch.tensor(3.0 if "lokr_w2" in shapes else 1.5)
+    return state
+
+
+def update(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """What a module adds to its weight, as ComfyUI's weight adapters compute it."""
+    leaf = {
+        key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")
+    }
+    if "hada_w1_a" in leaf:
+        first, second = (leaf[f"hada_w{n}_a"] @ leaf[f"hada_w{n}_b"] for n in (1, 2))
+        return first * second * (leaf["alpha"] / leaf["hada_w1_b"].shape[0])
+    if "lokr_w2" in leaf:
+        return torch.kron(leaf["lokr_w1"], leaf["lokr_w2"])
+    second = leaf["lokr_w2_a"] @ leaf["lokr_w2_b"]
+    return torch.kron(leaf["lokr_w1"], second) * (leaf["alpha"] / leaf["lokr_w2_b"].shape[0])
+
+
+# A LoHa or LoKr adds to ComfyUI's weights what it adds to musubi's, q, k and v one under the other,
+# one of them untrained or not.
+@pytest.mark.parametrize("left_out", ["", "img_attn_k"])
+@pytest.mark.parametrize(("kind", "whole"), [("loha", False), ("lokr", False), ("lokr", True)])
+def test_other_networks_add_the_same(kind: str, whole: bool, left_out: str) -> None:
+    state = other_file(kind, whole=whole)
+    if left_out:
+        state = {key: value for key, value in state.items() if left_out not in key}
+    converted, metadata = lora.to_comfyui(state, METADATA)
+    assert metadata is not None
+    assert metadata["sshs_model_hash"] == lora.sshs_hashes(converted, METADATA)["sshs_model_hash"]
+    prefix = "lora_unet_double_blocks_0_"
+    theirs = {key.partition(".")[0].removeprefix(prefix) for key in converted}
+    assert theirs == {
+        f"{stream}_{module}"
+        for stream in ("img", "txt")
+        for module in ("attn_qkv", "attn_proj", "mlp_0", "mlp_2", "mod_lin")
+    }
+    for stream in ("img", "txt"):
+        parts = [f"{prefix}{stream}_attn_{part}" for part in "qkv"]
+        apart = [
+            torch.zeros(12, 12) if left_out and part.endswith(left_out) else update(state, part)
+            for part in parts
+        ]
+        joined = update(converted, f"{prefix}{stream}_attn_qkv")
+        assert torch.allclose(joined, torch.cat(apart), rtol=1e-5, atol=1e-6)
+        for ours, other in (("mlp_fc1", "mlp_0"), ("mod_linear", "mod_lin")):
+            same_module = update(converted, f"{prefix}{stream}_{other}")
+            assert torch.equal(same_module, update(state, f"{prefix}{stream}_{ours}"))
+
+
+# A LoHa comes back from ComfyUI's form as it was; a LoKr's factors are gone, which is said.
+def test_other_networks_and_back() -> None:
+    state = other_file("loha")
+    back, _ = lora.from_comfyui(*lora.to_comfyui(state, None))
+    assert same(back, state)
+    with pytest.raises(UserError, match=r"is of network=lokr, and conversion from ComfyUI covers"):
+        lora.from_comfyui(*lora.to_comfyui(other_file("lokr"), None))
+
+
+# q, k and v of different kinds don't join.
+def test_kinds_are_not_mixed() -> None:
+    state = other_file("loha") | {
+        key: value for key, value in other_file("lokr").items() if "img_attn_v" in key
+    }
+    state = {k: v for k, v in state.items() if "img_attn_v.hada" not in k}
+    with pytest.raises(UserError, match=r"q, k and v of .*_img_attn' are of different kinds"):
+        lora.to_comfyui(state, None)
 
 
 # A damaged file is named, not converted in part.

@@ -202,6 +202,8 @@ def test_the_compiler_named_by_cc(tmp_path: Path) -> None:
     made = compiling(tmp_path, "exit 0")
     named = replace(made, set_env=(*made.set_env, ("CC", "/no/such/cc")), unset_env=())
     assert "(/no/such/cc: No such file or directory)" in str(cannot_compile(named))
+    empty = replace(made, set_env=(*made.set_env, ("CC", "")), unset_env=())
+    assert "(CC is empty: " in str(cannot_compile(empty))
 
 
 # On a card without a C compiler a run goes on uncompiled and says why; asked for, it is refused.

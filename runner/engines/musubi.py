@@ -87,7 +87,11 @@ class MusubiEngine:
     def python(self, *arguments: str, offline: bool = True) -> Command:
         """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
         path = self.facts.source_path
-        environment = [("PYTHONPATH", path)] if path else []
+        # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
+        # is the fastest first.
+        environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
+        if path:
+            environment.append(("PYTHONPATH", path))
         if offline:
             # The weights stage has brought all that is needed. Online, the tokenizers' cache would
             # be moved on from the commit that the run asked for.
@@ -162,6 +166,10 @@ class MusubiEngine:
     def _cannot_compile(self, config: RunConfig, machine: Machine | None) -> str | None:
         if machine is None:
             return "no card was found here"
+        if machine.capability < (7, 0):
+            return f"Triton needs compute capability 7.0 ({machine.name} has less)"
+        if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):
+            return f"below compute capability 8.0 ({machine.name}) it leaves out bf16"
         if config.precision.fp8_base and machine.capability < (8, 9):
             return f"below compute capability 8.9 ({machine.name}) it cannot compile fp8"
         return self.facts.cannot_compile

@@ -70,7 +70,9 @@ lacks = None
 if importlib.util.find_spec("triton") is None:
     lacks = "triton"
 elif sys.platform != "win32":
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = os.environ.get("CC")
+    if compiler is None:
+        compiler = shutil.which("gcc") or shutil.which("clang")
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     headers = sysconfig.get_paths(scheme=scheme)["include"]
     if compiler is None:
@@ -89,7 +91,8 @@ elif sys.platform != "win32":
             except OSError as error:
                 said, failed = error.strerror, True
         if failed:
-            lacks = compiler + ": " + (said.strip().splitlines() or ["it failed"])[0]
+            said = (said.strip().splitlines() or ["it failed"])[0]
+            lacks = (compiler or "CC is empty") + ": " + said
 print("\\n" + json.dumps(lacks))
 """
 

@@ -3,7 +3,9 @@
 A file holds `lora_unet_double_blocks_<n>_<module>.{lora_down.weight,lora_up.weight,alpha}`, module
 being one of Tencent's fourteen Linears of a double block with `_` for `.`. ComfyUI's network has q,
 k and v in one Linear and other names for three modules; the conversion, its tripled alpha and its
-hashes are those of musubi-tuner v0.3.4's converter for this model.
+hashes are those of musubi-tuner v0.3.4's converter for this model. That one has none for LoHa and
+LoKr: theirs follow from what ComfyUI's weight adapters compute (`comfy/weight_adapter/loha.py`,
+`lokr.py`): (w1_a @ w1_b) * (w2_a @ w2_b) * alpha / rank, and kron(w1, w2).
 
 Importing this module costs milliseconds; torch and safetensors are loaded by the conversions.
 """
@@ -45,6 +47,18 @@ _TENCENT = {name.replace(".", "_"): name for name in BLOCK_LINEARS}
 # The tensors that tell a file's kind, and on which side of them the rank is.
 _RANK_OF = {"lora_down.weight": ("lora", 0), "hada_w1_b": ("loha", 0), "lokr_w2_a": ("lokr", 1)}
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
+# The tensors of a module of each kind. A LoKr's second factor is whole where the rank is no less.
+_KINDS = {
+    frozenset(_LEAVES): "lora",
+    frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")): "loha",
+    frozenset(("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha")): "lokr",
+    frozenset(("lokr_w1", "lokr_w2", "alpha")): "lokr",
+}
+# The matrices [rank, in] and [out, rank] whose product is an update, or a factor of it.
+_PAIRS = {
+    "lora": (_LEAVES[:2],),
+    "loha": (("hada_w1_b", "hada_w1_a"), ("hada_w2_b", "hada_w2_a")),
+}
 
 
 def lora_name(module: str) -> str:
@@ -113,6 +127,12 @@ def describe(file: Path) -> Described:
                     alpha = f"{name}.alpha"
                     scale = float(handle.get_tensor(alpha)) if alpha in keys else float(rank)
                     return Described(kind, rank, scale)
+            for key in keys:
+                name, _, leaf = key.partition(".")
+                if _NAME.fullmatch(name) and leaf == "lokr_w2" and f"{name}.alpha" in keys:
+                    # Beside a whole second factor musubi-tuner's alpha is the rank, and no scale.
+                    scale = float(handle.get_tensor(f"{name}.alpha"))
+                    return Described("lokr", round(scale), scale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
     raise UserError(f"{file} is no LoRA of this model")
@@ -124,15 +144,17 @@ def to_comfyui(
     """musubi's file for ComfyUI.
 
     q, k and v join into `_qkv`: their downs stacked [3r, in], their ups as blocks of the diagonal
-    [3 * out, 3r], alpha tripled because the rank is. One of them that was not trained counts as
-    zero. Hashes are computed anew; a file without metadata stays without.
+    [3 * out, 3r], alpha tripled because the rank is; both pairs of a LoHa likewise. Three Kronecker
+    products make none, so that a LoKr's are written out, [3 * out, in], as one with a first factor
+    of 1. One of the three that was not trained counts as zero. Hashes are computed anew; a file
+    without metadata stays without.
 
     Raises:
         UserError: not a LoRA of this model, or one whose q, k and v differ in rank or alpha.
     """
     result: dict[str, Tensor] = {}
     joined: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for name, leaves in _grouped(state, "to ComfyUI").items():
+    for name, leaves in _grouped(state, "to ComfyUI", ("lora", "loha", "lokr")).items():
         match = _NAME.fullmatch(name)
         module = match[2] if match else ""
         if part := _JOINED.fullmatch(module):
@@ -152,22 +174,22 @@ def from_comfyui(
     """ComfyUI's file for musubi; the inverse of `to_comfyui`.
 
     Raises:
-        UserError: not a LoRA of this model.
+        UserError: not a LoRA or LoHa of this model.
     """
     result: dict[str, Tensor] = {}
-    for name, leaves in _grouped(state, "from ComfyUI").items():
+    for name, leaves in _grouped(state, "from ComfyUI", ("lora", "loha")).items():
         match = _NAME.fullmatch(name)
         module = match[2] if match else ""
         if module in ("img_attn_qkv", "txt_attn_qkv"):
-            downs = leaves[_LEAVES[0]].chunk(3, dim=0)
-            ups = leaves[_LEAVES[1]].chunk(3, dim=0)
-            rank = downs[0].shape[0]
             for index, part in enumerate("qkv"):
                 stem = f"{name.removesuffix('qkv')}{part}"
-                block = ups[index][:, index * rank : (index + 1) * rank]
-                result[f"{stem}.{_LEAVES[0]}"] = downs[index].contiguous()
-                result[f"{stem}.{_LEAVES[1]}"] = block.contiguous()
-                result[f"{stem}.{_LEAVES[2]}"] = leaves[_LEAVES[2]] / 3
+                for down, up in _PAIRS[_KINDS[frozenset(leaves)]]:
+                    rows = leaves[down].chunk(3, dim=0)[index]
+                    rank = rows.shape[0]
+                    block = leaves[up].chunk(3, dim=0)[index][:, index * rank : (index + 1) * rank]
+                    result[f"{stem}.{down}"] = rows.contiguous()
+                    result[f"{stem}.{up}"] = block.contiguous()
+                result[f"{stem}.alpha"] = leaves["alpha"] / 3
             continue
         target = name.removesuffix(module) + _MUSUBI.get(module, module) if match else name
         result.update({f"{target}.{leaf}": tensor for leaf, tensor in leaves.items()})
@@ -183,7 +205,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: not a LoRA of this model.
     """
     result: dict[str, Tensor] = {}
-    for name, leaves in _grouped(state, "to diffusers").items():
+    for name, leaves in _grouped(state, "to diffusers", ("lora",)).items():
         module = f"transformer.{module_to_diffusers(module_name(name))}"
         down, up, alpha = (leaves[leaf] for leaf in _LEAVES)
         scale = float(alpha) / down.shape[0]
@@ -215,42 +237,79 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _grouped(state: Mapping[str, Tensor], task: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module name, then leaf; only whole LoRA modules pass."""
+def _grouped(
+    state: Mapping[str, Tensor], task: str, kinds: tuple[str, ...]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors by module name, then leaf; only whole modules of ``kinds`` pass."""
     result: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         name, _, leaf = key.partition(".")
-        if leaf.startswith(("hada_", "lokr_")):
-            kind = "LoHa" if leaf.startswith("hada_") else "LoKr"
-            raise UserError(
-                f"LoRA file: this is a {kind} file, and conversion {task} covers LoRA only; "
-                "train with network=lora, or use the file with musubi-tuner"
-            )
         result.setdefault(name, {})[leaf] = tensor
     for name, leaves in result.items():
-        if sorted(leaves) != sorted(_LEAVES):
-            raise UserError(f"LoRA file: {name!r} has {sorted(leaves)}, wanted {sorted(_LEAVES)}")
+        kind = _KINDS.get(frozenset(leaves))
+        if kind is None:
+            raise UserError(
+                f"LoRA file: {name!r} has {sorted(leaves)}, wanted {sorted(_LEAVES)}, or all of a "
+                "LoHa's or LoKr's"
+            )
+        if kind not in kinds:
+            raise UserError(
+                f"LoRA file: {name!r} is of network={kind}, and conversion {task} covers "
+                f"{' and '.join(kinds)}"
+            )
     return result
 
 
 def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of q, k and v in one module."""
     import torch
 
     first = next(iter(parts.values()))
-    down, up, alpha = (first[leaf] for leaf in _LEAVES)
+    kind = _KINDS[frozenset(first)]
+    if any(_KINDS[frozenset(other)] != kind for other in parts.values()):
+        raise UserError(f"LoRA file: q, k and v of {stem!r} are of different kinds")
+    if kind == "lokr":
+        updates = {part: kronecker(leaves) for part, leaves in parts.items()}
+        zero = torch.zeros_like(next(iter(updates.values())))
+        whole = torch.cat([updates.get(part, zero) for part in "qkv"])
+        dtype = first["lokr_w1"].dtype
+        one = torch.ones((1, 1), dtype=dtype)
+        return {
+            "lokr_w1": one,
+            "lokr_w2": whole.to(dtype),
+            "alpha": torch.ones_like(first["alpha"]),
+        }
     for other in parts.values():
-        same_shape = all(other[leaf].shape == first[leaf].shape for leaf in _LEAVES)
-        if not same_shape or float(other["alpha"]) != float(alpha):
+        same_shape = all(other[leaf].shape == first[leaf].shape for leaf in first)
+        if not same_shape or float(other["alpha"]) != float(first["alpha"]):
             raise UserError(f"LoRA file: q, k and v of {stem!r} differ in rank or alpha")
-    rank, rows = down.shape[0], up.shape[0]
-    downs = down.new_zeros((3 * rank, down.shape[1]))
-    ups = torch.zeros((3 * rows, 3 * rank), dtype=down.dtype, device=down.device)
-    for index, part in enumerate("qkv"):
-        if part in parts:
-            downs[index * rank : (index + 1) * rank] = parts[part][_LEAVES[0]]
-            block = parts[part][_LEAVES[1]]
-            ups[index * rows : (index + 1) * rows, index * rank : (index + 1) * rank] = block
-    return dict(zip(_LEAVES, (downs, ups, alpha * 3), strict=True))
+    result = {}
+    for down, up in _PAIRS[kind]:
+        rank, rows = first[down].shape[0], first[up].shape[0]
+        downs = first[down].new_zeros((3 * rank, first[down].shape[1]))
+        ups = torch.zeros((3 * rows, 3 * rank), dtype=first[down].dtype, device=first[down].device)
+        for index, part in enumerate("qkv"):
+            if part in parts:
+                downs[index * rank : (index + 1) * rank] = parts[part][down]
+                block = parts[part][up]
+                ups[index * rows : (index + 1) * rows, index * rank : (index + 1) * rank] = block
+        result.update({down: downs, up: ups})
+    return {**result, "alpha": first["alpha"] * 3}
+
+
+def kronecker(leaves: Mapping[str, Tensor]) -> Tensor:
+    """The update [out, in] of a LoKr module in float32: kron(w1, w2) * scale.
+
+    The scale is alpha / rank, and 1 where w2 is whole, in musubi-tuner (networks/lokr.py) as in
+    ComfyUI.
+    """
+    import torch
+
+    scale, second = 1.0, leaves.get("lokr_w2")
+    if second is None:
+        up, down = leaves["lokr_w2_a"].float(), leaves["lokr_w2_b"].float()
+        scale, second = float(leaves["alpha"]) / down.shape[0], up @ down
+    return torch.kron(leaves["lokr_w1"].float(), second.float()) * scale
 
 
 def _with_hashes(

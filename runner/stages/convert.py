@@ -1,6 +1,7 @@
 """The convert stage: the LoRA as ComfyUI loads it.
 
-By hand: ``python -m runner.stages.convert lora.safetensors lora_comfyui.safetensors``.
+By hand: ``python -m runner.stages.convert lora.safetensors lora_comfyui.safetensors``, and back
+with ``--reverse`` before the two.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ if TYPE_CHECKING:
     from runner.execute import Context
 
 
-def convert(source: Path, destination: Path) -> None:
-    """Write ``source`` in ComfyUI's names to ``destination``, whole or not at all."""
+_USAGE = "usage: python -m runner.stages.convert [--reverse] FROM.safetensors TO.safetensors"
+
+
+def convert(source: Path, destination: Path, *, reverse: bool = False) -> None:
+    """Write ``source`` as ComfyUI loads it to ``destination``, whole or not at all.
+
+    With ``reverse`` ComfyUI's file is written as musubi-tuner has it.
+    """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
-    from runner.formats.lora import to_comfyui
+    from runner.formats.lora import from_comfyui, to_comfyui
 
     try:
         with safe_open(source, framework="pt") as file:
@@ -29,7 +36,7 @@ def convert(source: Path, destination: Path) -> None:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source} can't be read as a LoRA file: {error}") from error
-    converted, told = to_comfyui(state, metadata)
+    converted, told = (from_comfyui if reverse else to_comfyui)(state, metadata)
     # Not `save_file`, whose files only their owner may read.
     write_bytes(destination, save(converted, told))
 
@@ -47,10 +54,12 @@ def run(context: Context) -> None:
 
 def main() -> None:
     """The command line."""
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m runner.stages.convert LORA.safetensors COMFYUI.safetensors")
+    reverse = sys.argv[1:2] == ["--reverse"]
+    files = [Path(argument) for argument in sys.argv[2 if reverse else 1 :]]
+    if len(files) != 2:
+        sys.exit(_USAGE)
     try:
-        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        convert(*files, reverse=reverse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
