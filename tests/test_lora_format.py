@@ -7,10 +7,12 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from runner.errors import UserError
@@ -212,6 +214,14 @@ def test_other_networks_add_the_same(kind: str, whole: bool, left_out: str) -> N
         for ours, other in (("mlp_fc1", "mlp_0"), ("mod_linear", "mod_lin")):
             same_module = update(converted, f"{prefix}{stream}_{other}")
             assert torch.equal(same_module, update(state, f"{prefix}{stream}_{ours}"))
+
+
+# The kind, rank and alpha of a file are read from it, of a LoKr with whole second factors too.
+def test_other_networks_are_described(tmp_path: Path) -> None:
+    for kind, whole, alpha in (("loha", False, 1.5), ("lokr", False, 1.5), ("lokr", True, 3.0)):
+        file = tmp_path / "file.safetensors"
+        save_file(other_file(kind, whole=whole), file)
+        assert lora.describe(file) == (kind, 3, alpha)
 
 
 # A LoHa comes back from ComfyUI's form as it was; a LoKr's factors are gone, which is said.

@@ -102,7 +102,7 @@ def test_golden_commands_parse(task: str) -> None:
 @pytest.mark.parametrize("file", sorted((GOLDEN / "choices").glob("*.toml")), ids=lambda f: f.stem)
 def test_golden_tables_parse(file: Path) -> None:
     table = tomllib.loads(file.read_text())
-    if file.stem != "model=tiny":
+    if file.stem not in ("model=tiny", "engine=diffusers", "experiment=rehearsal"):
         assert check_table(TRAIN, table) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import unified_diff
 from typing import Any
 
 import pytest
@@ -34,12 +35,14 @@ BASES = {
     "diffusers": ["engine=diffusers", "model=tiny", "optimizer=adamw", "precision=fp32"],
     "musubi": [],
 }
-VARIANTS = [
-    f"{group}={name}"
-    for group, names in groups(conf_folder()).items()
-    for name in names
-    if group in ("task", "model", "network", "optimizer", "scheduler", "precision", "memory")
-]
+VARIANTS = [f"{group}={name}" for group, names in groups(conf_folder()).items() for name in names]
+# What a choice can't be planned without.
+NEEDED = {
+    "model=tiny": BASES["diffusers"],
+    "engine=diffusers": BASES["diffusers"],
+    "optimizer=custom": ["optimizer.type=torch.optim.RMSprop"],
+    "sampling=prompts": ["sampling.prompts=[a cat]"],
+}
 
 
 # What an engine is given for a mixed dataset is what the golden files show, whole.
@@ -121,16 +124,24 @@ def test_8_bit_needs_a_card() -> None:
         plan_of(config, fake_facts(config, MEDIA))
 
 
-# Each choice of each group changes the trainer's options as its golden file shows.
+# Each choice of each group changes what the engine is given as its golden files show: train.toml is
+# in one, and the other has what differs from the engine's default plan in datasets and commands.
 @pytest.mark.parametrize("choice", VARIANTS)
 def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None]) -> None:
-    engine = "diffusers" if choice == "model=tiny" else "musubi"
-    extra = ["optimizer.type=torch.optim.RMSprop"] if choice == "optimizer=custom" else []
-    if engine == "diffusers":
-        extra += BASES["diffusers"]
-    config = compose(*extra, choice)
-    plan = plan_of(config, fake_facts(config, MEDIA, machine=CARD))
-    golden(f"choices/{choice}.toml", dict(plan.files)["train.toml"])
+    def planned(*overrides: str) -> tuple[Plan, list[str]]:
+        config = compose(*overrides)
+        plan = plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+        apart = ("train.toml", "corrected.py", "accelerate.yaml")
+        kept = tuple((name, text) for name, text in plan.files if name not in apart)
+        return plan, rendered(replace(plan, files=kept)).splitlines()
+
+    plan, lines = planned(*NEEDED.get(choice, []), choice)
+    files = dict(plan.files)
+    if "train.toml" in files:
+        golden(f"choices/{choice}.toml", files["train.toml"])
+    _, default = planned(*BASES["musubi" if "corrected.py" in files else "diffusers"])
+    difference = unified_diff(default, lines, "default", choice, n=1, lineterm="")
+    golden(f"choices/{choice}.diff", "".join(f"{line}\n" for line in difference))
 
 
 # The dry run is a page a person reads; its text is kept whole.
