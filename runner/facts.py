@@ -167,8 +167,8 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     if config.engine.python is not None:
         python = absolute(config.engine.python, cwd)
     ours = config.engine.path is None and config.engine.python is None
-    if ours and not (home / "installed.json").is_file():
-        what = "not installed" if not python.is_file() else "half installed"
+    if ours and not ((home / "installed.json").is_file() and python.is_file()):
+        what = "half installed" if (home / "venv").exists() else "not installed"
         missing = f"musubi-tuner {VERSION} is {what} in {home}: run {COMMAND}"
     elif missing is None and not python.is_file():
         missing = f"there is no Python at {python}"

@@ -133,6 +133,25 @@ def test_no_engine_there(tmp_path: Path) -> None:
         check_environment(compose(), Command((str(tmp_path / "none"),)), None)
 
 
+# The installer mends the Python it made: its command is named, and anew what it would take for
+# whole. For a Python that was named the words are others.
+def test_our_own_install_is_mended_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = "with: python -m runner.engines.musubi_install install"
+    monkeypatch.setattr("runner.engines.musubi_check.our_python", lambda: tmp_path / "a/python")
+    assert problem(tmp_path / "a", (), "torch").endswith(f". Mend it {mend}")
+    assert problem(tmp_path / "b", (), "toml").endswith("to the Python that has them.")
+    monkeypatch.setattr("runner.engines.musubi_check.our_python", lambda: tmp_path / "c/python")
+    broken = problem(tmp_path / "c", (), torch="raise OSError('libcudart.so')")
+    assert broken.endswith(f"(torch: OSError: libcudart.so). Mend it {mend} --again")
+    with pytest.raises(UserError, match=f"this driver {mend} --again$"):
+        check_environment(compose("optimizer=adamw"), command(tmp_path / "c"), CARD)
+    monkeypatch.setattr("runner.engines.musubi_check.our_python", lambda: Path("/bin/false"))
+    with pytest.raises(UserError, match=f"Mend it {mend}$"):
+        check_environment(compose(), Command(("/bin/false",), (("X", "ours"),)), None)
+
+
 # A card that torch can't use would mean training on the processor, for years.
 def test_torch_must_see_the_card(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shows NVIDIA RTX 4090, but torch .* can't use it"):
