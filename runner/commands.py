@@ -28,17 +28,22 @@ class Command:
     def shell(self) -> str:
         """One line of shell, with each option on a line of its own when it is long."""
         words = [shlex.quote(word) for word in self.argv]
-        prefix: list[str] = []
-        if self.unset_env or self.set_env:
-            prefix = ["env"]
-            prefix += [word for name in self.unset_env for word in ("-u", name)]
-            prefix += [f"{key}={shlex.quote(value)}" for key, value in self.set_env]
+        gone = [f"-u {name}" for name in self.unset_env]
+        # What there is of them is known only where the line is run.
+        found = [
+            f"$(env | sed -n 's/^\\({start}[A-Za-z0-9_]*\\)=.*/-u \\1/p')"
+            for start in self.unset_prefixes
+        ]
+        given = [f"{key}={shlex.quote(value)}" for key, value in self.set_env]
+        prefix = ["env", *gone, *found, *given] if gone or found or given else []
         line = " ".join(prefix + words)
         if len(line) <= 100:
             return line
         # The program and the module it runs stay together; each option gets a line of its own.
         first = words.index("-m") + 2 if "-m" in words[1:3] else 1
         lines = [" ".join(prefix + words[:first])]
+        if len(lines[0]) > 100:
+            lines = [*_filled(["env", *gone]), *found, *_filled(given), " ".join(words[:first])]
         rest = words[first:]
         while rest:
             group = [rest.pop(0)]
@@ -46,3 +51,14 @@ class Command:
                 group.append(rest.pop(0))
             lines.append(" ".join(group))
         return " \\\n    ".join(lines)
+
+
+def _filled(words: list[str]) -> list[str]:
+    """Lines with as many of ``words`` as they hold, none of them broken."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(word) < 90:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -102,6 +103,43 @@ def test_environment() -> None:
     )
     base = {"PYTHONHOME": "h", "ACCELERATE_X": "1", "HOME": "/root"}
     assert command.environment(base) == {"HOME": "/root", "PYTHONPATH": "/src"}
+
+
+# Every command of musubi-tuner is one process, also in a shell that torchrun, Slurm or MPI started.
+def test_the_trainer_is_one_process() -> None:
+    from conftest import compose, fake_facts, fake_item, plan_of
+
+    names = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_SIZE"
+    base = dict.fromkeys([*names.split(), "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], "2")
+    config = compose()
+    plan = plan_of(config, fake_facts(config, [fake_item("a.jpg")]))
+    for name in ("latents", "text", "train"):
+        (command,) = plan.stage(name).commands
+        assert not command.environment(base).keys() & base.keys()
+
+
+# By hand a command has the same environment as in the run, whatever the shell holds.
+@pytest.mark.parametrize("shell", [{}, {"ACCELERATE_MIXED_PRECISION": "fp16", "RANK": "1"}])
+def test_shell_has_the_same_environment(tmp_path: Path, shell: dict[str, str]) -> None:
+    import subprocess
+
+    command = Command(
+        (sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))", "x" * 90),
+        set_env=(("A", "it's a"), ("HF_HUB_OFFLINE", "1")),
+        unset_env=("PYTHONHOME", "RANK"),
+        unset_prefixes=("ACCELERATE_", "SLURM_"),
+    )
+    base = {
+        "PATH": os.environ["PATH"],
+        "LINES": "a b\nACCELERATE_ $(x) *\nSLURM_",
+        "A": "1",
+    } | shell
+    script = tmp_path / "commands.sh"
+    script.write_text(f"set -e\n{command.shell()}\n")
+    done = subprocess.run(["sh", script], env=base, capture_output=True, check=True)
+    added = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+    found = {key: value for key, value in json.loads(done.stdout).items() if key not in added}
+    assert found == command.environment(base)
 
 
 # What is printed for a person to run is what is run, whatever is in the arguments.

@@ -28,6 +28,13 @@ main_training_function: main
 use_cpu: false
 """
 
+# What torchrun, Slurm and MPI leave in a shell: by it accelerate would believe to be one process of
+# several, and wait for the others for ever.
+_PARALLEL = (
+    *("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+
 # Written into the run's folder, where every command runs, so that they can be repeated by hand.
 _CORRECTED = """\
 # Runs a module of musubi-tuner with four things set right: corrected.py -m MODULE ARGUMENTS
@@ -99,7 +106,7 @@ class MusubiEngine:
         return Command(
             (self.facts.python, *arguments),
             set_env=tuple(environment),
-            unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
+            unset_env=("PYTHONHOME", *(() if path else ("PYTHONPATH",)), *_PARALLEL),
             # A user's ACCELERATE_* variables would override the launcher's arguments.
             unset_prefixes=("ACCELERATE_",),
         )
