@@ -95,7 +95,8 @@ class MusubiEngine:
         """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
         path = self.facts.source_path
         # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
-        # is the fastest first.
+        # is the fastest first. Whatever order the shell names, CUDA_VISIBLE_DEVICES=1 so means the
+        # card that was looked at.
         environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
         if path:
             environment.append(("PYTHONPATH", path))
@@ -172,7 +173,7 @@ class MusubiEngine:
 
     def _cannot_compile(self, config: RunConfig, machine: Machine | None) -> str | None:
         if machine is None:
-            return "no card was found here"
+            return self.facts.cannot_compile or "no card was found here"
         if machine.capability < (7, 0):
             return f"Triton needs compute capability 7.0 ({machine.name} has less)"
         if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):
