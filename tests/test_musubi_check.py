@@ -218,6 +218,25 @@ def test_what_compiling_needs(tmp_path: Path) -> None:
     }
 
 
+# The Triton that is named is the one that the installed torch was built for.
+@pytest.mark.parametrize(
+    ("required", "named"),
+    [
+        ('triton==3.5.1; platform_system == "Linux"', "triton==3.5.1"),
+        ("triton (>=3.0,<4)", "'triton>=3.0,<4'"),
+        ("triton", "triton"),
+        ("triton-windows==3.5", "triton"),
+    ],
+)
+def test_the_triton_that_fits_is_named(tmp_path: Path, required: str, named: str) -> None:
+    made = compiling(tmp_path, "exit 0", "triton")
+    metadata = tmp_path / "torch-2.9.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    text = "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n"
+    metadata.write_text(f"{text}Requires-Dist: filelock\nRequires-Dist: {required}\n")
+    assert str(cannot_compile(made)).endswith(f"/python -m pip install {named})")
+
+
 # CC goes before what lies on the PATH, as Triton takes it.
 def test_the_compiler_named_by_cc(tmp_path: Path) -> None:
     made = compiling(tmp_path, "exit 0")

@@ -62,10 +62,17 @@ print("\\n" + json.dumps(answer))
 # Triton builds a small module for each kernel as here, with the compiler that is chosen as here
 # (triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it brings its own compiler.
 _COMPILE_PROBE = """\
-import importlib.util, json, os, shutil, subprocess, sys, sysconfig, tempfile
+import importlib.metadata, importlib.util
+import json, os, re, shutil, subprocess, sys, sysconfig, tempfile
 lacks = None
 if importlib.util.find_spec("triton") is None:
-    lacks = "triton"
+    # Each torch was built for one Triton, not for the newest.
+    try:
+        wanted = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        wanted = []
+    pins = [re.fullmatch(r"(triton)[ (]*([<>=!~][^;()]*)?[)]? *(;.*)?", line) for line in wanted]
+    lacks = ["triton" + (pin[2] or "").strip() for pin in pins if pin][:1] or ["triton"]
 elif sys.platform != "win32":
     compiler = os.environ.get("CC")
     if compiler is None:
@@ -179,9 +186,9 @@ def cannot_compile(command: Command) -> str | None:
     Raises :class:`UserError` for a Python that can't be asked.
     """
     python = command.argv[0]
-    lacks: str | None = _ask(python, _COMPILE_PROBE, "", command)
-    if lacks == "triton":
-        pip = f"{shlex.quote(python)} -m pip install triton"
+    lacks: str | list[str] | None = _ask(python, _COMPILE_PROBE, "", command)
+    if isinstance(lacks, list):
+        pip = f"{shlex.quote(python)} -m pip install {shlex.join(lacks)}"
         return f"{python} has no Triton (install it with: {pip})"
     if lacks == "compiler":
         return "there is no C compiler, with which Triton builds (apt install gcc, or set CC)"
