@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Finished, compose, run_program
+from conftest import TOP, Finished, compose, run_program
 
 from runner.engines import musubi_install, musubi_packages
 from runner.engines.musubi_packages import BESIDE, TORCH, Wish, constraints, steps, torch_build
@@ -287,6 +288,32 @@ def test_checkout_as_source(sandbox: Sandbox) -> None:
     assert sandbox.install("--source", "checkout").code == 0
     assert f"off {checkout} tensorboard" in sandbox.calls()[2]
     assert sandbox.install().out.startswith("Nothing to do")
+
+
+# The options of a checkout are recorded with its own version and commit, also of one without tags.
+def test_options_are_recorded_with_the_version(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    package = checkout / "src" / "musubi_tuner"
+    for name in ("cache_latents", "cache_text_encoder_outputs", "train_network"):
+        main = "import argparse\ndef main(): argparse.ArgumentParser().parse_args()\n"
+        executable(package / f"hv_1_5_{name}.py", main)
+    (checkout / "pyproject.toml").write_text('[project]\nversion = "9.8.7"\n')
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    out = tmp_path / "options.json"
+    script = TOP / "scripts" / "record-musubi-options"
+    record = [sys.executable, str(script), str(checkout), "--out", str(out)]
+    subprocess.run(record, check=True, capture_output=True)
+    recorded = json.loads(out.read_text())
+    commit = subprocess.check_output([*git, "rev-parse", "--short=7", "HEAD"], text=True)
+    assert (recorded["version"], recorded["commit"]) == ("v9.8.7", commit.strip())
+    (checkout / "pyproject.toml").unlink()
+    failed = subprocess.run(record, capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr) == (
+        1,
+        f"{checkout}/pyproject.toml names no version: take a checkout of musubi-tuner\n",
+    )
 
 
 # A run without an install names the command that makes it, and a half-made one is not used.
