@@ -14,15 +14,10 @@ class Command:
     argv: tuple[str, ...]
     set_env: tuple[tuple[str, str], ...] = ()
     unset_env: tuple[str, ...] = ()
-    unset_prefixes: tuple[str, ...] = ()
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The environment to run in, from the runner's own."""
-        kept = {
-            key: value
-            for key, value in base.items()
-            if key not in self.unset_env and not key.startswith(self.unset_prefixes or ("\0",))
-        }
+        kept = {key: value for key, value in base.items() if key not in self.unset_env}
         return kept | dict(self.set_env)
 
     def shell(self) -> str:

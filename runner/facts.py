@@ -29,10 +29,10 @@ def gather(config: RunConfig, cwd: Path, reading: Reading | None = None) -> Fact
     Raises :class:`runner.errors.UserError` for input that cannot be trained on.
     """
     root = absolute(config.output_dir, cwd)
-    machine = find_machine()
-    memory, note = memory_tier(config, machine)
+    machine, without = find_machine()
+    memory, note = memory_tier(config, machine, without)
     weights = weight_facts(config, root)
-    engine = with_compiling(engine_facts(config, cwd), config, memory, machine)
+    engine = with_compiling(engine_facts(config, cwd), config, memory, machine, without)
     reading = reading or Reading()
     if reading.keep and (why := refusal(config, weights, engine)):
         # Sources may be refused first; but nothing is unpacked for a run that can't be.
@@ -91,35 +91,50 @@ def refusal(config: RunConfig, weights: WeightFacts, engine: EngineFacts) -> str
     return None
 
 
-def find_machine() -> Machine | None:
-    """The first card the driver shows, or None."""
+NO_CARD = "no card was found here"
+
+
+def find_machine() -> tuple[Machine | None, str]:
+    """The first card the driver shows, or None with what is so."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
+        return None, NO_CARD
     query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
-        return None
+        return None, NO_CARD
     if visible is not None:
         query.append(f"--id={visible.split(',')[0]}")
     try:
-        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, memory, capability = (part.strip() for part in text.splitlines()[0].split(","))
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None, "nvidia-smi did not answer"
+    said = ((done.stdout + done.stderr).strip().splitlines() or ["it said nothing"])[0]
+    if said.startswith("No devices were found"):
+        return None, NO_CARD
+    if done.returncode:
+        return None, f"nvidia-smi failed ({said.rstrip('.')})"
+    try:
+        name, memory, capability = (part.strip() for part in said.split(","))
         major, minor = capability.split(".")
-        return Machine(name, int(memory) / 1024, (int(major), int(minor)))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        return Machine(name, int(memory) / 1024, (int(major), int(minor))), ""
+    except ValueError:
+        # A card that shares the system's memory (GB10) has [N/A] for its own.
+        return None, f"nvidia-smi's answer could not be read ({said})"
 
 
 TIERS = (("12gb", 11.0), ("16gb", 15.0), ("24gb", 22.0), ("48gb", 44.0), ("80gb", 76.0))
 
 
-def tier_name(config: RunConfig, machine: Machine | None) -> tuple[str, str | None]:
+def tier_name(
+    config: RunConfig, machine: Machine | None, without: str = NO_CARD
+) -> tuple[str, str | None]:
     """The memory tier for ``memory=auto``, and a line that says why when it was a guess."""
     if config.engine.name == "diffusers" and machine is None:
         return "cpu", None
     if machine is None:
-        return "24gb", "No card was found here: memory=auto is planned as memory=24gb."
+        told = without.replace("no card", "No card")
+        return "24gb", f"{told}: memory=auto is planned as memory=24gb."
     fitting = [name for name, least in TIERS if machine.memory_gb >= least]
     if fitting:
         return fitting[-1], None
@@ -129,13 +144,15 @@ def tier_name(config: RunConfig, machine: Machine | None) -> tuple[str, str | No
     )
 
 
-def memory_tier(config: RunConfig, machine: Machine | None) -> tuple[MemoryConfig, str | None]:
+def memory_tier(
+    config: RunConfig, machine: Machine | None, without: str = NO_CARD
+) -> tuple[MemoryConfig, str | None]:
     """The memory options with everything filled in from the tier."""
     if config.memory.name != "auto":
         return config.memory, None
     from omegaconf import OmegaConf
 
-    name, note = tier_name(config, machine)
+    name, note = tier_name(config, machine, without)
     file = conf_folder() / "memory" / f"{name}.yaml"
     tier: Any = OmegaConf.to_container(OmegaConf.load(file))
     chosen = {
@@ -151,27 +168,30 @@ def memory_tier(config: RunConfig, machine: Machine | None) -> tuple[MemoryConfi
 def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     """Where the chosen engine lies, and why it cannot run if it can't."""
     from runner import __version__
-    from runner.engines.musubi_packages import COMMAND, VERSION, engine_home
+    from runner.engines.musubi_packages import COMMAND, VERSION, engine_home, our_python
 
     if config.engine.name == "diffusers":
         return EngineFacts(sys.executable, f"runner {__version__}", checkout())
     home = engine_home() / f"musubi-tuner-{VERSION}"
-    python = home / "venv" / "bin" / "python"
+    python = our_python()
+    places: list[Path] = []
     source: Path | None = None
     missing: str | None = None
     if config.engine.path is not None:
         source = absolute(config.engine.path, cwd)
-        python = source / "venv" / "bin" / "python"
+        # musubi-tuner's README names the first for pip, and uv's own name is the second.
+        places = [source / name / "bin" / "python" for name in ("venv", ".venv")]
+        python = next((place for place in places if place.is_file()), places[0])
         if not (source / "src" / "musubi_tuner").is_dir():
             missing = f"engine.path={config.engine.path} is no musubi-tuner checkout"
     if config.engine.python is not None:
-        python = absolute(config.engine.python, cwd)
+        python, places = absolute(config.engine.python, cwd), []
     ours = config.engine.path is None and config.engine.python is None
-    if ours and not (home / "installed.json").is_file():
-        what = "not installed" if not python.is_file() else "half installed"
+    if ours and not ((home / "installed.json").is_file() and python.is_file()):
+        what = "half installed" if (home / "venv").exists() else "not installed"
         missing = f"musubi-tuner {VERSION} is {what} in {home}: run {COMMAND}"
     elif missing is None and not python.is_file():
-        missing = f"there is no Python at {python}"
+        missing = f"there is no Python at {' or '.join(map(str, places or [python]))}"
     if missing is not None:
         missing += ". Or point" if ours else ". Point"
         missing += (
@@ -185,12 +205,18 @@ def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
 
 
 def with_compiling(
-    facts: EngineFacts, config: RunConfig, memory: MemoryConfig, machine: Machine | None
+    facts: EngineFacts,
+    config: RunConfig,
+    memory: MemoryConfig,
+    machine: Machine | None,
+    without: str = NO_CARD,
 ) -> EngineFacts:
     """``facts`` with whether torch.compile can work there, where a training on a card asks it."""
+    if machine is None:
+        return replace(facts, cannot_compile=without)
     mode = config.training.compile
     wanted = mode == "always" or (mode == "auto" and not memory.blocks_to_swap)
-    if config.engine.name != "musubi" or facts.missing or machine is None or not wanted:
+    if config.engine.name != "musubi" or facts.missing or not wanted:
         return facts
     if "train" in config.stages.skip:
         return facts

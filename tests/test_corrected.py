@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 MODULE = "import glob, sys\nprint(glob.glob('*'), sys.argv[1:], __name__)\n"
+SHELL = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
 MEMORY = "import os\nprint([v for k, v in os.environ.items() if k.endswith('_ALLOC_CONF')])\n"
 ENCODER = """
 class Qwen2_5_VLForConditionalGeneration:
@@ -42,6 +44,8 @@ def run_corrected(
     (packages / "platform.py").write_text(f"def release(): return {release!r}")
     (packages / "musubi_tuner" / "train.py").write_text(MODULE)
     (packages / "musubi_tuner" / "memory.py").write_text(MEMORY)
+    for script in ("launch", "hv_1_5_train_network"):
+        (packages / "musubi_tuner" / f"{script}.py").write_text(SHELL)
     (packages / "musubi_tuner" / "cache_text_encoder_outputs.py").write_text(TEXT)
     (packages / "transformers.py").write_text(ENCODER)
     (packages / "torch.py").write_text("class nn:\n    class Identity: pass")
@@ -73,6 +77,22 @@ def test_memory_is_taken_in_segments_that_grow(
     assert run_corrected(tmp_path / "b", "memory", release=wsl) == "[]"
     own = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
     assert run_corrected(tmp_path / "c", "memory", **own) == "['max_split_size_mb:64']"
+
+
+# What a shell holds of other launchers, old caches and secrets reaches neither accelerate nor the
+# trainer; what accelerate tells the trainer does, and a token where an upload was asked for.
+def test_the_shell_is_cleared(tmp_path: Path) -> None:
+    shell = dict.fromkeys(("WORLD_SIZE", "RANK", "TRANSFORMERS_CACHE", "ACCELERATE_X"), "1")
+    shell |= {"MLFLOW_TRACKING_PASSWORD": "p", "HF_TOKEN": "t", "HF_HOME": "/hf"}
+
+    def left(folder: str, module: str, **more: str) -> set[str]:
+        told = run_corrected(tmp_path / folder, module, **shell, **more)
+        return set(json.loads(told)) & set(shell)
+
+    assert left("a", "launch", HF_HUB_OFFLINE="1") == {"HF_HOME"}
+    trainer = "hv_1_5_train_network"
+    assert left("b", trainer, HF_HUB_OFFLINE="1") == {"HF_HOME", "ACCELERATE_X"}
+    assert left("c", trainer) == {"HF_HOME", "ACCELERATE_X", "HF_TOKEN"}
 
 
 # Captions are encoded without the language model's head, whose scores nothing reads.

@@ -10,9 +10,11 @@ import pytest
 from conftest import compose, run_program
 
 from runner.commands import Command
-from runner.engines.base import Machine
+from runner.engines.base import EngineFacts, Machine
+from runner.engines.musubi import MusubiEngine
 from runner.engines.musubi_check import cannot_compile, check_environment, needs
 from runner.errors import UserError
+from runner.facts import engine_facts, find_machine, memory_tier, with_compiling
 from runner.groups import conf_folder, groups
 
 # A Python in which everything that a run may import is there, at no cost.
@@ -133,6 +135,25 @@ def test_no_engine_there(tmp_path: Path) -> None:
         check_environment(compose(), Command((str(tmp_path / "none"),)), None)
 
 
+# The installer mends the Python it made: its command is named, and anew what it would take for
+# whole. For a Python that was named the words are others.
+def test_our_own_install_is_mended_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = "with: python -m runner.engines.musubi_install install"
+    monkeypatch.setattr("runner.engines.musubi_check.our_python", lambda: tmp_path / "a/python")
+    assert problem(tmp_path / "a", (), "torch").endswith(f". Mend it {mend}")
+    assert problem(tmp_path / "b", (), "toml").endswith("to the Python that has them.")
+    monkeypatch.setattr("runner.engines.musubi_check.our_python", lambda: tmp_path / "c/python")
+    broken = problem(tmp_path / "c", (), torch="raise OSError('libcudart.so')")
+    assert broken.endswith(f"(torch: OSError: libcudart.so). Mend it {mend} --again")
+    with pytest.raises(UserError, match=f"this driver {mend} --again$"):
+        check_environment(compose("optimizer=adamw"), command(tmp_path / "c"), CARD)
+    monkeypatch.setattr("runner.engines.musubi_check.our_python", lambda: Path("/bin/false"))
+    with pytest.raises(UserError, match=f"Mend it {mend}$"):
+        check_environment(compose(), Command(("/bin/false",), (("X", "ours"),)), None)
+
+
 # A card that torch can't use would mean training on the processor, for years.
 def test_torch_must_see_the_card(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shows NVIDIA RTX 4090, but torch .* can't use it"):
@@ -197,6 +218,25 @@ def test_what_compiling_needs(tmp_path: Path) -> None:
     }
 
 
+# The Triton that is named is the one that the installed torch was built for.
+@pytest.mark.parametrize(
+    ("required", "named"),
+    [
+        ('triton==3.5.1; platform_system == "Linux"', "triton==3.5.1"),
+        ("triton (>=3.0,<4)", "'triton>=3.0,<4'"),
+        ("triton", "triton"),
+        ("triton-windows==3.5", "triton"),
+    ],
+)
+def test_the_triton_that_fits_is_named(tmp_path: Path, required: str, named: str) -> None:
+    made = compiling(tmp_path, "exit 0", "triton")
+    metadata = tmp_path / "torch-2.9.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    text = "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n"
+    metadata.write_text(f"{text}Requires-Dist: filelock\nRequires-Dist: {required}\n")
+    assert str(cannot_compile(made)).endswith(f"/python -m pip install {named})")
+
+
 # CC goes before what lies on the PATH, as Triton takes it.
 def test_the_compiler_named_by_cc(tmp_path: Path) -> None:
     made = compiling(tmp_path, "exit 0")
@@ -227,3 +267,55 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
     )
     assert done.code == 2
     assert "training.compile=always: there is no C compiler" in done.err, done.err
+
+
+# A card that the driver shows and does not describe is not said to be missing: the plan tells what
+# nvidia-smi said, in the choice of memory and of compiling alike.
+@pytest.mark.parametrize(
+    ("said", "code", "told"),
+    [
+        (
+            "NVIDIA GB10, [N/A], 12.1",
+            0,
+            "nvidia-smi's answer could not be read (NVIDIA GB10, [N/A]",
+        ),
+        ('Field "compute_cap" is not a valid field to query.', 2, "nvidia-smi failed (Field "),
+        ("No devices were found", 6, "no card was found here"),
+        ("NVIDIA RTX 4090, 24564, 8.9", 0, None),
+    ],
+)
+def test_an_unread_card_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, told: str | None
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine, without = find_machine()
+    assert (machine is None, bool(without)) == (told is not None, told is not None)
+    if told is None:
+        return
+    config = compose("memory=auto")
+    memory, note = memory_tier(config, machine, without)
+    assert (memory.name, str(note)[1 : len(told)]) == ("24gb", told[1:])
+    facts = with_compiling(EngineFacts("python", "1"), config, memory, machine, without)
+    _, why = MusubiEngine(facts).compiles(config, memory, machine)
+    assert str(why).startswith(f"torch.compile is off: {told}")
+
+
+# A checkout's environment is found by either name that musubi-tuner's README gives it, pip's first.
+def test_the_environment_of_a_checkout(tmp_path: Path) -> None:
+    (tmp_path / "src" / "musubi_tuner").mkdir(parents=True)
+    pips, uvs = (tmp_path / name / "bin" / "python" for name in ("venv", ".venv"))
+    config = compose(f"engine.path={tmp_path}")
+    assert str(engine_facts(config, tmp_path).missing).startswith(
+        f"there is no Python at {pips} or {uvs}. Point engine.path and engine.python to "
+    )
+    for python in (uvs, pips):
+        python.parent.mkdir(parents=True)
+        python.touch()
+        facts = engine_facts(config, tmp_path)
+        assert (facts.python, facts.missing) == (str(python), None)
+    named = engine_facts(compose(f"engine.path={tmp_path}", "engine.python=other"), tmp_path)
+    assert str(named.missing).startswith(f"there is no Python at {tmp_path}/other. ")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import Finished, compose, run_program
+from conftest import TOP, Finished, compose, run_program
 
-from runner.engines import musubi_packages
+from runner.engines import musubi_install, musubi_packages
 from runner.engines.musubi_packages import BESIDE, TORCH, Wish, constraints, steps, torch_build
 from runner.errors import UserError
 
@@ -21,15 +23,17 @@ SMI = """\
 """
 
 # Writes down how it is called, makes an "environment" of itself, and fails where it is told to.
+# What a file named lost beside it says is no longer there.
 FAKE_PYTHON = """\
 #!/bin/sh
-[ "$1" = -c ] || echo "$0 $*" >> "$RECORD"
+[ "$1" = -c ] || [ "$1" = -I ] || echo "$0 $*" >> "$RECORD"
 case "$*" in
   "-m venv --clear "*) mkdir -p "$4/bin"; rm -f "$4/whole"; cp "$0" "$4/bin/python";;
   *"$FAIL"*)
     echo "ERROR: No matching distribution found for x"; exit 1;;
   "-m pip freeze"*) echo "torch==2.9.1"; echo "musubi-tuner==0.3.4";;
   *version_info*) echo "3 11";;
+  *find_spec*) cat "${0%/*}/lost" 2>/dev/null || echo "[]";;
   *importlib*)
     echo noise
     echo '{"versions": {"torch": "2.9.1+cu128"}, "missing": {'"$MISSING"'},' \\
@@ -197,6 +201,48 @@ def test_broken_install_is_made_anew(sandbox: Sandbox) -> None:
     assert sandbox.install().out.startswith("Starting over: ")
 
 
+# An install that lost its packages later is no longer whole, and the next install mends it.
+def test_lost_packages_are_installed_again(sandbox: Sandbox) -> None:
+    sandbox.install()
+    sandbox.calls()
+    lost = sandbox.home / "venv" / "bin" / "lost"
+    lost.write_text('["torch", "accelerate", "av", "cv2", "toml"]\n')
+    checked = sandbox.run("check")
+    line = f"the install in {sandbox.home} has lost torch, accelerate, av and 2 more"
+    assert (checked.code, checked.out) == (1, f"broken: {line}.\n")
+    lost.write_text('["einops"]\n')
+    assert sandbox.run("check").out.endswith(" has lost einops.\n")
+    assert sandbox.install().out.startswith("Starting over: ")
+    assert sandbox.calls()[0] == "PYTHON -m venv --clear HOME/venv"
+
+
+# A Python's modules are looked for in it alone: not in the user's folder or on PYTHONPATH.
+def test_modules_are_looked_for_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "musubi_tuner.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lost = musubi_install._lost(Path(sys.executable))
+    assert lost is not None
+    assert "musubi_tuner" in lost
+    assert "numpy" not in lost
+    assert musubi_install._lost(tmp_path / "none") is None
+
+
+# Another Python than the install was made with is told, and what takes it.
+def test_another_python_is_told(sandbox: Sandbox) -> None:
+    sandbox.install()
+    other = executable(sandbox.folder / "other", FAKE_PYTHON)
+    named = ("install", "--python", str(other))
+    assert sandbox.run(*named).out.splitlines() == [
+        "Nothing to do: musubi-tuner v0.3.4 (30c658c), cu128: torch 2.9.1+cu128.",
+        f"It was made with {sandbox.python}; --again makes it with {other}.",
+    ]
+    assert sandbox.run(*named, "--again").code == 0
+    assert len(sandbox.run(*named).out.splitlines()) == 1
+
+
 # What was installed must import, and must be the commit that the runner was written against.
 def test_wrong_installs_are_not_recorded(sandbox: Sandbox) -> None:
     log = sandbox.home / "install.log"
@@ -244,6 +290,32 @@ def test_checkout_as_source(sandbox: Sandbox) -> None:
     assert sandbox.install().out.startswith("Nothing to do")
 
 
+# The options of a checkout are recorded with its own version and commit, also of one without tags.
+def test_options_are_recorded_with_the_version(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    package = checkout / "src" / "musubi_tuner"
+    for name in ("cache_latents", "cache_text_encoder_outputs", "train_network"):
+        main = "import argparse\ndef main(): argparse.ArgumentParser().parse_args()\n"
+        executable(package / f"hv_1_5_{name}.py", main)
+    (checkout / "pyproject.toml").write_text('[project]\nversion = "9.8.7"\n')
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    out = tmp_path / "options.json"
+    script = TOP / "scripts" / "record-musubi-options"
+    record = [sys.executable, str(script), str(checkout), "--out", str(out)]
+    subprocess.run(record, check=True, capture_output=True)
+    recorded = json.loads(out.read_text())
+    commit = subprocess.check_output([*git, "rev-parse", "--short=7", "HEAD"], text=True)
+    assert (recorded["version"], recorded["commit"]) == ("v9.8.7", commit.strip())
+    (checkout / "pyproject.toml").unlink()
+    failed = subprocess.run(record, capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr) == (
+        1,
+        f"{checkout}/pyproject.toml names no version: take a checkout of musubi-tuner\n",
+    )
+
+
 # A run without an install names the command that makes it, and a half-made one is not used.
 def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     from runner.facts import engine_facts
@@ -264,3 +336,6 @@ def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
     assert facts.missing is None
     assert facts.python == str(sandbox.home / "venv" / "bin" / "python")
     assert os.access(facts.python, os.X_OK)
+    (sandbox.home / "venv" / "bin" / "python").unlink()
+    facts = engine_facts(compose(), sandbox.folder)
+    assert facts.missing == f"musubi-tuner v0.3.4 is half installed {remedy}"

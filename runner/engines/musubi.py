@@ -30,7 +30,7 @@ use_cpu: false
 
 # Written into the run's folder, where every command runs, so that they can be repeated by hand.
 _CORRECTED = """\
-# Runs a module of musubi-tuner with four things set right: corrected.py -m MODULE ARGUMENTS
+# Runs a module with some things set right that musubi-tuner gets wrong: corrected.py -m MODULE ...
 import ctypes
 import glob
 import os
@@ -45,6 +45,19 @@ module = sys.argv[0]
 # accelerate starts the trainer, which would go on by itself when that is killed.
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+# A shell may hold what makes accelerate wait for other processes (of torchrun, Slurm and MPI) or
+# overrides its arguments (ACCELERATE_*, which its launcher then sets for the trainer); what makes
+# transformers 4 look for tokenizers elsewhere than in the hub's cache; and secrets.
+gone = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_SIZE"
+gone += " OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE"
+gone += " TRANSFORMERS_CACHE PYTORCH_TRANSFORMERS_CACHE PYTORCH_PRETRAINED_BERT_CACHE"
+if "HF_HUB_OFFLINE" in os.environ:
+    gone += " HF_TOKEN HUGGING_FACE_HUB_TOKEN"
+starts = ("MLFLOW_", "ACCELERATE_")[: 1 if module.endswith("train_network") else 2]
+for name in [*os.environ]:
+    if name in gone.split() or name.startswith(starts):
+        del os.environ[name]
 
 # Samples of many shapes leave PyTorch's memory in pieces: 24.8 GB in use on a card where 21.9 do
 # with segments that grow. WSL has none of those. Torch 2.9 reads only the older of the two names.
@@ -88,7 +101,8 @@ class MusubiEngine:
         """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
         path = self.facts.source_path
         # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
-        # is the fastest first.
+        # is the fastest first. Whatever order the shell names, CUDA_VISIBLE_DEVICES=1 so means the
+        # card that was looked at.
         environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
         if path:
             environment.append(("PYTHONPATH", path))
@@ -100,8 +114,6 @@ class MusubiEngine:
             (self.facts.python, *arguments),
             set_env=tuple(environment),
             unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
-            # A user's ACCELERATE_* variables would override the launcher's arguments.
-            unset_prefixes=("ACCELERATE_",),
         )
 
     def cache_latents(
@@ -125,7 +137,7 @@ class MusubiEngine:
         # accelerate takes what it is not told from the user's own config, and then every card it
         # sees and any torch.compile backend named there: so it is told all of it.
         return self.python(
-            *("-m", "accelerate.commands.launch"),
+            *("corrected.py", "-m", "accelerate.commands.launch"),
             *("--config_file", "accelerate.yaml"),
             *("--num_processes", "1"),
             *("--num_machines", "1"),
@@ -165,7 +177,7 @@ class MusubiEngine:
 
     def _cannot_compile(self, config: RunConfig, machine: Machine | None) -> str | None:
         if machine is None:
-            return "no card was found here"
+            return self.facts.cannot_compile or "no card was found here"
         if machine.capability < (7, 0):
             return f"Triton needs compute capability 7.0 ({machine.name} has less)"
         if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):

@@ -21,18 +21,15 @@ from typing import Any
 from runner.commands import Command
 from runner.config import RunConfig
 from runner.engines.base import Machine
+from runner.engines.musubi_packages import COMMAND, MODULES, our_python
 from runner.errors import UserError
 
 # Importing torch from a cold network disk takes a minute or two, not more.
 TIMEOUT_SECONDS = 300.0
 
-# What the three scripts import when they start. Only torch is imported here, the others are looked
-# for: importing them all would take half a minute.
-_CORE = (
-    *("torch", "musubi_tuner", "accelerate", "av", "cv2", "diffusers", "einops"),
-    *("huggingface_hub", "numpy", "PIL", "safetensors", "sentencepiece", "toml", "torchvision"),
-    *("tqdm", "transformers", "voluptuous"),
-)
+# What the probe says of a module that is not there; torch, which it imports, says it itself.
+_NOT_THERE = "not there"
+_NO_TORCH = "ModuleNotFoundError: No module named 'torch'"
 _ATTENTION = {"flash": "flash_attn.flash_attn_interface", "xformers": "xformers.ops"}
 # What pip calls a module, where that differs.
 _PACKAGES = {"flash_attn": "flash-attn"}
@@ -65,10 +62,17 @@ print("\\n" + json.dumps(answer))
 # Triton builds a small module for each kernel as here, with the compiler that is chosen as here
 # (triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it brings its own compiler.
 _COMPILE_PROBE = """\
-import importlib.util, json, os, shutil, subprocess, sys, sysconfig, tempfile
+import importlib.metadata, importlib.util
+import json, os, re, shutil, subprocess, sys, sysconfig, tempfile
 lacks = None
 if importlib.util.find_spec("triton") is None:
-    lacks = "triton"
+    # Each torch was built for one Triton, not for the newest.
+    try:
+        wanted = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        wanted = []
+    pins = [re.fullmatch(r"(triton)[ (]*([<>=!~][^;()]*)?[)]? *(;.*)?", line) for line in wanted]
+    lacks = ["triton" + (pin[2] or "").strip() for pin in pins if pin][:1] or ["triton"]
 elif sys.platform != "win32":
     compiler = os.environ.get("CC")
     if compiler is None:
@@ -141,27 +145,37 @@ def check_environment(config: RunConfig, command: Command, machine: Machine | No
     """
     wanted = needs(config) if "train" not in config.stages.skip else []
     asked = {
-        "find": [name for name in _CORE if name != "torch"],
+        # Only torch is imported: importing them all would take half a minute.
+        "find": [name for name in MODULES if name != "torch"],
         "import": [["torch", ""], *([need.module, need.attribute] for need in wanted)],
         "versions": ["torch", "accelerate", "transformers", "diffusers"],
     }
     python = command.argv[0]
     answer: dict[str, Any] = _ask(python, _PROBE, json.dumps(asked), command)
     missing: dict[str, str] = answer["missing"]
-    core = [f"{name}: {missing[name]}" for name in _CORE if name in missing]
+    core = {name: missing[name] for name in MODULES if name in missing}
     if core:
-        raise UserError(
-            f"engine=musubi: {python} can't run musubi-tuner ({'; '.join(core)}). Install "
-            "musubi-tuner's requirements there, or point engine.python to the Python that has them."
+        told = "; ".join(f"{name}: {why}" for name, why in core.items())
+        remedy = (
+            "Install musubi-tuner's requirements there, or point engine.python to the Python that "
+            "has them."
         )
+        if _is_ours(python):
+            # The installer looks for modules; one that is there and fails it takes for whole.
+            gone = any(why in (_NOT_THERE, _NO_TORCH) for why in core.values())
+            remedy = f"Mend it with: {COMMAND}{'' if gone else ' --again'}"
+        raise UserError(f"engine=musubi: {python} can't run musubi-tuner ({told}). {remedy}")
     lacking = [need for need in wanted if need.module in missing]
     if lacking:
         raise UserError(_lacking(python, lacking, missing))
     if machine is not None and not answer["cuda"]:
+        remedy = "Install a torch built for this driver's CUDA there."
+        if _is_ours(python):
+            remedy = f"Install the build for this driver with: {COMMAND} --again"
         raise UserError(
             f"engine=musubi: the driver shows {machine.name}, but torch "
             f"{answer['versions'].get('torch', '')} of {python} can't use it: that build has no "
-            "CUDA or needs a newer driver. Install a torch built for this driver's CUDA there."
+            f"CUDA or needs a newer driver. {remedy}"
         )
     return ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
 
@@ -172,9 +186,9 @@ def cannot_compile(command: Command) -> str | None:
     Raises :class:`UserError` for a Python that can't be asked.
     """
     python = command.argv[0]
-    lacks: str | None = _ask(python, _COMPILE_PROBE, "", command)
-    if lacks == "triton":
-        pip = f"{shlex.quote(python)} -m pip install triton"
+    lacks: str | list[str] | None = _ask(python, _COMPILE_PROBE, "", command)
+    if isinstance(lacks, list):
+        pip = f"{shlex.quote(python)} -m pip install {shlex.join(lacks)}"
         return f"{python} has no Triton (install it with: {pip})"
     if lacks == "compiler":
         return "there is no C compiler, with which Triton builds (apt install gcc, or set CC)"
@@ -183,6 +197,15 @@ def cannot_compile(command: Command) -> str | None:
     if lacks is not None:
         return f"the C compiler, with which Triton builds, can't build a Python module ({lacks})"
     return None
+
+
+def _is_ours(python: str) -> bool:
+    return Path(python) == our_python()
+
+
+def _mended(python: str) -> str:
+    """What follows the error of a Python that does not start."""
+    return f" Mend it with: {COMMAND}" if _is_ours(python) else ""
 
 
 def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
@@ -228,7 +251,9 @@ def _answer(python: str, program: str, asked: str, environment: tuple[tuple[str,
             "asked what it has installed."
         ) from error
     except OSError as error:
-        raise UserError(f"engine=musubi: {python} can't be started: {error.strerror}.") from error
+        raise UserError(
+            f"engine=musubi: {python} can't be started: {error.strerror}.{_mended(python)}"
+        ) from error
     lines = done.stdout.strip().splitlines()
     try:
         return json.loads(lines[-1])
@@ -236,5 +261,5 @@ def _answer(python: str, program: str, asked: str, environment: tuple[tuple[str,
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(
             f"engine=musubi: {python} can't be asked what it has installed: {said} (exit code "
-            f"{done.returncode})."
+            f"{done.returncode}).{_mended(python)}"
         ) from error

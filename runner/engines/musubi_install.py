@@ -25,6 +25,7 @@ from runner.atomic import write_text
 from runner.engines.musubi_options import recorded
 from runner.engines.musubi_packages import (
     COMMAND,
+    MODULES,
     NEWEST_PYTHON,
     OLDEST_PYTHON,
     REPOSITORY,
@@ -41,7 +42,9 @@ from runner.errors import StageError, UserError
 
 _NEEDED_GB = {"cpu": 4.0}
 _USUAL_GB = 12.0
-_MODULES = (
+_MODULES = (*MODULES, "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes")
+# Of these the summary of an install tells the version.
+_SHOWN = (
     *("torch", "torchvision", "accelerate", "transformers", "diffusers", "musubi_tuner"),
     *("av", "cv2", "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes"),
 )
@@ -67,8 +70,12 @@ def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
         if not (home / "venv").exists():
             return "absent", f"musubi-tuner {VERSION} is not installed in {home}"
         return "broken", f"the install in {home} was not finished"
-    if not _answers(python):
+    lost = _lost(python)
+    if lost is None:
         return "broken", f"{python} does not start (was the Python it was made with removed?)"
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        return "broken", f"the install in {home} has lost {', '.join(lost[:3])}{more}"
     if wish is not None and any(record.get(key) != value for key, value in wish.record.items()):
         return "other", f"{home} holds another install: {summary(record)}"
     return "complete", summary(record)
@@ -86,17 +93,25 @@ def read_record(home: Path) -> dict[str, Any] | None:
 def summary(record: Mapping[str, Any]) -> str:
     """One line about a finished install."""
     versions = record.get("versions", {})
-    names = [f"{name} {versions[name]}" for name in _MODULES if versions.get(name)]
+    names = [f"{name} {versions[name]}" for name in _SHOWN if versions.get(name)]
     commit = str(record.get("installed_commit") or "unknown commit")[:7]
     return f"musubi-tuner {record['version']} ({commit}), {record.get('build')}: {', '.join(names)}"
 
 
-def _answers(python: Path) -> bool:
+def _lost(python: Path) -> list[str] | None:
+    """The modules that are no longer there, which are not imported; None if it does not start."""
+    code = (
+        "import importlib.util, json\n"
+        f"print(json.dumps([n for n in {_MODULES!r} if importlib.util.find_spec(n) is None]))"
+    )
     try:
-        done = subprocess.run([python, "-c", ""], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return done.returncode == 0
+        # -I: neither the user's folder nor PYTHONPATH may stand in for the environment.
+        argv = [str(python), "-I", "-c", code]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+        lost: list[str] = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return lost
 
 
 def nvidia_report() -> str | None:
@@ -144,7 +159,7 @@ answer = {"versions": {}, "missing": {}, "cuda": None, "commit": None}
 for name in NAMES:
     try:
         importlib.import_module(name)
-        package = {"musubi_tuner": "musubi-tuner", "cv2": "opencv-python"}.get(name, name)
+        package = {"cv2": "opencv-python", "PIL": "pillow"}.get(name, name)
         answer["versions"][name] = importlib.metadata.version(package)
     except BaseException as error:
         answer["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())
@@ -180,6 +195,9 @@ def install(
             say(f"Nothing to do: {line}.")
             record = read_record(home)
             assert record is not None
+            made_with = str(record.get("python"))
+            if os.path.realpath(made_with) != os.path.realpath(wish.python):
+                say(f"It was made with {made_with}; --again makes it with {wish.python}.")
             return record
         if what != "absent":
             say(f"Starting over: {line}.")

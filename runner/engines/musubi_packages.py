@@ -23,6 +23,12 @@ COMMAND = "python -m runner.engines.musubi_install install"
 REPOSITORY = "https://github.com/kohya-ss/musubi-tuner.git"
 # What musubi-tuner v0.3.4 says it needs.
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
+# What its three scripts import when they start.
+MODULES = (
+    *("torch", "musubi_tuner", "accelerate", "av", "cv2", "diffusers", "einops"),
+    *("huggingface_hub", "numpy", "PIL", "safetensors", "sentencepiece", "toml", "torchvision"),
+    *("tqdm", "transformers", "voluptuous"),
+)
 # Beside it: metrics, and the optimizers that it names but does not require or pin.
 BESIDE = (
     "tensorboard==2.21.0",
@@ -46,6 +52,11 @@ def engine_home() -> Path:
     """Where musubi-tuner is installed for the runner."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "hunyuan-lora-runner"
+
+
+def our_python() -> Path:
+    """The Python of that install, whether it is there or not."""
+    return engine_home() / f"musubi-tuner-{VERSION}" / "venv" / "bin" / "python"
 
 
 @dataclass(frozen=True)

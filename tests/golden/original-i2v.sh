@@ -1,18 +1,18 @@
-env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m musubi_tuner.hv_1_5_cache_latents \
+env -u PYTHONHOME -u PYTHONPATH CUDA_DEVICE_ORDER=PCI_BUS_ID HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m musubi_tuner.hv_1_5_cache_latents \
     --dataset_config staging/latents.toml \
     --vae /weights/vae \
     --vae_sample_size 128 \
     --i2v \
     --image_encoder /weights/image_encoder
 
-env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m musubi_tuner.hv_1_5_cache_text_encoder_outputs \
+env -u PYTHONHOME -u PYTHONPATH CUDA_DEVICE_ORDER=PCI_BUS_ID HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m musubi_tuner.hv_1_5_cache_text_encoder_outputs \
     --dataset_config staging/text.toml \
     --text_encoder /weights/text_encoder \
     --byt5 /weights/byt5 \
     --batch_size 4 \
     --fp8_vl
 
-env -u PYTHONHOME -u PYTHONPATH HF_HUB_OFFLINE=1 /engine/bin/python -m accelerate.commands.launch \
+env -u PYTHONHOME -u PYTHONPATH CUDA_DEVICE_ORDER=PCI_BUS_ID HF_HUB_OFFLINE=1 /engine/bin/python corrected.py -m accelerate.commands.launch \
     --config_file accelerate.yaml \
     --num_processes 1 \
     --num_machines 1 \
