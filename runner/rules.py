@@ -243,8 +243,6 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             f"memory.blocks_to_swap={config.memory.blocks_to_swap} is too many: the network has "
             f"{model.blocks} blocks and at most {most} can be swapped."
         )
-    if config.memory.h2d_only and config.memory.checkpointing == "none":
-        yield "memory.h2d_only=true needs memory.checkpointing=full."
     if config.scheduler.warmup_steps and config.scheduler.name == "constant":
         yield (
             "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner import rules_musubi_optimizer
-from runner.config import RunConfig
+from runner.config import MemoryConfig, RunConfig
 from runner.formats.transformer_keys import BLOCK_LINEARS
-from runner.rules_musubi_arguments import extra_arguments
+from runner.rules_musubi_arguments import extra_arguments, gives
 from runner.suggest import did_you_mean
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,10 +41,19 @@ def problems(config: RunConfig) -> Iterator[str]:
         extra_arguments,
     ):
         yield from rule(config)
+    if config.memory.name != "auto":
+        yield from _block_swap(config, config.memory)
 
 
-def plan_problems(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
-    """Rules that need to know the data: how many optimizer steps, and whether there are clips."""
+def plan_problems(
+    config: RunConfig, memory: MemoryConfig, *, steps: int, clips: bool
+) -> Iterator[str]:
+    """Rules that need to know the card or the data.
+
+    ``memory`` is the resolved tier, ``steps`` the number of optimizer steps, and ``clips`` says
+    whether there are any.
+    """
+    yield from _block_swap(config, memory)
     warmup = config.scheduler.warmup_steps
     if config.scheduler.name == "rex" and warmup > steps:
         yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
@@ -131,6 +140,22 @@ def _memory(config: RunConfig) -> Iterator[str]:
         )
     if config.training.seed > 2**32 - 1:
         yield f"training.seed={config.training.seed} must be below 4294967296."
+
+
+def _block_swap(config: RunConfig, memory: MemoryConfig) -> Iterator[str]:
+    """``memory`` has what the tier fills in: before, an option may still be anything."""
+    one_way = bool(memory.blocks_to_swap and memory.h2d_only)
+    if one_way and memory.checkpointing not in ("full", "offload"):
+        yield (
+            f"memory.checkpointing={memory.checkpointing} can't be with memory.h2d_only=true, as "
+            f"blocks are swapped in memory={memory.name}: take memory.checkpointing=full, or "
+            "memory.h2d_only=false."
+        )
+    if not one_way and gives(config, "block_swap_ring_size"):
+        yield (
+            "engine.extra_args: --block_swap_ring_size does nothing in "
+            f"memory={memory.name} without memory.blocks_to_swap above 0 and memory.h2d_only=true."
+        )
 
 
 def _network(config: RunConfig) -> Iterator[str]:

@@ -113,11 +113,16 @@ def extra_arguments(config: RunConfig) -> Iterator[str]:
         elif name in REFUSED:
             yield f"engine.extra_args: --{name} can't be used: {REFUSED[name]}."
     if not problems:
-        for problem in _values(config, values):
+        for problem in _values(values):
             yield f"engine.extra_args: {problem}"
 
 
-def _values(config: RunConfig, values: dict[str, Any]) -> Iterator[str]:
+def gives(config: RunConfig, name: str) -> bool:
+    """Whether ``engine.extra_args`` have the option, which is named without dashes."""
+    return name in parse(TRAIN, list(config.engine.extra_args))[0]
+
+
+def _values(values: dict[str, Any]) -> Iterator[str]:
     for name in _AT_LEAST_ONE:
         if name in values and values[name] < 1:
             yield f"--{name} {values[name]} is too small: it must be at least 1."
@@ -130,8 +135,6 @@ def _values(config: RunConfig, values: dict[str, Any]) -> Iterator[str]:
     if size is not None and not re.fullmatch(r"\d+(,\d+)?", size):
         # It is read when the first checkpoint is saved.
         yield f"--metadata_reso {size!r} must be one number or two with a comma, such as 544,960."
-    if "block_swap_ring_size" in values and config.memory.h2d_only is False:
-        yield "--block_swap_ring_size does nothing without memory.h2d_only=true."
     if "huggingface_repo_id" not in values:
         for name in ("save_state_to_huggingface", "async_upload"):
             if name in values:

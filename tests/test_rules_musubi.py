@@ -219,7 +219,8 @@ BROKEN: dict[tuple[str, ...], str] = {
         "engine.extra_args: --async_upload needs --huggingface_repo_id."
     ),
     ("memory=24gb", "engine.extra_args=[--block_swap_ring_size,3]"): (
-        "engine.extra_args: --block_swap_ring_size does nothing without memory.h2d_only=true."
+        "engine.extra_args: --block_swap_ring_size does nothing in memory=24gb without "
+        "memory.blocks_to_swap above 0 and memory.h2d_only=true."
     ),
     ("memory.blocks_to_swap=52",): (
         "memory.blocks_to_swap=52 is too many: the network has 54 blocks and at most 51 can be "
@@ -227,7 +228,8 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("precision.fp8_scaled=true",): "precision.fp8_scaled=true needs precision.fp8_base=true.",
     ("memory=24gb", "memory.h2d_only=true", "memory.checkpointing=none"): (
-        "memory.h2d_only=true needs memory.checkpointing=full."
+        "memory.checkpointing=none can't be with memory.h2d_only=true, as blocks are swapped in "
+        "memory=24gb: take memory.checkpointing=full, or memory.h2d_only=false."
     ),
     ("scheduler.warmup_steps=5",): (
         "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "
@@ -272,6 +274,9 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ),
         ("engine.extra_args=[--log_prefix,'a b',--base_weights,/a,/b]",),
         ("task=i2v", "training.i2v_unscaled_condition=true"),
+        ("memory=12gb", "memory.blocks_to_swap=0", "memory.checkpointing=none"),
+        ("memory=12gb", "memory.checkpointing=offload"),
+        ("memory=12gb", "engine.extra_args=[--block_swap_ring_size,3]"),
     ],
     ids=" ".join,
 )

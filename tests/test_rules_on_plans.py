@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
+from runner.engines.base import Machine
 from runner.errors import UserError
 
 
 def plan(*overrides: str, items: list[Any]) -> Any:
     config = compose("memory=24gb", *overrides)
     return plan_of(config, fake_facts(config, items))
+
+
+SMALL = Machine("small card", 12.0, (8, 9))
+LARGE = Machine("large card", 80.0, (9, 0))
+
+
+def plan_on(card: Machine, *overrides: str) -> Any:
+    config = compose(*overrides)
+    return plan_of(config, fake_facts(config, PICTURES, machine=card))
 
 
 PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]
@@ -61,3 +71,25 @@ def test_dropout_without_effect_is_told() -> None:
     assert line in plan("network=loha", "network.dropout=0.1", items=PICTURES).notices
     lora = plan("network=lora", "network.dropout=0.1", items=PICTURES).notices
     assert not any("network.dropout" in notice for notice in lora)
+
+
+# memory=auto is told from the card: what its tier fills in is held to the same rules as what is
+# given, or musubi would refuse it once everything is cached.
+def test_the_tier_of_the_card_is_held_to_the_rules() -> None:
+    with pytest.raises(UserError) as error:
+        plan_on(SMALL, "memory.checkpointing=none")
+    assert str(error.value) == (
+        "memory.checkpointing=none can't be with memory.h2d_only=true, as blocks are swapped in "
+        "memory=12gb: take memory.checkpointing=full, or memory.h2d_only=false."
+    )
+    plan_on(SMALL, "memory.checkpointing=none", "memory.blocks_to_swap=0")
+    plan_on(SMALL, "memory.checkpointing=none", "memory.h2d_only=false")
+    plan_on(LARGE, "memory.checkpointing=none")
+
+
+# The buffers of one-way swapping are of use where the card's tier swaps so, and there alone.
+def test_swap_buffers_are_judged_by_the_tier_of_the_card() -> None:
+    ring = "engine.extra_args=[--block_swap_ring_size,3]"
+    plan_on(SMALL, ring)
+    with pytest.raises(UserError, match="--block_swap_ring_size does nothing in memory=80gb"):
+        plan_on(LARGE, ring)
