@@ -167,6 +167,11 @@ def _network(config: RunConfig) -> Iterator[str]:
                 compiled.append(re.compile(pattern))
             except re.error:
                 return  # Told by the rules that hold for every engine.
+            if "=" in pattern:
+                yield (
+                    f"network.{key}: {pattern!r} holds an equals sign, where musubi-tuner would "
+                    "cut it: names have none, so word it without (?= and (?<=."
+                )
     if network.include and not network.exclude:
         yield (
             "network.include does nothing alone, it adds back what network.exclude leaves out: "
@@ -188,7 +193,12 @@ def _network_args(config: RunConfig) -> Iterator[str]:
     network = config.network
     known = _NETWORK_ARGS.get(network.name, ())
     for key, value in network.args.items():
-        if key in ("include_patterns", "exclude_patterns"):
+        if "=" in str(value):
+            yield (
+                f"network.args.{key}={value!r} holds an equals sign, where musubi-tuner would cut "
+                "it: it can't be passed on."
+            )
+        elif key in ("include_patterns", "exclude_patterns"):
             yield f"network.args.{key}: set network.{key.removesuffix('_patterns')} instead."
         elif key not in known:
             yield f"network={network.name} has no argument {key}.{did_you_mean(key, known)}"

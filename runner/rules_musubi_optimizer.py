@@ -126,6 +126,11 @@ def optimizer_args(config: RunConfig) -> Iterator[str]:
             )
         if not _finite(value):
             yield f"optimizer.args.{key}={value} must be finite."
+        if "=" in repr(value):
+            yield (
+                f"optimizer.args.{key}={value!r} holds an equals sign, where musubi-tuner would "
+                "cut it: it can't be passed on."
+            )
 
 
 def _finite(value: Any) -> bool:

@@ -113,6 +113,18 @@ BROKEN: dict[tuple[str, ...], str] = {
         "network.exclude leaves nothing to train: patterns match whole names such as "
         "double_blocks.0.img_mod.linear; add some back with network.include."
     ),
+    ('network.exclude=[".*(?=attn).*"]',): (
+        "network.exclude: '.*(?=attn).*' holds an equals sign, where musubi-tuner would cut it: "
+        "names have none, so word it without (?= and (?<=."
+    ),
+    ("+network.args.verbose='a=b'",): (
+        "network.args.verbose='a=b' holds an equals sign, where musubi-tuner would cut it: it "
+        "can't be passed on."
+    ),
+    ("optimizer=custom", "optimizer.type=a.Sum", "+optimizer.args.rule=['lr=1']"): (
+        "optimizer.args.rule=['lr=1'] holds an equals sign, where musubi-tuner would cut it: it "
+        "can't be passed on."
+    ),
     ("+network.args.rank_droput=0.1",): (
         "network=lora has no argument rank_droput. Did you mean rank_dropout?"
     ),
@@ -265,6 +277,7 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("network.exclude=['.*']", "network.include=['.*attn.*']"),
         ("network.exclude=['.*_mod.*']", "+network.args.loraplus_lr_ratio=16"),
         ("network=lokr", "+network.args.factor=-1"),
+        ("network.exclude=['(?!.*attn).*']",),
         ("precision=fp16", "model.transformer=a_fp16.safetensors"),
         ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal"),
         (*PROMPTS, "sampling.prompts=['I see a cat','- a dash']"),
