@@ -88,6 +88,12 @@ def plan_notices(config: RunConfig, *, steps: int) -> Iterator[str]:
             "training.resume_from gives the trainer weights, optimizer and schedule; musubi-tuner "
             f"counts from 0 again and trains {steps} steps more."
         )
+    if rules_musubi_optimizer.ignores_learning_rate(config):
+        yield (
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g} does nothing: Adafactor "
+            "sets its own rate, unless optimizer.args.relative_step=false and "
+            "optimizer.args.warmup_init=false."
+        )
     if config.network.dropout and config.network.name != "lora":
         yield (
             f"network.dropout does nothing with network={config.network.name}; "
@@ -208,6 +214,11 @@ def _network_args(config: RunConfig) -> Iterator[str]:
         elif key == "loraplus_lr_ratio":
             if not _number(value) or not value > 0:
                 yield f"network.args.{key}={value} must be a number above 0."
+            elif value != 1 and rules_musubi_optimizer.is_prodigy(config):
+                yield (
+                    f"network.args.{key}={value} makes two learning rates, and Prodigy takes one: "
+                    "leave it out, or take another optimizer."
+                )
         elif key == "factor" and (
             not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0
         ):

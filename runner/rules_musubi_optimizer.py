@@ -66,6 +66,11 @@ def is_schedule_free(config: RunConfig) -> bool:
     return config.optimizer.type.lower().endswith("schedulefree")
 
 
+def is_prodigy(config: RunConfig) -> bool:
+    """Whether it is Prodigy or made from it, by its name."""
+    return "prodigy" in config.optimizer.type.rpartition(".")[2].lower()
+
+
 def optimizer(config: RunConfig) -> Iterator[str]:
     """What is wrong with the optimizer's class, or with it and the rest."""
     optimizer, scheduler = config.optimizer, config.scheduler
@@ -105,7 +110,7 @@ def optimizer(config: RunConfig) -> Iterator[str]:
             f"scheduler={scheduler.name} does nothing with a schedule-free optimizer: take "
             "scheduler=constant; it warms up by optimizer.args.warmup_steps."
         )
-    if "prodigy" in last and optimizer.learning_rate < 0.1:
+    if is_prodigy(config) and optimizer.learning_rate < 0.1:
         yield (
             f"optimizer.learning_rate={optimizer.learning_rate:g} is too small for Prodigy, which "
             "finds the rate itself and multiplies it by this: take 1.0."
@@ -154,10 +159,10 @@ def schedule(config: RunConfig) -> Iterator[str]:
             f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
             "scheduler=cosine_with_min_lr or scheduler=rex."
         )
-    if scheduler.num_cycles != 1 and name != "cosine_with_restarts":
+    if scheduler.num_cycles != 1 and name not in ("cosine_with_restarts", "cosine_with_min_lr"):
         yield (
             f"scheduler.num_cycles does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_restarts."
+            "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
         )
     if scheduler.power != 1 and name != "polynomial":
         yield f"scheduler.power does nothing with scheduler={name}: take scheduler=polynomial."

@@ -72,7 +72,7 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("scheduler=cosine", "scheduler.num_cycles=3"): (
         "scheduler.num_cycles does nothing with scheduler=cosine: take "
-        "scheduler=cosine_with_restarts."
+        "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
     ),
     ("scheduler.power=2",): (
         "scheduler.power does nothing with scheduler=constant: take scheduler=polynomial."
@@ -144,6 +144,10 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("+network.args.loraplus_lr_ratio=-1",): (
         "network.args.loraplus_lr_ratio=-1 must be a number above 0."
+    ),
+    ("optimizer=prodigy", "+network.args.loraplus_lr_ratio=4"): (
+        "network.args.loraplus_lr_ratio=4 makes two learning rates, and Prodigy takes one: leave "
+        "it out, or take another optimizer."
     ),
     ("network=lokr", "+network.args.factor=0"): (
         "network.args.factor=0 must be -1 or a whole number above 0."
@@ -276,6 +280,8 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("+optimizer.args.betas=[0.9,0.99]", "+optimizer.args.weight_decay=0.01"),
         ("network.exclude=['.*']", "network.include=['.*attn.*']"),
         ("network.exclude=['.*_mod.*']", "+network.args.loraplus_lr_ratio=16"),
+        ("optimizer=prodigy", "+network.args.loraplus_lr_ratio=1"),
+        ("scheduler=cosine_with_min_lr", "scheduler.num_cycles=3"),
         ("network=lokr", "+network.args.factor=-1"),
         ("network.exclude=['(?!.*attn).*']",),
         ("precision=fp16", "model.transformer=a_fp16.safetensors"),

@@ -93,3 +93,23 @@ def test_swap_buffers_are_judged_by_the_tier_of_the_card() -> None:
     plan_on(SMALL, ring)
     with pytest.raises(UserError, match="--block_swap_ring_size does nothing in memory=80gb"):
         plan_on(LARGE, ring)
+
+
+# musubi reads the number of cycles for both schedules that have any.
+@pytest.mark.parametrize("name", ["cosine_with_restarts", "cosine_with_min_lr"])
+def test_the_number_of_cycles_is_passed_on(name: str) -> None:
+    made = plan(f"scheduler={name}", "scheduler.num_cycles=5", items=PICTURES)
+    assert "lr_scheduler_num_cycles = 5\n" in dict(made.files)["train.toml"]
+
+
+# Adafactor that sets its own rate takes no notice of the learning rate: that is said.
+def test_a_learning_rate_without_effect_is_told() -> None:
+    line = (
+        "optimizer.learning_rate=0.0001 does nothing: Adafactor sets its own rate, unless "
+        "optimizer.args.relative_step=false and optimizer.args.warmup_init=false."
+    )
+    assert line in plan("optimizer=custom", "optimizer.type=adafactor", items=PICTURES).notices
+    for setting in ("relative_step", "warmup_init"):
+        override = f"optimizer.args.{setting}=true"
+        assert line in plan("optimizer=adafactor", override, items=PICTURES).notices
+    assert line not in plan("optimizer=adafactor", items=PICTURES).notices
