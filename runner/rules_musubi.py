@@ -275,8 +275,6 @@ def _previews(config: RunConfig) -> Iterator[str]:
             yield f"sampling.image_path={path!r} begins or ends with a space: rename the file."
     if sampling.steps > 1000:
         yield f"sampling.steps={sampling.steps} is too large: at most 1000."
-    if sampling.seed < 0:
-        yield f"sampling.seed={sampling.seed} is too small: it must be at least 0."
     for key in ("guidance_scale", "flow_shift"):
         value = getattr(sampling, key)
         # The line's numbers are read without a sign or an exponent.
