@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -90,6 +92,9 @@ OWNED = {
 # Options that end the run or are not meant for training this model.
 REFUSED = {
     "dim_from_weights": "it crashes; set network.rank to the file's rank",
+    "flash3": "it is ignored beside the runner's own training.attention",
+    "lr_decay_steps": "no schedule that the runner offers reads it",
+    "lr_scheduler_timescale": "no schedule that the runner offers reads it",
     "sage_attn": "musubi-tuner refuses it in training",
     "show_timesteps": "it ends the trainer before training",
 }
@@ -122,13 +127,30 @@ def gives(config: RunConfig, name: str) -> bool:
     return name in parse(TRAIN, list(config.engine.extra_args))[0]
 
 
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
 def _values(values: dict[str, Any]) -> Iterator[str]:
     for name in _AT_LEAST_ONE:
         if name in values and values[name] < 1:
             yield f"--{name} {values[name]} is too small: it must be at least 1."
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                yield f"--{name} {number} must be finite."
     for pair in values.get("lr_scheduler_args", []):
         if pair.count("=") != 1:
             yield f"--lr_scheduler_args {pair!r} must be KEY=VALUE with one equals sign."
+        elif not _is_literal(pair.partition("=")[2]):
+            yield (
+                f"--lr_scheduler_args {pair!r}: musubi-tuner reads the value as Python, and it "
+                "must be a number, a list, True, False, None or a text in quotes."
+            )
     if values.get("vae_dtype", "float16") not in _VAE_DTYPES:
         yield f"--vae_dtype can't be {values['vae_dtype']!r}: take float16, bfloat16 or float32."
     size = values.get("metadata_reso")
