@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from runner.config import RunConfig
@@ -25,6 +26,28 @@ def settle(config: RunConfig, cwd: Path) -> None:
     state = config.training.resume_from
     if state is not None:
         config.training.resume_from = str(_state("training.resume_from", state, cwd))
+    config.engine.extra_args = list(_arguments(config.engine.extra_args, cwd))
+
+
+# Options of the trainer that name files, and that the runner has none of its own for.
+_FILE_OPTIONS = ("--base_weights", "--log_tracker_config")
+
+
+def _arguments(words: list[str], cwd: Path) -> Iterator[str]:
+    """``engine.extra_args``, which the rules have been through, with their files made absolute."""
+    name = ""
+    for word in words:
+        if not word.startswith("--"):
+            yield str(_given_file(name, word, cwd)) if name in _FILE_OPTIONS else word
+            continue
+        name, equals, inline = word.partition("=")
+        if equals and name in _FILE_OPTIONS:
+            word = f"{name}={_given_file(name, inline, cwd)}"
+        yield word
+
+
+def _given_file(name: str, given: str, cwd: Path) -> Path:
+    return _file(f"engine.extra_args: {name}", given, cwd)
 
 
 def _file(key: str, given: str, cwd: Path) -> Path:

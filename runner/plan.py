@@ -48,7 +48,7 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
         )
     notices = [*facts.selection.notices]
     if config.engine.name == "musubi":
-        for problem in rules_musubi.plan_problems(config, steps=total, clips=clips):
+        for problem in rules_musubi.plan_problems(config, facts.memory, steps=total, clips=clips):
             raise UserError(problem)
         notices += rules_musubi.plan_notices(config, steps=total)
     notices += [note for note in (facts.memory_note, compile_note) if note]

@@ -46,11 +46,17 @@ def _choices(config: RunConfig) -> Iterator[str]:
     for option in options():
         if not option.choices:
             continue
-        value = value_of(config, option.key)
-        if value is not None and value not in option.choices:
-            yield (
-                f"{option.key}={value} is not a choice.{did_you_mean(str(value), option.choices)}"
-            )
+        yield from _choice(option.key, value_of(config, option.key), option.choices)
+        # What a source has of its own is one of the dataset's choices.
+        group, _, name = option.key.rpartition(".")
+        for n, source in enumerate(config.dataset.sources if group == "dataset" else []):
+            value = getattr(source, name, None)
+            yield from _choice(f"dataset.sources[{n}].{name}", value, option.choices)
+
+
+def _choice(key: str, value: Any, choices: tuple[str, ...]) -> Iterator[str]:
+    if value is not None and value not in choices:
+        yield f"{key}={value} is not a choice.{did_you_mean(str(value), choices)}"
 
 
 _SECRET_FLAG = re.compile(r"-+\w*(token|password|secret|api_key)\b", re.IGNORECASE)
@@ -75,6 +81,16 @@ def _texts(config: RunConfig) -> Iterator[str]:
             )
 
 
+# What a source may have of its own, with the least it can be.
+_MEDIA_AT_LEAST = {
+    "batch_size": 1,
+    "num_repeats": 1,
+    "frame_stride": 1,
+    "frame_sample": 1,
+    "max_frames": 1,
+}
+
+
 def _numbers(config: RunConfig) -> Iterator[str]:
     at_least: tuple[tuple[str, float], ...] = (
         ("network.rank", 1),
@@ -87,35 +103,35 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         ("training.keep_last", 1),
         ("training.seed", -1),
         ("training.data_workers", 0),
-        ("dataset.batch_size", 1),
-        ("dataset.num_repeats", 1),
-        ("dataset.frame_stride", 1),
-        ("dataset.frame_sample", 1),
-        ("dataset.max_frames", 1),
         ("scheduler.warmup_steps", 0),
         ("scheduler.num_cycles", 1),
+        ("scheduler.power", 0),
         ("memory.blocks_to_swap", 0),
         ("memory.vae_tile", 0),
         ("memory.text_batch_size", 1),
         ("sampling.steps", 1),
         ("sampling.every_epochs", 1),
+        ("sampling.seed", 0),
     )
     for key, low in at_least:
-        value = value_of(config, key)
-        if value is not None and value < low:
-            yield f"{key}={value} is too small: it must be at least {low:g}."
+        yield from _at_least(key, value_of(config, key), low)
+    media: list[tuple[str, Any]] = [("dataset", config.dataset)]
+    media += [(f"dataset.sources[{n}]", s) for n, s in enumerate(config.dataset.sources)]
+    for key, part in media:
+        for name, low in _MEDIA_AT_LEAST.items():
+            yield from _at_least(f"{key}.{name}", getattr(part, name), low)
+        yield from _above_zero(f"{key}.source_fps", part.source_fps)
     above_zero = (
         "network.alpha",
         "optimizer.learning_rate",
         "training.discrete_flow_shift",
         "training.sigmoid_scale",
-        "dataset.source_fps",
         "dataset.max_archive_gb",
     )
     for key in above_zero:
-        value = value_of(config, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            yield f"{key}={value} must be a number above 0."
+        yield from _above_zero(key, value_of(config, key))
+    if config.sampling.seed >= 2**64:
+        yield f"sampling.seed={config.sampling.seed} must be below {2**64}."
     if not 0 <= config.dataset.validation_fraction < 1:
         yield (
             f"dataset.validation_fraction={config.dataset.validation_fraction} must be "
@@ -130,6 +146,20 @@ def _numbers(config: RunConfig) -> Iterator[str]:
             f"training.min_timestep={low_t} and training.max_timestep={high_t} must satisfy "
             "0 <= min < max <= 1000."
         )
+
+
+def _at_least(key: str, value: float | None, low: float) -> Iterator[str]:
+    if value is None:
+        return
+    if not math.isfinite(value):
+        yield f"{key}={value} must be a number, at least {low:g}."
+    elif value < low:
+        yield f"{key}={value} is too small: it must be at least {low:g}."
+
+
+def _above_zero(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        yield f"{key}={value} must be a number above 0."
 
 
 def _resolution(key: str, resolution: list[int] | None) -> Iterator[str]:
@@ -243,8 +273,6 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             f"memory.blocks_to_swap={config.memory.blocks_to_swap} is too many: the network has "
             f"{model.blocks} blocks and at most {most} can be swapped."
         )
-    if config.memory.h2d_only and config.memory.checkpointing == "none":
-        yield "memory.h2d_only=true needs memory.checkpointing=full."
     if config.scheduler.warmup_steps and config.scheduler.name == "constant":
         yield (
             "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "

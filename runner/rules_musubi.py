@@ -11,55 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.config import RunConfig
+from runner import rules_musubi_optimizer
+from runner.config import MemoryConfig, RunConfig
 from runner.formats.transformer_keys import BLOCK_LINEARS
-from runner.rules_musubi_arguments import extra_arguments
+from runner.rules_musubi_arguments import extra_arguments, gives
 from runner.suggest import did_you_mean
 
-SCHEDULERS = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "polynomial",
-    "rex",
-)
 DTYPES = ("bfloat16", "float16", "float32")
-
-# Names it knows without a module; every other name without a dot is looked up in torch.optim.
-_SHORT_OPTIMIZERS = ("adamw8bit", "adamw", "adafactor")
-_TORCH_OPTIMIZERS = (
-    *("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "Muon", "NAdam"),
-    *("RAdam", "RMSprop", "Rprop", "SGD"),
-)
-# It gives step() no closure, and a LoRA's gradients are dense.
-_UNUSABLE_OPTIMIZERS = {"lbfgs": "a closure", "sparseadam": "sparse gradients"}
-
-_ADAMW_ARGS = ("betas", "eps", "weight_decay", "amsgrad")
-_TORCH_ARGS = ("maximize", "foreach", "capturable", "differentiable", "fused")
-_BNB_ARGS = ("optim_bits", "args", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
-OPTIMIZER_ARGS = {
-    "adamw": (*_ADAMW_ARGS, *_TORCH_ARGS),
-    "adamw8bit": (*_ADAMW_ARGS, *_BNB_ARGS),
-    "lion8bit": ("betas", "weight_decay", *_BNB_ARGS[1:]),
-    "adafactor": (
-        *("eps", "clip_threshold", "decay_rate", "beta1", "weight_decay"),
-        *("scale_parameter", "relative_step", "warmup_init"),
-    ),
-    "muon": (
-        *("weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"),
-        "adjust_lr_fn",
-    ),
-    "prodigy": (
-        *("betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction"),
-        *("safeguard_warmup", "d0", "d_coef", "growth_rate", "fsdp_in_use", "slice_p"),
-    ),
-    "schedulefree_adamw": (
-        *("betas", "eps", "weight_decay", "warmup_steps", "r", "weight_lr_power", "foreach"),
-    ),
-}
 
 _NETWORK_ARGS = {
     "lora": ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"),
@@ -71,9 +29,9 @@ _NETWORK_ARGS = {
 def problems(config: RunConfig) -> Iterator[str]:
     """Every rule that ``config`` breaks, one line each."""
     for rule in (
-        _optimizer,
-        _optimizer_args,
-        _scheduler,
+        rules_musubi_optimizer.optimizer,
+        rules_musubi_optimizer.optimizer_args,
+        rules_musubi_optimizer.schedule,
         _precision,
         _memory,
         _network,
@@ -83,10 +41,19 @@ def problems(config: RunConfig) -> Iterator[str]:
         extra_arguments,
     ):
         yield from rule(config)
+    if config.memory.name != "auto":
+        yield from _block_swap(config, config.memory)
 
 
-def plan_problems(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
-    """Rules that need to know the data: how many optimizer steps, and whether there are clips."""
+def plan_problems(
+    config: RunConfig, memory: MemoryConfig, *, steps: int, clips: bool
+) -> Iterator[str]:
+    """Rules that need to know the card or the data.
+
+    ``memory`` is the resolved tier, ``steps`` the number of optimizer steps, and ``clips`` says
+    whether there are any.
+    """
+    yield from _block_swap(config, memory)
     warmup = config.scheduler.warmup_steps
     if config.scheduler.name == "rex" and warmup > steps:
         yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
@@ -121,6 +88,12 @@ def plan_notices(config: RunConfig, *, steps: int) -> Iterator[str]:
             "training.resume_from gives the trainer weights, optimizer and schedule; musubi-tuner "
             f"counts from 0 again and trains {steps} steps more."
         )
+    if rules_musubi_optimizer.ignores_learning_rate(config):
+        yield (
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g} does nothing: Adafactor "
+            "sets its own rate, unless optimizer.args.relative_step=false and "
+            "optimizer.args.warmup_init=false."
+        )
     if config.network.dropout and config.network.name != "lora":
         yield (
             f"network.dropout does nothing with network={config.network.name}; "
@@ -138,113 +111,6 @@ def _datasets(config: RunConfig) -> Iterator[tuple[str, Any]]:
 def _own(source: Any, dataset: Any, key: str) -> Any:
     own = getattr(source, key)
     return getattr(dataset, key) if own is None else own
-
-
-def ignores_learning_rate(config: RunConfig) -> bool:
-    """Whether Adafactor would set its own steps; warmup_init turns relative_step on."""
-    args = config.optimizer.args
-    return config.optimizer.type.lower() == "adafactor" and bool(
-        args.get("relative_step", True) or args.get("warmup_init", False)
-    )
-
-
-def is_schedule_free(config: RunConfig) -> bool:
-    """Whether it would leave the schedule out: it goes by the end of the optimizer's name."""
-    return config.optimizer.type.lower().endswith("schedulefree")
-
-
-def _optimizer(config: RunConfig) -> Iterator[str]:
-    optimizer, scheduler = config.optimizer, config.scheduler
-    kind = optimizer.type
-    last = kind.rpartition(".")[2].lower()
-    if not kind:
-        yield "optimizer.type is empty: name a class, for example torch.optim.RMSprop."
-    elif last in _UNUSABLE_OPTIMIZERS:
-        yield (
-            f"optimizer.type={kind} needs {_UNUSABLE_OPTIMIZERS[last]}, which musubi-tuner does "
-            "not give it."
-        )
-    elif "." not in kind and kind.lower() not in _SHORT_OPTIMIZERS:
-        if kind.lower().endswith("8bit"):
-            yield (
-                f"optimizer.type={kind} needs its full path, for example "
-                "bitsandbytes.optim.Lion8bit."
-            )
-        elif kind not in _TORCH_OPTIMIZERS:
-            hint = did_you_mean(kind, [*_SHORT_OPTIMIZERS, *_TORCH_OPTIMIZERS])
-            yield f"optimizer.type={kind} is not in torch.optim: give its full path.{hint}"
-    relative = optimizer.args.get("relative_step", True)
-    if last == "adafactor" and kind.startswith("transformers.") and relative:
-        yield (
-            f"optimizer.type={kind} takes no learning rate unless optimizer.args.relative_step is "
-            "false: take optimizer=adafactor."
-        )
-    scheduled = scheduler.name != "constant" or scheduler.warmup_steps > 0
-    if scheduled and ignores_learning_rate(config):
-        yield (
-            f"scheduler={scheduler.name} does nothing with Adafactor's relative_step, which sets "
-            "its own rate: take scheduler=constant, or optimizer.args.relative_step=false and "
-            "optimizer.args.warmup_init=false."
-        )
-    if scheduled and is_schedule_free(config):
-        yield (
-            f"scheduler={scheduler.name} does nothing with a schedule-free optimizer: take "
-            "scheduler=constant; it warms up by optimizer.args.warmup_steps."
-        )
-    if "prodigy" in last and optimizer.learning_rate < 0.1:
-        yield (
-            f"optimizer.learning_rate={optimizer.learning_rate:g} is too small for Prodigy, which "
-            "finds the rate itself and multiplies it by this: take 1.0."
-        )
-
-
-def _optimizer_args(config: RunConfig) -> Iterator[str]:
-    args = config.optimizer.args
-    known = OPTIMIZER_ARGS.get(config.optimizer.name)
-    for key, value in args.items():
-        if key in ("lr", "params"):
-            yield f"optimizer.args.{key} is given already: set optimizer.learning_rate."
-        elif known is not None and key not in known:
-            yield (
-                f"optimizer={config.optimizer.name} has no argument {key}."
-                f"{did_you_mean(key, known)}"
-            )
-        if not _finite(value):
-            yield f"optimizer.args.{key}={value} must be finite."
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_finite(part) for part in value)
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _scheduler(config: RunConfig) -> Iterator[str]:
-    scheduler = config.scheduler
-    name, ratio = scheduler.name, scheduler.min_lr_ratio
-    if name not in SCHEDULERS:
-        yield f"scheduler.name={name} is not a choice.{did_you_mean(name, SCHEDULERS)}"
-    if ratio is None and name == "cosine_with_min_lr":
-        yield "scheduler=cosine_with_min_lr needs scheduler.min_lr_ratio, for example 0.1."
-    if ratio is not None and not 0 <= ratio <= 1:
-        yield f"scheduler.min_lr_ratio={ratio:g} must be between 0 and 1."
-    elif ratio is not None and name not in ("cosine_with_min_lr", "rex"):
-        yield (
-            f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_min_lr or scheduler=rex."
-        )
-    if scheduler.num_cycles != 1 and name != "cosine_with_restarts":
-        yield (
-            f"scheduler.num_cycles does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_restarts."
-        )
-    if scheduler.power != 1 and name != "polynomial":
-        yield f"scheduler.power does nothing with scheduler={name}: take scheduler=polynomial."
-    if name == "polynomial" and config.optimizer.learning_rate <= 1e-7:
-        yield (
-            f"optimizer.learning_rate={config.optimizer.learning_rate:g} must be above 1e-07, "
-            "where scheduler=polynomial ends."
-        )
 
 
 def _precision(config: RunConfig) -> Iterator[str]:
@@ -282,6 +148,22 @@ def _memory(config: RunConfig) -> Iterator[str]:
         yield f"training.seed={config.training.seed} must be below 4294967296."
 
 
+def _block_swap(config: RunConfig, memory: MemoryConfig) -> Iterator[str]:
+    """``memory`` has what the tier fills in: before, an option may still be anything."""
+    one_way = bool(memory.blocks_to_swap and memory.h2d_only)
+    if one_way and memory.checkpointing not in ("full", "offload"):
+        yield (
+            f"memory.checkpointing={memory.checkpointing} can't be with memory.h2d_only=true, as "
+            f"blocks are swapped in memory={memory.name}: take memory.checkpointing=full, or "
+            "memory.h2d_only=false."
+        )
+    if not one_way and gives(config, "block_swap_ring_size"):
+        yield (
+            "engine.extra_args: --block_swap_ring_size does nothing in "
+            f"memory={memory.name} without memory.blocks_to_swap above 0 and memory.h2d_only=true."
+        )
+
+
 def _network(config: RunConfig) -> Iterator[str]:
     network = config.network
     patterns: dict[str, list[re.Pattern[str]]] = {"include": [], "exclude": []}
@@ -291,6 +173,11 @@ def _network(config: RunConfig) -> Iterator[str]:
                 compiled.append(re.compile(pattern))
             except re.error:
                 return  # Told by the rules that hold for every engine.
+            if "=" in pattern:
+                yield (
+                    f"network.{key}: {pattern!r} holds an equals sign, where musubi-tuner would "
+                    "cut it: names have none, so word it without (?= and (?<=."
+                )
     if network.include and not network.exclude:
         yield (
             "network.include does nothing alone, it adds back what network.exclude leaves out: "
@@ -312,7 +199,12 @@ def _network_args(config: RunConfig) -> Iterator[str]:
     network = config.network
     known = _NETWORK_ARGS.get(network.name, ())
     for key, value in network.args.items():
-        if key in ("include_patterns", "exclude_patterns"):
+        if "=" in str(value):
+            yield (
+                f"network.args.{key}={value!r} holds an equals sign, where musubi-tuner would cut "
+                "it: it can't be passed on."
+            )
+        elif key in ("include_patterns", "exclude_patterns"):
             yield f"network.args.{key}: set network.{key.removesuffix('_patterns')} instead."
         elif key not in known:
             yield f"network={network.name} has no argument {key}.{did_you_mean(key, known)}"
@@ -322,6 +214,11 @@ def _network_args(config: RunConfig) -> Iterator[str]:
         elif key == "loraplus_lr_ratio":
             if not _number(value) or not value > 0:
                 yield f"network.args.{key}={value} must be a number above 0."
+            elif value != 1 and rules_musubi_optimizer.is_prodigy(config):
+                yield (
+                    f"network.args.{key}={value} makes two learning rates, and Prodigy takes one: "
+                    "leave it out, or take another optimizer."
+                )
         elif key == "factor" and (
             not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0
         ):
@@ -378,8 +275,6 @@ def _previews(config: RunConfig) -> Iterator[str]:
             yield f"sampling.image_path={path!r} begins or ends with a space: rename the file."
     if sampling.steps > 1000:
         yield f"sampling.steps={sampling.steps} is too large: at most 1000."
-    if sampling.seed < 0:
-        yield f"sampling.seed={sampling.seed} is too small: it must be at least 0."
     for key in ("guidance_scale", "flow_shift"):
         value = getattr(sampling, key)
         # The line's numbers are read without a sign or an exponent.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -90,6 +92,9 @@ OWNED = {
 # Options that end the run or are not meant for training this model.
 REFUSED = {
     "dim_from_weights": "it crashes; set network.rank to the file's rank",
+    "flash3": "it is ignored beside the runner's own training.attention",
+    "lr_decay_steps": "no schedule that the runner offers reads it",
+    "lr_scheduler_timescale": "no schedule that the runner offers reads it",
     "sage_attn": "musubi-tuner refuses it in training",
     "show_timesteps": "it ends the trainer before training",
 }
@@ -113,25 +118,45 @@ def extra_arguments(config: RunConfig) -> Iterator[str]:
         elif name in REFUSED:
             yield f"engine.extra_args: --{name} can't be used: {REFUSED[name]}."
     if not problems:
-        for problem in _values(config, values):
+        for problem in _values(values):
             yield f"engine.extra_args: {problem}"
 
 
-def _values(config: RunConfig, values: dict[str, Any]) -> Iterator[str]:
+def gives(config: RunConfig, name: str) -> bool:
+    """Whether ``engine.extra_args`` have the option, which is named without dashes."""
+    return name in parse(TRAIN, list(config.engine.extra_args))[0]
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def _values(values: dict[str, Any]) -> Iterator[str]:
     for name in _AT_LEAST_ONE:
         if name in values and values[name] < 1:
             yield f"--{name} {values[name]} is too small: it must be at least 1."
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                yield f"--{name} {number} must be finite."
     for pair in values.get("lr_scheduler_args", []):
         if pair.count("=") != 1:
             yield f"--lr_scheduler_args {pair!r} must be KEY=VALUE with one equals sign."
+        elif not _is_literal(pair.partition("=")[2]):
+            yield (
+                f"--lr_scheduler_args {pair!r}: musubi-tuner reads the value as Python, and it "
+                "must be a number, a list, True, False, None or a text in quotes."
+            )
     if values.get("vae_dtype", "float16") not in _VAE_DTYPES:
         yield f"--vae_dtype can't be {values['vae_dtype']!r}: take float16, bfloat16 or float32."
     size = values.get("metadata_reso")
     if size is not None and not re.fullmatch(r"\d+(,\d+)?", size):
         # It is read when the first checkpoint is saved.
         yield f"--metadata_reso {size!r} must be one number or two with a comma, such as 544,960."
-    if "block_swap_ring_size" in values and config.memory.h2d_only is False:
-        yield "--block_swap_ring_size does nothing without memory.h2d_only=true."
     if "huggingface_repo_id" not in values:
         for name in ("save_state_to_huggingface", "async_upload"):
             if name in values:

@@ -119,6 +119,14 @@ BROKEN = {
     ),
     "precision.fp8_scaled=true": "precision.fp8_scaled=true needs precision.fp8_base=true.",
     "sampling=prompts": "sampling=prompts needs sampling.prompts, for example [a cat on a roof].",
+    "training.max_grad_norm=nan": "training.max_grad_norm=nan must be a number, at least 0.",
+    "training.max_grad_norm=inf": "training.max_grad_norm=inf must be a number, at least 0.",
+    "scheduler.power=nan": "scheduler.power=nan must be a number, at least 0.",
+    "scheduler.power=-1": "scheduler.power=-1.0 is too small: it must be at least 0.",
+    "sampling.seed=-1": "sampling.seed=-1 is too small: it must be at least 0.",
+    "sampling.seed=18446744073709551616": (
+        "sampling.seed=18446744073709551616 must be below 18446744073709551616."
+    ),
     "dataset.validation_fraction=1": (
         "dataset.validation_fraction=1.0 must be at least 0 and below 1."
     ),
@@ -129,6 +137,28 @@ BROKEN = {
 @pytest.mark.parametrize("override", BROKEN)
 def test_rules_say_what_is_wrong(override: str) -> None:
     assert next(iter(problems(compose(override)))) == BROKEN[override]
+
+
+SOURCE = {
+    **{
+        f"{key}: {value}": f"{key}={value} is too small: it must be at least 1."
+        for key in ("num_repeats", "batch_size", "frame_stride", "frame_sample", "max_frames")
+        for value in (0, -1)
+    },
+    **{
+        f"source_fps: {value}": f"source_fps={value} must be a number above 0."
+        for value in ("0.0", "-1.0", "nan", "inf")
+    },
+    "frame_extraction: haed": "frame_extraction=haed is not a choice. Did you mean head?",
+    "kind: fodler": "kind=fodler is not a choice. Did you mean folder?",
+}
+
+
+# What a source has of its own is held to the rules of the dataset's options.
+@pytest.mark.parametrize("own", SOURCE)
+def test_a_source_is_held_to_the_same_rules(own: str) -> None:
+    config = compose(f"dataset.sources=[{{path: a, num_repeats: 2}}, {{path: b, {own}}}]")
+    assert list(problems(config)) == [f"dataset.sources[1].{SOURCE[own]}"]
 
 
 SAID = {

@@ -85,9 +85,35 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         ("network.weights=none.safetensors", "network.weights=none.safetensors: there is no such"),
         ("training.resume_from=none", "training.resume_from=none: there is no such folder."),
         ("training.resume_from=empty", "training.resume_from=empty is no state folder"),
+        (
+            "engine.extra_args=[--base_weights,broken.safetensors,none.safetensors]",
+            "engine.extra_args: --base_weights=none.safetensors: there is no such file.",
+        ),
+        (
+            "engine.extra_args=['--log_tracker_config=none.toml']",
+            "engine.extra_args: --log_tracker_config=none.toml: there is no such file.",
+        ),
         ("sampling.image_path=none.png", "sampling.image_path=none.png: there is no such file."),
     ):
         with pytest.raises(UserError) as caught:
             settle(compose(override), tmp_path)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+# The trainer runs in the run's folder: files among its own arguments are found from anywhere, and
+# what else stands among them is left as it is.
+def test_files_among_the_trainers_arguments_are_found(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors", "tracker.toml"):
+        (tmp_path / name).touch()
+    config = compose(
+        "engine.extra_args=[--base_weights,a.safetensors,b.safetensors,--base_weights_multiplier,"
+        "1,-0.5,'--log_tracker_config=tracker.toml',--log_prefix,a.safetensors]"
+    )
+    settle(config, tmp_path)
+    assert config.engine.extra_args == [
+        *("--base_weights", f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors"),
+        *("--base_weights_multiplier", "1", "-0.5"),
+        f"--log_tracker_config={tmp_path}/tracker.toml",
+        *("--log_prefix", "a.safetensors"),
+    ]

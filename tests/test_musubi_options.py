@@ -17,8 +17,11 @@ from runner.engines import musubi, musubi_options
 from runner.engines.base import Machine
 from runner.engines.musubi_options import TRAIN, arguments_of, check_table, missing, options, parse
 from runner.errors import UserError
+from runner.formats.train_toml import WeightPaths, train_options
 from runner.groups import conf_folder, groups
 from runner.plan_model import Plan
+from runner.rules_musubi_arguments import OWNED, REFUSED
+from runner.rules_musubi_optimizer import SCHEDULERS
 
 GROUPS = groups(conf_folder())
 CARD = Machine("NVIDIA H100", 80.0, (9, 0))
@@ -226,3 +229,50 @@ def test_missing_options_are_named() -> None:
         "dataset_config",
         "text_encoder",
     ]
+
+
+# Every option that the runner can write has the runner's own option beside it, and nothing else
+# is kept from engine.extra_args.
+def test_owned_options_are_those_the_runner_writes() -> None:
+    written: set[str] = {"config_file", "resume", "resume_from_huggingface"}
+    paths = WeightPaths(*"abcde")
+    variants = [
+        *[f"scheduler={name}" for name in SCHEDULERS],
+        *[f"training.attention={name}" for name in ("sdpa", "flash", "xformers")],
+        *[f"precision={name}" for name in GROUPS["precision"]],
+        "task=i2v",
+        "training.max_steps=3",
+    ]
+    everything = [
+        "memory=12gb",
+        "memory.checkpointing=offload",
+        "memory.pinned=true",
+        "memory.h2d_only=true",
+        "training.min_timestep=1",
+        "training.max_timestep=9",
+        "training.keep_last=1",
+        "training.save_every_steps=5",
+        "training.save_state=true",
+        "training.resume_from=state",
+        "network.weights=lora.safetensors",
+        "metadata.author=a",
+        "metadata.description=d",
+        "metadata.license=l",
+        "metadata.tags=[one,two]",
+        "metadata.comment=c",
+        "network.dropout=0.1",
+        "+network.args.rank_dropout=0.1",
+        "+optimizer.args.eps=1e-8",
+        "scheduler.warmup_steps=1",
+        "scheduler.min_lr_ratio=0.1",
+        "sampling=prompts",
+        "sampling.prompts=[a]",
+        "sampling.at_first=true",
+    ]
+    for variant in variants:
+        config = compose(variant, *everything)
+        written |= set(
+            train_options(config, paths, config.memory, name="x", seed=1, compile_blocks=True),
+        )
+    assert written == set(OWNED)
+    assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import pytest
-from conftest import compose, fake_facts, fake_item, plan_of
+from conftest import compose
 
-from runner.engines.musubi_options import TRAIN, options
-from runner.errors import UserError
-from runner.formats.train_toml import WeightPaths, train_options
+from runner.engines.musubi_options import TRAIN
 from runner.groups import conf_folder, groups
 from runner.rules import problems
-from runner.rules_musubi import OPTIMIZER_ARGS, SCHEDULERS
-from runner.rules_musubi_arguments import OWNED, REFUSED
+from runner.rules_musubi_optimizer import OPTIMIZER_ARGS, SCHEDULERS
 
 GROUPS = groups(conf_folder())
 PROMPTS = ("sampling=prompts",)
@@ -74,7 +70,7 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("scheduler=cosine", "scheduler.num_cycles=3"): (
         "scheduler.num_cycles does nothing with scheduler=cosine: take "
-        "scheduler=cosine_with_restarts."
+        "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
     ),
     ("scheduler.power=2",): (
         "scheduler.power does nothing with scheduler=constant: take scheduler=polynomial."
@@ -115,6 +111,18 @@ BROKEN: dict[tuple[str, ...], str] = {
         "network.exclude leaves nothing to train: patterns match whole names such as "
         "double_blocks.0.img_mod.linear; add some back with network.include."
     ),
+    ('network.exclude=[".*(?=attn).*"]',): (
+        "network.exclude: '.*(?=attn).*' holds an equals sign, where musubi-tuner would cut it: "
+        "names have none, so word it without (?= and (?<=."
+    ),
+    ("+network.args.verbose='a=b'",): (
+        "network.args.verbose='a=b' holds an equals sign, where musubi-tuner would cut it: it "
+        "can't be passed on."
+    ),
+    ("optimizer=custom", "optimizer.type=a.Sum", "+optimizer.args.rule=['lr=1']"): (
+        "optimizer.args.rule=['lr=1'] holds an equals sign, where musubi-tuner would cut it: it "
+        "can't be passed on."
+    ),
     ("+network.args.rank_droput=0.1",): (
         "network=lora has no argument rank_droput. Did you mean rank_dropout?"
     ),
@@ -134,6 +142,10 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("+network.args.loraplus_lr_ratio=-1",): (
         "network.args.loraplus_lr_ratio=-1 must be a number above 0."
+    ),
+    ("optimizer=prodigy", "+network.args.loraplus_lr_ratio=4"): (
+        "network.args.loraplus_lr_ratio=4 makes two learning rates, and Prodigy takes one: leave "
+        "it out, or take another optimizer."
     ),
     ("network=lokr", "+network.args.factor=0"): (
         "network.args.factor=0 must be -1 or a whole number above 0."
@@ -217,11 +229,31 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("engine.extra_args=[--lr_scheduler_type,StepLR,--lr_scheduler_args,'a=b=c']",): (
         "engine.extra_args: --lr_scheduler_args 'a=b=c' must be KEY=VALUE with one equals sign."
     ),
+    ("engine.extra_args=[--lr_scheduler_type,StepLR,--lr_scheduler_args,'step_size=abc']",): (
+        "engine.extra_args: --lr_scheduler_args 'step_size=abc': musubi-tuner reads the value as "
+        "Python, and it must be a number, a list, True, False, None or a text in quotes."
+    ),
+    ("engine.extra_args=[--flash3]",): (
+        "engine.extra_args: --flash3 can't be used: it is ignored beside the runner's own "
+        "training.attention."
+    ),
+    ("engine.extra_args=[--lr_decay_steps,10%]",): (
+        "engine.extra_args: --lr_decay_steps can't be used: no schedule that the "
+        "runner offers reads it."
+    ),
+    ("engine.extra_args=[--lr_scheduler_timescale,10]",): (
+        "engine.extra_args: --lr_scheduler_timescale can't be used: no schedule that the "
+        "runner offers reads it."
+    ),
+    ("engine.extra_args=[--base_weights,/a,--base_weights_multiplier,nan]",): (
+        "engine.extra_args: --base_weights_multiplier nan must be finite."
+    ),
     ("engine.extra_args=[--async_upload]",): (
         "engine.extra_args: --async_upload needs --huggingface_repo_id."
     ),
     ("memory=24gb", "engine.extra_args=[--block_swap_ring_size,3]"): (
-        "engine.extra_args: --block_swap_ring_size does nothing without memory.h2d_only=true."
+        "engine.extra_args: --block_swap_ring_size does nothing in memory=24gb without "
+        "memory.blocks_to_swap above 0 and memory.h2d_only=true."
     ),
     ("memory.blocks_to_swap=52",): (
         "memory.blocks_to_swap=52 is too many: the network has 54 blocks and at most 51 can be "
@@ -229,7 +261,8 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("precision.fp8_scaled=true",): "precision.fp8_scaled=true needs precision.fp8_base=true.",
     ("memory=24gb", "memory.h2d_only=true", "memory.checkpointing=none"): (
-        "memory.h2d_only=true needs memory.checkpointing=full."
+        "memory.checkpointing=none can't be with memory.h2d_only=true, as blocks are swapped in "
+        "memory=24gb: take memory.checkpointing=full, or memory.h2d_only=false."
     ),
     ("scheduler.warmup_steps=5",): (
         "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "
@@ -264,7 +297,10 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("+optimizer.args.betas=[0.9,0.99]", "+optimizer.args.weight_decay=0.01"),
         ("network.exclude=['.*']", "network.include=['.*attn.*']"),
         ("network.exclude=['.*_mod.*']", "+network.args.loraplus_lr_ratio=16"),
+        ("optimizer=prodigy", "+network.args.loraplus_lr_ratio=1"),
+        ("scheduler=cosine_with_min_lr", "scheduler.num_cycles=3"),
         ("network=lokr", "+network.args.factor=-1"),
+        ("network.exclude=['(?!.*attn).*']",),
         ("precision=fp16", "model.transformer=a_fp16.safetensors"),
         ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal"),
         (*PROMPTS, "sampling.prompts=['I see a cat','- a dash']"),
@@ -273,7 +309,13 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
             "engine.extra_args=[--sample_every_n_steps,50,--save_state_on_train_end,'--logit_mean=-0.5']",
         ),
         ("engine.extra_args=[--log_prefix,'a b',--base_weights,/a,/b]",),
+        (
+            "engine.extra_args=[--lr_scheduler_type,a.B,--lr_scheduler_args,'a=1e-3','b=[1,2]','c=\"d\"']",
+        ),
         ("task=i2v", "training.i2v_unscaled_condition=true"),
+        ("memory=12gb", "memory.blocks_to_swap=0", "memory.checkpointing=none"),
+        ("memory=12gb", "memory.checkpointing=offload"),
+        ("memory=12gb", "engine.extra_args=[--block_swap_ring_size,3]"),
     ],
     ids=" ".join,
 )
@@ -302,106 +344,6 @@ def test_choices_and_recipes_obey_the_rules(task: str) -> None:
             overrides = [f"experiment={recipe}", f"optimizer={name}", f"task={task}"]
             config = compose(*overrides, *extra.get(f"optimizer={name}", []))
             assert list(problems(config)) == [], overrides
-
-
-def plan(*overrides: str, items: list[Any]) -> Any:
-    config = compose("memory=24gb", *overrides)
-    return plan_of(config, fake_facts(config, items))
-
-
-PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]
-CLIPS = [*PICTURES, fake_item("clip.mp4")]
-
-
-# musubi caches clips in buckets whatever the flags say, and batches them by the flags.
-def test_batches_of_mixed_size_are_refused() -> None:
-    with pytest.raises(UserError) as error:
-        plan("dataset.batch_size=2", "dataset.enable_bucket=false", items=CLIPS)
-    assert str(error.value) == (
-        "dataset.batch_size=2 with clips would mix sizes in a batch: take "
-        "dataset.enable_bucket=true, or dataset.batch_size=1."
-    )
-    source = "dataset.sources=[{path: a, batch_size: 2, bucket_no_upscale: true}]"
-    with pytest.raises(UserError, match=r"dataset.sources\[0\].bucket_no_upscale=false"):
-        plan(source, items=CLIPS)
-    plan("dataset.batch_size=2", "dataset.enable_bucket=false", items=PICTURES)
-    plan("dataset.enable_bucket=false", items=CLIPS)
-    plan("dataset.batch_size=2", items=CLIPS)
-
-
-# A warm-up longer than the run is an error where musubi ends with one, else a notice.
-def test_warmup_longer_than_the_run() -> None:
-    steps = ("training.max_steps=20", "scheduler.warmup_steps=30")
-    with pytest.raises(UserError) as error:
-        plan("scheduler=rex", *steps, items=PICTURES)
-    assert str(error.value) == (
-        "scheduler.warmup_steps=30 must not exceed the run's 20 steps (rex)."
-    )
-    told = plan("scheduler=cosine", *steps, items=PICTURES).notices
-    line = (
-        "scheduler.warmup_steps=30 is not below the run's 20 steps: the learning rate is never "
-        "reached."
-    )
-    assert line in told
-    assert line not in plan("scheduler=cosine", "training.max_steps=31", items=PICTURES).notices
-
-
-# LoHa and LoKr take a dropout and never use it.
-def test_dropout_without_effect_is_told() -> None:
-    line = (
-        "network.dropout does nothing with network=loha; network.args.rank_dropout and "
-        "network.args.module_dropout do."
-    )
-    assert line in plan("network=loha", "network.dropout=0.1", items=PICTURES).notices
-    lora = plan("network=lora", "network.dropout=0.1", items=PICTURES).notices
-    assert not any("network.dropout" in notice for notice in lora)
-
-
-# Every option that the runner can write has the runner's own option beside it, and nothing else
-# is kept from engine.extra_args.
-def test_owned_options_are_those_the_runner_writes() -> None:
-    written: set[str] = {"config_file", "resume", "resume_from_huggingface"}
-    paths = WeightPaths(*"abcde")
-    variants = [
-        *[f"scheduler={name}" for name in SCHEDULERS],
-        *[f"training.attention={name}" for name in ("sdpa", "flash", "xformers")],
-        *[f"precision={name}" for name in GROUPS["precision"]],
-        "task=i2v",
-        "training.max_steps=3",
-    ]
-    everything = [
-        "memory=12gb",
-        "memory.checkpointing=offload",
-        "memory.pinned=true",
-        "memory.h2d_only=true",
-        "training.min_timestep=1",
-        "training.max_timestep=9",
-        "training.keep_last=1",
-        "training.save_every_steps=5",
-        "training.save_state=true",
-        "training.resume_from=state",
-        "network.weights=lora.safetensors",
-        "metadata.author=a",
-        "metadata.description=d",
-        "metadata.license=l",
-        "metadata.tags=[one,two]",
-        "metadata.comment=c",
-        "network.dropout=0.1",
-        "+network.args.rank_dropout=0.1",
-        "+optimizer.args.eps=1e-8",
-        "scheduler.warmup_steps=1",
-        "scheduler.min_lr_ratio=0.1",
-        "sampling=prompts",
-        "sampling.prompts=[a]",
-        "sampling.at_first=true",
-    ]
-    for variant in variants:
-        config = compose(variant, *everything)
-        written |= set(
-            train_options(config, paths, config.memory, name="x", seed=1, compile_blocks=True),
-        )
-    assert written == set(OWNED)
-    assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))
 
 
 # The argument lists of optimizers are those of the libraries, where they are installed here.

@@ -129,7 +129,10 @@ def _scheduler(config: RunConfig) -> dict[str, Any]:
     return {
         "lr_warmup_steps": scheduler.warmup_steps or None,
         "lr_scheduler_num_cycles": (
-            scheduler.num_cycles if scheduler.name == "cosine_with_restarts" else None
+            # With a least rate they are half waves: an even number of them ends at the full rate.
+            scheduler.num_cycles
+            if scheduler.name in ("cosine_with_restarts", "cosine_with_min_lr")
+            else None
         ),
         "lr_scheduler_power": scheduler.power if scheduler.name == "polynomial" else None,
         "lr_scheduler_min_lr_ratio": (
