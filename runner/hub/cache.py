@@ -91,7 +91,8 @@ class HubCache:
         """The user's own cache, where HF_HOME and HF_HUB_CACHE put it."""
         from huggingface_hub import constants
 
-        return cls(Path(constants.HF_HUB_CACHE), checked, repo_type)
+        _settle_folders()
+        return cls(Path(constants.HF_HUB_CACHE).absolute(), checked, repo_type)
 
     def of(self, repository: str) -> Path:
         """A repository's folder."""
@@ -214,6 +215,18 @@ class HubCache:
         The name of a large file is its sha256, that of a small one git's blob id.
         """
         return cached.etag or self.known_sha256(cached)
+
+
+def _settle_folders() -> None:
+    """Make the hub's relative folders absolute, for the programs that this one starts.
+
+    They are started in other folders and would look for the cache, or the token, there.
+    """
+    from huggingface_hub import constants
+
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+        if not Path(folder := getattr(constants, name)).is_absolute():
+            os.environ[name] = str(Path(folder).absolute())
 
 
 def read_sha256(file: Path, etag: str | None, progress: Callable[[int], None]) -> tuple[str, bool]:
