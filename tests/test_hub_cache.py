@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import TOP
 
-from runner.hub.cache import HubCache
+from runner.hub.cache import HubCache, Request
 
 LOOK = """
 import os, subprocess, sys
@@ -43,3 +43,17 @@ def test_a_relative_place(tmp_path: Path, given: dict[str, str], hub: str) -> No
     )
     place = tmp_path / hub
     assert done.stdout.splitlines() == [str(place), f"{place} {tmp_path / 'mine/token'}"], done
+
+
+# A note of a branch that names no commit, as a crash or a failing disk leaves it, is as good as
+# none, and is written anew.
+@pytest.mark.parametrize("damaged", [b"\xff\xfe\x80" * 10, bytes(40), b""])
+def test_a_damaged_branch(tmp_path: Path, damaged: bytes) -> None:
+    cache = HubCache(tmp_path, tmp_path / "checked")
+    refs = cache.of("owner/model") / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_bytes(damaged)
+    assert cache.commit("owner/model", "main") is None
+    assert cache.lacking(Request("owner/model", "main", ("a",))) == ["a"]
+    assert cache.point("owner/model", "main", "a" * 40)
+    assert cache.commit("owner/model", "main") == "a" * 40

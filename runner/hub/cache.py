@@ -103,9 +103,11 @@ class HubCache:
         if is_commit(revision):
             return revision
         try:
-            return (self.of(repository) / "refs" / revision).read_text().strip()
-        except OSError:
+            commit = (self.of(repository) / "refs" / revision).read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError):
             return None
+        # A damaged note, cut to nothing or filled with zeros by a crash, is none.
+        return commit if commit.isalnum() else None
 
     def place(self, repository: str, commit: str, file: str) -> Path:
         """Where a file of a commit lies, or will lie."""
