@@ -6,6 +6,7 @@ an encoder that counts (see cache_process.py).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -328,15 +329,49 @@ def test_entries_without_a_digest_are_made_again(here: Path) -> None:
     assert "note" not in told(out, media)[1]
 
 
-# A skipped stage makes nothing: what is damaged is left out, and the run says so.
+# A skipped stage makes nothing: without a training what is damaged is left out, and the run says
+# so.
 def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
     flip(of_shelf(out, "latents")[0])
-    context, words = told(out, media, "stages.skip=[latents]")
+    context, words = told(out, media, "stages.skip=[latents,train]")
     assert "was damaged in the cache and is left out, as the stage is skipped" in words
     assert len(list((context.run_dir / "cache").rglob("*_hv15.safetensors"))) == 2
     assert len(encoded(here / "log")) == 6
+
+
+# A training never gets fewer samples because a stage was skipped: a picture that is new, a caption
+# that was changed and a latent that is damaged end the run before it; with all there, it goes on.
+def test_a_skipped_stage_must_lack_nothing(here: Path, monkeypatch: Any) -> None:
+    from runner import facts
+
+    def with_weights(*given: Any) -> Any:
+        return dataclasses.replace(weight_facts(*given), digests={"vae": "of the weights"})
+
+    weight_facts = facts.weight_facts
+    monkeypatch.setattr(facts, "weight_facts", with_weights)
+    media, out = pictures(here / "media", 3), here / "out"
+    told(out, media)
+    both = "stages.skip=[latents,text]"
+    assert len(listing(told(out, media, both)[0].run_dir / "cache")) == 6
+    pictures(media, 1, first=3)
+    (media / "p001.txt").write_text("another caption")
+    with pytest.raises(UserError) as caught:
+        told(out, media, "stages.skip=[text]")
+    assert str(caught.value) == (
+        "stages.skip=[text], but the encoded captions of 2 of 4 items are not in the cache, or "
+        "damaged there: p001.png, p003.png. They would not be trained on: take text out of "
+        "stages.skip, what is cached is not encoded again."
+    )
+    with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*: p003\.png\. "):
+        told(out, media, "stages.skip=[latents]")
+    told(out, media)
+    told(out, media, both)
+    flip(of_shelf(out, "latents")[0])
+    with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*damaged"):
+        told(out, media, both)
+    assert len(encoded(here / "log")) == 6 + 3
 
 
 # A forced stage makes all of its entries again, each once, and no other stage's.

@@ -123,7 +123,8 @@ def test_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert hub.asked[-1].range == f"bytes={part}-"
 
 
-# A run that is killed outright loses only what was on its way, and another program's half is gone on from.
+# A run that is killed outright loses only what was on its way, and another program's half is gone
+# on from.
 def test_killed_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     hub.seconds_per_piece = 0.02
     command = [sys.executable, "-m", "runner.hub", "owner/model", "--", *WANTED.files]
