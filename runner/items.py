@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -291,14 +292,7 @@ def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtr
             "take longer targets, for example dataset.target_frames=[13,25]."
         )
     notices.append("task=i2v leaves the target of 1 frame out: it would learn to copy its input.")
-    return FrameExtraction(
-        rest,
-        extraction.mode,
-        extraction.stride,
-        extraction.sample,
-        extraction.max_frames,
-        extraction.source_fps,
-    )
+    return replace(extraction, target_frames=rest)
 
 
 def _place(
@@ -315,6 +309,7 @@ def _place(
         extraction = _targets(options, task, notices)
     short: list[str] = []
     lost: set[int] = set()
+    times: Counter[tuple[str, str, str]] = Counter()
     for item in items:
         caption = with_trigger(item.caption or options.default_caption or "", options.trigger_word)
         if item.kind == "image":
@@ -336,8 +331,11 @@ def _place(
             if extraction.mode == "head":
                 has = {crop.frames for crop in windows}
                 lost |= {f for f in extraction.target_frames if f <= kept and f not in has}
+        # A row given twice is to be seen twice, and the trainer knows its samples by their ids.
+        same = (item.name, item.sha256, caption)
+        times[same] += 1
         yield SelectedItem(
-            id=item_id(index, item, caption),
+            id=item_id(index, item, caption, times[same]),
             source=index,
             kind=item.kind,
             media=item,
@@ -360,14 +358,16 @@ def _place(
         )
 
 
-def item_id(source: int, item: Item, caption: str) -> str:
+def item_id(source: int, item: Item, caption: str, time: int = 1) -> str:
     """A readable key for one item, different for equal media with two captions.
 
+    ``time`` counts from 1 where a source has the very same item more than once.
     Only letters, digits and ``-`` are used, since musubi-tuner puts it into glob patterns.
     """
     stem = unicodedata.normalize("NFKD", PurePosixPath(item.name).stem)
     slug = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-").lower()[:32] or "item"
-    parts = "\0".join((str(source), item.name, item.sha256, caption))
+    again = (str(time),) if time > 1 else ()
+    parts = "\0".join((str(source), item.name, item.sha256, caption, *again))
     return f"{slug}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
 
 

@@ -519,6 +519,23 @@ def test_equal_media_are_two_items(here: Path) -> None:
     assert len(of_shelf(out, "media")) == 1
 
 
+# A row that is given twice is two samples in the run's folder, as its repetition asks, with one
+# encoding between them.
+def test_a_repeated_row_is_encoded_once(here: Path) -> None:
+    media, out = pictures(here / "media", 2), here / "out"
+    row = json.dumps({"image_path": str(media / "p000.png"), "caption": "again"})
+    other = json.dumps({"image_path": str(media / "p001.png"), "caption": "once"})
+    (here / "rows.jsonl").write_text(f"{row}\n{other}\n{row}\n")
+    context, _ = told(out, here / "rows.jsonl")
+    assert sorted(encoded(here / "log")) == sorted(
+        f"{what} {caption}" for what in ("latents", "text") for caption in ("again", "once")
+    )
+    assert len(listing(context.run_dir / "cache" / "0-images")) == 6
+    assert len(listing(context.run_dir / "dataset" / "media")) == 3
+    assert len((context.run_dir / "dataset" / "0-images.jsonl").read_text().splitlines()) == 3
+    assert context.plan.steps_per_epoch == 3
+
+
 # A crash after hours of encoding loses the item it was at, and no other.
 def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 4), here / "out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import compose, fake_facts, fake_item
+from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.errors import UserError
 from runner.items import Selection, dataset_fingerprint, is_held_out, item_id
@@ -99,6 +99,26 @@ def test_item_ids() -> None:
     }
     assert name not in others
     assert len(others) == 3
+
+
+# A row that is given three times is three items and three samples, encoded once; the first has the
+# id that it has alone.
+@pytest.mark.parametrize("name", ["a.jpg", "b.mp4"])
+def test_a_repeated_row_is_an_item_each_time(name: str) -> None:
+    config = compose(*TINY, "optimizer=adamw")
+    once, thrice = (
+        fake_facts(config, [fake_item("c.jpg"), *[fake_item(name)] * times]) for times in (1, 3)
+    )
+    ids = [item.id for item in thrice.selection.items]
+    assert len(ids) == len(set(ids)) == 4
+    assert {item.id for item in once.selection.items} < set(ids)
+    plan, alone = plan_of(config, thrice), plan_of(config, once)
+    for stage in ("latents", "text"):
+        made, links = plan.stage(stage).entries, [e.links for e in plan.stage(stage).entries]
+        assert {e.stored for e in made} == {e.stored for e in alone.stage(stage).entries}
+        assert len({place for places in links for place in places}) == sum(map(len, links))
+        assert sum(map(len, links)) == len(made) + 2 * (len(made) - 1)
+    assert plan.steps_per_epoch == alone.steps_per_epoch + 2 * (alone.steps_per_epoch - 1)
 
 
 # The fingerprint is of what is trained on: not of names or order, but of media and captions.
