@@ -175,7 +175,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
     """Choose the items of a run.
 
     Raises :class:`UserError` when media lack captions and nothing says what to do about them,
-    when i2v meets pictures alone, or when nothing is left to train on.
+    when i2v has pictures alone, or when nothing is left to train on.
     """
     chosen: list[SelectedItem] = []
     notices: list[str] = []
@@ -184,10 +184,17 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
         _refuse_missing_captions(source)
         left = _without_missing_captions(source, notices)
         if task == "i2v":
-            left = _clips_only(source, left, notices)
+            left = _clips_only(left, notices)
         chosen += _place(index, source, left, task, validation_fraction, notices)
     if not chosen:
         where = ", ".join(source.path for source in sources)
+        found = [item.kind for source in sources for item in source.items]
+        if task == "i2v" and found and "video" not in found:
+            have = "has" if len(sources) == 1 else "have"
+            raise UserError(
+                f"task=i2v learns motion from clips, and {where} {have} pictures alone "
+                f"({len(found)}): add clips, or take task=t2v."
+            )
         why = f" {' '.join(notices)}" if notices else ""
         raise UserError(f"Nothing to train on in {where}.{why}")
     ordinary = [item for item in chosen if not sources[item.source].options.regularisation]
@@ -244,20 +251,14 @@ def _without_missing_captions(source: Source, notices: list[str]) -> list[Item]:
     return [item for item in source.items if not _lacks_caption(source, item)]
 
 
-def _clips_only(source: Source, items: list[Item], notices: list[str]) -> list[Item]:
+def _clips_only(items: list[Item], notices: list[str]) -> list[Item]:
     pictures = [item.name for item in items if item.kind == "image"]
-    clips = [item for item in items if item.kind == "video"]
-    if pictures and not clips:
-        raise UserError(
-            f"task=i2v learns motion from clips, and {source.path} has pictures alone "
-            f"({len(pictures)}): add clips, or take task=t2v."
-        )
     if pictures:
         notices.append(
             f"task=i2v learns from clips: {counted(len(pictures), 'picture')} left out: "
             f"{named(pictures)}."
         )
-    return clips
+    return [item for item in items if item.kind == "video"]
 
 
 def is_used(item: Item, options: SourceOptions, task: str) -> bool:
@@ -274,7 +275,7 @@ def is_used(item: Item, options: SourceOptions, task: str) -> bool:
 
 
 def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
-    """Whether :func:`select` will refuse a source, if all its media can be read."""
+    """Whether :func:`select` will take nothing of a source, if all its media can be read."""
     needed = options.missing_captions == "error" and options.default_caption is None
     if not listing or (needed and not all(entry.caption for entry in listing)):
         return True
