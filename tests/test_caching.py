@@ -344,13 +344,12 @@ def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
 # A training never gets fewer samples because a stage was skipped: a picture that is new, a caption
 # that was changed and a latent that is damaged end the run before it; with all there, it goes on.
 def test_a_skipped_stage_must_lack_nothing(here: Path, monkeypatch: Any) -> None:
-    from runner import facts
+    from runner.stages.weights import weight_facts
 
     def with_weights(*given: Any) -> Any:
         return dataclasses.replace(weight_facts(*given), digests={"vae": "of the weights"})
 
-    weight_facts = facts.weight_facts
-    monkeypatch.setattr(facts, "weight_facts", with_weights)
+    monkeypatch.setattr("runner.facts.weight_facts", with_weights)
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
     both = "stages.skip=[latents,text]"
