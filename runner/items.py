@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -174,7 +175,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
     """Choose the items of a run.
 
     Raises :class:`UserError` when media lack captions and nothing says what to do about them,
-    when i2v meets pictures alone, or when nothing is left to train on.
+    when i2v has pictures alone, or when nothing is left to train on.
     """
     chosen: list[SelectedItem] = []
     notices: list[str] = []
@@ -183,10 +184,17 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
         _refuse_missing_captions(source)
         left = _without_missing_captions(source, notices)
         if task == "i2v":
-            left = _clips_only(source, left, notices)
+            left = _clips_only(left, notices)
         chosen += _place(index, source, left, task, validation_fraction, notices)
     if not chosen:
         where = ", ".join(source.path for source in sources)
+        found = [item.kind for source in sources for item in source.items]
+        if task == "i2v" and found and "video" not in found:
+            have = "has" if len(sources) == 1 else "have"
+            raise UserError(
+                f"task=i2v learns motion from clips, and {where} {have} pictures alone "
+                f"({len(found)}): add clips, or take task=t2v."
+            )
         why = f" {' '.join(notices)}" if notices else ""
         raise UserError(f"Nothing to train on in {where}.{why}")
     ordinary = [item for item in chosen if not sources[item.source].options.regularisation]
@@ -243,20 +251,14 @@ def _without_missing_captions(source: Source, notices: list[str]) -> list[Item]:
     return [item for item in source.items if not _lacks_caption(source, item)]
 
 
-def _clips_only(source: Source, items: list[Item], notices: list[str]) -> list[Item]:
+def _clips_only(items: list[Item], notices: list[str]) -> list[Item]:
     pictures = [item.name for item in items if item.kind == "image"]
-    clips = [item for item in items if item.kind == "video"]
-    if pictures and not clips:
-        raise UserError(
-            f"task=i2v learns motion from clips, and {source.path} has pictures alone "
-            f"({len(pictures)}): add clips, or take task=t2v."
-        )
     if pictures:
         notices.append(
             f"task=i2v learns from clips: {counted(len(pictures), 'picture')} left out: "
             f"{named(pictures)}."
         )
-    return clips
+    return [item for item in items if item.kind == "video"]
 
 
 def is_used(item: Item, options: SourceOptions, task: str) -> bool:
@@ -273,7 +275,7 @@ def is_used(item: Item, options: SourceOptions, task: str) -> bool:
 
 
 def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
-    """Whether :func:`select` will refuse a source, if all its media can be read."""
+    """Whether :func:`select` will take nothing of a source, if all its media can be read."""
     needed = options.missing_captions == "error" and options.default_caption is None
     if not listing or (needed and not all(entry.caption for entry in listing)):
         return True
@@ -291,14 +293,7 @@ def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtr
             "take longer targets, for example dataset.target_frames=[13,25]."
         )
     notices.append("task=i2v leaves the target of 1 frame out: it would learn to copy its input.")
-    return FrameExtraction(
-        rest,
-        extraction.mode,
-        extraction.stride,
-        extraction.sample,
-        extraction.max_frames,
-        extraction.source_fps,
-    )
+    return replace(extraction, target_frames=rest)
 
 
 def _place(
@@ -315,6 +310,7 @@ def _place(
         extraction = _targets(options, task, notices)
     short: list[str] = []
     lost: set[int] = set()
+    times: Counter[tuple[str, str, str]] = Counter()
     for item in items:
         caption = with_trigger(item.caption or options.default_caption or "", options.trigger_word)
         if item.kind == "image":
@@ -336,8 +332,11 @@ def _place(
             if extraction.mode == "head":
                 has = {crop.frames for crop in windows}
                 lost |= {f for f in extraction.target_frames if f <= kept and f not in has}
+        # A row given twice is to be seen twice, and the trainer knows its samples by their ids.
+        same = (item.name, item.sha256, caption)
+        times[same] += 1
         yield SelectedItem(
-            id=item_id(index, item, caption),
+            id=item_id(index, item, caption, times[same]),
             source=index,
             kind=item.kind,
             media=item,
@@ -360,14 +359,16 @@ def _place(
         )
 
 
-def item_id(source: int, item: Item, caption: str) -> str:
+def item_id(source: int, item: Item, caption: str, time: int = 1) -> str:
     """A readable key for one item, different for equal media with two captions.
 
+    ``time`` counts from 1 where a source has the very same item more than once.
     Only letters, digits and ``-`` are used, since musubi-tuner puts it into glob patterns.
     """
     stem = unicodedata.normalize("NFKD", PurePosixPath(item.name).stem)
     slug = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-").lower()[:32] or "item"
-    parts = "\0".join((str(source), item.name, item.sha256, caption))
+    again = (str(time),) if time > 1 else ()
+    parts = "\0".join((str(source), item.name, item.sha256, caption, *again))
     return f"{slug}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from runner.config import RunConfig
 from runner.engines.base import Engine
+from runner.errors import UserError
 from runner.formats import jsonl
 from runner.formats.cache import image_latents_name, text_name, video_latents_name
 from runner.formats.dataset_toml import DatasetEntry
 from runner.formats.dataset_toml import render as render_dataset
 from runner.formats.frames import FrameExtraction
-from runner.items import Kind, SelectedItem, Source, counted
+from runner.items import Kind, SelectedItem, Source, counted, named
 from runner.plan_model import Entry, Facts, Stage
 from runner.store import key_of
 
@@ -222,6 +224,7 @@ def latents_stage(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
             )
         )
     missing = sum(force or _absent(facts, "latents", name) for name in wanted)
+    _refuse_gaps(config, facts, engine, "latents", wanted.values())
     return _cache_stage(
         "latents",
         wanted,
@@ -254,6 +257,7 @@ def text_stage(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
         else:
             wanted[name] = Entry(text_name(key), "text", name, made_of, (place,))
     lacking = [e for e in wanted.values() if force or _absent(facts, "text", e.name)]
+    _refuse_gaps(config, facts, engine, "text", wanted.values())
     files: list[tuple[str, str]] = []
     staging: list[DatasetEntry] = []
     if lacking:
@@ -278,6 +282,33 @@ def text_stage(config: RunConfig, facts: Facts, engine: Engine) -> Stage:
         staging,
         lambda toml: engine.cache_text(config, facts.weights.paths, facts.memory, toml),
     )
+
+
+def _refuse_gaps(
+    config: RunConfig, facts: Facts, engine: Engine, name: str, wanted: Iterable[Entry]
+) -> None:
+    """Raise :class:`UserError` when a skipped stage lacks what the training wants.
+
+    The trainer passes over items without a cache file and says nothing.
+    """
+    if name not in config.stages.skip or "train" in config.stages.skip or not facts.weights.present:
+        # Without the weights nobody can tell what the entries are called; they are looked at
+        # again once the weights are there.
+        return
+    absent = [entry for entry in wanted if _absent(facts, entry.shelf, entry.name)]
+    ids = {PurePosixPath(p).name.partition("_")[0] for entry in absent for p in entry.links}
+    evaluated = (
+        "evaluate" not in config.stages.skip and engine.evaluate(config, "dataset.toml") is not None
+    )
+    items = [item for item in facts.selection.items if evaluated or not item.held_out]
+    gaps = [item.media.name for item in items if item.id in ids]
+    if gaps:
+        what = "latents" if name == "latents" else "encoded captions"
+        raise UserError(
+            f"stages.skip=[{name}], but the {what} of {len(gaps)} of {counted(len(items), 'item')} "
+            f"are not in the cache, or damaged there: {named(gaps)}. They would not be trained "
+            f"on: take {name} out of stages.skip, what is cached is not encoded again."
+        )
 
 
 def _cache_stage(

@@ -11,7 +11,6 @@ import pytest
 from conftest import TOP
 from hub_server import Hub, Repository, serve, talk_to
 
-from runner.hub import remote
 from runner.hub.cache import HubCache, Request
 from runner.hub.fetch import Obtained, obtain
 from runner.hub.remote import RemoteFile
@@ -20,7 +19,6 @@ COMMIT, NEWER = "a" * 40, "b" * 40
 BIG = random.Random(1).randbytes(3_000_000)
 OTHER = random.Random(2).randbytes(700_000)
 SMALL = b'{"a": 1}'
-CHUNK = 1 << 17
 WANTED = Request(
     "owner/model", "main", ("sub/big.safetensors", "other.safetensors"), option="model.revision"
 )
@@ -76,7 +74,6 @@ def repositories() -> dict[str, Repository]:
 @pytest.fixture(name="hub")
 def loopback_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with the repositories above, an empty cache, and no token."""
-    monkeypatch.setattr(remote, "CHUNK", CHUNK)
     with serve(Hub(repositories())) as served:
         talk_to(served, tmp_path, monkeypatch)
         yield served

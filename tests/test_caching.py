@@ -6,6 +6,7 @@ an encoder that counts (see cache_process.py).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -328,15 +329,48 @@ def test_entries_without_a_digest_are_made_again(here: Path) -> None:
     assert "note" not in told(out, media)[1]
 
 
-# A skipped stage makes nothing: what is damaged is left out, and the run says so.
+# A skipped stage makes nothing: without a training what is damaged is left out, and the run says
+# so.
 def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
     flip(of_shelf(out, "latents")[0])
-    context, words = told(out, media, "stages.skip=[latents]")
+    context, words = told(out, media, "stages.skip=[latents,train]")
     assert "was damaged in the cache and is left out, as the stage is skipped" in words
     assert len(list((context.run_dir / "cache").rglob("*_hv15.safetensors"))) == 2
     assert len(encoded(here / "log")) == 6
+
+
+# A training never gets fewer samples because a stage was skipped: a picture that is new, a caption
+# that was changed and a latent that is damaged end the run before it; with all there, it goes on.
+def test_a_skipped_stage_must_lack_nothing(here: Path, monkeypatch: Any) -> None:
+    from runner.stages.weights import weight_facts
+
+    def with_weights(*given: Any) -> Any:
+        return dataclasses.replace(weight_facts(*given), digests={"vae": "of the weights"})
+
+    monkeypatch.setattr("runner.facts.weight_facts", with_weights)
+    media, out = pictures(here / "media", 3), here / "out"
+    told(out, media)
+    both = "stages.skip=[latents,text]"
+    assert len(listing(told(out, media, both)[0].run_dir / "cache")) == 6
+    pictures(media, 1, first=3)
+    (media / "p001.txt").write_text("another caption")
+    with pytest.raises(UserError) as caught:
+        told(out, media, "stages.skip=[text]")
+    assert str(caught.value) == (
+        "stages.skip=[text], but the encoded captions of 2 of 4 items are not in the cache, or "
+        "damaged there: p001.png, p003.png. They would not be trained on: take text out of "
+        "stages.skip, what is cached is not encoded again."
+    )
+    with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*: p003\.png\. "):
+        told(out, media, "stages.skip=[latents]")
+    told(out, media)
+    told(out, media, both)
+    flip(of_shelf(out, "latents")[0])
+    with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*damaged"):
+        told(out, media, both)
+    assert len(encoded(here / "log")) == 6 + 3
 
 
 # A forced stage makes all of its entries again, each once, and no other stage's.
@@ -482,6 +516,23 @@ def test_equal_media_are_two_items(here: Path) -> None:
     assert [name.split("-")[0] for name in names] == ["p000", "p000", "twin", "twin"]
     assert len(listing(context.run_dir / "dataset" / "media")) == 2
     assert len(of_shelf(out, "media")) == 1
+
+
+# A row that is given twice is two samples in the run's folder, as its repetition asks, with one
+# encoding between them.
+def test_a_repeated_row_is_encoded_once(here: Path) -> None:
+    media, out = pictures(here / "media", 2), here / "out"
+    row = json.dumps({"image_path": str(media / "p000.png"), "caption": "again"})
+    other = json.dumps({"image_path": str(media / "p001.png"), "caption": "once"})
+    (here / "rows.jsonl").write_text(f"{row}\n{other}\n{row}\n")
+    context, _ = told(out, here / "rows.jsonl")
+    assert sorted(encoded(here / "log")) == sorted(
+        f"{what} {caption}" for what in ("latents", "text") for caption in ("again", "once")
+    )
+    assert len(listing(context.run_dir / "cache" / "0-images")) == 6
+    assert len(listing(context.run_dir / "dataset" / "media")) == 3
+    assert len((context.run_dir / "dataset" / "0-images.jsonl").read_text().splitlines()) == 3
+    assert context.plan.steps_per_epoch == 3
 
 
 # A crash after hours of encoding loses the item it was at, and no other.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import compose, fake_facts, fake_item
+from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.errors import UserError
-from runner.items import Selection, dataset_fingerprint, is_held_out, item_id
+from runner.items import Selection, dataset_fingerprint, is_held_out, item_id, select
 
 TINY = ["engine=diffusers", "model=tiny"]
 
@@ -29,6 +30,23 @@ def test_i2v_takes_clips() -> None:
     )
     with pytest.raises(UserError, match="learn to copy"):
         selection([fake_item("b.mp4")], "task=i2v", "dataset.target_frames=[1]")
+
+
+# A source of pictures beside one of clips gives i2v nothing and stops nothing; only without any
+# clip is there nothing to learn from.
+def test_i2v_leaves_a_source_of_pictures_out() -> None:
+    config = compose(*TINY, "task=i2v", "dataset.sources=[{path: stills}, {path: moves}]")
+    stills, moves = fake_facts(config, [fake_item("b.mp4")]).sources
+    stills = replace(stills, items=(fake_item("a.jpg"),))
+    chosen = select([stills, moves], task="i2v", validation_fraction=0)
+    assert [(item.source, item.media.name) for item in chosen.items] == [(1, "b.mp4")]
+    assert "task=i2v learns from clips: 1 picture left out: a.jpg." in chosen.notices
+    with pytest.raises(UserError) as caught:
+        select([stills, replace(moves, items=stills.items)], task="i2v", validation_fraction=0)
+    assert str(caught.value) == (
+        "task=i2v learns motion from clips, and stills, moves have pictures alone (2): add clips, "
+        "or take task=t2v."
+    )
 
 
 # Clips too short for every target are left out by name; with nothing left, that is the error.
@@ -101,12 +119,30 @@ def test_item_ids() -> None:
     assert len(others) == 3
 
 
+# A row that is given three times is three items and three samples, encoded once; the first has the
+# id that it has alone.
+@pytest.mark.parametrize("name", ["a.jpg", "b.mp4"])
+def test_a_repeated_row_is_an_item_each_time(name: str) -> None:
+    config = compose(*TINY, "optimizer=adamw")
+    once, thrice = (
+        fake_facts(config, [fake_item("c.jpg"), *[fake_item(name)] * times]) for times in (1, 3)
+    )
+    ids = [item.id for item in thrice.selection.items]
+    assert len(ids) == len(set(ids)) == 4
+    assert {item.id for item in once.selection.items} < set(ids)
+    plan, alone = plan_of(config, thrice), plan_of(config, once)
+    for stage in ("latents", "text"):
+        made, links = plan.stage(stage).entries, [e.links for e in plan.stage(stage).entries]
+        assert {e.stored for e in made} == {e.stored for e in alone.stage(stage).entries}
+        assert len({place for places in links for place in places}) == sum(map(len, links))
+        assert sum(map(len, links)) == len(made) + 2 * (len(made) - 1)
+    assert plan.steps_per_epoch == alone.steps_per_epoch + 2 * (alone.steps_per_epoch - 1)
+
+
 # The fingerprint is of what is trained on: not of names or order, but of media and captions.
 def test_fingerprint() -> None:
     items = [fake_item("a.jpg"), fake_item("b.mp4")]
     base = dataset_fingerprint(selection(items).items)
-    from dataclasses import replace
-
     renamed = [replace(item, name="moved/" + item.name) for item in reversed(items)]
     assert dataset_fingerprint(selection(renamed).items) == base
     recaptioned = [replace(items[0], caption="new"), items[1]]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from hub_fetch import (
     BIG,
-    CHUNK,
     COMMIT,
     NEWER,
     OTHER,
@@ -98,13 +97,15 @@ def test_revision_pinned_by_commit(hub: Hub, tmp_path: Path) -> None:
         fetch(tmp_path, Request("owner/model", "c" * 40, WANTED.files, option="model.revision"))
 
 
-# A download cut anywhere goes on from there: no byte is sent twice beyond what was not yet written.
-@pytest.mark.parametrize("cuts", [[1], [100_000], [1_000_000, 900_000, 1], [2_999_999]])
+# A download cut anywhere goes on from there, however often: what arrived is never sent again.
+@pytest.mark.parametrize(
+    "cuts", [[1], [100_000], [1_000_000, 900_000, 1], [2_999_999], [90_000] * 50]
+)
 def test_cut_connection_goes_on(hub: Hub, tmp_path: Path, cuts: list[int]) -> None:
     hub.cuts["sub/big.safetensors"] = list(cuts)
     fetch(tmp_path)
     whole(tmp_path)
-    assert len(BIG) <= hub.sent("big.safetensors") <= len(BIG) + len(cuts) * CHUNK
+    assert hub.sent("big.safetensors") == len(BIG)
 
 
 # A run that gives up keeps what came, and the next run goes on from it.
@@ -117,12 +118,13 @@ def test_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     fetch(tmp_path, notes=notes)
     whole(tmp_path)
     (part,) = [part for name, part in notes.todo if name == "sub/big.safetensors"]
-    assert 2_000_000 - CHUNK <= part <= 2_000_000
+    assert part == 2_000_000
     assert hub.sent("big.safetensors") - sent == len(BIG) - part
     assert hub.asked[-1].range == f"bytes={part}-"
 
 
-# A run that is killed outright loses at most one piece, and another program's half is gone on from.
+# A run that is killed outright loses only what was on its way, and another program's half is gone
+# on from.
 def test_killed_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     hub.seconds_per_piece = 0.02
     command = [sys.executable, "-m", "runner.hub", "owner/model", "--", *WANTED.files]
@@ -135,7 +137,7 @@ def test_killed_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     process.communicate()
     (partial,) = (tmp_path / "hub").rglob("*.incomplete")
     have = partial.stat().st_size
-    # The command reads in pieces of a megabyte.
+    # What was still on its way depends on the machine.
     assert have >= 1 << 20
     hub.seconds_per_piece = 0
     hub.asked.clear()

@@ -91,7 +91,8 @@ class HubCache:
         """The user's own cache, where HF_HOME and HF_HUB_CACHE put it."""
         from huggingface_hub import constants
 
-        return cls(Path(constants.HF_HUB_CACHE), checked, repo_type)
+        _settle_folders()
+        return cls(Path(constants.HF_HUB_CACHE).absolute(), checked, repo_type)
 
     def of(self, repository: str) -> Path:
         """A repository's folder."""
@@ -102,9 +103,11 @@ class HubCache:
         if is_commit(revision):
             return revision
         try:
-            return (self.of(repository) / "refs" / revision).read_text().strip()
-        except OSError:
+            commit = (self.of(repository) / "refs" / revision).read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError):
             return None
+        # A damaged note, cut to nothing or filled with zeros by a crash, is none.
+        return commit if commit.isalnum() else None
 
     def place(self, repository: str, commit: str, file: str) -> Path:
         """Where a file of a commit lies, or will lie."""
@@ -214,6 +217,18 @@ class HubCache:
         The name of a large file is its sha256, that of a small one git's blob id.
         """
         return cached.etag or self.known_sha256(cached)
+
+
+def _settle_folders() -> None:
+    """Make the hub's relative folders absolute, for the programs that this one starts.
+
+    They are started in other folders and would look for the cache, or the token, there.
+    """
+    from huggingface_hub import constants
+
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+        if not Path(folder := getattr(constants, name)).is_absolute():
+            os.environ[name] = str(Path(folder).absolute())
 
 
 def read_sha256(file: Path, etag: str | None, progress: Callable[[int], None]) -> tuple[str, bool]:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 # The hub is asked so often before a run gives up, waiting 1, 2, 4 and 8 seconds between.
 ATTEMPTS = 5
 PAUSE = 1.0
-# What a kill can lose of a download, and how often its progress is seen.
+# How often a download's progress is told, in bytes.
 CHUNK = 1 << 20
 
 
@@ -183,10 +183,14 @@ def _stream(
         else:  # The whole file, asked for or not.
             handle.truncate(0)
             have = 0
-        for chunk in response.iter_bytes(CHUNK):
-            handle.write(chunk)
-            have += len(chunk)
-            progress(min(have, file.size))
+        told_at = have
+        # Pieces are taken as they arrive: gathered to a size, those of a cut connection are lost.
+        for piece in response.iter_bytes():
+            handle.write(piece)
+            have += len(piece)
+            if have - told_at >= CHUNK or have >= file.size:
+                told_at = have
+                progress(min(have, file.size))
             if have > file.size:
                 raise StageError(
                     f"the hub sends more than the {file.size} bytes that it names for "

@@ -101,7 +101,7 @@ def fill_and_link(context: Context, name: str) -> None:
 def link_entries(context: Context, stage: Stage) -> None:
     """Put the stage's entries into the run's folder, in the order of their names there.
 
-    Those that a skipped stage lacks are left out.
+    Those that a skipped stage lacks are left out; there is then no training that wants them.
     """
     cached = [entry for entry in stage.entries if entry.stored in context.facts.cached]
     places = {place: entry.stored for entry in cached for place in entry.links}
