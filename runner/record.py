@@ -76,7 +76,17 @@ class Recorder:
         self._stages: dict[str, float] = {}
         self._started = time.time()
         self._fingerprint = fingerprint
+        self._problems: list[str] = []
         self._write("RUNNING", "")
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be written down, one line each."""
+        return [*self._problems, *(f"MLflow: {problem}" for problem in self.writer.problems)]
+
+    def _problem(self, line: str) -> None:
+        if line not in self._problems:
+            self._problems.append(line)
 
     @classmethod
     def open(
@@ -167,7 +177,12 @@ class Recorder:
             "stages": self._stages,
             "pid": os.getpid(),
         }
-        write_text(self.run_dir / "run.json", json.dumps(record, indent=1) + "\n")
+        file = self.run_dir / "run.json"
+        # A full disk must neither hide why a run failed nor keep its end from MLflow.
+        try:
+            write_text(file, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            self._problem(f"{file} could not be written ({error.strerror or error})")
 
 
 def _value(resolved: dict[str, Any], choices: dict[str, str], key: str) -> Any:
