@@ -387,7 +387,8 @@ def _named(what: str) -> Iterator[None]:
         yield
     except (StageError, UserError, OSError) as error:
         why = told(error) if isinstance(error, OSError) else error
-        raise StageError(f"{what} failed: {why}") from error
+        # A trainer's last words may hold a token.
+        raise StageError(safe(f"{what} failed: {why}")) from error
 
 
 def _summary(stage: Stage) -> str:

@@ -16,6 +16,9 @@ from runner.config import RunConfig, TrackingConfig
 from runner.errors import UserError
 from runner.plan import config_fingerprint
 from runner.plan_model import Facts, Plan
+from runner.tracking.files import hide_values
+from runner.tracking.mlflow_store import safe
+from runner.tracking.secrets import secret_values
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep
@@ -152,11 +155,16 @@ class Recorder:
         self._stages[name] = round(seconds, 3)
         self._write("RUNNING", "")
         log = self.run_dir / "logs" / f"{name}.log"
+        try:
+            hide_values(log, secret_values(os.environ))
+        except OSError as error:
+            self._problem(f"secrets in {log} could not be hidden ({error.strerror or error})")
         if log.is_file():
             self.writer.log_artifact(log, "logs")
 
     def finish(self, status: Status, why: str) -> None:
         """Settle how the run ended, first in its folder, then in MLflow."""
+        why = safe(why)
         self._write(status, why)
         self.files()
         for name in _LORAS:

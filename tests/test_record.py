@@ -13,7 +13,7 @@ import pytest
 from runner import record
 from runner.console import Console
 from runner.errors import StageError
-from runner.execute import _Run
+from runner.execute import _named, _Run
 from runner.record import Recorder
 from runner.tracking.mlflow_run import NullWriter
 
@@ -39,8 +39,11 @@ def fails(folder: Path, out: io.StringIO, writer: Writer, why: str) -> Console:
     run.plan = SimpleNamespace(name="a run")
 
     def stages(_context: object, recorder: Recorder) -> None:
-        recorder.stage("train", 1.0)
-        raise StageError(why)
+        try:
+            with _named("stage train"):
+                raise StageError(why)
+        finally:
+            recorder.stage("train", 1.0)
 
     run._open = lambda _: Recorder(writer, folder, "f")
     run._begin = lambda *_: None
@@ -70,10 +73,35 @@ def test_a_full_disk_hides_no_error(
     monkeypatch.setattr(record, "write_text", full)
     out, writer = io.StringIO(), Writer()
     writer.problems.append("metrics were not sent")
-    fails(tmp_path, out, writer, "stage train failed: OSError: it was full")
+    fails(tmp_path, out, writer, "OSError: it was full")
     assert writer.told == [{"run.error": "stage train failed: OSError: it was full"}, "FAILED"]
     assert capsys.readouterr().err == "error: stage train failed: OSError: it was full\n"
     assert out.getvalue().splitlines() == [
         f"note: {tmp_path / 'run.json'} could not be written (No space left on device)",
         "note: MLflow: metrics were not sent",
     ]
+
+
+# A secret that the trainer printed, in its log or as its last words, is in no file of the run's
+# and not in what the program shows; the rest of the log is kept byte for byte.
+def test_a_trainers_secrets_are_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secrets = ("plainlookingvalue", "Zx9NothingLikeAToken")
+    monkeypatch.setenv("HF_TOKEN", secrets[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", secrets[1])
+    log = tmp_path / "logs" / "train.log"
+    log.parent.mkdir()
+    said = "RuntimeError: 401 with {} for ann:{}@host"
+    log.write_bytes(
+        b"\xff raw\r\nsteps\r" + said.format(*secrets).encode() + b"\nthe secret: a b\n"
+    )
+    out, writer = io.StringIO(), Writer()
+    fails(tmp_path, out, writer, said.format(*secrets))
+    hidden = said.format("***", "***")
+    assert capsys.readouterr().err == f"error: stage train failed: {hidden}\n"
+    assert log.read_bytes() == b"\xff raw\r\nsteps\r" + hidden.encode() + b"\nthe secret: a b\n"
+    everything = [file.read_text("latin-1") for file in tmp_path.rglob("*") if file.is_file()]
+    shown = "".join([*everything, out.getvalue(), str(writer.told)])
+    assert hidden in shown and not any(secret in shown for secret in secrets)
+    assert {file.name for file in tmp_path.rglob("*")} == {"logs", "train.log", "run.json"}

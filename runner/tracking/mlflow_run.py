@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from runner.errors import UserError
 from runner.tracking import mlflow_store
+from runner.tracking.files import write_redacted
 from runner.tracking.metrics import Point, clean_metric_name
 from runner.tracking.secrets import redact, redact_mapping, secret_values
 from runner.tracking.server import why
@@ -290,7 +291,7 @@ class RunWriter:
         with tempfile.TemporaryDirectory() as work:
             if file.suffix.lower() in _TEXT_SUFFIXES:
                 copy = Path(work) / file.name
-                file = copy if _write_redacted(file, copy, self._secrets) else file
+                file = copy if write_redacted(file, copy, self._secrets) else file
             self._client.log_artifact(self.run_id, str(file), folder)
 
     def _texts(self, values: Mapping[str, object]) -> dict[str, str]:
@@ -320,21 +321,6 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError | ValueError | TypeError):
         return isinstance(error, ConnectionError | TimeoutError)
     return getattr(error, "error_code", None) not in _REFUSALS
-
-
-def _write_redacted(file: Path, copy: Path, secrets: Sequence[str]) -> bool:
-    """Writes `file` without secrets to `copy`, byte for byte otherwise; True if any was hidden."""
-    hidden = False
-    # Bytes that are no UTF-8 pass through as they are.
-    with (
-        file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines,
-        copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
-    ):
-        for line in lines:
-            safe = redact(line, secrets)
-            hidden = hidden or safe != line
-            out.write(safe)
-    return hidden
 
 
 def _chunks(values: list, size: int) -> list[list]:
