@@ -166,12 +166,13 @@ class Recorder:
         """Settle how the run ended, first in its folder, then in MLflow."""
         why = safe(why)
         self._write(status, why)
-        self.files()
-        for name in _LORAS:
-            if (self.run_dir / name).is_file():
-                self.writer.log_artifact(self.run_dir / name)
-        if why:
-            self.writer.set_tags({"run.error": why})
+        with self.writer.queued():
+            self.files()
+            for name in _LORAS:
+                if (self.run_dir / name).is_file():
+                    self.writer.log_artifact(self.run_dir / name)
+            if why:
+                self.writer.set_tags({"run.error": why})
         self.writer.finish(status)
 
     def _write(self, status: str, why: str) -> None:
