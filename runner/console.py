@@ -38,6 +38,8 @@ class Console:
     def __init__(self, rich: RichConsole) -> None:
         self._rich = rich
         self.fancy = rich.is_terminal and not rich.is_dumb_terminal
+        # Notices that must not come before the error that they are less than.
+        self.after_error: list[str] = []
 
     @classmethod
     def for_stream(cls, stream: TextIO) -> Console:
@@ -68,6 +70,8 @@ class Console:
         RichConsole(stderr=True, highlight=False, width=None if self.fancy else 10_000).print(
             f"error: {text}", style="bold red", markup=False, soft_wrap=True
         )
+        while self.after_error:
+            self.notice(self.after_error.pop(0))
 
     def stage(self, number: int, count: int, name: str, summary: str) -> None:
         """A stage begins, or is seen to be done."""

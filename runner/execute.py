@@ -32,6 +32,7 @@ from runner.record import Recorder, Status, check_tracking
 from runner.rules import check
 from runner.stages import run_stage
 from runner.store import Fault, Store
+from runner.tracking.mlflow_store import safe
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep
@@ -253,6 +254,7 @@ class _Run:
             if recorder is not None:
                 with signals_deferred():
                     recorder.finish(*_ending(error))
+                self.console.after_error += recorder.problems
             if isinstance(error, Stopped):
                 self.console.error(
                     f"{self.plan.name} was ended by {error}; what was finished is kept."
@@ -268,7 +270,8 @@ class _Run:
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
             self.console.notice(notice)
-        self._write_files(folder)
+        with _named("writing the run's files"):
+            self._write_files(folder)
         recorder.files()
         return Context(
             config=self.config,
@@ -301,8 +304,6 @@ class _Run:
     def _write_files(self, folder: Path) -> None:
         from omegaconf import OmegaConf
 
-        from runner.tracking.mlflow_store import safe
-
         resolved = {**self.resolved, "training": {**self.resolved["training"]}}
         resolved["training"]["seed"] = self.facts.seed
         write_text(folder / "config.yaml", safe(OmegaConf.to_yaml(OmegaConf.create(resolved))))
@@ -327,7 +328,7 @@ class _Run:
     def _stages(self, context: Context, recorder: Recorder) -> None:
         names = [stage.name for stage in self.plan.stages]
         for number, name in enumerate(names, 1):
-            with _named(name):
+            with _named(f"stage {name}"):
                 if name == "weights":
                     context.replan()
                 elif name == "dataset":
@@ -340,7 +341,7 @@ class _Run:
                 continue
             began = time.monotonic()
             try:
-                with _named(name):
+                with _named(f"stage {name}"):
                     run_stage(name, context)
             finally:
                 context.finished[name] = time.monotonic() - began
@@ -352,8 +353,6 @@ class _Run:
         if tracking.name == "server":
             return recorder.writer.url_hint
         if tracking.uri:
-            from runner.tracking.mlflow_store import safe
-
             return f"python -m runner.ui --tracking-uri {shlex.quote(safe(tracking.uri))}"
         option = "" if outputs == "outputs" else f" --outputs {shlex.quote(outputs)}"
         return f"python -m runner.ui{option}"
@@ -375,21 +374,21 @@ class _Run:
                 console.line(f"  {shortest(folder / file)}  ({size:.1f} MB)")
         if (folder / "samples").is_dir():
             console.line(f"  {shortest(folder / 'samples')}")
-        for problem in recorder.writer.problems:
-            console.notice(f"MLflow: {problem}")
+        for problem in recorder.problems:
+            console.notice(problem)
         if recorder.writer.run_id:
             console.line(f"  Compare the runs: {self._how_to_compare(recorder)}")
 
 
 @contextmanager
-def _named(stage: str) -> Iterator[None]:
-    """Failures inside are told as the stage's."""
+def _named(what: str) -> Iterator[None]:
+    """Failures inside are told as those of ``what``."""
     try:
         yield
-    except (StageError, UserError) as error:
-        raise StageError(f"stage {stage} failed: {error}") from error
-    except OSError as error:
-        raise StageError(f"stage {stage} failed: {told(error)}") from error
+    except (StageError, UserError, OSError) as error:
+        why = told(error) if isinstance(error, OSError) else error
+        # A trainer's last words may hold a token.
+        raise StageError(safe(f"{what} failed: {why}")) from error
 
 
 def _summary(stage: Stage) -> str:

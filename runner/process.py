@@ -150,6 +150,15 @@ _LAUNCHER = re.compile(
     r"(?:died with <Signals\.(?P<signal>\w+): \d+>|returned non-zero exit status \d+)\.$"
 )
 _TRACEBACK = "Traceback (most recent call last):"
+# A warning or two may come after the launcher's traceback, from what ends later than it does.
+_LAUNCHER_LINES = 10
+# What is missing from a model can be told in more than 20 kB, on one line.
+_WINDOW = 1_000_000
+_MOST = 500
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# "train.py: error: ..." is how argparse refuses an argument, "error: ..." how the runner's own
+# executables do.
+_REFUSAL = re.compile(r"(?:[^\s:]+: )?error: ")
 _KILLED = {"SIGKILL": "SIGKILL, as the system does when memory runs out"}
 
 
@@ -160,26 +169,48 @@ def last_error(log: Path) -> str:
     """
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 20_000))
+            file.seek(max(0, log.stat().st_size - _WINDOW))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return "it failed and left no log"
-    # Progress bars rewrite their line with carriage returns.
-    lines = [line.split("\r")[-1].strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    launcher = _LAUNCHER.match(lines[-1]) if lines else None
-    if launcher is not None:
+    # Progress bars rewrite their line with carriage returns, which split lines here.
+    lines = [line.rstrip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
+    for number in reversed(range(max(0, len(lines) - _LAUNCHER_LINES), len(lines))):
+        launcher = _LAUNCHER.match(lines[number])
+        if launcher is None:
+            continue
         signal_name = launcher["signal"]
         if signal_name:
             return f"the program was ended by {_KILLED.get(signal_name, signal_name)}"
-        starts = [number for number, line in enumerate(lines) if line == _TRACEBACK]
-        lines = lines[: starts[-1] if starts else -1] or lines
+        starts = [at for at in range(number) if lines[at].endswith(_TRACEBACK)]
+        lines = lines[: starts[-1] if starts else number] or lines
+        break
+    if not lines:
+        return "it failed and printed nothing"
+    told = _raised(lines) or _looks_like_one(lines) or lines[-1].strip()
+    return told if len(told) <= _MOST else f"{told[:_MOST]} ..."
+
+
+def _raised(lines: list[str]) -> str | None:
+    """What the last traceback ends with, unless the program refused its options after it."""
+    for start in reversed(range(len(lines))):
+        if not lines[start].endswith(_TRACEBACK):
+            continue
+        # What Python could not clean up at its end did not make it end.
+        if start and lines[start - 1].startswith("Exception ignored in"):
+            continue
+        after = [line for line in lines[start + 1 :] if not line[0].isspace()]
+        refusals = [line for line in after[1:] if _REFUSAL.match(line)]
+        return refusals[-1] if refusals else next(iter(after), None)
+    return None
+
+
+def _looks_like_one(lines: list[str]) -> str | None:
     for line in reversed(lines):
-        # "train.py: error: ..." is how argparse refuses an argument.
-        head, _, rest = line.partition(":")
+        head, _, rest = line.strip().partition(":")
         if " " not in head and (
             head.endswith(("Error", "Exception", "error", "Interrupt", "Exit"))
             or rest.startswith(" error: ")
         ):
-            return line
-    return lines[-1] if lines else "it failed and printed nothing"
+            return line.strip()
+    return None

@@ -16,6 +16,9 @@ from runner.config import RunConfig, TrackingConfig
 from runner.errors import UserError
 from runner.plan import config_fingerprint
 from runner.plan_model import Facts, Plan
+from runner.tracking.files import hide_values
+from runner.tracking.mlflow_store import safe
+from runner.tracking.secrets import secret_values
 
 if TYPE_CHECKING:
     from runner.sweep import Sweep
@@ -76,7 +79,17 @@ class Recorder:
         self._stages: dict[str, float] = {}
         self._started = time.time()
         self._fingerprint = fingerprint
+        self._problems: list[str] = []
         self._write("RUNNING", "")
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be written down, one line each."""
+        return [*self._problems, *(f"MLflow: {problem}" for problem in self.writer.problems)]
+
+    def _problem(self, line: str) -> None:
+        if line not in self._problems:
+            self._problems.append(line)
 
     @classmethod
     def open(
@@ -142,18 +155,24 @@ class Recorder:
         self._stages[name] = round(seconds, 3)
         self._write("RUNNING", "")
         log = self.run_dir / "logs" / f"{name}.log"
+        try:
+            hide_values(log, secret_values(os.environ))
+        except OSError as error:
+            self._problem(f"secrets in {log} could not be hidden ({error.strerror or error})")
         if log.is_file():
             self.writer.log_artifact(log, "logs")
 
     def finish(self, status: Status, why: str) -> None:
         """Settle how the run ended, first in its folder, then in MLflow."""
+        why = safe(why)
         self._write(status, why)
-        self.files()
-        for name in _LORAS:
-            if (self.run_dir / name).is_file():
-                self.writer.log_artifact(self.run_dir / name)
-        if why:
-            self.writer.set_tags({"run.error": why})
+        with self.writer.queued():
+            self.files()
+            for name in _LORAS:
+                if (self.run_dir / name).is_file():
+                    self.writer.log_artifact(self.run_dir / name)
+            if why:
+                self.writer.set_tags({"run.error": why})
         self.writer.finish(status)
 
     def _write(self, status: str, why: str) -> None:
@@ -167,7 +186,12 @@ class Recorder:
             "stages": self._stages,
             "pid": os.getpid(),
         }
-        write_text(self.run_dir / "run.json", json.dumps(record, indent=1) + "\n")
+        file = self.run_dir / "run.json"
+        # A full disk must neither hide why a run failed nor keep its end from MLflow.
+        try:
+            write_text(file, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            self._problem(f"{file} could not be written ({error.strerror or error})")
 
 
 def _value(resolved: dict[str, Any], choices: dict[str, str], key: str) -> Any:

@@ -152,6 +152,77 @@ def test_the_status_is_set_even_if_points_are_lost(store: Store) -> None:
     assert writer.problems[-1] == "3 metric points were not sent to MLflow"
 
 
+class Away:
+    """A client of a server that does not answer while `away`, and what it was asked then."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.away = True
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*args: Any, **options: Any) -> Any:
+            if self.away:
+                self.asked.append(name)
+                raise ConnectionError("timed out")
+            return getattr(self._client, name)(*args, **options)
+
+        return ask
+
+
+def ends(writer: RunWriter, folder: Path) -> None:
+    """The end of a run with all it sends, as the record of a run does it."""
+    from runner.record import Recorder
+
+    record = Recorder(writer, folder, "fingerprint")
+    for name in ("config.yaml", "train.toml", "lora.safetensors"):
+        (folder / name).write_text("x")
+    writer.set_tags({"kept": "yes"})
+    record.finish("FAILED", "why")
+
+
+# Each try to reach a server that hangs takes minutes: after one it is left alone for a while, and
+# the end of a run tries twice, whatever there is to send; what was lost is said.
+def test_a_server_that_is_away_is_asked_seldom(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
+    writer = start(store)
+    client: Any = Away(writer._client)
+    writer._client = client
+    for point in points(5):
+        writer.log_points([point])
+    assert client.asked == ["log_batch"]
+    ends(writer, tmp_path)
+    assert client.asked == ["log_batch", "log_batch", "set_terminated"]
+    assert writer.problems[-2].startswith("not sent to MLflow: tags, artifact config.yaml, ")
+    assert writer.problems[-1] == "5 metric points were not sent to MLflow"
+
+
+# Nothing is lost to the rest: when the server is back, during a run or at its end, all is sent.
+@pytest.mark.parametrize("rest", [0.0, 600.0])
+def test_all_is_sent_when_the_server_is_back(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: float
+) -> None:
+    monkeypatch.setattr("runner.tracking.mlflow_run.REST_SECONDS", rest)
+    writer = start(store)
+    client: Any = Away(writer._client)
+    writer._client = client
+    writer.log_points(points(3))
+    client.away = False
+    time.sleep(0.01)
+    writer.log_points([])
+    assert len(store.points(writer.run_id, "loss/current")) == (0 if rest else 3)
+    ends(writer, tmp_path)
+    run = store.client.get_run(writer.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["kept"] == "yes" and run.data.tags["run.error"] == "why"
+    assert len(store.points(writer.run_id, "loss/current")) == 3
+    stored = {file.path for file in store.client.list_artifacts(writer.run_id)}
+    assert stored == {"config.yaml", "train.toml", "lora.safetensors"}
+    assert writer.problems == ["metrics not sent to MLflow yet: timed out"]
+
+
 # Long values are cut with a mark, odd keys are cleaned, nested settings get dotted names.
 def test_parameters_and_tags_fit(store: Store) -> None:
     params = {

@@ -166,6 +166,61 @@ def test_the_trainers_own_error_is_told(tmp_path: Path, said: str, how: str, tol
     assert last_error(log) == told
 
 
+WARNING = (
+    "/usr/lib/python3.10/multiprocessing/resource_tracker.py:224: UserWarning: resource_tracker: "
+    "There appear to be 1 leaked semaphore objects to clean up at shutdown\n"
+    "  warnings.warn('resource_tracker: x')\n"
+)
+RAISED = "Traceback (most recent call last):\n  File x\n    f()\n"
+FAILED = "returned non-zero exit status 1"
+
+
+# The error told is the one that ended the trainer, short and without colours, whatever its name
+# and however much is printed before it, in it or after it.
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (
+            f"{RAISED}RuntimeError: Error(s) in loading state_dict for Model:\n\tMissing key(s): "
+            + "k, " * 90_000
+            + "\n"
+            + LAUNCHER.format(FAILED),
+            "RuntimeError: Error(s) in loading state_dict for Model:",
+        ),
+        (
+            f"{RAISED}ImportError: a harmless one\nsteps: 3%{RAISED}"
+            "voluptuous.error.MultipleInvalid: extra keys not allowed @ data\n"
+            + LAUNCHER.format(FAILED),
+            "voluptuous.error.MultipleInvalid: extra keys not allowed @ data",
+        ),
+        (f"{RAISED}StopIteration\nHint: see docs\n", "StopIteration"),
+        (f"{RAISED}ValueError: bad\n{LAUNCHER.format(FAILED)}{WARNING}", "ValueError: bad"),
+        (
+            LAUNCHER.format("died with <Signals.SIGKILL: 9>") + WARNING,
+            "the program was ended by SIGKILL, as the system does when memory runs out",
+        ),
+        (
+            "\x1b[1;31mTraceback (most recent call last):\x1b[0m\n  File x\n"
+            "\x1b[1;35mValueError\x1b[0m: \x1b[35mboom\x1b[0m\n",
+            "ValueError: boom",
+        ),
+        (
+            f"{RAISED}ImportError: a harmless one\ntrain.py: error: unrecognized: --x\n",
+            "train.py: error: unrecognized: --x",
+        ),
+        (
+            f"{RAISED}ValueError: bad\nException ignored in: <f>\n{RAISED}TypeError: too late\n",
+            "ValueError: bad",
+        ),
+        ("RuntimeError: " + "x" * 30_000, "RuntimeError: " + "x" * 486 + " ..."),
+    ],
+    ids=range(9),
+)
+def test_the_error_that_ended_it_is_told(tmp_path: Path, log: str, told: str) -> None:
+    (tmp_path / "log").write_text(log)
+    assert last_error(tmp_path / "log") == told
+
+
 # A command that the system killed is told by the signal's name, not by a negative number.
 def test_a_killed_command_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="ended by SIGKILL, as the system does when memory"):

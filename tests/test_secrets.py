@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -16,6 +17,12 @@ HUB_TOKEN = "hf_" + "aB3dE6gH9" * 4
         (f"downloading with {HUB_TOKEN}.", HUB_TOKEN),
         ("https://ann:pa55@word@host:5000/mlflow", "pa55@word"),
         ("postgresql+psycopg://mlflow:geheim@db/mlflow", "geheim"),
+        ("postgresql://u:pa/ss@host/db", "pa/ss"),
+        ("mysql://u:12345/a@b'c@host/db", "12345/a@b'c"),
+        ("logged in with hf_oauth_eyJhbGci.eyJz_dWI-9", "eyJhbGci.eyJz_dWI-9"),
+        ("hf_jwt_eyJhbGciOiJFZERTQSJ9", "eyJhbGciOiJFZERTQSJ9"),
+        ("the password: geheim12 of ann", "geheim12"),
+        ("the password: geheim", "geheim"),
         ("hub:\n  token: my own words\n  path: x", "my own words"),
         ("HF_TOKEN=abcd1234 python -m runner", "abcd1234"),
         ("runner --hub-token abcd1234 task=i2v", "abcd1234"),
@@ -37,6 +44,8 @@ def test_secrets_are_hidden(text: str, secret: str) -> None:
     [
         "a token of love, the secret garden",
         "basic training of a bearer",
+        "a film, the secret: a garden",
+        "http://localhost:5000/#/x@y",
         "max_token_length: 256\ntokenizer: Qwen/Qwen-Image\nnum_tokens=77",
         "hub:\n  token: null\n  path: /data/hf_models/x",
         "token: ${oc.env:HF_TOKEN}",
@@ -47,6 +56,14 @@ def test_secrets_are_hidden(text: str, secret: str) -> None:
 )
 def test_other_text_is_kept(text: str) -> None:
     assert redact(text) == text
+
+
+# A long run without spaces, as a log may hold, costs no more than its length.
+@pytest.mark.parametrize("part", ["a.", "-", "--a", "://a:b/", "x://a@b:c/", "token:${", "_token"])
+def test_long_runs_are_redacted_quickly(part: str) -> None:
+    began = time.monotonic()
+    redact(part * (80_000 // len(part)))
+    assert time.monotonic() - began < 2
 
 
 # Hiding a value keeps JSON readable, so config files stay usable.

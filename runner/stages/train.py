@@ -38,7 +38,11 @@ def run(context: Context) -> None:
             run_commands(context, stage)
         finally:
             warning = follower.stop()
-            _collect_samples(context)
+            # A full disk must not hide why the trainer failed.
+            try:
+                _collect_samples(context)
+            except OSError as error:
+                context.console.notice(f"previews were not kept in samples: {error.strerror}")
     if warning:
         context.console.notice(warning)
     collect_lora(context.run_dir)
@@ -70,7 +74,8 @@ def collect_lora(run_dir: Path) -> None:
     """Put the trainer's final file at the top of the run's folder."""
     final = run_dir / "checkpoints" / "lora.safetensors"
     if not final.is_file():
-        raise StageError(f"the trainer ended without writing {final}")
+        log = run_dir / "logs" / "train.log"
+        raise StageError(f"the trainer ended without writing {final} (log: {log})")
     place = run_dir / "lora.safetensors"
     place.unlink(missing_ok=True)
     try:

@@ -13,13 +13,15 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from runner.errors import UserError
 from runner.tracking import mlflow_store
+from runner.tracking.files import write_redacted
 from runner.tracking.metrics import Point, clean_metric_name
 from runner.tracking.secrets import redact, redact_mapping, secret_values
 from runner.tracking.server import why
@@ -33,6 +35,9 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAM = 6000  # characters MLflow keeps of a parameter's value
 MAX_TAG = 8000
 MAX_POINTS = 1000  # in one request
+# How long a store that is away is left alone, unless asking it took longer than that.
+REST_SECONDS = 10.0
+FINISH_WAIT_SECONDS = 2.0
 
 # Files of these kinds are searched for secrets before they are stored.
 _TEXT_SUFFIXES = frozenset(
@@ -58,6 +63,7 @@ class Writer(Protocol):
     def log_points(self, points: Sequence[Point]) -> None: ...
     def log_artifact(self, file: Path, folder: str | None = None) -> None: ...
     def log_text(self, text: str, name: str) -> None: ...
+    def queued(self) -> AbstractContextManager[None]: ...
     def finish(self, status: Status) -> None: ...
 
 
@@ -75,6 +81,9 @@ class NullWriter:
     def log_points(self, points: Sequence[Point]) -> None: ...
     def log_artifact(self, file: Path, folder: str | None = None) -> None: ...
     def log_text(self, text: str, name: str) -> None: ...
+    def queued(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def finish(self, status: Status) -> None: ...
 
 
@@ -95,6 +104,7 @@ class RunWriter:
         self._points: list[Point] = []
         self._calls: list[tuple[str, Callable[[], object]]] = []
         self._finished = False
+        self._rest_until = 0.0  # on time.monotonic's clock
         # Reentrant, since a signal handler may finish the run in the middle of another call.
         self._lock = threading.RLock()
 
@@ -200,26 +210,46 @@ class RunWriter:
             f"artifact {name}", lambda: self._client.log_text(self.run_id, text, artifact_file=name)
         )
 
+    @contextmanager
+    def queued(self) -> Iterator[None]:
+        """Calls inside are kept and sent by the first one after it, such as `finish`."""
+        with self._lock:
+            before, self._rest_until = self._rest_until, math.inf
+            try:
+                yield
+            finally:
+                self._rest_until = before
+
     def finish(self, status: Status) -> None:
-        """Sends what is left and ends the run; the first call decides the status."""
+        """Sends what is left and ends the run; the first call decides the status.
+
+        A store that is away is tried twice in all, since each try may take minutes.
+        """
         with self._lock:
             if self._finished:
                 return
             self._finished = True
             if self.not_finite:
-                self.set_tags({"runner.not_finite_points": self.not_finite})
+                with self.queued():
+                    self.set_tags({"runner.not_finite_points": self.not_finite})
             ended = int(time.time() * 1000)
-            self._calls.append(
-                ("status", lambda: self._client.set_terminated(self.run_id, status, ended))
+            status_call = (
+                "status",
+                lambda: self._client.set_terminated(self.run_id, status, ended),
             )
-            for wait in (0, 2):
-                time.sleep(wait)
+            self._calls.append(status_call)
+            self._rest_until = 0.0
+            self._drain()
+            if not self._calls and not self._points:
+                return
+            time.sleep(FINISH_WAIT_SECONDS)
+            # The status must be true even if something else could not be sent, so it goes first.
+            self._rest_until = 0.0
+            if self._attempt(*self._calls[-1]):
+                del self._calls[-1]
                 self._drain()
-                if not self._calls and not self._points:
-                    return
-            # The status must be true even if something else could not be sent.
-            if self._calls:
-                self._attempt(*self._calls.pop())
+            if left := [what for what, _ in self._calls]:
+                self._note(f"not sent to MLflow: {', '.join(dict.fromkeys(left))}")
             if self._points:
                 self._note(f"{len(self._points)} metric points were not sent to MLflow")
 
@@ -232,6 +262,8 @@ class RunWriter:
 
     def _drain(self) -> None:
         """Sends points, then the other calls in their order, until one cannot be sent."""
+        if time.monotonic() < self._rest_until:
+            return
         while self._points:
             part = self._points[:MAX_POINTS]
             if not self._attempt("metrics", partial(self._send_points, part)):
@@ -242,13 +274,17 @@ class RunWriter:
             del self._calls[0]
 
     def _attempt(self, what: str, call: Callable[[], object]) -> bool:
-        """Runs `call`; False if it should be tried again later."""
+        """Runs `call`; False if it should be tried again later, which is then not at once."""
+        began = time.monotonic()
         try:
             call()
         except Exception as error:
             later = _may_pass(error)
             how = "not sent to MLflow yet" if later else "not taken by MLflow"
             self._note(f"{what} {how}: {mlflow_store.first_line(error)}")
+            if later:
+                now = time.monotonic()
+                self._rest_until = now + max(REST_SECONDS, now - began)
             return not later
         return True
 
@@ -290,7 +326,7 @@ class RunWriter:
         with tempfile.TemporaryDirectory() as work:
             if file.suffix.lower() in _TEXT_SUFFIXES:
                 copy = Path(work) / file.name
-                file = copy if _write_redacted(file, copy, self._secrets) else file
+                file = copy if write_redacted(file, copy, self._secrets) else file
             self._client.log_artifact(self.run_id, str(file), folder)
 
     def _texts(self, values: Mapping[str, object]) -> dict[str, str]:
@@ -320,21 +356,6 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError | ValueError | TypeError):
         return isinstance(error, ConnectionError | TimeoutError)
     return getattr(error, "error_code", None) not in _REFUSALS
-
-
-def _write_redacted(file: Path, copy: Path, secrets: Sequence[str]) -> bool:
-    """Writes `file` without secrets to `copy`, byte for byte otherwise; True if any was hidden."""
-    hidden = False
-    # Bytes that are no UTF-8 pass through as they are.
-    with (
-        file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines,
-        copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,
-    ):
-        for line in lines:
-            safe = redact(line, secrets)
-            hidden = hidden or safe != line
-            out.write(safe)
-    return hidden
 
 
 def _chunks(values: list, size: int) -> list[list]:

@@ -18,9 +18,10 @@ SECRET_VARIABLES = (
 # `max_token_length` and `tokenizer` do not.
 _KEY = r"(?:[\w.\-]*[_.\-])?(?:token|password|passwd|secret|api_?key|secret_?key|access_?key)"
 _SECRET_KEY = re.compile(rf"{_KEY}\Z", re.IGNORECASE)
-_NOTHING = r"(?:null|none|true|false|~|\"\"|''|\$\{[^}]*\}|\*\*\*)(?=[\s,;&}\])]|\Z)"
+_NOTHING = r"(?:null|none|true|false|~|\"\"|''|\$\{[^}\n]{0,200}\}|\*\*\*)(?=[\s,;&}\])]|\Z)"
 _ASSIGNED = re.compile(
-    rf"(?P<before>(?<![\w.\-]){_KEY}[\"']?[ \t]*[:=][ \t]*|--{_KEY}[ \t]+)(?!{_NOTHING})"
+    # Both begin where a word does: tried anywhere in a long run they would take its square.
+    rf"(?P<before>(?<![\w.\-])(?:{_KEY}[\"']?[ \t]*[:=][ \t]*|--{_KEY}[ \t]+))(?!{_NOTHING})"
     r"(?:(?P<double>\")(?:[^\"\\\n]|\\.)*\"|(?P<single>')[^'\n]*'|[^\s,;&\"'}\])]+)",
     re.IGNORECASE,
 )
@@ -29,9 +30,20 @@ _YAML_LINE = re.compile(
     rf"^(?P<before>[ \t]*(?:- )?{_KEY}:[ \t]+)(?!{_NOTHING}|[\"'])[^\n\r]+",
     re.IGNORECASE | re.MULTILINE,
 )
-_URI_PASSWORD = re.compile(r"(?P<before>\b[\w+.\-]+://[^\s/:@]*:)[^\s/]*(?=@)")
+# Where a URI's password begins; up to a slash, a number behind the host of http is its port.
+_PASSWORD_START = re.compile(
+    r"(?:(?<=https)|(?<=http))://[^\s/:@]*:(?!\d{1,5}[/?#])"
+    r"|(?<=[\w+.\-])(?<!http)(?<!https)://[^\s/:@]*:"
+)
+_WORD = re.compile(r"[^\s\"<>]+")
 _BEARER = re.compile(r"(?P<before>\b(?:Bearer|Authorization: *Basic) +)[A-Za-z0-9._~+/\-]{8,}=*")
-_HUB_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,})")
+_HUB_TOKEN = re.compile(
+    r"\b(?:hf_(?:oauth|jwt)_[\w.\-]{7,}[\w\-]|hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,})"
+)
+# "the secret: a garden" is a caption's sentence: an article before the bare word, and after it
+# a short word of letters alone that goes on to another.
+_ARTICLE = re.compile(r"\b(?:the|a|an|this|that|his|her|its|their|my|our|your) \Z", re.IGNORECASE)
+_SENTENCE = re.compile(r"(?:token|password|secret): [a-z]{1,6} [a-z]+\b", re.IGNORECASE)
 
 
 def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -53,14 +65,27 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
         elif secret:
             # A short one is hidden as a whole word only, or every `a` would go.
             text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
-    text = _URI_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+    if "://" in text and "@" in text:
+        text = _WORD.sub(_hide_password, text)
     text = _HUB_TOKEN.sub(HIDDEN, text)
     text = _BEARER.sub(rf"\g<before>{HIDDEN}", text)
     text = _YAML_LINE.sub(rf"\g<before>{HIDDEN}", text)
     return _ASSIGNED.sub(_hide_value, text)
 
 
+def _hide_password(match: re.Match[str]) -> str:
+    """A word with the password of the URI in it hidden: up to the last @, whatever it holds."""
+    word = match[0]
+    end = word.rfind("@")
+    start = _PASSWORD_START.search(word, 0, end) if end > 0 else None
+    return f"{word[: start.end()]}{HIDDEN}{word[end:]}" if start else word
+
+
 def _hide_value(match: re.Match[str]) -> str:
+    if _SENTENCE.match(match.string, match.start()) and _ARTICLE.search(
+        match.string, max(0, match.start() - 6), match.start()
+    ):
+        return match[0]
     quote = match["double"] or match["single"] or ""
     return f"{match['before']}{quote}{HIDDEN}{quote}"
 
