@@ -187,7 +187,7 @@ class OptimizerConfig:
 class SchedulerConfig:
     name: str = option("constant", "Learning-rate schedule.")
     warmup_steps: int = option(0, "Steps over which the rate climbs.")
-    num_cycles: int = option(1, "Restarts (cosine_with_restarts).")
+    num_cycles: int = option(1, "Cycles of cosine_with_restarts and cosine_with_min_lr.")
     power: float = option(1.0, "Exponent (polynomial).")
     min_lr_ratio: float | None = option(None, "Final share of the rate (cosine_with_min_lr, rex).")
 

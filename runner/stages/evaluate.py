@@ -29,7 +29,7 @@ def run(context: Context) -> None:
         count()
     file = context.run_dir / "evaluation.json"
     if not file.is_file():
-        raise StageError(f"the engine ended without writing {file}")
+        raise StageError(f"the engine ended without writing {file} (log: {log})")
     result = json.loads(file.read_text())
     now = int(time.time() * 1000)
     values = {
