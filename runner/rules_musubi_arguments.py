@@ -101,7 +101,7 @@ REFUSED = {
 
 # Counts that are divided by, or mean nothing below one.
 _AT_LEAST_ONE = (
-    *("block_swap_ring_size", "sample_every_n_steps"),
+    *("block_swap_ring_size", "sample_every_n_steps", "compile_cache_size_limit"),
     *("save_last_n_epochs_state", "save_last_n_steps_state", "num_timestep_buckets"),
 )
 _VAE_DTYPES = ("bfloat16", "float16", "float32", "bf16", "fp16", "fp32")

@@ -274,5 +274,6 @@ def test_owned_options_are_those_the_runner_writes() -> None:
         written |= set(
             train_options(config, paths, config.memory, name="x", seed=1, compile_blocks=True),
         )
-    assert written == set(OWNED)
+    # A default that engine.extra_args may change: the command line goes over train.toml.
+    assert written - {"compile_cache_size_limit"} == set(OWNED)
     assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))

@@ -236,6 +236,22 @@ def test_steps_are_counted_by_bucket() -> None:
     assert steps("training.max_steps=7") == (5, 7)
 
 
+# What would let a card compile is told to that card only: fp8, and room for it without block swap.
+def test_a_card_that_need_not_swap_is_told() -> None:
+    def told(name: str, memory_gb: float, capability: tuple[int, int], *overrides: str) -> str:
+        machine = Machine(name, memory_gb, capability)
+        config = compose("memory=24gb", *overrides)
+        notices = plan_of(config, fake_facts(config, MEDIA, machine=machine)).notices
+        return next(notice for notice in notices if "torch.compile" in notice)
+
+    swap = "torch.compile is off: it gained nothing with block swap (memory.blocks_to_swap)"
+    better = "; in fp8 25 frames fit without: memory.blocks_to_swap=0 would compile."
+    assert told("RTX 4090", 24.0, (8, 9), "precision=fp8") == swap + better
+    assert told("RTX 4090", 24.0, (8, 9)) == swap + "."
+    assert told("RTX 4080", 16.0, (8, 9), "precision=fp8") == swap + "."
+    assert "it cannot compile fp8" in told("RTX 3090", 24.0, (8, 6), "precision=fp8")
+
+
 # torch.compile is on where it works, and the page says why where it does not.
 def test_compile_follows_the_card() -> None:
     ampere = Machine("NVIDIA RTX 3090", 24.0, (8, 6))
@@ -256,6 +272,8 @@ def test_compile_follows_the_card() -> None:
     assert compiled(CARD, "memory.blocks_to_swap=1") == (False, True)
     assert compiled(CARD, "memory.blocks_to_swap=1", "training.compile=always") == (True, False)
     assert compiled(None) == (False, True)
+    swap = ("memory.blocks_to_swap=1", "precision=fp8")
+    assert compiled(CARD, *swap) == compiled(ampere, *swap) == (False, True)
     with pytest.raises(UserError, match=r"always: below compute capability 8.9 \(NVIDIA RTX 3090"):
         compiled(ampere, "precision=fp8", "training.compile=always")
     assert compiled(ampere, "training.compile=always") == (True, False)

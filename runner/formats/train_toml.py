@@ -87,6 +87,9 @@ def train_options(
         # xformers is refused without it.
         "split_attn": True if training.attention == "xformers" else None,
         "compile": compile_blocks or None,
+        # With torch's limit of 8, graphs for the third shape and on were left out of compiling in a
+        # run of 12 shapes with block swap (docs/musubi-proof.md); 32 is what musubi-tuner advises.
+        "compile_cache_size_limit": 32 if compile_blocks else None,
         "persistent_data_loader_workers": True if training.data_workers else None,
         "min_timestep": training.min_timestep,
         "max_timestep": training.max_timestep,
