@@ -181,10 +181,10 @@ def _ending(error: BaseException) -> tuple[Status, str]:
     return "FAILED", f"{type(error).__name__}: {error}"
 
 
-def told(error: OSError) -> str:
-    """An operating system's error as words: what is wrong, and with which file."""
-    where = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}{where}"
+def told(error: OSError, folder: Path | None = None) -> str:
+    """An operating system's error as words: what is wrong, and with which file, or else folder."""
+    where = error.filename or folder
+    return f"{error.strerror or error}: {where}" if where else f"{error.strerror or error}"
 
 
 def shortest(path: Path) -> str:
@@ -270,7 +270,7 @@ class _Run:
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
             self.console.notice(notice)
-        with _named("writing the run's files"):
+        with _named("writing the run's files", folder):
             self._write_files(folder)
         recorder.files()
         return Context(
@@ -328,7 +328,7 @@ class _Run:
     def _stages(self, context: Context, recorder: Recorder) -> None:
         names = [stage.name for stage in self.plan.stages]
         for number, name in enumerate(names, 1):
-            with _named(f"stage {name}"):
+            with _named(f"stage {name}", context.run_dir):
                 if name == "weights":
                     context.replan()
                 elif name == "dataset":
@@ -341,7 +341,7 @@ class _Run:
                 continue
             began = time.monotonic()
             try:
-                with _named(f"stage {name}"):
+                with _named(f"stage {name}", context.run_dir):
                     run_stage(name, context)
             finally:
                 context.finished[name] = time.monotonic() - began
@@ -381,12 +381,12 @@ class _Run:
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(what: str, folder: Path) -> Iterator[None]:
     """Failures inside are told as those of ``what``."""
     try:
         yield
     except (StageError, UserError, OSError) as error:
-        why = told(error) if isinstance(error, OSError) else error
+        why = told(error, folder) if isinstance(error, OSError) else error
         # A trainer's last words may hold a token.
         raise StageError(safe(f"{what} failed: {why}")) from error
 

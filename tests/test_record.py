@@ -40,7 +40,7 @@ def fails(folder: Path, out: io.StringIO, writer: Writer, why: str) -> Console:
 
     def stages(_context: object, recorder: Recorder) -> None:
         try:
-            with _named("stage train"):
+            with _named("stage train", folder):
                 raise StageError(why)
         finally:
             recorder.stage("train", 1.0)
@@ -52,6 +52,16 @@ def fails(folder: Path, out: io.StringIO, writer: Writer, why: str) -> Console:
         run._through(folder, None)
     run.console.error(str(caught.value))
     return run.console
+
+
+# A full disk names no file when it is written to, so the run's folder is told.
+def test_a_full_disk_is_told_with_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught, _named("stage dataset", tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value) == f"stage dataset failed: No space left on device: {tmp_path}"
+    with pytest.raises(StageError) as caught, _named("stage dataset", tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "a.png")
+    assert str(caught.value) == "stage dataset failed: No such file: a.png"
 
 
 # A trainer that ends well and writes no LoRA is told with its log, as other failures are.
