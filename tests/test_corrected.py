@@ -82,7 +82,10 @@ def test_memory_is_taken_in_segments_that_grow(
 # What a shell holds of other launchers, old caches and secrets reaches neither accelerate nor the
 # trainer; what accelerate tells the trainer does, and a token where an upload was asked for.
 def test_the_shell_is_cleared(tmp_path: Path) -> None:
-    shell = dict.fromkeys(("WORLD_SIZE", "RANK", "TRANSFORMERS_CACHE", "ACCELERATE_X"), "1")
+    others = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_SIZE "
+    others += "OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE TRANSFORMERS_CACHE "
+    others += "PYTORCH_TRANSFORMERS_CACHE PYTORCH_PRETRAINED_BERT_CACHE ACCELERATE_X"
+    shell = dict.fromkeys(others.split(), "1")
     shell |= {"MLFLOW_TRACKING_PASSWORD": "p", "HF_TOKEN": "t", "HF_HOME": "/hf"}
 
     def left(folder: str, module: str, **more: str) -> set[str]:

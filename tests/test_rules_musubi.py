@@ -219,6 +219,9 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("engine.extra_args=[--sample_every_n_steps,0]",): (
         "engine.extra_args: --sample_every_n_steps 0 is too small: it must be at least 1."
     ),
+    ("engine.extra_args=[--compile_cache_size_limit,0]",): (
+        "engine.extra_args: --compile_cache_size_limit 0 is too small: it must be at least 1."
+    ),
     ("engine.extra_args=[--vae_dtype,half]",): (
         "engine.extra_args: --vae_dtype can't be 'half': take float16, bfloat16 or float32."
     ),
