@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import MemoryConfig, RunConfig
-from runner.engines.base import EngineFacts, Machine
+from runner.engines.base import NO_CARD, EngineFacts, Machine
 from runner.groups import conf_folder
 from runner.ingest import Reading, scan_sources
 from runner.items import Selection, Source, select
@@ -91,9 +91,6 @@ def refusal(config: RunConfig, weights: WeightFacts, engine: EngineFacts) -> str
     return None
 
 
-NO_CARD = "no card was found here"
-
-
 def find_machine() -> tuple[Machine | None, str]:
     """The first card the driver shows, or None with what is so."""
     tool = shutil.which("nvidia-smi")
@@ -168,12 +165,12 @@ def memory_tier(
 def engine_facts(config: RunConfig, cwd: Path) -> EngineFacts:
     """Where the chosen engine lies, and why it cannot run if it can't."""
     from runner import __version__
-    from runner.engines.musubi_packages import COMMAND, VERSION, engine_home, our_python
+    from runner.engines.musubi_packages import COMMAND, VERSION, engine_home, python_of
 
     if config.engine.name == "diffusers":
         return EngineFacts(sys.executable, f"runner {__version__}", checkout())
-    home = engine_home() / f"musubi-tuner-{VERSION}"
-    python = our_python()
+    home = engine_home()
+    python = python_of(home)
     places: list[Path] = []
     source: Path | None = None
     missing: str | None = None

@@ -81,14 +81,8 @@ def _texts(config: RunConfig) -> Iterator[str]:
             )
 
 
-# What a source may have of its own, with the least it can be.
-_MEDIA_AT_LEAST = {
-    "batch_size": 1,
-    "num_repeats": 1,
-    "frame_stride": 1,
-    "frame_sample": 1,
-    "max_frames": 1,
-}
+# What a source may have of its own, and is at least 1.
+_MEDIA_COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames")
 
 
 def _numbers(config: RunConfig) -> Iterator[str]:
@@ -118,8 +112,8 @@ def _numbers(config: RunConfig) -> Iterator[str]:
     media: list[tuple[str, Any]] = [("dataset", config.dataset)]
     media += [(f"dataset.sources[{n}]", s) for n, s in enumerate(config.dataset.sources)]
     for key, part in media:
-        for name, low in _MEDIA_AT_LEAST.items():
-            yield from _at_least(f"{key}.{name}", getattr(part, name), low)
+        for name in _MEDIA_COUNTS:
+            yield from _at_least(f"{key}.{name}", getattr(part, name), 1)
         yield from _above_zero(f"{key}.source_fps", part.source_fps)
     above_zero = (
         "network.alpha",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config import RunConfig
+from runner.formats.train_toml import WITH_CYCLES, WITH_LEAST_RATE
 from runner.suggest import did_you_mean
 
 SCHEDULERS = (
@@ -154,12 +155,12 @@ def schedule(config: RunConfig) -> Iterator[str]:
         yield "scheduler=cosine_with_min_lr needs scheduler.min_lr_ratio, for example 0.1."
     if ratio is not None and not 0 <= ratio <= 1:
         yield f"scheduler.min_lr_ratio={ratio:g} must be between 0 and 1."
-    elif ratio is not None and name not in ("cosine_with_min_lr", "rex"):
+    elif ratio is not None and name not in WITH_LEAST_RATE:
         yield (
             f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
             "scheduler=cosine_with_min_lr or scheduler=rex."
         )
-    if scheduler.num_cycles != 1 and name not in ("cosine_with_restarts", "cosine_with_min_lr"):
+    if scheduler.num_cycles != 1 and name not in WITH_CYCLES:
         yield (
             f"scheduler.num_cycles does nothing with scheduler={name}: take "
             "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."

@@ -10,6 +10,9 @@ from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
 from runner.formats.train_toml import WeightPaths
 
+# Why there is no Machine, unless the driver has something else to say.
+NO_CARD = "no card was found here"
+
 
 @dataclass(frozen=True)
 class Machine:

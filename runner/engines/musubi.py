@@ -11,7 +11,13 @@ from typing import Any
 
 from runner.commands import Command
 from runner.config import MemoryConfig, RunConfig
-from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
+from runner.engines.base import (
+    NO_CARD,
+    EngineFacts,
+    Machine,
+    latents_arguments,
+    text_arguments,
+)
 from runner.engines.musubi_original import command_line
 from runner.engines.musubi_packages import VERSION as VERSION
 from runner.errors import UserError
@@ -180,7 +186,7 @@ class MusubiEngine:
 
     def _cannot_compile(self, config: RunConfig, machine: Machine | None) -> str | None:
         if machine is None:
-            return self.facts.cannot_compile or "no card was found here"
+            return self.facts.cannot_compile or NO_CARD
         if machine.capability < (7, 0):
             return f"Triton needs compute capability 7.0 ({machine.name} has less)"
         if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):

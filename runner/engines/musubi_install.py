@@ -35,6 +35,7 @@ from runner.engines.musubi_packages import (
     Wish,
     constraints,
     engine_home,
+    python_of,
     steps,
     torch_build,
 )
@@ -64,7 +65,7 @@ def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
 
     ``other`` is whole, but not what ``wish`` asks for.
     """
-    python = home / "venv" / "bin" / "python"
+    python = python_of(home)
     record = read_record(home)
     if record is None:
         if not (home / "venv").exists():
@@ -229,7 +230,7 @@ def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"[{number}/{len(todo) + 1}] {step.title}")
         _run(step, home, env, log, say)
     say(f"[{len(todo) + 1}/{len(todo) + 1}] looking at what was installed")
-    python = str(home / "venv" / "bin" / "python")
+    python = str(python_of(home))
     probe = _PROBE.replace("NAMES", repr(_MODULES))
     answer = json.loads(_output([python, "-c", probe], env, log).strip().splitlines()[-1])
     if answer["missing"]:
@@ -290,11 +291,6 @@ def _output(argv: Sequence[str], env: Mapping[str, str], log: Path) -> str:
     return done.stdout
 
 
-def home_folder() -> Path:
-    """Where the runner looks for the install."""
-    return engine_home() / f"musubi-tuner-{VERSION}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 2 wrong before work began, 1 failed."""
     from runner.process import Stopped, raise_on_signals
@@ -309,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make.add_argument("--python", help="the Python to make the environment with (3.10 to 3.12)")
     make.add_argument("--again", action="store_true", help="make it anew even when it is whole")
     options = parser.parse_args(arguments)
-    home = home_folder()
+    home = engine_home()
     try:
         if options.command == "check":
             what, line = state(home)
@@ -332,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _wish(options: argparse.Namespace) -> Wish:
     """What the command line asks for; what it leaves out stays as it was installed."""
-    home = home_folder()
+    home = engine_home()
     done = read_record(home) if not options.again else None
     torch, build, source = options.torch_packages, options.torch, options.source
     if build == "auto":

@@ -49,14 +49,19 @@ _LEAST_CUDA = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu124", (12, 0)))
 
 
 def engine_home() -> Path:
-    """Where musubi-tuner is installed for the runner."""
+    """Where this version of musubi-tuner is installed for the runner."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "hunyuan-lora-runner"
+    return Path(data).expanduser() / "hunyuan-lora-runner" / f"musubi-tuner-{VERSION}"
+
+
+def python_of(home: Path) -> Path:
+    """The Python of an install in ``home``, whether it is there or not."""
+    return home / "venv" / "bin" / "python"
 
 
 def our_python() -> Path:
-    """The Python of that install, whether it is there or not."""
-    return engine_home() / f"musubi-tuner-{VERSION}" / "venv" / "bin" / "python"
+    """The Python of the runner's own install, whether it is there or not."""
+    return python_of(engine_home())
 
 
 @dataclass(frozen=True)

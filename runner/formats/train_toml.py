@@ -17,6 +17,9 @@ _NETWORK_MODULES = {
     "loha": "networks.loha",
     "lokr": "networks.lokr",
 }
+# Schedules that have a number of cycles, and those that have a least rate.
+WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr")
+WITH_LEAST_RATE = ("cosine_with_min_lr", "rex")
 _ATTENTION_FLAGS = {"sdpa": "sdpa", "flash": "flash_attn", "xformers": "xformers"}
 
 
@@ -133,13 +136,11 @@ def _scheduler(config: RunConfig) -> dict[str, Any]:
         "lr_warmup_steps": scheduler.warmup_steps or None,
         "lr_scheduler_num_cycles": (
             # With a least rate they are half waves: an even number of them ends at the full rate.
-            scheduler.num_cycles
-            if scheduler.name in ("cosine_with_restarts", "cosine_with_min_lr")
-            else None
+            scheduler.num_cycles if scheduler.name in WITH_CYCLES else None
         ),
         "lr_scheduler_power": scheduler.power if scheduler.name == "polynomial" else None,
         "lr_scheduler_min_lr_ratio": (
-            scheduler.min_lr_ratio if scheduler.name in ("cosine_with_min_lr", "rex") else None
+            scheduler.min_lr_ratio if scheduler.name in WITH_LEAST_RATE else None
         ),
     }
 
