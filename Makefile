@@ -10,9 +10,9 @@ lint: # style and format
 types:
 	scripts/types
 docs: # the pages' commands, links and messages; the recipes
-	scripts/test -n 2 tests/test_docs.py tests/test_readme.py tests/test_recipes.py
+	scripts/test -n 2 tests/project/test_docs.py tests/project/test_readme.py tests/program/test_recipes.py
 wheel: # the wheel, installed into an environment in an empty folder
-	scripts/test tests/test_help.py -k wheel
+	scripts/test tests/cli/test_help.py -k wheel
 ci:
 	.ci/run
 rehearse: # a real, tiny LoRA from start to end

@@ -11,9 +11,9 @@ import numpy as np
 from conftest import TOP
 from media_factory import make_clip, pattern
 
-from runner.report.looks import SIDE
+from runner.data.report.looks import SIDE
 
-SAMPLE = TOP / "runner" / "sample"
+SAMPLE = TOP / "runner" / "data" / "sample"
 PHOTOS = sorted(SAMPLE.rglob("*.jpg"))
 
 

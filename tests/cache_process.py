@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.atomic import write_text
-from runner.console import Console
+from runner.core.atomic import write_text
+from runner.core.console import Console
 
 if TYPE_CHECKING:
-    from runner.execute import Context
+    from runner.pipeline.executor import Context
 
 # Run without the packages of the runner's environment, so that it starts at once.
 ENCODER = """
@@ -83,12 +83,12 @@ def context_of(
     """What a run's stages work with, its folder made; facts are gathered from the disk."""
     from conftest import compose
 
-    from runner.execute import Context, engine_for, run_folder
-    from runner.facts import gather
-    from runner.plan import make_plan
-    from runner.store import Store
+    from runner.pipeline.executor import Context, engine_for, run_folder
+    from runner.pipeline.inputs import gather
+    from runner.pipeline.plan import make_plan
+    from runner.pipeline.verify import use_of
+    from runner.storage.store import Store
     from runner.tracking.mlflow_run import NullWriter
-    from runner.verify import use_of
 
     base = [f"output_dir={outputs}", f"dataset.path={media}", "model=tiny", "memory=cpu"]
     base += ["optimizer=adamw", "precision=fp32", "dataset.resolution=[64,48]"]
@@ -123,7 +123,7 @@ def prepare(context: Context, end: Path = Path("/")) -> None:
 
     The run ends when there is a file ``end``.
     """
-    from runner.stages import run_stage
+    from runner.pipeline.stages import run_stage
 
     try:
         context.replan()

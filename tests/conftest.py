@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runner.config import RunConfig
+from runner.config.schema import RunConfig
 
 # As the runner does for the tiny model: one thread is faster, most of all on a busy machine. This
 # must be said before torch is imported.
@@ -29,9 +29,9 @@ def compose(*overrides: str) -> RunConfig:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from runner import config as run_config
-    from runner.groups import conf_folder
-    from runner.overrides import quote_paths
+    from runner.cli.overrides import quote_paths
+    from runner.config import schema as run_config
+    from runner.config.groups import conf_folder
 
     run_config.register()
     OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
@@ -97,7 +97,7 @@ def fake_item(name: str, **changes: Any) -> Any:
     """An item as a scan finds it: a picture, or a clip when the name says so."""
     import hashlib
 
-    from runner.sources import Item
+    from runner.data.sources import Item
 
     video = Path(name).suffix in (".mp4", ".mov", ".webm", ".mkv", ".avi")
     values: dict[str, Any] = {
@@ -126,13 +126,13 @@ def fake_facts(
     digests: bool = True,
 ) -> Any:
     """Facts as a disk would give them, with paths that are the same on every machine."""
-    from runner.commands import Command
+    from runner.core.command import Command
+    from runner.data.balance import weigh
+    from runner.data.select import Source, select, source_options
     from runner.engines.base import EngineFacts
-    from runner.facts import memory_tier
     from runner.formats.train_toml import WeightPaths
-    from runner.items import Source, select, source_options
-    from runner.plan_model import Facts, WeightFacts
-    from runner.regularisation import weigh
+    from runner.pipeline.inputs import memory_tier
+    from runner.pipeline.model import Facts, WeightFacts
 
     sources = tuple(
         Source(options, "folder", options.path, tuple(items), ())
@@ -171,7 +171,7 @@ def fake_facts(
 
 def report_of(config: RunConfig, facts: Any, looks: Any = None, tokens: Any = None) -> Any:
     """The dataset report for fake facts; nobody looks at pixels unless looks are given."""
-    from runner.report.make import make_report
+    from runner.data.report.make import make_report
 
     return make_report(
         facts.sources, facts.selection, task=config.task.name, looks=looks, tokens=tokens or {}
@@ -180,7 +180,7 @@ def report_of(config: RunConfig, facts: Any, looks: Any = None, tokens: Any = No
 
 def plan_of(config: RunConfig, facts: Any) -> Any:
     """The plan for fake facts."""
-    from runner.execute import engine_for
-    from runner.plan import make_plan
+    from runner.pipeline.executor import engine_for
+    from runner.pipeline.plan import make_plan
 
     return make_plan(config, facts, engine_for(config, facts))

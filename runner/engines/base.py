@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runner.commands import Command
-from runner.config import MemoryConfig, RunConfig
+from runner.config.schema import MemoryConfig, RunConfig
+from runner.core.command import Command
 from runner.formats.train_toml import WeightPaths
 
 # Why there is no Machine, unless the driver has something else to say.
@@ -62,7 +62,7 @@ class Engine(Protocol):
     ) -> tuple[bool, str | None]:
         """Whether to use torch.compile, and why not when it would be expected.
 
-        Raises :class:`runner.errors.UserError` when it was asked for and cannot work.
+        Raises :class:`runner.core.errors.UserError` when it was asked for and cannot work.
         """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 
 Size = tuple[int, int]  # width, height, pixels
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.atomic import write_bytes
-from runner.errors import StageError, UserError
+from runner.core.atomic import write_bytes
+from runner.core.errors import StageError, UserError
 from runner.formats.frames import Crop
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 from runner.formats.bucket import Size
 from runner.formats.frames import EXTRACTIONS, FrameExtraction
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 
 MODEL_FPS = 24.0
 EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")

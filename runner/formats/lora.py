@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 from runner.formats.transformer_keys import (
     BLOCK_LINEARS,
     module_to_diffusers,

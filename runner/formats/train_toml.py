@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from runner.config import MemoryConfig, RunConfig
+from runner.config.schema import MemoryConfig, RunConfig
 
 _NETWORK_MODULES = {
     "lora": "networks.lora_hv_1_5",

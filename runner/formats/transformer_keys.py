@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,13 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from runner.console import Console
-from runner.errors import StageError
+from runner.core.console import Console
+from runner.core.errors import StageError
+from runner.core.process import Stopped, raise_on_signals
 from runner.hub.cache import HubCache, Request
 from runner.hub.fetch import obtain
 from runner.hub.log import hub_log
 from runner.hub.progress import Shown
-from runner.process import Stopped, raise_on_signals
 
 
 def main() -> int:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from runner.atomic import write_text
-from runner.console import readable
-from runner.errors import StageError, UserError
+from runner.core.atomic import write_text
+from runner.core.console import readable
+from runner.core.errors import StageError, UserError
+from runner.data.select import counted
 from runner.hub.cache import HubCache, Request
-from runner.items import counted
 
 if TYPE_CHECKING:
     from runner.hub.fetch import Watcher
@@ -144,7 +144,7 @@ class HubDatasets:
 
 def is_wanted(file: str) -> bool:
     """Whether a file of a repository is a medium, a caption, or an archive of them."""
-    from runner.sources.entries import hidden, media_kind
+    from runner.data.sources.entries import hidden, media_kind
 
     known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
     return not hidden(file) and (known or media_kind(file) is not None)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from runner.console import Bar, Console, readable
+from runner.core.console import Bar, Console, readable
+from runner.data.select import counted
 from runner.hub.remote import RemoteFile
-from runner.items import counted
 
 # Reading less than this takes no time worth showing.
 _LONG = 500_000_000

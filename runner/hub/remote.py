@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from runner.errors import StageError
+from runner.core.errors import StageError
+from runner.core.suggest import did_you_mean
 from runner.hub.cache import Request
-from runner.suggest import did_you_mean
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.atomic import whole
+from runner.core.atomic import whole
 from runner.tracking.secrets import redact
 
 

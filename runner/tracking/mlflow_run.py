@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.files import write_redacted
 from runner.tracking.metrics import Point, clean_metric_name

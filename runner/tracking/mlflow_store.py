@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 from runner.tracking.secrets import redact, secret_values
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 from runner.tracking import mlflow_store
 
 CONNECT_SECONDS = 10.0

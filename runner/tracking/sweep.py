@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from runner.atomic import write_text
-from runner.errors import UserError
+from runner.core.atomic import write_text
+from runner.core.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
 from runner.tracking.secrets import HIDDEN

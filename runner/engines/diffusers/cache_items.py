@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 from runner.formats import dataset_toml
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _from_jsonl(entry: DatasetEntry) -> Iterator[Item]:
 
 
 def _from_directory(entry: DatasetEntry) -> Iterator[Item]:
-    from runner.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+    from runner.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     folder = Path(entry.directory or "")
     if not folder.is_dir():

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runner.core.errors import UserError
+from runner.data.decode import load_clip, load_image, resize_to_bucket
 from runner.engines.diffusers import cli
 from runner.engines.diffusers.cache_items import Item, read_dataset
 from runner.engines.diffusers.models import load_image_encoder, load_vae
-from runner.errors import UserError
 from runner.formats import cache
 from runner.formats.bucket import bucket_size
 from runner.formats.frames import crops
-from runner.media import load_clip, load_image, resize_to_bucket
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from runner.core.errors import UserError
 from runner.engines.diffusers import cli
 from runner.engines.diffusers.cache_items import read_dataset
 from runner.engines.diffusers.models import load_byt5, load_text_encoder
 from runner.engines.diffusers.text_encoding import encode_captions, encode_glyphs
-from runner.errors import UserError
 from runner.formats import cache
 
 

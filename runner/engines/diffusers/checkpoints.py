@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from runner.atomic import write_bytes
+from runner.core.atomic import write_bytes
 from runner.engines.diffusers.data import Dataset
 from runner.engines.diffusers.networks import Network
 from runner.engines.diffusers.options import TrainOptions

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from runner.errors import StageError, UserError
+from runner.core.errors import StageError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

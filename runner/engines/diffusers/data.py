@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.core.errors import UserError
 from runner.engines.diffusers.flow import Batch, Item, collate
-from runner.errors import UserError
 from runner.formats import cache, dataset_toml
 
 if TYPE_CHECKING:

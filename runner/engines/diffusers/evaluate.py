@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runner.atomic import write_text
+from runner.core.atomic import write_text
+from runner.core.errors import UserError
 from runner.engines.diffusers import cli, data, flow, models, network_files, options
 from runner.engines.diffusers.train import Device
-from runner.errors import UserError
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
 

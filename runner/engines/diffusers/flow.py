@@ -2,7 +2,7 @@
 
 A clean latent x0 and normal noise n are mixed at a time t in 0..1, x = (1 - t) * x0 + t * n, and
 the network learns the velocity n - x0. Times, mixing, scaling and target are those musubi-tuner
-v0.3.4 trains with (`tests/test_parity.py` compares with its figures).
+v0.3.4 trains with (`tests/engines/diffusers/test_parity.py` compares with its figures).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 
 # The VAE's `scaling_factor`; caches hold unscaled latents.
 VAE_SCALING_FACTOR = 1.03682

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.core.errors import UserError
 from runner.engines.diffusers import cli
 from runner.engines.diffusers.models import (
     TINY_BYT5,
@@ -25,7 +26,6 @@ from runner.engines.diffusers.models import (
     TINY_VAE,
     TRANSFORMER_FILE,
 )
-from runner.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

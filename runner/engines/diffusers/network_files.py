@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from runner.core.errors import UserError
 from runner.engines.diffusers.networks import (
     CLASSES,
     Adapter,
@@ -15,7 +16,6 @@ from runner.engines.diffusers.networks import (
     NetworkSpec,
     block_modules,
 )
-from runner.errors import UserError
 from runner.formats.lora import lora_name
 
 

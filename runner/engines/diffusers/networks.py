@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner.core.errors import UserError
 from runner.engines.diffusers.flow import derived_seed
-from runner.errors import UserError
 from runner.formats.lora import lora_name
 from runner.formats.transformer_keys import BLOCK_LINEARS, module_to_diffusers
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from runner.core.errors import UserError
 from runner.engines.diffusers.options import TrainOptions
-from runner.errors import UserError
 
 Groups = list[dict[str, Any]]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from runner.errors import UserError
+from runner.core.errors import UserError
 
 # They change speed, memory or messages, never what is learnt.
 # fmt: off

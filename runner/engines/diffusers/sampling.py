@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from runner.atomic import whole
+from runner.core.atomic import whole
+from runner.core.errors import UserError
 from runner.engines.diffusers import flow, models, text_encoding
-from runner.errors import UserError
 from runner.formats.frames import MODEL_FPS
 
 if TYPE_CHECKING:
@@ -228,8 +228,8 @@ class Previewer:
         """For each prompt the first frame's unscaled latent [32, 1, h, w] and image embeddings."""
         if options.task != "i2v":
             return [None] * len(prompts)
+        from runner.data.decode import load_image, resize_to_bucket
         from runner.engines.diffusers.cache_latents import encode_frames, image_features
-        from runner.media import load_image, resize_to_bucket
 
         processor, encoder = models.load_image_encoder(
             str(options.image_encoder), device=self._device

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from runner.core.errors import StageError, UserError
 from runner.engines.diffusers import (
     cli,
     data,
@@ -39,7 +40,6 @@ from runner.engines.diffusers import (
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
-from runner.errors import StageError, UserError
 
 if TYPE_CHECKING:
     from runner.engines.diffusers.options import TrainOptions

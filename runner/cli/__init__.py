@@ -1,0 +1,1 @@
+"""The command line: `python -m runner` and the commands beside it."""

@@ -1,0 +1,302 @@
+"""What the shared cache holds, by dataset and size; and deletes what is not wanted any more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runner.core.console import readable
+from runner.core.errors import UserError
+from runner.core.suggest import did_you_mean
+from runner.storage.store import SHELVES
+from runner.storage.usage import (
+    OTHER,
+    UNKNOWN,
+    Kept,
+    Stock,
+    Wish,
+    by_dataset,
+    chosen,
+    dataset_key,
+    delete,
+    take_stock,
+)
+
+COMMANDS = ("list", "prune")
+_AGES = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+_SIZES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+_EXAMPLES = """\
+examples:
+  python -m runner.cache
+  python -m runner.cache prune --older-than 30d
+  python -m runner.cache prune --keep-below 20GB --dry-run
+  python -m runner.cache prune --dataset mydata.zip
+
+What a running job uses is never deleted. Deleted entries are made again when a run wants them.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line, without the usage before it.
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """List or prune. Exit code 2 for wrong options, 1 if something could not be deleted."""
+    parser, given = _parser(), sys.argv[1:] if argv is None else argv
+    try:
+        _known(parser, given)
+        args = parser.parse_args(given)
+        wish = _wish(args)
+        root = args.outputs / "cache"
+        stock = take_stock(root, time.time())
+        if wish is None:
+            _list(root, stock)
+            return 0
+        return _prune(root, stock, wish, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read this has seen enough; Python must not try to write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m runner.cache",
+        allow_abbrev=False,
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=96),
+    )
+    parser.add_argument(
+        "command", nargs="?", type=_command, default="list", help="list (the default) or prune"
+    )
+    parser.add_argument(
+        "--outputs", type=Path, default=Path("outputs"), help="folder of the runs (outputs)"
+    )
+    prune = parser.add_argument_group(
+        "prune", "Shows what fits all of these, asks, and deletes it, least recently used first."
+    )
+    prune.add_argument(
+        "--older-than", type=_age, metavar="30d", help="not used for so long (h d w)"
+    )
+    prune.add_argument(
+        "--keep-below", type=_size, metavar="20GB", help="only until the cache is below this size"
+    )
+    prune.add_argument("--dataset", metavar="NAME", help="of this dataset and of no other")
+    prune.add_argument("--unused", action="store_true", help="that no run on record has used")
+    prune.add_argument("--verbose", action="store_true", help="name each file")
+    prune.add_argument("--dry-run", action="store_true", help="show, and delete nothing")
+    prune.add_argument("--yes", action="store_true", help="delete without asking")
+    return parser
+
+
+def _known(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Raise UserError for the first option that there is not, with the nearest that there is."""
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    for argument in given:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in options:
+            raise UserError(f"there is no option {name}.{did_you_mean(name, options)}")
+
+
+def _command(text: str) -> str:
+    if text not in COMMANDS:
+        hint = did_you_mean(text, COMMANDS)
+        raise argparse.ArgumentTypeError(f"there is no command {text!r}.{hint}")
+    return text
+
+
+def _age(text: str) -> float:
+    return _quantity(text, _AGES, "30d, 12h or 2w")
+
+
+def _size(text: str) -> int:
+    return int(_quantity(text, _SIZES, "20GB or 500MB"))
+
+
+def _quantity(text: str, units: dict[str, float], example: str) -> float:
+    """A number with its unit, in either case. Raises ArgumentTypeError with what is meant."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number with a unit, such as {example}")
+    number, unit = found.groups()
+    for name, worth in units.items():
+        if unit.lower() == name.lower():
+            return float(number) * worth
+    raise argparse.ArgumentTypeError(
+        f"{text!r} has no unit known here.{did_you_mean(unit, units)}"
+        if unit
+        else f"{text!r} needs a unit, such as {example}"
+    )
+
+
+def _wish(args: Any) -> Wish | None:
+    """What to delete; None for a list."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("older_than", "keep_below", "dataset", "unused")
+        if getattr(args, name) is not None and getattr(args, name) is not False
+    ]
+    manner = [
+        f"--{name.replace('_', '-')}"
+        for name in ("verbose", "dry_run", "yes")
+        if getattr(args, name)
+    ]
+    if args.command == "list":
+        if given or manner:
+            option = (given + manner)[0]
+            raise UserError(f"{option} is for prune: python -m runner.cache prune {option} ...")
+        return None
+    if not given:
+        raise UserError(
+            "prune: say what to delete, by --older-than, --keep-below, --dataset or --unused"
+        )
+    return Wish(args.older_than, args.keep_below, args.dataset, args.unused)
+
+
+def _list(root: Path, stock: Stock) -> None:
+    print(f"{root}: {readable(stock.bytes)}")
+    if not stock.kept:
+        return
+    print()
+    _table(stock, stock.kept)
+    print()
+    shared = [one for one in stock.kept if len(one.datasets) > 1]
+    if shared:
+        print(f"{_sum(shared)} that several datasets use {_s(shared, 'count')} in each.")
+    if any(one.named and not one.datasets for one in stock.kept):
+        print(f"{UNKNOWN}: what no run on record has used.")
+    if any(not one.named for one in stock.kept):
+        print(f"{OTHER}: small files that any run may use.")
+    print(
+        "After a prune the cache/ of finished runs has links that lead nowhere; nothing needs them."
+    )
+
+
+def _prune(root: Path, stock: Stock, wish: Wish, args: Any) -> int:
+    if wish.dataset is not None:
+        key = dataset_key(stock, wish.dataset)
+        wish = Wish(wish.older_than, wish.keep_below, key, wish.unused)
+    victims = chosen(stock, wish, time.time())
+    if victims:
+        print(f"{root}: {readable(stock.bytes)}, of which this would be deleted:\n")
+        _table(stock, victims)
+        print()
+        if args.verbose:
+            for one in victims:
+                print(f"  {one.path}  {readable(one.bytes)}")
+            print()
+    for line in _stays(stock, wish, victims):
+        print(line)
+    if not victims:
+        print("Nothing to delete.")
+        return 0
+    if not args.yes or args.dry_run:
+        if args.dry_run:
+            print("Nothing was deleted (--dry-run).")
+            return 0
+        if not sys.stdin.isatty():
+            print("Nothing was deleted: there is no terminal to ask at; --yes deletes.")
+            return 0
+        if not _agreed():
+            print("Nothing was deleted.")
+            return 0
+    gone = delete(root, victims)
+    print(f"Deleted {_sum(gone)}.")
+    names = {one.name for one in gone}
+    left = [one for one in victims if one.name not in names]
+    if left:
+        print(f"{_sum(left)} {_s(left, 'stay')}: a run has begun to use them.")
+    return 0
+
+
+def _agreed() -> bool:
+    try:
+        return input("delete? [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return False
+
+
+def _stays(stock: Stock, wish: Wish, victims: Sequence[Kept]) -> list[str]:
+    """What one might expect to go, and why it stays."""
+    lines: list[str] = []
+    of_it = [one for one in stock.kept if wish.dataset is None or wish.dataset in one.datasets]
+    used = [one for one in of_it if one.in_use]
+    if used:
+        names = {one.name for one in used}
+        runs = sorted({one.who for one in stock.running if one.names & names})
+        lines.append(f"{_sum(used)} {_s(used, 'stay')}: in use by {', '.join(runs)}.")
+    shared = [one for one in of_it if len(one.datasets) > 1 and not one.in_use]
+    if wish.dataset is not None and shared:
+        lines.append(f"{_sum(shared)} {_s(shared, 'stay')}: other datasets use them too.")
+    left = stock.bytes - sum(one.bytes for one in victims)
+    if wish.keep_below is not None and left > wish.keep_below:
+        lines.append(f"{readable(left)} would be left, more than {readable(wish.keep_below)}.")
+    return lines
+
+
+def _sum(kept: Sequence[Kept]) -> str:
+    number = f"{len(kept)} entr{'y' if len(kept) == 1 else 'ies'}"
+    return f"{number} ({readable(sum(one.bytes for one in kept))})"
+
+
+def _s(kept: Sequence[Kept], verb: str) -> str:
+    return f"{verb}s" if len(kept) == 1 else verb
+
+
+def _table(stock: Stock, kept: Sequence[Kept]) -> None:
+    """One row a dataset, with the bytes on each shelf, and one for the whole."""
+    others = sorted({one.shelf for one in kept} - set(SHELVES))
+    shelves = (*SHELVES, *others)
+    rows = [("dataset", "entries", *shelves, "last used")]
+    for name, of_it in by_dataset(stock, kept).items():
+        rows.append((name, *_cells(of_it, shelves), _when(stock, name, of_it)))
+    rows.append(("total", *_cells(kept, shelves), ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        print("  ".join([*cells, row[-1]]).rstrip())
+
+
+def _cells(kept: Iterable[Kept], shelves: Sequence[str]) -> list[str]:
+    kept = list(kept)
+    sizes = [sum(one.bytes for one in kept if one.shelf == shelf) for shelf in shelves]
+    return [str(len(kept)), *(readable(size) if size else "-" for size in sizes)]
+
+
+def _when(stock: Stock, dataset: str, kept: Sequence[Kept]) -> str:
+    names = {one.name for one in kept if one.in_use}
+    if names:
+        return f"in use by {min(one.who for one in stock.running if one.names & names)}"
+    used = stock.used.get(dataset) or max(one.used for one in kept)
+    return ago(time.time() - used)
+
+
+def ago(seconds: float) -> str:
+    """``just now``, ``5 minutes ago``, ``3 days ago``."""
+    for size, unit in ((86400.0, "day"), (3600.0, "hour"), (60.0, "minute")):
+        number = int(seconds // size)
+        if number >= 1:
+            return f"{number} {unit}{'' if number == 1 else 's'} ago"
+    return "just now"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The command line: paths taken literally, and wrong names answered with the nearest right one.
+
+Hydra's override grammar gives meaning to spaces, brackets, quotes and commas, which a path from a
+shell may well contain, and its errors speak of structs and config groups. Both are mended here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from runner.config.schema import SourceConfig, options
+from runner.core.suggest import did_you_mean, nearest
+
+# Tables whose keys are not the runner's: what an optimizer or a network takes.
+OPEN_ENDED = ("optimizer.args.", "network.args.")
+
+
+def path_keys() -> frozenset[str]:
+    """Options whose values are paths."""
+    return frozenset(option.key for option in options() if option.path)
+
+
+def quote_paths(arguments: Sequence[str], *, multirun: bool) -> list[str]:
+    """The arguments as Hydra needs them: paths quoted, an optimizer's own arguments allowed.
+
+    In a sweep a value with commas stays as it is, to be swept, unless it exists as a path.
+    """
+    keys = path_keys()
+    quoted: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and f"{key}.".startswith(OPEN_ENDED):
+            # Which keys these tables take is the engine's to say; Hydra wants to be told that a
+            # key may be new.
+            quoted.append(f"++{argument}")
+        elif (
+            not equals
+            or key.lstrip("+") not in keys
+            or value in ("", "null")
+            or _is_quoted(value)
+            or (multirun and "," in value and not exists(value))
+        ):
+            quoted.append(argument)
+        else:
+            quoted.append(f"{key}={quote(value)}")
+    return quoted
+
+
+def exists(value: str) -> bool:
+    """Whether a path is there; False for what cannot be one."""
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _is_quoted(value: str) -> bool:
+    return (
+        len(value) >= 2
+        and value[0] == value[-1]
+        and value[0] in "'\""
+        and value[0] not in value[1:-1]
+        and not exists(value)
+    )
+
+
+def quote(value: str) -> str:
+    """A string that Hydra's grammar reads back as ``value``, without interpolation."""
+    # A run of backslashes is halved by the grammar only before a quote, and the end is one.
+    escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
+    escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
+    # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
+    return "'" + escaped.replace("${", "\\${") + "'"
+
+
+def diagnose(arguments: Iterable[str], choices: dict[str, list[str]]) -> str | None:
+    """What is wrong with the first argument that names no option or choice, or None."""
+    known = {option.key for option in options()}
+    parts = {key.rsplit(".", 1)[0] for key in known if "." in key}
+    open_ended = (*OPEN_ENDED, "hydra.", "hydra/")
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        if argument.startswith("~"):
+            continue
+        key, equals, value = argument.partition("=")
+        key = key.lstrip("+")
+        if not equals:
+            near = nearest(key, [*known, *choices])
+            hint = f" Did you mean {near[0]}=...?" if near else ""
+            return f"{argument!r} is no option: write KEY=VALUE.{hint}"
+        if key in choices:
+            wrong = _unknown_choice(key, value, choices[key])
+            if wrong:
+                return wrong
+        elif key in parts:
+            return f"{key} is a group of options: set one of them, for example {_example(key)}."
+        elif key not in known and not key.startswith(open_ended):
+            return f"There is no option {key}.{_option_hint(key, value, known, choices)}"
+    return None
+
+
+def _unknown_choice(group: str, value: str, names: list[str]) -> str | None:
+    for name in value.split(","):
+        if name.strip("'\"") not in (*names, "null"):
+            return f"There is no {group}={name}.{did_you_mean(name, names)}"
+    return None
+
+
+def _example(part: str) -> str:
+    return next(option.key for option in options() if option.key.startswith(part + ".")) + "=..."
+
+
+def _option_hint(key: str, value: str, known: set[str], choices: dict[str, list[str]]) -> str:
+    """The nearest option; a bare name is tried against the last part of every key too."""
+    last: dict[str, str] = {}
+    for name in sorted(known):
+        last.setdefault(name.rsplit(".", 1)[-1], name)
+    bare = key.rsplit(".", 1)[-1]
+    if bare in last and bare != key:
+        return f" Did you mean {last[bare]}?"
+    if "." not in key:
+        group = nearest(key, choices)
+        if group and value in choices[group[0]]:
+            return f" Did you mean {group[0]}={value}?"
+        if key in last:
+            return f" Did you mean {last[key]}?"
+    near = nearest(key, [*known, *choices])
+    if not near and bare:
+        near = [last[name] for name in nearest(bare, last)]
+    return f" Did you mean {near[0]}?" if near else " `python -m runner --cfg job` lists them all."
+
+
+_KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+_WRONG_VALUE = re.compile(
+    r"Value '(?P<value>.*)' (?:of type '.*' could not be converted to (?P<kind>\w+)"
+    r"|is not a valid (?P<type>\w+))"
+)
+
+
+def readable(error: BaseException) -> str:
+    """An error of Hydra or OmegaConf in the runner's words, one line."""
+    from hydra.errors import OverrideParseException
+
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, OverrideParseException):
+            return (
+                f"{link.override!r} can't be read: {_first_line(link)}. Quote values with spaces "
+                "or brackets twice, for example 'name=\"a b\"'."
+            )
+    for link in chain:
+        text = str(link)
+        key = re.search(r"full_key: (\S+)", text)
+        where = key.group(1) if key else "an option"
+        wrong = _WRONG_VALUE.search(text)
+        if wrong:
+            kind = _KINDS.get(wrong["kind"] or wrong["type"], wrong["kind"] or wrong["type"])
+            return f"{where}={wrong['value']} must be {kind}."
+        if "is not a ListConfig" in text:
+            return f"{where} must be a list, for example {where}=[1,2]."
+        stranger = re.search(r"Key '(\w+)' not in 'SourceConfig'", text)
+        if stranger:
+            names = [item.name for item in fields(SourceConfig)]
+            hint = did_you_mean(stranger.group(1), names)
+            return f"dataset.sources: there is no option {stranger.group(1)}.{hint}"
+    return _first_line(error).rstrip(".") + "."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def _chain(error: BaseException) -> Iterable[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

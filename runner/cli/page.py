@@ -1,0 +1,82 @@
+"""A plan as a page to read."""
+
+from __future__ import annotations
+
+import textwrap
+
+from runner.config.schema import RunConfig
+from runner.core.console import Console
+from runner.data.report.model import Report
+from runner.data.report.page import page_lines
+from runner.data.select import counted
+from runner.pipeline.model import Facts, Plan
+
+
+def page(plan: Plan, config: RunConfig, facts: Facts, report: Report) -> str:
+    """What a dry run prints: the dataset, stages, exact commands, files, steps and epochs."""
+    lines = [f"{plan.name}: nothing is run or written (dry_run=true)", ""]
+    lines += _overview(plan, config, facts)
+    if plan.notices:
+        lines += ["", "Notes"]
+        for notice in plan.notices:
+            lines += textwrap.wrap(notice, 96, initial_indent="  - ", subsequent_indent="    ")
+    lines += ["", *page_lines(report), "", "Stages"]
+    for number, stage in enumerate(plan.stages, 1):
+        mark = {"done": "done", "to run": "to run", "skipped": "skip"}[stage.state]
+        lines.append(f"  {number}. {stage.name:<9} {mark:<7} {stage.summary}")
+    lines += ["", "Commands (in the run's folder)"]
+    for stage in plan.stages:
+        if stage.to_run and stage.commands:
+            lines.append(f"  # {stage.name}")
+            lines += [textwrap.indent(command.shell(), "  ") for command in stage.commands]
+            lines.append("")
+    for name, text in plan.files:
+        lines += [name, textwrap.indent(text.rstrip(), "  "), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _overview(plan: Plan, config: RunConfig, facts: Facts) -> list[str]:
+    training = config.training
+    items = facts.selection.items
+    held_out = sum(item.held_out for item in items)
+    clips = sum(item.kind == "video" for item in items)
+    crops = sum(len(item.crops) for item in items)
+    buckets = sorted({item.bucket for item in items})
+    shapes = ", ".join(f"{width}x{height}" for width, height in buckets[:6])
+    media = f"{counted(len(items) - clips, 'picture')}, {counted(clips, 'clip')}"
+    if crops:
+        media += f" ({counted(crops, 'crop')})"
+    if held_out:
+        media += f", {held_out} held out"
+    rows = [
+        ("task", f"{config.task.name} on {config.model.name}, engine {facts.engine.version}"),
+        ("data", f"{media}, from {', '.join(source.path for source in facts.sources)}"),
+        ("buckets", shapes + (f" and {len(buckets) - 6} more" if len(buckets) > 6 else "")),
+        ("network", f"{config.network.name}, rank {config.network.rank}, {_alpha(config)}"),
+        ("optimizer", f"{config.optimizer.name}, {config.optimizer.learning_rate:g}"),
+        ("schedule", config.scheduler.name),
+        ("precision", f"{config.precision.name}, memory {facts.memory.name}"),
+        (
+            "steps",
+            f"{plan.steps:,} = {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"
+            + (f" (training.max_steps={training.max_steps})" if training.max_steps else ""),
+        ),
+        ("seed", str(facts.seed)),
+        ("run in", f"{facts.root}/runs/<date>/<time>-{plan.name}"),
+    ]
+    if facts.engine.missing:
+        rows.append(("missing", facts.engine.missing))
+    return [f"  {name:<10} {value}" for name, value in rows]
+
+
+def _alpha(config: RunConfig) -> str:
+    return f"alpha {config.network.alpha:g}"
+
+
+def show_plan(
+    console: Console, plan: Plan, config: RunConfig, facts: Facts, report: Report
+) -> None:
+    """Print :func:`page`."""
+    for line in page(plan, config, facts, report).splitlines():
+        heading = bool(line) and not line.startswith(" ")
+        console.line(line, style="bold" if heading else None)

@@ -1,0 +1,289 @@
+"""Rules on options, alone and together, checked before anything is read or written; pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from runner.config.schema import RunConfig, options
+from runner.core.errors import UserError
+from runner.core.suggest import did_you_mean
+from runner.engines.musubi import rules as rules_musubi
+
+STAGES = ("weights", "dataset", "latents", "text", "train", "convert", "evaluate")
+
+
+def check(config: RunConfig) -> None:
+    """Raise :class:`UserError` for the first rule that ``config`` breaks."""
+    for problem in problems(config):
+        raise UserError(problem)
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    """Every broken rule, one line each."""
+    for rule in (_choices, _texts, _numbers, _frames, _combinations, _stages):
+        yield from rule(config)
+    if config.engine.name == "musubi":
+        yield from rules_musubi.problems(config)
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def nearest_frames(frames: int) -> tuple[int, int]:
+    """The two counts of the form 4N+1 around ``frames``."""
+    below = max(1, (frames - 1) // 4 * 4 + 1)
+    return below, below + 4
+
+
+def _choices(config: RunConfig) -> Iterator[str]:
+    for option in options():
+        if not option.choices:
+            continue
+        yield from _choice(option.key, value_of(config, option.key), option.choices)
+        # What a source has of its own is one of the dataset's choices.
+        group, _, name = option.key.rpartition(".")
+        for n, source in enumerate(config.dataset.sources if group == "dataset" else []):
+            value = getattr(source, name, None)
+            yield from _choice(f"dataset.sources[{n}].{name}", value, option.choices)
+
+
+def _choice(key: str, value: Any, choices: tuple[str, ...]) -> Iterator[str]:
+    if value is not None and value not in choices:
+        yield f"{key}={value} is not a choice.{did_you_mean(str(value), choices)}"
+
+
+_SECRET_FLAG = re.compile(r"-+\w*(token|password|secret|api_key)\b", re.IGNORECASE)
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    name = config.name
+    if name is not None and (not name.strip(". ") or set(name) & set("/\\\0\n")):
+        yield f"name={name!r} can't be a folder's name: leave out / and \\."
+    for key in ("include", "exclude"):
+        for pattern in getattr(config.network, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"network.{key}: {pattern!r} is no regular expression: {error}."
+    for argument in config.engine.extra_args:
+        secret = _SECRET_FLAG.match(argument)
+        if secret:
+            yield (
+                f"engine.extra_args holds {secret.group(0)}: a secret on a command line can be "
+                "read by others. Set it in the environment, for example HF_TOKEN."
+            )
+
+
+# What a source may have of its own, and is at least 1.
+_MEDIA_COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames")
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    at_least: tuple[tuple[str, float], ...] = (
+        ("network.rank", 1),
+        ("training.epochs", 1),
+        ("training.max_steps", 1),
+        ("training.gradient_accumulation_steps", 1),
+        ("training.max_grad_norm", 0),
+        ("training.save_every_epochs", 1),
+        ("training.save_every_steps", 1),
+        ("training.keep_last", 1),
+        ("training.seed", -1),
+        ("training.data_workers", 0),
+        ("scheduler.warmup_steps", 0),
+        ("scheduler.num_cycles", 1),
+        ("scheduler.power", 0),
+        ("memory.blocks_to_swap", 0),
+        ("memory.vae_tile", 0),
+        ("memory.text_batch_size", 1),
+        ("sampling.steps", 1),
+        ("sampling.every_epochs", 1),
+        ("sampling.seed", 0),
+    )
+    for key, low in at_least:
+        yield from _at_least(key, value_of(config, key), low)
+    media: list[tuple[str, Any]] = [("dataset", config.dataset)]
+    media += [(f"dataset.sources[{n}]", s) for n, s in enumerate(config.dataset.sources)]
+    for key, part in media:
+        for name in _MEDIA_COUNTS:
+            yield from _at_least(f"{key}.{name}", getattr(part, name), 1)
+        yield from _above_zero(f"{key}.source_fps", part.source_fps)
+    above_zero = (
+        "network.alpha",
+        "optimizer.learning_rate",
+        "training.discrete_flow_shift",
+        "training.sigmoid_scale",
+        "dataset.max_archive_gb",
+    )
+    for key in above_zero:
+        yield from _above_zero(key, value_of(config, key))
+    if config.sampling.seed >= 2**64:
+        yield f"sampling.seed={config.sampling.seed} must be below {2**64}."
+    if not 0 <= config.dataset.validation_fraction < 1:
+        yield (
+            f"dataset.validation_fraction={config.dataset.validation_fraction} must be "
+            "at least 0 and below 1."
+        )
+    dropout = config.network.dropout
+    if dropout is not None and not 0 <= dropout < 1:
+        yield f"network.dropout={dropout} must be at least 0 and below 1."
+    low_t, high_t = config.training.min_timestep, config.training.max_timestep
+    if not 0 <= (low_t or 0) < (1000 if high_t is None else high_t) <= 1000:
+        yield (
+            f"training.min_timestep={low_t} and training.max_timestep={high_t} must satisfy "
+            "0 <= min < max <= 1000."
+        )
+
+
+def _at_least(key: str, value: float | None, low: float) -> Iterator[str]:
+    if value is None:
+        return
+    if not math.isfinite(value):
+        yield f"{key}={value} must be a number, at least {low:g}."
+    elif value < low:
+        yield f"{key}={value} is too small: it must be at least {low:g}."
+
+
+def _above_zero(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        yield f"{key}={value} must be a number above 0."
+
+
+def _resolution(key: str, resolution: list[int] | None) -> Iterator[str]:
+    if resolution is None:
+        return
+    if len(resolution) != 2:
+        yield f"{key}={resolution} must be two numbers, width and height."
+        return
+    for side in resolution:
+        if side < 32 or side % 16:
+            near = max(32, round(side / 16) * 16)
+            yield f"{key}={resolution}: {side} is not a multiple of 16 (nearest: {near})."
+
+
+def _target_frames(key: str, values: list[int] | None) -> Iterator[str]:
+    if values is None:
+        return
+    if not values:
+        yield f"{key} is empty: name at least one frame count, for example [1,13,25]."
+    for frames in values:
+        if frames < 1 or frames % 4 != 1:
+            below, above = nearest_frames(frames)
+            yield f"{key}: {frames} is not of the form 4N+1 (nearest: {below} or {above})."
+
+
+def _frames(config: RunConfig) -> Iterator[str]:
+    parts: list[tuple[str, Any]] = [("dataset", config.dataset)]
+    parts += [(f"dataset.sources[{n}]", s) for n, s in enumerate(config.dataset.sources)]
+    for key, part in parts:
+        yield from _resolution(f"{key}.resolution", part.resolution)
+        yield from _target_frames(f"{key}.target_frames", part.target_frames)
+        extraction = part.frame_extraction or config.dataset.frame_extraction
+        targets = part.target_frames or config.dataset.target_frames
+        if extraction == "chunk" and 1 in targets:
+            yield (
+                f"{key}.target_frames has a 1, and frame_extraction=chunk would make an item of "
+                f"every single frame: leave the 1 out, for example {key}.target_frames=[13,25]."
+            )
+    for n, source in enumerate(config.dataset.sources):
+        if not source.path and source.kind != "sample":
+            yield f"dataset.sources[{n}] has no path."
+    yield from _regularisation(config)
+    if config.sampling.name == "prompts":
+        yield from _resolution("sampling.width/height", _preview_size(config))
+        yield from _target_frames("sampling.frames", [config.sampling.frames])
+        if not config.sampling.prompts:
+            yield "sampling=prompts needs sampling.prompts, for example [a cat on a roof]."
+        if config.task.name == "i2v" and not config.sampling.image_path:
+            yield "sampling=prompts with task=i2v needs sampling.image_path, the first frame."
+
+
+def _regularisation(config: RunConfig) -> Iterator[str]:
+    sources = config.dataset.sources
+    for n, source in enumerate(sources):
+        key = f"dataset.sources[{n}]"
+        if source.weight is not None and not source.regularisation:
+            yield (
+                f"{key}.weight is for regularisation sets: add regularisation: true, or take "
+                "num_repeats."
+            )
+        if source.regularisation and source.num_repeats is not None:
+            yield f"{key}: regularisation sets get their repeats from weight: drop num_repeats."
+        weight = 1.0 if source.weight is None else source.weight
+        if not (weight > 0 and math.isfinite(weight)):
+            yield f"{key}.weight={weight} must be a number above 0."
+    if sources and all(source.regularisation for source in sources):
+        yield "dataset.sources holds regularisation sets only: add what is to be learned."
+
+
+def _preview_size(config: RunConfig) -> list[int]:
+    return [config.sampling.width, config.sampling.height]
+
+
+def _combinations(config: RunConfig) -> Iterator[str]:
+    engine, model = config.engine.name, config.model
+    if model.source == "random" and engine == "musubi":
+        yield (
+            "model=tiny has random weights and is for the embedded engine: add engine=diffusers, "
+            "or take model=hunyuan15_720p."
+        )
+    if model.source == "hub" and engine == "diffusers":
+        yield (
+            f"engine=diffusers trains model=tiny only, not model={model.name}: take "
+            "engine=musubi for the real weights, or model=tiny for a rehearsal."
+        )
+    if engine == "diffusers":
+        if (config.memory.vae_tile or 0) % 64:
+            yield f"memory.vae_tile={config.memory.vae_tile} must be 0 or a multiple of 64."
+        if config.precision.fp8_base:
+            yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
+        if config.memory.blocks_to_swap:
+            yield "memory.blocks_to_swap needs engine=musubi; with engine=diffusers leave it 0."
+        if config.engine.arguments != "file":
+            yield "engine.arguments=command_line needs engine=musubi."
+        if config.training.save_state or config.training.resume_from:
+            yield "training.save_state and training.resume_from need engine=musubi."
+        if config.engine.extra_args:
+            yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
+        if config.training.timestep_sampling not in ("shift", "sigmoid", "uniform"):
+            yield (
+                f"training.timestep_sampling={config.training.timestep_sampling} needs "
+                "engine=musubi; engine=diffusers takes shift, sigmoid or uniform."
+            )
+        if config.training.weighting_scheme != "none":
+            yield "training.weighting_scheme needs engine=musubi."
+    if config.precision.fp8_scaled and not config.precision.fp8_base:
+        yield "precision.fp8_scaled=true needs precision.fp8_base=true."
+    most = model.blocks - 3
+    if (config.memory.blocks_to_swap or 0) > most and model.source == "hub":
+        yield (
+            f"memory.blocks_to_swap={config.memory.blocks_to_swap} is too many: the network has "
+            f"{model.blocks} blocks and at most {most} can be swapped."
+        )
+    if config.scheduler.warmup_steps and config.scheduler.name == "constant":
+        yield (
+            "scheduler=constant has no warm-up: take scheduler=constant_with_warmup, or "
+            "scheduler.warmup_steps=0."
+        )
+    if config.tracking.name == "none" and config.tracking.uri:
+        yield "tracking.uri is set but tracking=none: take tracking=server."
+
+
+def _stages(config: RunConfig) -> Iterator[str]:
+    for key, names in (("skip", config.stages.skip), ("force", config.stages.force)):
+        for name in names:
+            later = {"latents", "text", "train"}
+            if name == "dataset" and key == "skip" and not later <= set(names):
+                yield (
+                    "stages.skip=[dataset] would leave the later stages without media: leave it "
+                    "out, finished work is recognised."
+                )
+            if name not in STAGES:
+                yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, STAGES)}"

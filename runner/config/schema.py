@@ -1,0 +1,365 @@
+"""Every option of a run: its type, its default and its meaning, defined once.
+
+Hydra composes the YAML groups in ``conf/`` into :class:`RunConfig`; a key or type that is not
+here is an error at composition. Rules that span options are in :mod:`runner.config.rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), path: bool = False) -> Any:
+    """A dataclass field with its meaning, and for a text option the values it takes.
+
+    ``path`` marks values that are file-system paths, which are taken literally from the shell.
+    """
+    metadata = {"help": help, "choices": choices, "path": path}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def part(cls: type) -> Any:
+    """A nested group of options."""
+    return field(default_factory=cls)
+
+
+FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
+TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "sigma", "logsnr")
+WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+
+
+@dataclass
+class TaskConfig:
+    name: str = option("t2v", "Text to video, or image to video.", choices=("t2v", "i2v"))
+
+
+@dataclass
+class ModelConfig:
+    name: str = option("hunyuan15_720p", "Which weights to train on.")
+    source: str = option(
+        "hub",
+        "Where the weights come from: the Hugging Face hub, or made at random (tiny).",
+        choices=("hub", "random"),
+    )
+    repository: str = option("", "Hub repository of the transformer and the VAE.")
+    revision: str = option("main", "Branch, tag or commit of that repository.")
+    transformer: str = option("", "The transformer's file in it.")
+    vae: str = option("", "The VAE's file in it.")
+    encoders_repository: str = option("", "Hub repository of the text and image encoders.")
+    encoders_revision: str = option("main", "Branch, tag or commit of that repository.")
+    qwen_tokenizer_revision: str = option("main", "Revision of Qwen/Qwen-Image (tokenizer).")
+    byt5_tokenizer_revision: str = option("main", "Revision of google/byt5-small (tokenizer).")
+    text_encoder: str = option("", "The Qwen2.5-VL file in it.")
+    byt5: str = option("", "The ByT5 file in it.")
+    image_encoder: str = option("", "The SigLIP file in it (i2v only).")
+    blocks: int = option(54, "Double blocks in the transformer; bounds memory.blocks_to_swap.")
+
+
+@dataclass
+class EngineConfig:
+    name: str = option("musubi", "Which set of executables runs the stages.")
+    path: str | None = option(
+        None, "An existing musubi-tuner checkout (default: the installed one).", path=True
+    )
+    python: str | None = option(
+        None, "The Python that runs it (default: its own environment's).", path=True
+    )
+    arguments: str = option(
+        "file",
+        "How the trainer gets its options: in train.toml, or all on its command line.",
+        choices=("file", "command_line"),
+    )
+    extra_args: list[str] = option([], "More arguments for the trainer, given as they are.")
+
+
+@dataclass
+class SourceConfig:
+    """One of several datasets; what it leaves out it takes from ``dataset``."""
+
+    path: str = option("", "Zip, folder or JSONL file; owner/name with hub.", path=True)
+    kind: str = option(
+        "auto",
+        "What the path is.",
+        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
+    )
+    revision: str | None = None
+    trigger_word: str | None = None
+    default_caption: str | None = None
+    resolution: list[int] | None = None
+    batch_size: int | None = None
+    num_repeats: int | None = None
+    target_frames: list[int] | None = None
+    frame_extraction: str | None = None
+    frame_stride: int | None = None
+    frame_sample: int | None = None
+    max_frames: int | None = None
+    source_fps: float | None = None
+    enable_bucket: bool | None = None
+    bucket_no_upscale: bool | None = None
+    regularisation: bool = option(
+        False,
+        "Media of the subject's kind, not of the subject: they keep the model from forgetting. "
+        "No trigger word is added, none is held out, and weight says how often they are seen.",
+    )
+    weight: float | None = option(
+        None,
+        "Regularisation samples in an epoch for each sample of the other sources (default 1). "
+        "Repeats, or a part of the set, are chosen to come nearest.",
+    )
+
+
+@dataclass
+class DatasetConfig:
+    kind: str = option(
+        "auto",
+        "What the path is; auto tells it from the path, hub is a dataset of the Hugging Face hub.",
+        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
+    )
+    path: str = option(
+        "data", "Zip, folder or JSONL file of pictures and clips; owner/name with hub.", path=True
+    )
+    revision: str = option(
+        "main",
+        "Branch, tag or commit (hub). A branch is looked up once: stages.force=[dataset] does it "
+        "again.",
+    )
+    trigger_word: str | None = option(None, "Put before every caption that lacks it.")
+    default_caption: str | None = option(None, "Caption of media that have none.")
+    missing_captions: str = option(
+        "error", "What to do about media with no caption.", choices=("error", "skip")
+    )
+    resolution: list[int] = option([544, 960], "Width and height, pixels; buckets keep the area.")
+    batch_size: int = option(1, "Items in a batch.")
+    num_repeats: int = option(1, "How often each item is seen in an epoch.")
+    target_frames: list[int] = option([1, 13, 25], "Frames to train on, each 4N+1 (clips).")
+    frame_extraction: str = option(
+        "head", "Which frames of a clip are taken.", choices=FRAME_EXTRACTIONS
+    )
+    frame_stride: int = option(1, "Frames between two windows (slide).")
+    frame_sample: int = option(1, "Windows in a clip (uniform).")
+    max_frames: int = option(129, "Most frames of a clip (full).")
+    source_fps: float | None = option(
+        None, "Frame rate of the clips, to bring them to 24 a second; null keeps every frame."
+    )
+    enable_bucket: bool = option(True, "Keep aspect ratios by sorting into buckets.")
+    bucket_no_upscale: bool = option(False, "Never enlarge a picture to its bucket.")
+    validation_fraction: float = option(0.0, "Share of items held out for eval/loss.")
+    max_archive_gb: float = option(100.0, "Refuse a zip that unpacks to more than this.")
+    sources: list[SourceConfig] = field(
+        default_factory=list,
+        metadata={
+            "help": "Several datasets in one run, instead of dataset.path, each with its own "
+            "options: [{path: a.zip, num_repeats: 2}, {path: reg, regularisation: true, "
+            "weight: 0.5}].",
+            "choices": (),
+        },
+    )
+
+
+@dataclass
+class NetworkConfig:
+    name: str = option("lora", "Kind of adapter.", choices=("lora", "loha", "lokr"))
+    rank: int = option(32, "Rank (network_dim).")
+    alpha: float = option("${.rank}", "Scale is alpha / rank; follows the rank unless set.")
+    dropout: float | None = option(None, "Dropout inside the adapter.")
+    weights: str | None = option(
+        None, "A LoRA of an earlier run to start from (its lora.safetensors).", path=True
+    )
+    include: list[str] = option([], "Regular expressions of module names to add.")
+    exclude: list[str] = option([], "Regular expressions of module names to leave out.")
+    args: dict[str, Any] = option({}, "More network arguments.")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = option("adamw8bit", "Optimizer.")
+    # "???" is OmegaConf for a value that must be given.
+    type: str = option("???", "Its name or class path for the trainer.")
+    learning_rate: float = option(1e-4, "Learning rate; belongs to the optimizer.")
+    args: dict[str, Any] = option({}, "The optimizer's own arguments.")
+
+
+@dataclass
+class SchedulerConfig:
+    name: str = option("constant", "Learning-rate schedule.")
+    warmup_steps: int = option(0, "Steps over which the rate climbs.")
+    num_cycles: int = option(1, "Cycles of cosine_with_restarts and cosine_with_min_lr.")
+    power: float = option(1.0, "Exponent (polynomial).")
+    min_lr_ratio: float | None = option(None, "Final share of the rate (cosine_with_min_lr, rex).")
+
+
+@dataclass
+class PrecisionConfig:
+    name: str = option("bf16", "Precision of the frozen network.")
+    mixed_precision: str = option("bf16", "Mixed precision.", choices=("bf16", "fp16", "no"))
+    dit_dtype: str | None = option(None, "Type the transformer is loaded in.")
+    fp8_base: bool = option(False, "Keep the frozen transformer in fp8.")
+    fp8_scaled: bool = option(False, "Scale each fp8 weight block (needs fp8_base).")
+
+
+@dataclass
+class MemoryConfig:
+    name: str = option("auto", "Memory tier; auto is told from the card.")
+    blocks_to_swap: int | None = option(None, "Transformer blocks kept in main memory.")
+    checkpointing: str | None = option(
+        None, "Gradient checkpointing.", choices=("none", "full", "offload")
+    )
+    vae_tile: int | None = option(None, "VAE tile, pixels; 0 encodes whole frames.")
+    fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.")
+    text_batch_size: int | None = option(None, "Captions encoded at once.")
+    pinned: bool | None = option(None, "Pin main memory for block swap.")
+    h2d_only: bool | None = option(None, "Swap blocks in one direction only.")
+
+
+@dataclass
+class TrainingConfig:
+    epochs: int = option(10, "Passes over the dataset.")
+    max_steps: int | None = option(None, "Steps instead of epochs.")
+    seed: int = option(42, "Random seed; -1 draws one and records it.")
+    gradient_accumulation_steps: int = option(1, "Batches in one optimizer step.")
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 is none.")
+    attention: str = option("sdpa", "Attention code.", choices=("sdpa", "flash", "xformers"))
+    compile: str = option("auto", "torch.compile.", choices=("auto", "always", "none"))
+    timestep_sampling: str = option("shift", "How timesteps are drawn.", choices=TIMESTEP_SAMPLINGS)
+    discrete_flow_shift: float = option(2.0, "Timestep shift.")
+    sigmoid_scale: float = option(1.0, "Spread of the timesteps (shift, sigmoid).")
+    weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
+    min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
+    max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
+    save_every_epochs: int | None = option(1, "Epochs between checkpoints; null for none.")
+    save_every_steps: int | None = option(None, "Steps between checkpoints, besides those.")
+    keep_last: int | None = option(None, "Checkpoints kept of each kind; null keeps all.")
+    save_state: bool = option(
+        False, "Save the optimizer's state with each checkpoint, for training.resume_from."
+    )
+    resume_from: str | None = option(
+        None,
+        "A state folder (checkpoints/lora-state) to take weights, optimizer and schedule from; "
+        "musubi-tuner then counts its steps from 0.",
+        path=True,
+    )
+    save_precision: str = option("bf16", "Type of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
+    data_workers: int = option(2, "Processes that read the cache.")
+    i2v_unscaled_condition: bool = option(
+        False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
+    )
+    resume: str = option(
+        "auto",
+        "For continuing an unfinished run; for now a run started again trains from the start, and "
+        "keeps all earlier stages.",
+        choices=("auto", "none"),
+    )
+
+
+@dataclass
+class SamplingConfig:
+    name: str = option("none", "Previews while training.", choices=("none", "prompts"))
+    prompts: list[str] = option([], "One preview for each prompt.")
+    negative_prompt: str = option("", "What previews should not show.")
+    image_path: str | None = option(None, "First frame of the previews (i2v).", path=True)
+    every_epochs: int = option(1, "Epochs between previews.")
+    at_first: bool = option(False, "Also before training.")
+    width: int = option(544, "Preview width, pixels, a multiple of 16.")
+    height: int = option(960, "Preview height, pixels, a multiple of 16.")
+    frames: int = option(25, "Preview frames, 4N+1.")
+    steps: int = option(20, "Sampling steps.")
+    guidance_scale: float = option(6.0, "Classifier-free guidance; 1 is none.")
+    flow_shift: float = option(7.0, "Timestep shift in sampling.")
+    seed: int = option(42, "Seed of the previews.")
+
+
+@dataclass
+class MetadataConfig:
+    """What the LoRA file says of itself (model-spec keys), shown by those who load it."""
+
+    title: str | None = option(None, "Title in the LoRA file (default: the run's name).")
+    author: str | None = option(None, "Author in the LoRA file.")
+    description: str | None = option(None, "Description in the LoRA file.")
+    license: str | None = option(None, "License in the LoRA file.")
+    tags: list[str] = option([], "Tags in the LoRA file.")
+    comment: str | None = option(None, "Comment in the LoRA file (ss_training_comment).")
+
+
+@dataclass
+class TrackingConfig:
+    name: str = option("sqlite", "Where runs are recorded.", choices=("sqlite", "server", "none"))
+    uri: str | None = option(None, "Tracking server or store (default: outputs/mlflow.db).")
+    experiment: str = option("hunyuan-lora", "MLflow experiment.")
+
+
+@dataclass
+class StagesConfig:
+    skip: list[str] = option([], "Stages to leave out.")
+    force: list[str] = option([], "Stages to run although their work is done.")
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    task: TaskConfig = part(TaskConfig)
+    model: ModelConfig = part(ModelConfig)
+    engine: EngineConfig = part(EngineConfig)
+    dataset: DatasetConfig = part(DatasetConfig)
+    network: NetworkConfig = part(NetworkConfig)
+    optimizer: OptimizerConfig = part(OptimizerConfig)
+    scheduler: SchedulerConfig = part(SchedulerConfig)
+    precision: PrecisionConfig = part(PrecisionConfig)
+    memory: MemoryConfig = part(MemoryConfig)
+    training: TrainingConfig = part(TrainingConfig)
+    sampling: SamplingConfig = part(SamplingConfig)
+    metadata: MetadataConfig = part(MetadataConfig)
+    tracking: TrackingConfig = part(TrackingConfig)
+    stages: StagesConfig = part(StagesConfig)
+    name: str | None = option(None, "Name of the run (default: made from its main options).")
+    output_dir: str = option("outputs", "Folder for runs, caches and the MLflow store.", path=True)
+    dry_run: bool = option(False, "Show what would run, and touch nothing.")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf of :class:`RunConfig`, for help, checks and the README's table."""
+
+    key: str
+    type: str
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    path: bool
+
+
+def options(cls: type = RunConfig, prefix: str = "") -> Iterator[Option]:
+    """Every option with its dotted key, in the order of definition."""
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        hint = hints[item.name]
+        key = prefix + item.name
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from options(hint, key + ".")
+            continue
+        if item.default is not MISSING:
+            default: Any = item.default
+        else:
+            assert item.default_factory is not MISSING
+            default = item.default_factory()
+        name = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else hint
+        yield Option(
+            key,
+            str(name).replace("runner.config.schema.", "").replace("typing.", ""),
+            default,
+            item.metadata.get("help", ""),
+            item.metadata.get("choices", ()),
+            item.metadata.get("path", False),
+        )
+
+
+def register() -> None:
+    """Make :class:`RunConfig` the schema that ``conf/config.yaml`` starts from."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)

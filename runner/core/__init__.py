@@ -1,0 +1,1 @@
+"""What everything stands on: errors, text, files, processes. It knows nothing of training."""

@@ -1,0 +1,216 @@
+"""Run a command: its own process group, its output in a log, signals passed on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runner.core.errors import StageError
+
+# How long a stopped command may take to end by itself before it is killed.
+GRACE_SECONDS = 15.0
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end. Not an Exception, so that nothing takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as a shell reports it."""
+        return 128 + self.number
+
+
+def raise_on_signals() -> None:
+    """Turn SIGINT, SIGTERM and SIGHUP into :class:`Stopped` in the main thread."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold back signals inside, so that what is begun there is also ended; raise them after.
+
+    For short work that must not stop half-way, such as opening or closing a run's record.
+    """
+    received: list[int] = []
+
+    def remember(number: int, _frame: object) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise Stopped(received[0])
+
+
+def run(
+    argv: tuple[str, ...],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: Path,
+    on_tick: Callable[[], None] | None = None,
+    tick_seconds: float = 0.25,
+) -> None:
+    """Run ``argv`` to its end, its output appended to ``log``.
+
+    ``on_tick`` is called a few times a second. Raises :class:`StageError` when the command fails,
+    with its own last line of error; on :class:`Stopped` the whole process group is ended first.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        try:
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env={**env, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        except OSError as error:
+            raise StageError(f"{argv[0]} could not be started: {error.strerror}.") from error
+        try:
+            while process.poll() is None:
+                if on_tick is not None:
+                    on_tick()
+                try:
+                    process.wait(timeout=tick_seconds)
+                except subprocess.TimeoutExpired:
+                    continue
+        except BaseException:
+            # A second signal must not leave the command running.
+            with signals_deferred():
+                end_group(process)
+            raise
+    if process.returncode:
+        raise StageError(f"{last_error(log)} ({_ended(process.returncode)}; log: {log})")
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = next((item.name for item in signal.Signals if item == -code), f"signal {-code}")
+    return f"ended by {_KILLED.get(name, name)}"
+
+
+def _end_with_parent() -> None:
+    """In the new process: ask Linux to end it when the runner is killed outright."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a command and everything it started: first asked, then killed."""
+    _signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+# What accelerate's launcher says, in a traceback of its own, when the trainer it started failed.
+_LAUNCHER = re.compile(
+    r"subprocess\.CalledProcessError: Command .* "
+    r"(?:died with <Signals\.(?P<signal>\w+): \d+>|returned non-zero exit status \d+)\.$"
+)
+_TRACEBACK = "Traceback (most recent call last):"
+# A warning or two may come after the launcher's traceback, from what ends later than it does.
+_LAUNCHER_LINES = 10
+# What is missing from a model can be told in more than 20 kB, on one line.
+_WINDOW = 1_000_000
+_MOST = 500
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# "train.py: error: ..." is how argparse refuses an argument, "error: ..." how the runner's own
+# executables do.
+_REFUSAL = re.compile(r"(?:[^\s:]+: )?error: ")
+_KILLED = {"SIGKILL": "SIGKILL, as the system does when memory runs out"}
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that best says what went wrong: the last that is an error, or the last.
+
+    A launcher's report that its program failed gives way to that program's own words.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _WINDOW))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return "it failed and left no log"
+    # Progress bars rewrite their line with carriage returns, which split lines here.
+    lines = [line.rstrip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
+    for number in reversed(range(max(0, len(lines) - _LAUNCHER_LINES), len(lines))):
+        launcher = _LAUNCHER.match(lines[number])
+        if launcher is None:
+            continue
+        signal_name = launcher["signal"]
+        if signal_name:
+            return f"the program was ended by {_KILLED.get(signal_name, signal_name)}"
+        starts = [at for at in range(number) if lines[at].endswith(_TRACEBACK)]
+        lines = lines[: starts[-1] if starts else number] or lines
+        break
+    if not lines:
+        return "it failed and printed nothing"
+    told = _raised(lines) or _looks_like_one(lines) or lines[-1].strip()
+    return told if len(told) <= _MOST else f"{told[:_MOST]} ..."
+
+
+def _raised(lines: list[str]) -> str | None:
+    """What the last traceback ends with, unless the program refused its options after it."""
+    for start in reversed(range(len(lines))):
+        if not lines[start].endswith(_TRACEBACK):
+            continue
+        # What Python could not clean up at its end did not make it end.
+        if start and lines[start - 1].startswith("Exception ignored in"):
+            continue
+        after = [line for line in lines[start + 1 :] if not line[0].isspace()]
+        refusals = [line for line in after[1:] if _REFUSAL.match(line)]
+        return refusals[-1] if refusals else next(iter(after), None)
+    return None
+
+
+def _looks_like_one(lines: list[str]) -> str | None:
+    for line in reversed(lines):
+        head, _, rest = line.strip().partition(":")
+        if " " not in head and (
+            head.endswith(("Error", "Exception", "error", "Interrupt", "Exit"))
+            or rest.startswith(" error: ")
+        ):
+            return line.strip()
+    return None

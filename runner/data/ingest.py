@@ -1,0 +1,146 @@
+"""The sources of a config, looked through; a real run unpacks archives in the same pass."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.config.schema import RunConfig
+from runner.core.errors import UserError
+from runner.data.select import Source, SourceOptions, is_refused, is_used, source_options
+from runner.storage.store import Store
+
+if TYPE_CHECKING:
+    from runner.data.sources.entries import Entry
+    from runner.data.sources.look import Keeper
+    from runner.hub.fetch import Watcher
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read. progress: called with a source's path and the media read and found so
+    far. waiting: called when another run is unpacking. keep: whether media of archives go into the
+    store, datasets of the hub are fetched (`watch` shows that), and what is found out is noted;
+    else nothing is written. refused: why a run that was asked for will not begin."""
+
+    progress: Progress | None = None
+    waiting: Callable[[], None] = lambda: None
+    keep: bool = False
+    refused: str | None = None
+    watch: Callable[[], AbstractContextManager[Watcher]] = lambda: _shown()
+
+
+def scan_sources(
+    config: RunConfig, cwd: Path, store: Store, reading: Reading
+) -> tuple[Source, ...]:
+    """Look into each source: what media it has, and their captions.
+
+    Raises :class:`UserError` for sources that can't be used, and a store that can't be written to.
+    """
+    from runner.data.sources import scan
+
+    found: list[Source] = []
+    limit = int(config.dataset.max_archive_gb * 1e9)
+    places = [
+        # All are there before the first is read, which can take long.
+        _place(options, cwd, store, reading, force="dataset" in config.stages.force)
+        for options in source_options(config.dataset)
+    ]
+    for place in places:
+        options, task = place.options, config.task.name
+        scanned = scan(
+            place.kind,
+            place.path,
+            max_bytes=limit,
+            progress=_report(reading.progress, place.shown),
+            memos=store.root / "scans",
+            keep=_keep(store, options, task, reading) if reading.keep else None,
+        )
+        found.append(
+            Source(options, place.kind, place.shown, scanned.items, scanned.ignored, place.commit)
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one source lies on this machine, and as what it is shown."""
+
+    options: SourceOptions
+    kind: str
+    path: Path
+    shown: str
+    commit: str | None = None
+
+
+def _place(
+    options: SourceOptions, cwd: Path, store: Store, reading: Reading, *, force: bool
+) -> _Place:
+    from runner.data.sources import locate
+
+    if options.kind != "hub":
+        kind, path = locate(options.path, options.kind, cwd=cwd)
+        return _Place(options, kind, path, str(path))
+    from runner.hub.dataset import HubDatasets
+    from runner.hub.log import hub_log
+
+    datasets = HubDatasets(store.root)
+    with hub_log(Path(os.devnull)):
+        if reading.keep:
+            with reading.watch() as watcher:
+                here = datasets.fetch(options.path, options.revision, watcher, force=force)
+        else:
+            if reading.refused and datasets.find(options.path, options.revision) is None:
+                raise UserError(reading.refused)
+            here = datasets.planned(options.path, options.revision)
+    kind, path = locate(str(here.folder), "auto", cwd=cwd)
+    return _Place(options, kind, path, str(here), here.commit)
+
+
+def _shown() -> AbstractContextManager[Watcher]:
+    from runner.core.console import Console
+    from runner.hub.progress import Shown
+
+    return Shown(Console.for_stream(sys.stdout))
+
+
+def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+
+    def report(done: int, total: int) -> None:
+        progress(path, done, total)
+
+    return report
+
+
+def _keep(
+    store: Store, options: SourceOptions, task: str, reading: Reading
+) -> Callable[[Sequence[Entry]], AbstractContextManager[Keeper | None] | None]:
+    def keep(entries: Sequence[Entry]) -> AbstractContextManager[Keeper | None] | None:
+        # What will be refused leaves no trace.
+        if is_refused(entries, options, task):
+            return None
+        if entries[0].archive is None:
+            return nullcontext()
+        return _unpacking(store, entries[0].archive, options, task, reading)
+
+    return keep
+
+
+@contextmanager
+def _unpacking(
+    store: Store, archive: Path, options: SourceOptions, task: str, reading: Reading
+) -> Iterator[Keeper]:
+    from runner.data.sources.look import Keeper
+    from runner.storage.bulk_writer import Incoming
+
+    with Incoming(store, "media", str(archive), reading.waiting) as incoming:
+        yield Keeper(incoming, lambda item: is_used(item, options, task))

@@ -1,0 +1,231 @@
+"""What a person should know about a dataset before training on it; pure."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from runner.data.report.alike import groups, nearest
+from runner.data.report.model import Case, Finding, Medium, Tokens
+from runner.data.select import Source, counted, named
+from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
+from runner.formats.frames import kept_frames
+
+# Enlarged more than this to cover its bucket, a medium has clearly less detail than is trained on.
+TINY = 1.5
+# More of a medium's area than this cut off is likely to lose what its caption tells of.
+CUT = 0.25
+
+
+def findings(
+    media: Sequence[Medium],
+    sources: Sequence[Source],
+    tokens: Mapping[str, Tokens],
+    *,
+    looked: bool,
+) -> tuple[Finding, ...]:
+    """All findings, the worst first. ``looked``: whether pixels were looked at."""
+    found = [
+        *_pairs(media),
+        *_long_captions(media, tokens),
+        *_seen(media),
+        *_fit(media),
+        *_captions(media, sources),
+        *_short(media, sources),
+    ]
+    if looked:
+        unseen = [index for index, medium in enumerate(media) if medium.look is None]
+        found += _each(media, "unseen", unseen, "could not be looked at", serious=True)
+    # sorted() keeps the order above among equals.
+    return tuple(sorted(found, key=lambda finding: not finding.serious))
+
+
+def _none(_: int) -> str:
+    return ""
+
+
+def _each(
+    media: Sequence[Medium],
+    kind: str,
+    which: Sequence[int],
+    text: str,
+    *,
+    serious: bool,
+    note: Callable[[int], str] = _none,
+) -> Iterator[Finding]:
+    """One finding about each of several media by itself, the worst of them first in `which`.
+
+    `note` says in a word how bad the medium of that index is.
+    """
+    if not which:
+        return
+    cases = tuple(Case((i,), note(i)) for i in which)
+    shown = [
+        media[i].name + (f" ({case.note})" if case.note else "")
+        for i, case in zip(which, cases, strict=True)
+    ]
+    if len(which) == 1:
+        text = re.sub("^are ", "is ", text)
+    what = _many([media[i] for i in which])
+    yield Finding(kind, f"{what} {text}", named(shown, 3), serious, cases)
+
+
+def _many(media: Sequence[Medium]) -> str:
+    """``1 clip``, ``2 pictures``, ``3 media``."""
+    kinds = {medium.item.kind for medium in media}
+    if len(kinds) > 1:
+        return f"{len(media)} media"
+    return counted(len(media), "picture" if kinds == {"image"} else "clip")
+
+
+def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
+    by_bytes: dict[str, list[int]] = defaultdict(list)
+    for index, medium in enumerate(media):
+        by_bytes[medium.item.media.sha256].append(index)
+    alike_groups: list[tuple[int, ...]] = []
+    leaks: list[tuple[int, int]] = []
+    for kind in ("image", "video"):
+        # One of each content; a flat or dark picture has no pattern to compare.
+        seen = [
+            (medium.item.held_out, indices[0], medium.look.hash)
+            for indices in by_bytes.values()
+            if (medium := media[indices[0]]).item.kind == kind
+            if medium.look is not None and not (medium.look.flat or medium.look.dark)
+        ]
+        trained = [(i, value) for held_out, i, value in seen if not held_out]
+        hashes = [value for _, value in trained]
+        alike_groups += [tuple(trained[n][0] for n in group) for group in groups(hashes)]
+        for held_out, index, value in seen:
+            if held_out and (twin := nearest(value, hashes)) is not None:
+                leaks.append((index, trained[twin][0]))
+    yield from _leaks(media, leaks)
+    same = [tuple(indices) for indices in by_bytes.values() if len(indices) > 1]
+    again = [group for group in same if len({media[i].item.caption for i in group}) == 1]
+    captioned = [group for group in same if len({media[i].item.caption for i in group}) > 1]
+    for kind, found, text, serious in (
+        ("equal", again, "equal media with one caption", True),
+        ("captioned", captioned, "equal media with different captions (all are trained on)", False),
+        ("alike", alike_groups, "media that look alike", False),
+    ):
+        if found:
+            cases = tuple(Case(group) for group in found)
+            names = [f"({named([media[i].name for i in group], 2)})" for group in found]
+            what = f"{counted(len(found), 'group')} of {text}"
+            yield Finding(kind, what, named(names, 3), serious, cases)
+
+
+def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
+    if not pairs:
+        return
+    names = [f"{media[held_out].name} and {media[trained].name}" for held_out, trained in pairs]
+    yield Finding(
+        "leak",
+        f"{counted(len(pairs), 'held-out item')} {'is' if len(pairs) == 1 else 'are'} nearly equal "
+        "to what is trained on, so that eval/loss says less",
+        named(names, 3),
+        True,
+        tuple(Case(pair, "held out, and trained on") for pair in pairs),
+    )
+
+
+def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Iterator[Finding]:
+    over = {c: length for c, length in tokens.items() if length.count > MAX_TOKENS}
+    what = f"are captioned with more than the encoder's {MAX_TOKENS:,} tokens, and the rest is lost"
+    for exact, text in ((True, ""), (False, ", by estimate (the tokenizer is not here yet)")):
+        which = [
+            i
+            for i, medium in enumerate(media)
+            if (length := over.get(medium.item.caption)) is not None and length.exact == exact
+        ]
+        yield from _each(
+            media,
+            "long-caption" if exact else "maybe-long-caption",
+            sorted(which, key=lambda i: -over[media[i].item.caption].count),
+            what + text,
+            serious=True,
+            note=lambda i: f"{over[media[i].item.caption].count:,} tokens",
+        )
+    texts = {i: glyph_text(medium.item.caption) for i, medium in enumerate(media)}
+    # ByT5 reads bytes, and an end mark.
+    quoted = {i: len(text.encode()) + 1 for i, text in texts.items() if text is not None}
+    yield from _each(
+        media,
+        "long-quote",
+        sorted((i for i, n in quoted.items() if n > MAX_GLYPH_TOKENS), key=lambda i: -quoted[i]),
+        f"are captioned with over {MAX_GLYPH_TOKENS} bytes of quoted text, and the rest is lost",
+        serious=True,
+    )
+
+
+def _seen(media: Sequence[Medium]) -> Iterator[Finding]:
+    looks = {i: medium.look for i, medium in enumerate(media) if medium.look is not None}
+    sharpness = {i: look.sharpness for i, look in looks.items()}
+    yield from _each(
+        media,
+        "blurred",
+        sorted((i for i, look in looks.items() if look.blurred), key=sharpness.__getitem__),
+        "are blurred",
+        serious=True,
+        note=lambda i: f"sharpness {sharpness[i]:.0f}",
+    )
+    for kind, text in (
+        ("dark", "are nearly black"),
+        ("flat", "are one flat colour"),
+        ("turned", "are upright by EXIF data alone, which training ignores"),
+    ):
+        which = [i for i, look in looks.items() if getattr(look, kind)]
+        yield from _each(media, kind, which, text, serious=True)
+
+
+def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
+    tiny = [i for i, medium in enumerate(media) if medium.scale > TINY]
+    yield from _each(
+        media,
+        "tiny",
+        sorted(tiny, key=lambda i: -media[i].scale),
+        f"are tiny, enlarged over {TINY:g} times to fill the bucket",
+        serious=True,
+        note=lambda i: f"{media[i].scale:.1f}x",
+    )
+    cut = [i for i, medium in enumerate(media) if medium.cut > CUT]
+    yield from _each(
+        media,
+        "cut",
+        sorted(cut, key=lambda i: -media[i].cut),
+        f"are cut by over {CUT:.0%} to fit the bucket",
+        serious=False,
+        note=lambda i: f"{media[i].cut:.0%}",
+    )
+
+
+def _captions(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:
+    default = [
+        i
+        for i, medium in enumerate(media)
+        if not medium.item.media.caption and sources[medium.item.source].options.default_caption
+    ]
+    text = "are without a caption and get dataset.default_caption"
+    yield from _each(media, "default-caption", default, text, serious=False)
+    empty = [i for i, medium in enumerate(media) if not medium.item.caption]
+    yield from _each(media, "empty-caption", empty, "are captioned with nothing", serious=True)
+
+
+def _short(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:
+    lost: dict[int, str] = {}
+    for index, medium in enumerate(media):
+        extraction = sources[medium.item.source].options.extraction
+        if not medium.item.crops or extraction.mode == "full":
+            continue
+        kept = len(kept_frames(medium.item.media.frames, extraction.source_fps))
+        missing = [str(frames) for frames in extraction.target_frames if frames > kept]
+        if missing:
+            lost[index] = f"{counted(kept, 'frame')}, no crop of {', '.join(missing)}"
+    yield from _each(
+        media,
+        "short",
+        list(lost),
+        "are too short for some targets",
+        serious=False,
+        note=lost.__getitem__,
+    )

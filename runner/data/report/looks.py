@@ -1,0 +1,263 @@
+"""What can only be told from pixels: sharpness, light, a hash alike pictures share, a thumbnail.
+
+A picture is decoded as small as its format allows, and of a clip one frame near its middle. What
+was seen is kept under ``outputs/cache/looks`` by the media's digest, so that no other run looks
+again. PIL, numpy and PyAV are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from runner.core.atomic import write_text
+from runner.core.errors import UserError
+from runner.core.file_identity import identity_of
+from runner.data.decode import to_rgb
+from runner.data.sources.archive import open_archive
+from runner.storage.store import key_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from runner.data.sources import Item
+
+# Raised when anything below measures differently, so that older looks are not taken for newer ones.
+LOOK_VERSION = 1
+
+# Media are measured with their longer side at this many pixels, and never enlarged: about the size
+# they are trained at, so that what is lost in shrinking does not count as sharpness.
+SIDE = 512
+THUMBNAIL = 160
+HASH_BITS = 128
+
+# Sharpness below which a medium is called blurred. The sample's pictures have 700 to 2900; blurred
+# by 1 pixel of the 512 they have 44 to 175, by 1.5 pixels 13 to 49 (tests/data/test_report.py).
+BLURRED = 100.0
+DARK = 16.0  # mean brightness, of 255
+FLAT = 4.0  # standard deviation of brightness, of 255
+
+_TILES = 4
+_IN_MEMORY = 64 << 20
+_ORIENTATION = 0x0112  # the EXIF tag
+# How far behind a key frame that shows nothing (a fade, a cut to black) another one is tried.
+_FRAMES_ON = 48
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of one medium.
+
+    sharpness: variance of the Laplacian in the sharpest of 16 tiles, so that a sharp subject
+    before a soft background is sharp. brightness, contrast: mean and standard deviation, 0 to 255.
+    hash: 128 bits, the signs of the differences between neighbours in a tiny copy, across and
+    down. thumbnail: a JPEG, base64. turned: whether a picture's EXIF data ask for a rotation or
+    mirroring, which training does not do.
+    """
+
+    sharpness: float
+    brightness: float
+    contrast: float
+    hash: int
+    thumbnail: str
+    turned: bool = False
+
+    @property
+    def dark(self) -> bool:
+        return self.brightness < DARK and not self.flat
+
+    @property
+    def flat(self) -> bool:
+        return self.contrast < FLAT
+
+    @property
+    def blurred(self) -> bool:
+        return self.sharpness < BLURRED and not self.flat and not self.dark
+
+    @property
+    def fine(self) -> bool:
+        return not (self.dark or self.flat or self.blurred)
+
+
+def look_at(
+    items: Iterable[Item],
+    folder: Path,
+    *,
+    keep: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Look]:
+    """A look for each medium, by sha256; what can't be looked at has none.
+
+    folder: where looks are kept between runs; written to only with `keep`.
+    progress: called with (done, all) for those that are not there yet.
+    """
+    wanted = {item.sha256: item for item in items}
+    kept = {digest: _kept(folder, digest) for digest in wanted}
+    looks = {digest: look for digest, look in kept.items() if look is not None}
+    missing = [item for digest, item in wanted.items() if digest not in looks]
+    with ExitStack() as stack:
+        archives: dict[Path, zipfile.ZipFile] = {}
+        for item in missing:
+            if item.archive is not None and item.archive not in archives:
+                with suppress(UserError):  # Gone since the scan: its media have no look.
+                    archives[item.archive] = stack.enter_context(open_archive(item.archive))
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            futures = {pool.submit(_look, item, archives): item for item in missing}
+            for done, future in enumerate(as_completed(futures), 1):
+                look = future.result()
+                if look is not None:
+                    digest = futures[future].sha256
+                    looks[digest] = look
+                    if keep:
+                        # Not worth a sync: one that a power cut tears is no JSON, and made again.
+                        write_text(_place(folder, digest), json.dumps(asdict(look)), sync=False)
+                if progress is not None:
+                    progress(done, len(missing))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return looks
+
+
+def _place(folder: Path, digest: str) -> Path:
+    name = key_of({"media": digest, "look": LOOK_VERSION})
+    return folder / name[:2] / f"{name}.json"
+
+
+def _kept(folder: Path, digest: str) -> Look | None:
+    try:
+        record: Any = json.loads(_place(folder, digest).read_text("utf-8"))
+        return Look(
+            sharpness=float(record["sharpness"]),
+            brightness=float(record["brightness"]),
+            contrast=float(record["contrast"]),
+            hash=int(record["hash"]),
+            thumbnail=str(record["thumbnail"]),
+            turned=bool(record["turned"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _look(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> Look | None:
+    try:
+        with _opened(item, archives) as stream:
+            if item.kind == "image":
+                data = stream.read()
+                same = hashlib.sha256(data).hexdigest() == item.sha256
+                return look_at_picture(io.BytesIO(data)) if same else None
+            if item.file is not None:
+                same = item.identity in (None, identity_of(os.fstat(stream.fileno())))
+                return look_at_clip(item.file) if same else None
+            digest = hashlib.sha256()
+            with cast(BinaryIO, SpooledTemporaryFile(_IN_MEMORY)) as spool:
+                while data := stream.read(1 << 20):
+                    digest.update(data)
+                    spool.write(data)
+                return look_at_clip(spool) if digest.hexdigest() == item.sha256 else None
+    except Exception:
+        # Decoders raise all kinds of errors. The scan could read it, and a report must not stop a
+        # run: the media without a look are named in it.
+        return None
+
+
+def _opened(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
+    if item.file is not None:
+        return item.file.open("rb")
+    assert item.archive is not None
+    assert item.member is not None
+    return cast(BinaryIO, archives[item.archive].open(item.member))
+
+
+def look_at_picture(stream: BinaryIO) -> Look:
+    """Look at a picture; the decoder's error when it is damaged."""
+    from PIL import Image
+
+    with Image.open(stream) as image:
+        share = SIDE / max(image.size)
+        # A JPEG can be decoded at a half, a quarter or an eighth, which saves most of the work.
+        image.draft(None, (int(image.width * share), int(image.height * share)))
+        turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        return replace(measure(to_rgb(image)), turned=turned)
+
+
+def look_at_clip(source: Path | BinaryIO) -> Look:
+    """Look at the key frame before a clip's middle, or a later frame when it shows nothing."""
+    import av
+
+    if not isinstance(source, Path):
+        source.seek(0)
+    with av.open(f"file:{source}" if isinstance(source, Path) else source, "r") as container:
+        stream = container.streams.video[0]
+        if stream.duration:
+            container.seek((stream.start_time or 0) + stream.duration // 2, stream=stream)
+        frames = container.decode(stream)
+        look = measure(next(frames).to_image())
+        if look.fine:
+            return look
+        later = None
+        for number, frame in enumerate(frames, 1):
+            later = frame
+            if number == _FRAMES_ON:
+                break
+        second = look if later is None else measure(later.to_image())
+        return max(look, second, key=lambda seen: (seen.fine, seen.sharpness))
+
+
+def measure(image: Image.Image) -> Look:
+    """Look at an RGB picture."""
+    import numpy as np
+    from PIL import Image
+
+    light = _shrunk(image.convert("L"), SIDE)
+    grey = np.asarray(light)
+    across = np.asarray(light.resize((9, 8), Image.Resampling.BOX), np.int16)
+    down = np.asarray(light.resize((8, 9), Image.Resampling.BOX), np.int16)
+    signs = np.concatenate([(np.diff(across) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
+    thumbnail = io.BytesIO()
+    _shrunk(image, THUMBNAIL, 1.0).save(thumbnail, "JPEG", quality=65)
+    return Look(
+        sharpness=round(_sharpness(grey), 2),
+        brightness=round(float(grey.mean()), 2),
+        contrast=round(float(grey.std()), 2),
+        hash=int.from_bytes(np.packbits(signs).tobytes()),
+        thumbnail=base64.b64encode(thumbnail.getvalue()).decode(),
+    )
+
+
+def _shrunk(image: Image.Image, side: int, gap: float = 2.0) -> Image.Image:
+    from PIL import Image
+
+    share = side / max(image.size)
+    if share >= 1:
+        return image
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=gap)
+
+
+def _sharpness(grey: np.ndarray) -> float:
+    """The greatest variance of the Laplacian in a tile of `grey` ([H, W] uint8)."""
+    import numpy as np
+
+    if min(grey.shape) < 3:
+        return 0.0
+    g = grey.astype(np.float32)
+    edges = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
+    parts = _TILES if min(edges.shape) >= _TILES else 1
+    height, width = (side // parts for side in edges.shape)
+    # What is over at the edges is left out, so that all tiles are of one size.
+    tiles = edges[: height * parts, : width * parts].reshape(parts, height, parts, width)
+    squares = np.einsum("ahbw,ahbw->ab", tiles, tiles) / (height * width)
+    return float((squares - tiles.mean(axis=(1, 3)) ** 2).max())

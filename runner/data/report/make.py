@@ -1,0 +1,103 @@
+"""From sources, selection, looks and caption lengths to a report; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from runner.data.report.findings import findings
+from runner.data.report.looks import Look
+from runner.data.report.model import Batches, LeftOut, Medium, Report, SourceCounts, Tokens
+from runner.data.select import SelectedItem, Selection, Source, counted, shapes
+from runner.formats.frames import MODEL_FPS, kept_frames
+
+
+def make_report(
+    sources: Sequence[Source],
+    selection: Selection,
+    *,
+    task: str,
+    looks: Mapping[str, Look] | None,
+    tokens: Mapping[str, Tokens],
+) -> Report:
+    """Judge a dataset.
+
+    looks: by sha256; media that could not be looked at have none; None when nobody looked.
+    tokens: the lengths of the captions that may be too long for the encoder.
+    """
+    media = tuple(_medium(item, sources, looks or {}) for item in selection.items)
+    left_out = tuple(_left_out(sources, selection, task))
+    batches = tuple(
+        Batches(shape, samples, sources[shape.source].options.batch_size)
+        for shape, samples in shapes(sources, selection).items()
+    )
+    return Report(
+        sources=tuple(
+            _counts(index, source, selection, batches, left_out)
+            for index, source in enumerate(sources)
+        ),
+        media=media,
+        batches=batches,
+        left_out=left_out,
+        notices=selection.notices,
+        findings=findings(media, sources, tokens, looked=looks is not None),
+    )
+
+
+def _medium(item: SelectedItem, sources: Sequence[Source], looks: Mapping[str, Look]) -> Medium:
+    (width, height), bucket = item.media.size, item.bucket
+    scale = max(bucket[0] / width, bucket[1] / height)
+    cut = 1 - bucket[0] * bucket[1] / (width * scale * height * scale)
+    used: list[tuple[int, int]] = []
+    if item.crops:
+        kept = kept_frames(item.media.frames, sources[item.source].options.extraction.source_fps)
+        for crop in sorted(item.crops):
+            first, past = kept[crop.position], kept[crop.position + crop.frames - 1] + 1
+            if used and first <= used[-1][1]:
+                used[-1] = (used[-1][0], max(used[-1][1], past))
+            else:
+                used.append((first, past))
+    return Medium(item, scale, max(0.0, cut), tuple(used), looks.get(item.media.sha256))
+
+
+def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Iterator[LeftOut]:
+    used = {(item.source, item.media) for item in selection.items}
+    for index, source in enumerate(sources):
+        for name, why in source.ignored:
+            yield LeftOut(index, name, why)
+        for item in source.items:
+            if (index, item) in used:
+                continue
+            if source.options.regularisation and item.kind == "image" and task != "i2v":
+                why = "not drawn: the set's weight takes a part of it"
+            elif not item.caption and source.options.default_caption is None:
+                why = "it has no caption"
+            elif item.kind == "image" and task == "i2v":
+                why = "task=i2v learns from clips alone"
+            else:
+                kept = len(kept_frames(item.frames, source.options.extraction.source_fps))
+                why = f"{counted(kept, 'frame')}, fewer than every target"
+            yield LeftOut(index, item.name, why)
+
+
+def _counts(
+    index: int,
+    source: Source,
+    selection: Selection,
+    batches: Sequence[Batches],
+    left_out: Sequence[LeftOut],
+) -> SourceCounts:
+    items = [item for item in selection.items if item.source == index]
+    clips = [item.media for item in items if item.kind == "video"]
+    return SourceCounts(
+        path=source.path,
+        kind=source.kind,
+        pictures=len(items) - len(clips),
+        clips=len(clips),
+        held_out=sum(item.held_out for item in items),
+        crops=sum(len(item.crops) for item in items),
+        repeats=source.options.num_repeats,
+        samples=sum(row.samples for row in batches if row.shape.source == index),
+        bytes=sum(item.media.bytes for item in items),
+        seconds=sum(clip.frames / (clip.fps or MODEL_FPS) for clip in clips),
+        left_out=sum(out.source == index for out in left_out),
+    )

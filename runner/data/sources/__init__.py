@@ -1,0 +1,24 @@
+"""Where media come from: a zip archive, a folder, a JSONL file, a dataset of the Hugging Face hub,
+or the sample of the runner.
+
+Nothing here trusts an archive: `check_archive` looks at all of it before anything is written.
+PIL and PyAV are imported where they are used, so that importing this package is quick.
+"""
+
+from runner.data.sources.archive import check_archive
+from runner.data.sources.locate import SAMPLE, locate
+from runner.data.sources.model import Item, Scan
+from runner.data.sources.scan import scan
+from runner.data.sources.write import check_unchanged, unpack, write_media
+
+__all__ = (
+    "SAMPLE",
+    "Item",
+    "Scan",
+    "check_archive",
+    "check_unchanged",
+    "locate",
+    "scan",
+    "unpack",
+    "write_media",
+)

@@ -1,0 +1,219 @@
+"""Which media a source lists, and their captions; no medium is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from runner.core.errors import UserError
+from runner.core.file_identity import Identity, identity_of
+from runner.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from runner.data.sources.archive import check_members, member_name, open_archive, plain
+from runner.data.sources.model import MediaKind
+
+# As the Hugging Face loaders of pictures and clips read it: a file_name, and text beside it.
+METADATA = "metadata.jsonl"
+
+Opener = Callable[[], BinaryIO]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A medium that is yet to be looked at; `size` is that of an archive's member, unpacked."""
+
+    name: str
+    kind: MediaKind
+    caption: str | None
+    open: Opener
+    file: Path | None = None
+    archive: Path | None = None
+    member: str | None = None
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Media of a source. For those of an archive: its identity when it was listed, and when that
+    was, in nanoseconds."""
+
+    entries: list[Entry]
+    identity: Identity | None = None
+    began: int = 0
+
+
+@contextmanager
+def listed(kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
+    """The media of a source; those of an archive can be read while the block runs.
+
+    Raises UserError for an archive that `check_members` refuses, a caption that is not UTF-8 and
+    a wrong line of JSON.
+    """
+    if kind == "jsonl":
+        yield Listing(_jsonl_entries(path))
+    elif kind == "zip":
+        with open_archive(path) as archive:
+            check_members(path, archive.infolist(), max_bytes)
+            yield _zip_entries(archive, path)
+    else:
+        files = files_of(path)
+        found = _tree_entries({name: _file_opener(file) for name, file in files.items()}, path)
+        yield Listing([replace(entry, file=files[entry.name]) for entry in found])
+
+
+def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
+    assert archive.fp is not None
+    began, identity = time.time_ns(), identity_of(os.fstat(archive.fp.fileno()))
+
+    def reader(member: zipfile.ZipInfo) -> Opener:
+        return lambda: cast(BinaryIO, archive.open(member))
+
+    packed = [member for member in archive.infolist() if not member.is_dir()]
+    members = {plain(member_name(member)): member for member in packed}
+    found = _tree_entries({name: reader(member) for name, member in members.items()}, path)
+    entries = [
+        replace(
+            entry,
+            archive=path,
+            member=members[entry.name].filename,
+            size=members[entry.name].file_size,
+        )
+        for entry in found
+    ]
+    return Listing(entries, identity, began)
+
+
+def _file_opener(file: Path) -> Opener:
+    return lambda: file.open("rb")
+
+
+def _tree_entries(openers: Mapping[str, Opener], where: Path) -> list[Entry]:
+    visible = [name for name in sorted(openers) if not hidden(name)]
+    captions = {name[:-4]: name for name in visible if name.lower().endswith(".txt")}
+    told = _metadata(visible, openers, where)
+    entries: list[Entry] = []
+    for name in visible:
+        kind = media_kind(name)
+        if kind is None:
+            continue
+        text = captions.get(posixpath.splitext(name)[0])
+        caption = told.get(name)
+        if text is not None:
+            caption = _read(openers[text], f"{text} in {where}").strip()
+        entries.append(Entry(name, kind, caption, openers[name]))
+    return entries
+
+
+def _metadata(
+    visible: list[str], openers: Mapping[str, Opener], where: Path
+) -> dict[str, str | None]:
+    """Captions by the name of their media, of every metadata.jsonl; each names those below it."""
+    found: dict[str, str | None] = {}
+    for name in visible:
+        if posixpath.basename(name) != METADATA:
+            continue
+        folder = posixpath.dirname(name)
+        for line, record in _records(
+            _read(openers[name], f"{name} in {where}"), f"{where}/{name}", "file_name"
+        ):
+            media = record.get("file_name")
+            if not isinstance(media, str):
+                raise UserError(f"{line}: needs a file_name, a string")
+            place = posixpath.normpath(posixpath.join(folder, media))
+            if place not in openers:
+                raise UserError(f"{line}: there is no {place}")
+            caption = record.get("text", record.get("caption"))
+            if not isinstance(caption, str | None):
+                raise UserError(f"{line}: the caption (text or caption) must be a string")
+            found[place] = None if caption is None else caption.strip()
+    return found
+
+
+def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{where} line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place}: not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f'{place}: must be an object such as {{"{key}": ...}}')
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{place}: has half of a character written as \\ud800 to \\udfff: write it whole"
+            ) from None
+        yield place, record
+
+
+def _jsonl_entries(path: Path) -> list[Entry]:
+    entries: list[Entry] = []
+    for where, record in _records(_read(_file_opener(path), str(path)), str(path), "image_path"):
+        keys = [key for key in ("image_path", "video_path", "path") if key in record]
+        if len(keys) != 1 or not isinstance(record[keys[0]], str):
+            raise UserError(f"{where}: needs one of image_path, video_path and path, a string")
+        caption = record.get("caption")
+        if not isinstance(caption, str | None):
+            raise UserError(f"{where}: caption must be a string")
+        name = Path(record[keys[0]]).as_posix()
+        kind = media_kind(name)
+        if kind is None or keys[0] not in ("path", f"{kind}_path"):
+            raise UserError(f"{where}: {name} is not a file that {keys[0]} can name")
+        file = path.parent / name
+        if not file.is_file():
+            raise UserError(f"{where}: there is no {file}")
+        caption = None if caption is None else caption.strip()
+        entries.append(Entry(name, kind, caption, _file_opener(file), file))
+    return entries
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Files of a folder and those in it by name, hidden ones left out; each folder once."""
+    found: dict[str, Path] = {}
+    seen: set[str] = set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        # Links may lead back up: a folder met before is not entered again.
+        real = os.path.realpath(top)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in names:
+            file = Path(top, name)
+            if not hidden(name):
+                found[file.relative_to(folder).as_posix()] = file
+    return found
+
+
+def hidden(name: str) -> bool:
+    """Whether a file is none of the person's: hidden, or a companion that macOS adds."""
+    return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
+
+
+def media_kind(name: str) -> MediaKind | None:
+    """What a file is by its ending, None when it is no medium."""
+    extension = posixpath.splitext(name)[1].lower()
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    return "video" if extension in VIDEO_EXTENSIONS else None
+
+
+def _read(opener: Opener, where: str) -> str:
+    try:
+        with opener() as stream:
+            return stream.read().decode("utf-8-sig")
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where} can't be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8") from None

@@ -1,0 +1,88 @@
+"""Which kind of source a path is."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from runner.core.errors import UserError
+from runner.data.sources.archive import open_archive
+from runner.data.sources.entries import files_of, media_kind
+
+KINDS = ("auto", "zip", "folder", "jsonl", "sample")
+SAMPLE = Path(__file__).resolve().parents[1] / "sample"
+
+
+def locate(path: str, kind: str = "auto", *, cwd: Path) -> tuple[str, Path]:
+    """Which kind of source `path` (from `cwd`, `~` expanded) is, and where: absolute.
+
+    "auto" is told from the path: a .zip, a .jsonl, a folder with media, or a folder with nothing
+    but one of the former. Raises UserError when there is nothing, too much, or the wrong thing.
+    """
+    if kind not in KINDS:
+        raise UserError(f"dataset kind {kind!r} is unknown: use one of {', '.join(KINDS)}")
+    if kind == "sample":
+        return "sample", SAMPLE
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:  # "~name" of nobody known here may still be a file.
+        expanded = Path(path)
+    target = Path(os.path.normpath(cwd / expanded))
+    if not target.exists():
+        raise UserError(_missing(path, target))
+    found = _in_folder(path, target, kind) if target.is_dir() else _told(target, kind)
+    if found[0] == "zip":
+        open_archive(found[1]).close()
+    return found
+
+
+def _told(file: Path, kind: str) -> tuple[str, Path]:
+    told = {".zip": "zip", ".jsonl": "jsonl"}.get(file.suffix.lower())
+    if kind == "folder":
+        raise UserError(f"{file} is a file, and dataset=folder needs a folder")
+    if kind == "auto" and told is None:
+        raise UserError(f"{file} is no source of media: give a .zip, a .jsonl or a folder")
+    return (told if told is not None and kind == "auto" else kind), file
+
+
+def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
+    if kind == "folder":
+        return "folder", folder
+    shown = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    of_kind = {k: [p for p in shown if p.suffix.lower() == f".{k}"] for k in ("zip", "jsonl")}
+    if kind != "auto":
+        if len(of_kind[kind]) == 1:
+            return kind, of_kind[kind][0]
+        names = ", ".join(p.name for p in of_kind[kind]) or "none"
+        raise UserError(f"{path} must hold one .{kind} file for dataset={kind}; it holds {names}")
+    archives = of_kind["zip"]
+    media = next((name for name in sorted(files_of(folder)) if media_kind(name)), None)
+    if media is None and not archives and len(of_kind["jsonl"]) == 1:
+        return "jsonl", of_kind["jsonl"][0]
+    if media is None and len(archives) == 1:
+        return "zip", archives[0]
+    if media is not None and not archives:
+        return "folder", folder
+    if not archives:
+        raise UserError(
+            f"{path} holds no zip and no picture or clip: put some there, or set dataset.path"
+        )
+    also = f" and media such as {media}" if media is not None else ""
+    names = ", ".join(p.name for p in archives)
+    raise UserError(f"{path} holds {names}{also}: say which with dataset.path={path}/<name>")
+
+
+def _missing(path: str, target: Path) -> str:
+    # The first part of the path that is missing is where the slip is.
+    wrong = target
+    while not wrong.parent.exists():
+        wrong = wrong.parent
+    try:
+        names = [file.name for file in wrong.parent.iterdir()]
+    except OSError:
+        names = []
+    lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(wrong.name.lower(), lower, 1)
+    hint = f"; did you mean {wrong.parent / lower[close[0]]}?" if close else ": set dataset.path"
+    return f"{path}: there is no {target}{hint}"

@@ -1,0 +1,1 @@
+"""musubi-tuner, in an environment of its own."""

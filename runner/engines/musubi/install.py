@@ -1,0 +1,351 @@
+"""``python -m runner.engines.musubi_install install``: musubi-tuner in an environment of its own.
+
+It pins other versions of accelerate, diffusers and transformers than the runner does. What to run
+is decided by pure functions; :func:`install` carries it out, and can be called again after it was
+interrupted anywhere: without its record, ``installed.json``, an environment counts as broken and
+is made anew (pip keeps the downloads), and with it nothing is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runner.core.atomic import write_text
+from runner.core.errors import StageError, UserError
+from runner.engines.musubi.options import recorded
+from runner.engines.musubi.packages import (
+    COMMAND,
+    MODULES,
+    NEWEST_PYTHON,
+    OLDEST_PYTHON,
+    REPOSITORY,
+    TORCH,
+    VERSION,
+    Step,
+    Wish,
+    constraints,
+    engine_home,
+    python_of,
+    steps,
+    torch_build,
+)
+
+_NEEDED_GB = {"cpu": 4.0}
+_USUAL_GB = 12.0
+_MODULES = (*MODULES, "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes")
+# Of these the summary of an install tells the version.
+_SHOWN = (
+    *("torch", "torchvision", "accelerate", "transformers", "diffusers", "musubi_tuner"),
+    *("av", "cv2", "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes"),
+)
+# Each would lead pip or the new Python to another place than the environment.
+_UNSET = (
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "PIP_TARGET",
+    "PIP_PREFIX",
+    "PIP_USER",
+    "PIP_REQUIRE_VIRTUALENV",
+)
+
+
+def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
+    """``complete``, ``other``, ``broken`` or ``absent``, and a line that says more.
+
+    ``other`` is whole, but not what ``wish`` asks for.
+    """
+    python = python_of(home)
+    record = read_record(home)
+    if record is None:
+        if not (home / "venv").exists():
+            return "absent", f"musubi-tuner {VERSION} is not installed in {home}"
+        return "broken", f"the install in {home} was not finished"
+    lost = _lost(python)
+    if lost is None:
+        return "broken", f"{python} does not start (was the Python it was made with removed?)"
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        return "broken", f"the install in {home} has lost {', '.join(lost[:3])}{more}"
+    if wish is not None and any(record.get(key) != value for key, value in wish.record.items()):
+        return "other", f"{home} holds another install: {summary(record)}"
+    return "complete", summary(record)
+
+
+def read_record(home: Path) -> dict[str, Any] | None:
+    """The record of a finished install, or None."""
+    try:
+        record = json.loads((home / "installed.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("version") == VERSION else None
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """One line about a finished install."""
+    versions = record.get("versions", {})
+    names = [f"{name} {versions[name]}" for name in _SHOWN if versions.get(name)]
+    commit = str(record.get("installed_commit") or "unknown commit")[:7]
+    return f"musubi-tuner {record['version']} ({commit}), {record.get('build')}: {', '.join(names)}"
+
+
+def _lost(python: Path) -> list[str] | None:
+    """The modules that are no longer there, which are not imported; None if it does not start."""
+    code = (
+        "import importlib.util, json\n"
+        f"print(json.dumps([n for n in {_MODULES!r} if importlib.util.find_spec(n) is None]))"
+    )
+    try:
+        # -I: neither the user's folder nor PYTHONPATH may stand in for the environment.
+        argv = [str(python), "-I", "-c", code]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+        lost: list[str] = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return lost
+
+
+def nvidia_report() -> str | None:
+    """What nvidia-smi prints, or None where there is none or it fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    try:
+        done = subprocess.run([tool], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def find_python(named: str | None) -> str:
+    """A Python that musubi-tuner runs on: the named one, this one, or one on PATH."""
+    candidates = [named] if named else [sys.executable, "python3.12", "python3.11", "python3.10"]
+    for candidate in candidates:
+        path = shutil.which(candidate)
+        if path is None:
+            continue
+        code = "import sys; print(*sys.version_info[:2])"
+        done = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
+        version = tuple(int(part) for part in done.stdout.split() if part.isdigit())
+        if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
+            return path
+    what = f"{named} is not" if named else "there is no"
+    raise UserError(
+        f"musubi-tuner {VERSION} needs Python 3.10, 3.11 or 3.12, and {what} one of them: install "
+        "one and name it with --python /path/to/python3.12."
+    )
+
+
+def commit_of(source: Path) -> str | None:
+    """The commit that a checkout is at, or None."""
+    done = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+_PROBE = """\
+import importlib, importlib.metadata, json
+answer = {"versions": {}, "missing": {}, "cuda": None, "commit": None}
+for name in NAMES:
+    try:
+        importlib.import_module(name)
+        package = {"cv2": "opencv-python", "PIL": "pillow"}.get(name, name)
+        answer["versions"][name] = importlib.metadata.version(package)
+    except BaseException as error:
+        answer["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())
+try:
+    import torch
+    answer["cuda"] = torch.version.cuda if torch.cuda.is_available() else None
+    direct = importlib.metadata.distribution("musubi-tuner").read_text("direct_url.json")
+    answer["commit"] = json.loads(direct or "{}").get("vcs_info", {}).get("commit_id")
+except BaseException:
+    pass
+print("\\n" + json.dumps(answer))
+"""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def install(
+    wish: Wish, home: Path, *, again: bool = False, say: Callable[[str], None] = _say
+) -> dict[str, Any]:
+    """Make the environment unless it is there and whole; returns its record.
+
+    Raises :class:`UserError` for what can be known before, :class:`StageError` for a command that
+    failed, with its log. Holds a lock, so that two installs at once do not spoil each other.
+    """
+    from filelock import FileLock
+
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "install.lock"):
+        what, line = state(home, wish)
+        if what == "complete" and not again:
+            say(f"Nothing to do: {line}.")
+            record = read_record(home)
+            assert record is not None
+            made_with = str(record.get("python"))
+            if os.path.realpath(made_with) != os.path.realpath(wish.python):
+                say(f"It was made with {made_with}; --again makes it with {wish.python}.")
+            return record
+        if what != "absent":
+            say(f"Starting over: {line}.")
+        _check_room(home, wish)
+        (home / "installed.json").unlink(missing_ok=True)
+        return _make(wish, home, say)
+
+
+def _check_room(home: Path, wish: Wish) -> None:
+    needed = _NEEDED_GB.get(wish.build, _USUAL_GB)
+    free = shutil.disk_usage(home).free / 1e9
+    # An environment that will be made anew gives its room back.
+    if free < needed and not (home / "venv").exists():
+        raise UserError(
+            f"{home} has {free:.1f} GB free, and the install needs about {needed:g} GB: make room, "
+            "or set XDG_DATA_HOME to another disk."
+        )
+    if wish.source is None and shutil.which("git") is None:
+        raise UserError("git was not found, and pip needs it to fetch musubi-tuner: install git.")
+
+
+def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    log = home / "install.log"
+    log.unlink(missing_ok=True)
+    write_text(home / "constraints.txt", constraints(wish))
+    env = {key: value for key, value in os.environ.items() if key not in _UNSET}
+    todo = steps(wish, home)
+    for number, step in enumerate(todo, start=1):
+        say(f"[{number}/{len(todo) + 1}] {step.title}")
+        _run(step, home, env, log, say)
+    say(f"[{len(todo) + 1}/{len(todo) + 1}] looking at what was installed")
+    python = str(python_of(home))
+    probe = _PROBE.replace("NAMES", repr(_MODULES))
+    answer = json.loads(_output([python, "-c", probe], env, log).strip().splitlines()[-1])
+    if answer["missing"]:
+        name, why = next(iter(answer["missing"].items()))
+        raise StageError(f"{name} was installed but can't be imported: {why} (log: {log})")
+    commit = wish.commit or answer["commit"]
+    if wish.source is None and commit and not commit.startswith(recorded()["commit"]):
+        raise StageError(
+            f"the tag {VERSION} of {REPOSITORY} is now at {commit[:7]}, not at "
+            f"{recorded()['commit']}, which the runner was written against. Check out that commit "
+            "and give it with --source."
+        )
+    record = {
+        **wish.record,
+        "installed_commit": commit,
+        "python": wish.python,
+        "versions": answer["versions"],
+        "cuda": answer["cuda"],
+        "freeze": _output([python, "-m", "pip", "freeze"], env, log).splitlines(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_text(home / "installed.json", json.dumps(record, indent=1) + "\n")
+    say(f"Done: {summary(record)}.")
+    return record
+
+
+def _run(
+    step: Step, home: Path, env: Mapping[str, str], log: Path, say: Callable[[str], None]
+) -> None:
+    """Run a step; pip's lines about downloads and builds are shown as they come."""
+    from runner.core.process import run
+
+    shown = log.stat().st_size if log.exists() else 0
+
+    def tick() -> None:
+        nonlocal shown
+        with log.open("rb") as lines:
+            lines.seek(shown)
+            text = lines.read()
+        whole = text.rpartition(b"\n")[0]
+        shown += len(whole) + bool(whole)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            if re.match(r"\s*(Downloading|Cloning|Installing|Building wheel) ", line):
+                say(f"      {line.strip()[:110]}")
+
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"$ {' '.join(step.argv)}\n")
+    run(step.argv, cwd=home, env=env, log=log, on_tick=tick, tick_seconds=0.5)
+    tick()
+
+
+def _output(argv: Sequence[str], env: Mapping[str, str], log: Path) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, env=dict(env), check=False)
+    if done.returncode:
+        with log.open("a", encoding="utf-8") as output:
+            output.write(done.stderr)
+        raise StageError(f"{argv[0]} failed (exit code {done.returncode}; log: {log})")
+    return done.stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 2 wrong before work began, 1 failed."""
+    from runner.core.process import Stopped, raise_on_signals
+
+    parser = argparse.ArgumentParser(prog="python -m runner.engines.musubi_install")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="say what is installed; ends with 1 when it is not whole")
+    make = commands.add_parser("install", help=f"install musubi-tuner {VERSION}")
+    make.add_argument("--torch", choices=("auto", *TORCH), default="auto", help="build of torch")
+    make.add_argument("--torch-packages", nargs="+", help="other releases, from pip's own index")
+    make.add_argument("--source", type=Path, help="a checkout of musubi-tuner instead of the tag")
+    make.add_argument("--python", help="the Python to make the environment with (3.10 to 3.12)")
+    make.add_argument("--again", action="store_true", help="make it anew even when it is whole")
+    options = parser.parse_args(arguments)
+    home = engine_home()
+    try:
+        if options.command == "check":
+            what, line = state(home)
+            print(f"{what}: {line}.")
+            return 0 if what == "complete" else 1
+        raise_on_signals()
+        install(_wish(options), home, again=options.again)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (StageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(f"Run `{COMMAND}` again; what was downloaded is kept.", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"Stopped. `{COMMAND}` starts over; what was downloaded is kept.", file=sys.stderr)
+        return stopped.exit_code
+    return 0
+
+
+def _wish(options: argparse.Namespace) -> Wish:
+    """What the command line asks for; what it leaves out stays as it was installed."""
+    home = engine_home()
+    done = read_record(home) if not options.again else None
+    torch, build, source = options.torch_packages, options.torch, options.source
+    if build == "auto":
+        # A finished install is not made anew because the driver was renewed or is away.
+        build = done["build"] if done else torch_build(nvidia_report())
+        torch = torch or (done["torch"] if done else None)
+    python = options.python or (shutil.which(done["python"]) if done else None)
+    wish = Wish(build, tuple(torch or TORCH[build]), find_python(python))
+    if source is None and done and not done["source"].startswith(REPOSITORY):
+        return replace(wish, source=done["source"], commit=done["commit"])
+    if source is not None:
+        source = source.expanduser().resolve()
+        if not (source / "src" / "musubi_tuner").is_dir():
+            raise UserError(f"--source {options.source} is no checkout of musubi-tuner.")
+        wish = replace(wish, source=str(source), commit=commit_of(source))
+    return wish
+
+
+if __name__ == "__main__":
+    sys.exit(main())

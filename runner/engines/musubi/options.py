@@ -1,0 +1,201 @@
+"""What musubi-tuner's scripts accept: their recorded options, and checks against them; pure.
+
+``musubi_options.json`` beside this file is made from the real parsers by
+``scripts/record-musubi-options``. Arguments are read as argparse reads them, save that a shortened
+name is refused. A ``train.toml`` is held to the same types, because musubi-tuner puts what it reads
+there beside parsed arguments without a check: a wrong type, choice or name goes unnoticed there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from runner.core.suggest import did_you_mean
+
+LATENTS = "hv_1_5_cache_latents.py"
+TEXT = "hv_1_5_cache_text_encoder_outputs.py"
+TRAIN = "hv_1_5_train_network.py"
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "_int_or_float": "a whole number, a share or a percentage",
+}
+
+
+@dataclass(frozen=True)
+class ScriptOption:
+    """One option of a script; ``name`` has no dashes, ``type`` is that of argparse by name."""
+
+    name: str
+    flag: bool
+    type: str = "str"
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    nargs: str | None = None
+
+
+@cache
+def recorded() -> Mapping[str, Any]:
+    """The recorded file: ``version``, ``commit`` and ``scripts``."""
+    text = (files("runner.engines.musubi") / "options.json").read_text(encoding="utf-8")
+    record: Mapping[str, Any] = json.loads(text)
+    return record
+
+
+@cache
+def options(script: str) -> Mapping[str, ScriptOption]:
+    """A script's options by name without dashes; KeyError for an unknown script."""
+    found = {}
+    for dashed, entry in recorded()["scripts"][script].items():
+        name = dashed.lstrip("-")
+        values = {**entry, "choices": tuple(entry.get("choices", ()))}
+        found[name] = ScriptOption(name, **values)
+    return found
+
+
+def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values that ``arguments`` give, and every problem with them, one line each.
+
+    Options that are required but missing are not among the problems: see :func:`missing`.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    known = options(script)
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not _is_option(word):
+            problems.append(f"{word!r} belongs to no option.")
+            continue
+        dashed, equals, inline = word.partition("=")
+        option = known.get(dashed[2:]) if dashed.startswith("--") else None
+        given = [inline] if equals else []
+        while not equals and rest and not _is_option(rest[0]) and _takes(option, len(given)):
+            given.append(rest.pop(0))
+        if option is None:
+            names = [f"--{name}" for name in known]
+            problems.append(f"{script} has no option {dashed}.{did_you_mean(dashed, names)}")
+        elif option.flag:
+            values[option.name] = True
+            if given:
+                problems.append(f"{dashed} takes no value, not {given[0]!r}.")
+        elif option.nargs is None and not given:
+            problems.append(f"{dashed} needs a value.")
+        else:
+            read = [_read(option, text, problems) for text in given]
+            values[option.name] = read if option.nargs else read[0]
+    return values, problems
+
+
+def missing(script: str, names: Iterable[str]) -> list[str]:
+    """Required options that are not among ``names``."""
+    given = set(names)
+    return [
+        f"{script} needs --{option.name}."
+        for option in options(script).values()
+        if option.required and option.name not in given
+    ]
+
+
+def check_table(script: str, table: Mapping[str, Any]) -> list[str]:
+    """Every problem with a TOML table given as ``--config_file``; sections count as one table."""
+    problems: list[str] = []
+    known = options(script)
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(value if isinstance(value, Mapping) else {key: value})
+    for key, value in flat.items():
+        option = known.get(key)
+        if option is None:
+            problems.append(f"{script} has no option {key}.{did_you_mean(key, known)}")
+            continue
+        several = option.nargs is not None
+        if several and not isinstance(value, list):
+            problems.append(f"{key}={value!r} must be a list.")
+            continue
+        for part in value if several else [value]:
+            problems += _wrong_value(option, part)
+    return problems
+
+
+def arguments_of(script: str, table: Mapping[str, Any]) -> list[str]:
+    """The table as arguments of the script, in the table's order; a false flag is left out."""
+    known = options(script)
+    arguments: list[str] = []
+    for key, value in table.items():
+        option = known[key]
+        if option.flag:
+            arguments += [f"--{key}"] if value else []
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif _is_option(str(value)):
+            # As a word of its own argparse would take it for an option.
+            arguments += [f"--{key}={value}"]
+        else:
+            arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+def _is_option(word: str) -> bool:
+    """Whether argparse takes the word for an option: a dash begins it, and it is no number."""
+    return len(word) > 1 and word[0] == "-" and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
+
+
+def _takes(option: ScriptOption | None, number: int) -> bool:
+    """Whether one more word belongs to the option; an unknown one swallows all that follow."""
+    return option is None or option.nargs is not None or (not option.flag and number == 0)
+
+
+def _read(option: ScriptOption, text: str, problems: list[str]) -> Any:
+    value: Any = text
+    try:
+        if option.type == "int":
+            value = int(text)
+        elif option.type == "float":
+            value = float(text)
+        elif option.type == "_int_or_float":
+            value = _int_or_float(text)
+    except ValueError:
+        problems.append(f"--{option.name} must be {_KINDS[option.type]}, not {text!r}.")
+    if option.choices and value not in option.choices:
+        problems.append(f"--{option.name} can't be {text!r}.{did_you_mean(text, option.choices)}")
+    return value
+
+
+def _int_or_float(text: str) -> int | float:
+    """As musubi-tuner reads steps: 100 is steps, 0.1 and 10% are a share of all steps."""
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    number = float(text)
+    return int(number) if number >= 1 and number.is_integer() else number
+
+
+def _wrong_value(option: ScriptOption, value: Any) -> list[str]:
+    if option.flag:
+        return (
+            [] if isinstance(value, bool) else [f"{option.name}={value!r} must be true or false."]
+        )
+    right: tuple[type, ...] = {
+        "int": (int,),
+        "float": (float,),
+        "_int_or_float": (int, float),
+    }.get(option.type, (str,))
+    if not isinstance(value, right) or isinstance(value, bool):
+        what = _KINDS.get(option.type, "a text")
+        if option.type == "float":
+            what += " with a decimal point"
+        return [f"{option.name}={value!r} must be {what}."]
+    if option.type == "_int_or_float" and isinstance(value, float) and value >= 1:
+        # A float is multiplied by the number of steps.
+        return [f"{option.name}={value!r} must be a whole number or a share below 1."]
+    if option.choices and value not in option.choices:
+        return [f"{option.name} can't be {value!r}.{did_you_mean(str(value), option.choices)}"]
+    return []

@@ -1,0 +1,1 @@
+"""A run: what is there, the plan, and how it is carried out and recorded."""

@@ -1,0 +1,282 @@
+"""The record of a run: its MLflow run, and ``run.json`` in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from runner.config.schema import RunConfig, TrackingConfig
+from runner.core.atomic import write_text
+from runner.core.errors import UserError
+from runner.pipeline.model import Facts, Plan
+from runner.pipeline.plan import config_fingerprint
+from runner.tracking.files import hide_values
+from runner.tracking.mlflow_store import safe
+from runner.tracking.secrets import secret_values
+
+if TYPE_CHECKING:
+    from runner.tracking.mlflow_run import NullWriter, RunWriter
+    from runner.tracking.multirun import Sweep
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+# Files of the run's folder that MLflow keeps as artifacts, beside the LoRA files and the logs.
+_ARTIFACTS = (
+    "config.yaml",
+    "overrides.txt",
+    "commands.sh",
+    "weights.json",
+    "dataset.toml",
+    "validation.toml",
+    "train.toml",
+    "sample_prompts.txt",
+    "accelerate.yaml",
+    "evaluation.json",
+)
+_LORAS = ("lora.safetensors", "lora_comfyui.safetensors")
+
+
+def tracking_uri(tracking: TrackingConfig, root: Path) -> str | None:
+    """Where MLflow keeps the runs; None for ``tracking=none``."""
+    if tracking.name == "none":
+        return None
+    from runner.tracking.mlflow_store import sqlite_uri
+
+    if tracking.name == "sqlite":
+        return tracking.uri or sqlite_uri(root)
+    return _server_uri(tracking)
+
+
+def _server_uri(tracking: TrackingConfig) -> str:
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise UserError(
+            "tracking=server needs an address: set tracking.uri=http://host:5000 or the variable "
+            "MLFLOW_TRACKING_URI."
+        )
+    return uri
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Refuses a server that can't be used before media are read, which may take long."""
+    if config.tracking.name == "server" and not config.dry_run:
+        from runner.tracking.server import check_server
+
+        check_server(_server_uri(config.tracking))
+
+
+class Recorder:
+    """Writes down what happens to a run while it happens."""
+
+    def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, fingerprint: str) -> None:
+        self.writer, self.run_dir = writer, run_dir
+        self._stages: dict[str, float] = {}
+        self._started = time.time()
+        self._fingerprint = fingerprint
+        self._problems: list[str] = []
+        self._write("RUNNING", "")
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be written down, one line each."""
+        return [*self._problems, *(f"MLflow: {problem}" for problem in self.writer.problems)]
+
+    def _problem(self, line: str) -> None:
+        if line not in self._problems:
+            self._problems.append(line)
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        resolved: dict[str, Any],
+        choices: dict[str, str],
+        facts: Facts,
+        plan: Plan,
+        run_dir: Path,
+        sweep: Sweep | None,
+    ) -> Recorder:
+        """Start the MLflow run, under its sweep's parent when there is one."""
+        from runner.tracking import mlflow_run, mlflow_store
+        from runner.tracking.sweep import child_tags, open_parent
+
+        fingerprint = config_fingerprint(resolved)
+        uri = tracking_uri(config.tracking, facts.root)
+        if uri is None:
+            return cls(mlflow_run.NullWriter(), run_dir, fingerprint)
+        experiment = config.tracking.experiment
+        mlflow_store.initialise(uri, facts.root)
+        tags = {
+            **host_tags(facts, config, plan),
+            "config.fingerprint": fingerprint,
+            "run.folder": str(run_dir),
+        }
+        parent = None
+        if sweep is not None:
+            sweep.outputs, sweep.uri = facts.root, uri
+            parent = open_parent(
+                uri,
+                experiment,
+                outputs=facts.root,
+                sweep_id=sweep.id,
+                name="sweep " + " ".join(sweep.swept or sweep.overrides),
+                tags={"sweep.overrides": " ".join(sweep.overrides)},
+            )
+            tags |= child_tags(parent, sweep.id)
+        name = plan.name
+        if sweep is not None and sweep.swept:
+            values = [f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept]
+            name = f"{name} {' '.join(values)}"
+        writer = mlflow_run.RunWriter.start(
+            uri,
+            experiment,
+            outputs=facts.root,
+            name=name,
+            params=parameters(config, resolved, choices, facts),
+            tags=tags,
+            parent_id=parent,
+        )
+        return cls(writer, run_dir, fingerprint)
+
+    def files(self) -> None:
+        """Send the files that say what the run is; again when they changed."""
+        for name in _ARTIFACTS:
+            if (self.run_dir / name).is_file():
+                self.writer.log_artifact(self.run_dir / name)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage has ended, well or not."""
+        self._stages[name] = round(seconds, 3)
+        self._write("RUNNING", "")
+        log = self.run_dir / "logs" / f"{name}.log"
+        try:
+            hide_values(log, secret_values(os.environ))
+        except OSError as error:
+            self._problem(f"secrets in {log} could not be hidden ({error.strerror or error})")
+        if log.is_file():
+            self.writer.log_artifact(log, "logs")
+
+    def finish(self, status: Status, why: str) -> None:
+        """Settle how the run ended, first in its folder, then in MLflow."""
+        why = safe(why)
+        self._write(status, why)
+        with self.writer.queued():
+            self.files()
+            for name in _LORAS:
+                if (self.run_dir / name).is_file():
+                    self.writer.log_artifact(self.run_dir / name)
+            if why:
+                self.writer.set_tags({"run.error": why})
+        self.writer.finish(status)
+
+    def _write(self, status: str, why: str) -> None:
+        record = {
+            "status": status,
+            "error": why,
+            "config_fingerprint": self._fingerprint,
+            "mlflow_run_id": self.writer.run_id,
+            "started": self._started,
+            "seconds": round(time.time() - self._started, 3),
+            "stages": self._stages,
+            "pid": os.getpid(),
+        }
+        file = self.run_dir / "run.json"
+        # A full disk must neither hide why a run failed nor keep its end from MLflow.
+        try:
+            write_text(file, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            self._problem(f"{file} could not be written ({error.strerror or error})")
+
+
+def _value(resolved: dict[str, Any], choices: dict[str, str], key: str) -> Any:
+    """A swept key's value in this run: a group's choice, or an option's value."""
+    if key in choices:
+        return choices[key]
+    value: Any = resolved
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def host_tags(facts: Facts, config: RunConfig, plan: Plan) -> dict[str, str]:
+    """Where a run ran and with what, for MLflow."""
+    from runner import __version__
+
+    return {
+        "runner.version": __version__,
+        "runner.commit": code_version(),
+        "engine": config.engine.name,
+        "engine.version": engine_version(facts, config),
+        "dataset.fingerprint": plan.fingerprint,
+        "host": socket.gethostname(),
+        "gpu": facts.machine.name if facts.machine else "none",
+        "python": ".".join(str(part) for part in sys.version_info[:3]),
+    }
+
+
+def engine_version(facts: Facts, config: RunConfig) -> str:
+    """The engine's version, with those of the libraries it stands on when it is ours."""
+    if config.engine.name != "diffusers":
+        return facts.engine.version
+    from importlib.metadata import version
+
+    parts = [f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")]
+    return ", ".join([facts.engine.version, *parts])
+
+
+def code_version() -> str:
+    """The checkout's commit, with a mark when files differ from it; the version when installed."""
+    from runner import __version__
+    from runner.pipeline.inputs import checkout
+
+    top = checkout()
+    if top is None:
+        return __version__
+    try:
+        done = subprocess.run(
+            ["git", "-C", top, "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return done.stdout.strip()
+
+
+def parameters(
+    config: RunConfig, resolved: dict[str, Any], choices: dict[str, str], facts: Facts
+) -> dict[str, Any]:
+    """What MLflow shows as parameters: the groups chosen, and every option that is set."""
+    params: dict[str, Any] = {
+        group: choice
+        for group, choice in choices.items()
+        if not group.startswith("hydra/") and choice not in (None, "None", "null")
+    }
+    for key, value in _flat(resolved):
+        if key in ("dry_run", "name", "output_dir") or value in (None, "", [], {}):
+            continue
+        if key.rsplit(".", 1)[-1] == "name" or key.startswith(("tracking.", "stages.")):
+            continue
+        params[key] = value
+    params["training.seed"] = facts.seed
+    params["memory.tier"] = facts.memory.name
+    return params
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves += _flat(value, f"{prefix}{key}.")
+        else:
+            leaves.append((prefix + key, value))
+    return leaves

@@ -1,0 +1,95 @@
+"""The train stage: run the trainer, and follow its metrics into MLflow and the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.core.errors import StageError
+from runner.pipeline.plan import samples_per_epoch
+from runner.pipeline.stages import run_commands
+from runner.storage.store import link
+
+if TYPE_CHECKING:
+    from runner.core.console import Bar
+    from runner.pipeline.executor import Context
+    from runner.tracking.metrics import Point
+
+
+def run(context: Context) -> None:
+    """Train to the end; ``lora.safetensors`` and the previews then lie in the run's folder."""
+    from runner.tracking.follower import MetricsFollower
+
+    stage = context.plan.stage("train")
+    folder = context.run_dir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    with context.console.bar("steps", context.plan.steps) as bar:
+        view = _View(bar)
+        follower = MetricsFollower(
+            folder,
+            context.writer,
+            on_points=view.points,
+            samples=samples_per_epoch(context.facts) / context.plan.steps_per_epoch,
+            steps=context.plan.steps,
+        )
+        follower.start()
+        try:
+            run_commands(context, stage)
+        finally:
+            warning = follower.stop()
+            # A full disk must not hide why the trainer failed.
+            try:
+                _collect_samples(context)
+            except OSError as error:
+                context.console.notice(f"previews were not kept in samples: {error.strerror}")
+    if warning:
+        context.console.notice(warning)
+    collect_lora(context.run_dir)
+
+
+class _View:
+    """The bar's words, from the metrics: loss and speed."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar = bar
+        self.values: dict[str, float] = {}
+
+    def points(self, points: Sequence[Point]) -> None:
+        step = self.bar.done
+        for point in points:
+            self.values[point.key] = point.value
+            if point.key == "loss/current":
+                step = max(step, point.step)
+        words = []
+        if "loss/average" in self.values:
+            words.append(f"loss {self.values['loss/average']:.4f}")
+        seconds = self.values.get("time/step_seconds")
+        if seconds:
+            words.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
+        self.bar.update(step, "  ".join(words), self.values.get("time/seconds_left"))
+
+
+def collect_lora(run_dir: Path) -> None:
+    """Put the trainer's final file at the top of the run's folder."""
+    final = run_dir / "checkpoints" / "lora.safetensors"
+    if not final.is_file():
+        log = run_dir / "logs" / "train.log"
+        raise StageError(f"the trainer ended without writing {final} (log: {log})")
+    place = run_dir / "lora.safetensors"
+    place.unlink(missing_ok=True)
+    try:
+        place.hardlink_to(final)
+    except OSError:
+        link(final, place)
+
+
+def _collect_samples(context: Context) -> None:
+    """Previews are written below the checkpoints; the run's folder shows them as ``samples``."""
+    made = context.run_dir / "checkpoints" / "sample"
+    if not made.is_dir():
+        return
+    for file in sorted(made.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            link(file.absolute(), context.run_dir / "samples" / file.name)
+            context.writer.log_artifact(file, "samples")

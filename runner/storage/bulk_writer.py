@@ -1,0 +1,217 @@
+"""Many files into the store at once: written, synced together, then renamed.
+
+A file under its final name is whole, after a power cut too. What a cut leaves behind lies in
+`incoming` and is cleared by the next run that takes something in; what was renamed before it stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+from runner.core.atomic import sync
+from runner.core.errors import UserError
+from runner.storage.store import Shelf, Store, key_of
+
+Write = Callable[[bytes | memoryview], None]
+
+# So much is synced and renamed at a time: what a crash can cost, and what an interrupt waits for.
+BATCH_BYTES = 64 << 20
+
+
+class CannotKeep(UserError):
+    """The store can't be written to."""
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    file: Path
+    name: str
+    note: Mapping[str, Any]
+
+
+class Incoming(AbstractContextManager["Incoming"]):
+    """Takes files into one shelf from many threads; one process at a time has a block of a name.
+
+    name: of what is taken in, so that those who take in the same wait for each other, and no others
+    do. waiting: called when another process has it. anew: entries to make though they are there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shelf: Shelf,
+        name: str,
+        waiting: Callable[[], None] = lambda: None,
+        anew: Collection[str] = (),
+    ) -> None:
+        self.store, self.shelf, self.waiting, self.anew = store, shelf, waiting, anew
+        self.folder = store.root / "incoming" / f"{shelf}-{key_of({'of': name})[:16]}"
+        self._claimed: set[str] = set()
+        self._waiting: list[_Arrived] = []
+        self._bytes = 0
+        self._mutex = threading.Lock()
+        self._numbers = itertools.count()
+        self._committer = ThreadPoolExecutor(1)
+        self._commits: list[Future[None]] = []
+
+    def __enter__(self) -> Incoming:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # The system lets go of it when its process dies.
+            self._lock = FileLock(self.folder.with_suffix(".lock"), thread_local=False)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                self.waiting()
+                self._lock.acquire()
+            self._clear_leftovers()
+        except OSError as error:
+            raise self._told(error) from error
+        return self
+
+    def _clear_leftovers(self) -> None:
+        """Remove what processes left behind that were killed, here and under other names."""
+        from filelock import FileLock, Timeout
+
+        for folder in self.folder.parent.iterdir():
+            if folder == self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.is_dir():
+                lock = FileLock(folder.with_suffix(".lock"))
+                with suppress(Timeout), lock.acquire(timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def claim(self, name: str) -> bool:
+        """Whether the entry is to be made, by who asks: it is not there and no one else makes it.
+
+        Equal media may lie in a source several times.
+        """
+        with self._mutex:
+            there = name not in self.anew and self.store.has(self.shelf, name)
+            if name in self._claimed or there:
+                return False
+            self._claimed.add(name)
+            return True
+
+    def write(self, fill: Callable[[Write], object]) -> Path:
+        """A new file of what `fill` gives to the function it is called with.
+
+        Raises CannotKeep where the disk that is written to fails, and what `fill` raises.
+        """
+        place = self.folder / str(next(self._numbers))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            out = _open(place)
+        except OSError as error:
+            raise self._told(error) from error
+
+        def write(data: bytes | memoryview) -> None:
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[out.write(view) :]
+            except OSError as error:
+                raise self._told(error) from error
+
+        try:
+            try:
+                fill(write)
+                _begin_writeback(out.fileno())
+            finally:
+                _close(out, self._told)
+        except BaseException:
+            place.unlink(missing_ok=True)
+            raise
+        return place
+
+    def add(self, file: Path, name: str, made_of: Mapping[str, Any], sha256: str) -> None:
+        """Take a file that `write` made, of this digest, as the entry `name`."""
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise self._told(error) from error
+        with self._mutex:
+            note = {"bytes": size, "made_of": made_of, "sha256": sha256}
+            self._waiting.append(_Arrived(file, name, note))
+            self._bytes += size
+            if self._bytes >= BATCH_BYTES:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        batch, self._waiting, self._bytes = self._waiting, [], 0
+        self._commits.append(self._committer.submit(self._commit, batch))
+
+    def _commit(self, batch: list[_Arrived]) -> None:
+        for arrived in batch:
+            note = arrived.file.with_name(arrived.file.name + ".json")
+            text = json.dumps(arrived.note, sort_keys=True, indent=1, ensure_ascii=False)
+            note.write_text(text, encoding="utf-8")
+            arrived.file.chmod(0o444)
+        for arrived in batch:
+            sync(arrived.file)
+            sync(arrived.file.with_name(arrived.file.name + ".json"))
+        for arrived in batch:
+            place = self.store.path(self.shelf, arrived.name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            note = arrived.file.with_name(arrived.file.name + ".json")
+            note.replace(place.with_name(place.name + ".json"))
+            arrived.file.replace(place)
+
+    def _told(self, error: OSError) -> CannotKeep:
+        words = error.strerror or str(error)
+        return CannotKeep(
+            f"{self.store.root} can't be written to ({words}): free some space, or name another "
+            "folder with output_dir."
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._hand_over()
+        self._committer.shutdown()
+        try:
+            for commit in self._commits:
+                commit.result()
+        except OSError as failure:
+            if error is None:
+                raise self._told(failure) from failure
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.release()
+
+
+def _open(place: Path) -> BinaryIO:
+    return cast(BinaryIO, place.open("wb", buffering=0))
+
+
+def _close(out: BinaryIO, told: Callable[[OSError], CannotKeep]) -> None:
+    try:
+        out.close()
+    except OSError as error:  # Where a file system over a network is full, it says so here.
+        raise told(error) from error
+
+
+def _begin_writeback(descriptor: int) -> None:
+    """Have the system write the file out from now on, so that syncing it later is quick."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is not None:
+        with suppress(OSError):
+            advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

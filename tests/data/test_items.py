@@ -1,0 +1,156 @@
+"""Which media a run trains on, what is left out, and what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import compose, fake_facts, fake_item, plan_of
+
+from runner.core.errors import UserError
+from runner.data.select import Selection, dataset_fingerprint, is_held_out, item_id, select
+
+TINY = ["engine=diffusers", "model=tiny"]
+
+
+def selection(items: list[Any], *overrides: str) -> Selection:
+    return fake_facts(compose(*TINY, *overrides), items).selection
+
+
+# i2v trains on clips; pictures beside them are left out by name, and so is the 1-frame target.
+def test_i2v_takes_clips() -> None:
+    chosen = selection([fake_item("a.jpg"), fake_item("b.mp4")], "task=i2v")
+    (item,) = chosen.items
+    assert item.media.name == "b.mp4"
+    assert [crop.frames for crop in item.crops] == [13, 25]
+    assert chosen.notices == (
+        "task=i2v learns from clips: 1 picture left out: a.jpg.",
+        "task=i2v leaves the target of 1 frame out: it would learn to copy its input.",
+    )
+    with pytest.raises(UserError, match="learn to copy"):
+        selection([fake_item("b.mp4")], "task=i2v", "dataset.target_frames=[1]")
+
+
+# A source of pictures beside one of clips gives i2v nothing and stops nothing; only without any
+# clip is there nothing to learn from.
+def test_i2v_leaves_a_source_of_pictures_out() -> None:
+    config = compose(*TINY, "task=i2v", "dataset.sources=[{path: stills}, {path: moves}]")
+    stills, moves = fake_facts(config, [fake_item("b.mp4")]).sources
+    stills = replace(stills, items=(fake_item("a.jpg"),))
+    chosen = select([stills, moves], task="i2v", validation_fraction=0)
+    assert [(item.source, item.media.name) for item in chosen.items] == [(1, "b.mp4")]
+    assert "task=i2v learns from clips: 1 picture left out: a.jpg." in chosen.notices
+    with pytest.raises(UserError) as caught:
+        select([stills, replace(moves, items=stills.items)], task="i2v", validation_fraction=0)
+    assert str(caught.value) == (
+        "task=i2v learns motion from clips, and stills, moves have pictures alone (2): add clips, "
+        "or take task=t2v."
+    )
+
+
+# Clips too short for every target are left out by name; with nothing left, that is the error.
+def test_short_clips_are_named() -> None:
+    short = fake_item("short.mp4", frames=9)
+    chosen = selection([short, fake_item("a.jpg")], "dataset.target_frames=[13,25]")
+    assert [item.media.name for item in chosen.items] == ["a.jpg"]
+    assert "short.mp4 (9 frames)" in chosen.notices[0]
+    with pytest.raises(UserError, match=r"short\.mp4"):
+        selection([short], "dataset.target_frames=[13,25]")
+
+
+# Targets that musubi-tuner silently loses to a low source_fps are named.
+def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
+    chosen = selection([fake_item("a.mp4")], "dataset.source_fps=12")
+    assert [crop.frames for crop in chosen.items[0].crops] == [1, 13]
+    assert "targets of 25 frames are lost" in chosen.notices[0]
+    assert selection([fake_item("a.mp4")]).notices == ()
+
+
+# Media without captions stop the run, or are skipped, or get the default, as was said.
+def test_missing_captions() -> None:
+    items = [fake_item("a.jpg"), fake_item("b.jpg", caption=None), fake_item("c.jpg", caption="")]
+    with pytest.raises(UserError, match=r"2 of 3 media in data have no caption: b\.jpg, c\.jpg"):
+        selection(items)
+    skipped = selection(items, "dataset.missing_captions=skip")
+    assert [item.media.name for item in skipped.items] == ["a.jpg"]
+    named = selection(items, "dataset.default_caption=a thing", "dataset.trigger_word=ohwx")
+    assert sorted(item.caption for item in named.items) == [
+        "ohwx, a caption of a",
+        "ohwx, a thing",
+        "ohwx, a thing",
+    ]
+
+
+# The split goes by content: an item stays on its side whatever else is in the dataset, and a
+# larger fraction only adds to what is held out.
+def test_the_split_is_by_content() -> None:
+    items = [fake_item(f"{n}.jpg") for n in range(400)]
+
+    def held_out(fraction: float, of: list[Any] = items) -> set[str]:
+        chosen = selection(of, f"dataset.validation_fraction={fraction}")
+        return {item.media.name for item in chosen.items if item.held_out}
+
+    small, large = held_out(0.1), held_out(0.3)
+    assert 20 <= len(small) <= 60
+    assert small < large
+    assert held_out(0.1, items[:100]) == {name for name in small if int(name[:-4]) < 100}
+    none = selection(items[:1], "dataset.validation_fraction=0.001")
+    assert none.notices == (
+        "dataset.validation_fraction=0.001 holds out none of the 1 items, which is chance with "
+        "few: raise it.",
+    )
+    assert not is_held_out("f" * 64, 0.999)
+    assert not is_held_out("0" * 64, 0.0)
+
+
+# Item names are safe in a glob, different for different items, and the same on every machine.
+def test_item_ids() -> None:
+    item = fake_item("[weird] näme (1)*?.jpg")
+    name = item_id(0, item, "caption")
+    assert name.startswith("weird-na")
+    assert all(c.isascii() and (c.isalnum() or c == "-") for c in name)
+    others = {
+        item_id(1, item, "caption"),
+        item_id(0, item, "other"),
+        item_id(0, fake_item("x/[weird] näme (1)*?.jpg"), "caption"),
+    }
+    assert name not in others
+    assert len(others) == 3
+
+
+# A row that is given three times is three items and three samples, encoded once; the first has the
+# id that it has alone.
+@pytest.mark.parametrize("name", ["a.jpg", "b.mp4"])
+def test_a_repeated_row_is_an_item_each_time(name: str) -> None:
+    config = compose(*TINY, "optimizer=adamw")
+    once, thrice = (
+        fake_facts(config, [fake_item("c.jpg"), *[fake_item(name)] * times]) for times in (1, 3)
+    )
+    ids = [item.id for item in thrice.selection.items]
+    assert len(ids) == len(set(ids)) == 4
+    assert {item.id for item in once.selection.items} < set(ids)
+    plan, alone = plan_of(config, thrice), plan_of(config, once)
+    for stage in ("latents", "text"):
+        made, links = plan.stage(stage).entries, [e.links for e in plan.stage(stage).entries]
+        assert {e.stored for e in made} == {e.stored for e in alone.stage(stage).entries}
+        assert len({place for places in links for place in places}) == sum(map(len, links))
+        assert sum(map(len, links)) == len(made) + 2 * (len(made) - 1)
+    assert plan.steps_per_epoch == alone.steps_per_epoch + 2 * (alone.steps_per_epoch - 1)
+
+
+# The fingerprint is of what is trained on: not of names or order, but of media and captions.
+def test_fingerprint() -> None:
+    items = [fake_item("a.jpg"), fake_item("b.mp4")]
+    base = dataset_fingerprint(selection(items).items)
+    renamed = [replace(item, name="moved/" + item.name) for item in reversed(items)]
+    assert dataset_fingerprint(selection(renamed).items) == base
+    recaptioned = [replace(items[0], caption="new"), items[1]]
+    assert dataset_fingerprint(selection(recaptioned).items) != base
+
+
+# Pictures that musubi-tuner would crash on are handed on as RGB copies.
+def test_transparent_pictures_become_rgb() -> None:
+    (item,) = selection([fake_item("a.png", mode="RGBA")]).items
+    assert item.as_rgb
+    assert item.media_name.endswith(".png")

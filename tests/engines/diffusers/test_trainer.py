@@ -1,0 +1,418 @@
+"""The trainer from files to files: batches, determinism, optimizers, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from training_run import inside, write_item, write_run
+
+from runner.core.errors import StageError, UserError
+from runner.engines.diffusers import data, flow, make_weights, optimizers, options, sampling, train
+from runner.formats import lora
+
+
+def run(folder: Path) -> dict[str, Tensor]:
+    """Train in the folder; returns the final LoRA's tensors."""
+    with inside(folder):
+        train.main(["--config_file", "train.toml"])
+    return read(folder / "checkpoints" / "lora.safetensors")[0]
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(str(path), framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar under tensorboard/network_train, by name: steps and values."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util import tensor_util
+
+    (file,) = (folder / "tensorboard" / "network_train").iterdir()
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            number = tensor_util.make_ndarray(value.tensor).item()
+            found.setdefault(value.tag, []).append((event.step, number))
+    return found
+
+
+# The same seed gives the same LoRA tensors, bit for bit; another seed gives others.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_same_seed_same_tensors(tmp_path: Path, task: str) -> None:
+    first = run(write_run(tmp_path / "a", task=task, network_dropout=0.1))
+    assert equal(first, run(write_run(tmp_path / "b", task=task, network_dropout=0.1)))
+    assert not equal(first, run(write_run(tmp_path / "c", task=task, seed=43)))
+    # It is a trained LoRA: its up matrices are no longer zero.
+    assert first["lora_unet_double_blocks_0_img_attn_q.lora_up.weight"].abs().max() > 0
+
+
+# Noise and times come from the seed alone: rank and dropout leave every step's as they are.
+def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+    step = flow.training_step
+
+    def recording(
+        model: torch.nn.Module, batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        drawn.extend([noise.clone(), t.clone()])
+        return step(model, batch, noise, t, **options)
+
+    monkeypatch.setattr(flow, "training_step", recording)
+    sequences = []
+    runs: dict[str, Any] = {"a": {}, "b": {"network_dim": 8, "network_dropout": 0.5}}
+    for name, changed in runs.items():
+        drawn.clear()
+        run(write_run(tmp_path / name, **changed))
+        sequences.append(list(drawn))
+    assert len(sequences[0]) == 2 * 2 * 4
+    assert all(torch.equal(*pair) for pair in zip(*sequences, strict=True))
+    # And no step repeats another's.
+    assert not torch.equal(sequences[0][1], sequences[0][3])
+
+
+# The order is shuffled each epoch, the same for a seed, and not the file system's.
+def test_order_depends_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", images=6)
+    with inside(folder):
+        datasets = data.scan("dataset.toml", "t2v")
+        listing = Path.iterdir
+        monkeypatch.setattr(Path, "iterdir", lambda self: sorted(listing(self), reverse=True))
+        assert data.scan("dataset.toml", "t2v") == datasets
+
+    def names(epoch: int, seed: int = 1) -> list[tuple[str, ...]]:
+        batches = data.epoch_batches(datasets, seed=seed, epoch=epoch)
+        return [tuple(item.latents.name for item in batch) for batch in batches]
+
+    assert names(1) == names(1)
+    assert names(1) != names(2)
+    assert names(1) != names(1, seed=2)
+    assert sorted(sum(names(1), ())) == sorted(sum(names(2), ()))
+
+
+# Items come num_repeats times an epoch; a batch has one latent shape and at most batch_size items.
+def test_repeats_and_batches(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", images=3)
+    write_item(folder / "clips", "short", 30, frames=5)
+    with inside(folder):
+        pictures, clips = data.scan("dataset.toml", "t2v")
+    repeated = data.Dataset(clips.items, clips.batch_size, 3)
+    batches = data.epoch_batches([pictures, repeated], seed=1, epoch=1)
+    counts: dict[str, int] = {}
+    for batch in batches:
+        assert len({item.shape for item in batch}) == 1
+        assert len(batch) <= 2
+        for item in batch:
+            counts[item.latents.name] = counts.get(item.latents.name, 0) + 1
+    assert sorted(counts.values()) == [1, 1, 1, 3, 3, 3]
+    assert sum(len(batch) == 2 for batch in batches) == 4
+
+
+# A t2v run never reads an i2v cache and the other way round; a caption's cache that is missing is
+# named. Nothing is written.
+def test_wrong_caches_are_refused(tmp_path: Path) -> None:
+    t2v, i2v = write_run(tmp_path / "t2v"), write_run(tmp_path / "i2v", task="i2v")
+    with inside(t2v):
+        with pytest.raises(UserError, match=r"picture0.*this is an i2v run"):
+            data.scan("dataset.toml", "i2v")
+        write_item(t2v / "images", "lost", 5, text=False)
+        with pytest.raises(UserError, match="'lost' has latents but no caption"):
+            train.main(["--config_file", "train.toml"])
+    with inside(i2v), pytest.raises(UserError, match=r"clip0.*this is a t2v run"):
+        data.scan("dataset.toml", "t2v")
+    assert not (t2v / "checkpoints").exists()
+
+
+# The option leaves the i2v condition unscaled, as musubi trains, and that is another training.
+def test_unscaled_condition_is_another_training(tmp_path: Path) -> None:
+    scaled = run(write_run(tmp_path / "a", task="i2v"))
+    unscaled = run(write_run(tmp_path / "b", task="i2v", i2v_unscaled_condition=True))
+    assert not equal(scaled, unscaled)
+
+
+OPTIMIZERS: list[tuple[str, list[str], dict[str, Any]]] = [
+    ("AdamW", ["weight_decay=0.1", "betas=(0.9, 0.99)"], {}),
+    ("adafactor", ["relative_step=False", "scale_parameter=False", "warmup_init=False"], {}),
+    ("Adafactor", [], {}),
+    ("Muon", ["weight_decay=0.0"], {}),
+    ("torch.optim.SGD", ["momentum=0.9"], {}),
+    ("prodigyopt.Prodigy", [], {"learning_rate": 1.0}),
+    ("schedulefree.AdamWScheduleFree", [], {}),
+]
+
+
+# Every optimizer that runs on a CPU trains: the weights move and stay finite.
+@pytest.mark.parametrize(("name", "arguments", "more"), OPTIMIZERS, ids=lambda value: str(value))
+def test_optimizers(tmp_path: Path, name: str, arguments: list[str], more: dict[str, Any]) -> None:
+    folder = write_run(
+        tmp_path / "run",
+        optimizer_type=name,
+        optimizer_args=arguments,
+        max_train_epochs=None,
+        max_train_steps=3,
+        logging_dir="tensorboard",
+        **more,
+    )
+    state = run(folder)
+    up = state["lora_unet_double_blocks_0_img_attn_q.lora_up.weight"]
+    assert up.abs().max() > 0
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    rates = scalars(folder)
+    assert len(rates["lr/unet"]) == 3
+    assert ("lr/d*lr/unet" in rates) == ("Prodigy" in name)
+
+
+SCHEDULES: list[tuple[dict[str, Any], list[float]]] = [
+    ({"lr_scheduler": "constant"}, [1, 1, 1, 1]),
+    ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}, [0, 0.5, 1, 1]),
+    ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.5}, [0, 0.5, 1, 1]),
+    ({"lr_scheduler": "linear"}, [1, 0.75, 0.5, 0.25]),
+    ({"lr_scheduler": "cosine"}, [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+    ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2}, [1, 0.5, 1, 0.5]),
+    (
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1},
+        [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)],
+    ),
+    ({"lr_scheduler": "polynomial", "lr_scheduler_power": 2.0}, [1, 0.5625, 0.25, 0.0625]),
+    # With z left of all: 0.01 + 0.99 * z / (0.1 + 0.9 * z).
+    (
+        {"lr_scheduler": "rex"},
+        [0.01 + 0.99 * z / (0.1 + 0.9 * z) for z in (1, 0.75, 0.5, 0.25)],
+    ),
+    ({"lr_scheduler": "rex", "lr_warmup_steps": 3}, [0.01, 0.01, 0.505, 1]),
+    (
+        {"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=2", "gamma=0.1"]},
+        [1, 1, 0.1, 0.1],
+    ),
+]
+
+
+# Every schedule gives the rates of its formula over four steps.
+@pytest.mark.parametrize(("chosen", "expected"), SCHEDULES, ids=lambda value: str(value)[:50])
+def test_schedules(chosen: dict[str, Any], expected: Sequence[float]) -> None:
+    values = {"dit": "d", "dataset_config": "c", "output_dir": "o", "output_name": "n"}
+    parsed = options.parse({**values, "optimizer_type": "AdamW", "learning_rate": 1.0, **chosen})
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer, _ = optimizers.build_optimizer(parsed, [{"params": [weight], "lr": 1.0}])
+    schedule = optimizers.build_scheduler(parsed, optimizer, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(list(expected), abs=1e-3 if "polynomial" in str(chosen) else 1e-9)
+
+
+# Checkpoints bear musubi's names, the last epoch's is the final file, and old ones are removed.
+def test_checkpoints(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run",
+        max_train_epochs=5,
+        save_every_n_epochs=1,
+        save_last_n_epochs=2,
+        save_precision="bf16",
+    )
+    run(folder)
+    files = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert files == ["lora-000003.safetensors", "lora-000004.safetensors", "lora.safetensors"]
+    # As readable as any file the person makes.
+    (folder / "plain").touch()
+    final = folder / "checkpoints" / "lora.safetensors"
+    assert final.stat().st_mode == (folder / "plain").stat().st_mode
+    state, metadata = read(final)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert metadata["ss_base_model_version"] == "hunyuan_video_1_5"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert (metadata["ss_steps"], metadata["ss_epoch"]) == ("20", "5")
+    assert metadata["ss_optimizer"] == "torch.optim.adamw.AdamW"
+    assert (metadata["ss_seed"], metadata["ss_learning_rate"]) == ("42", "0.01")
+    assert metadata["modelspec.architecture"] == "hunyuan-video-1.5/lora"
+    assert len(json.loads(metadata["ss_datasets"])) == 2
+    hashes = lora.sshs_hashes(state, metadata)
+    assert {key: metadata[key] for key in hashes} == hashes
+    # What musubi trains converts for ComfyUI, and so does this.
+    converted, _ = lora.to_comfyui(state, metadata)
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in converted
+
+
+# Checkpoints by steps bear musubi's names, and of them too the last so many are kept: three here.
+def test_checkpoints_by_steps(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run", max_train_epochs=5, save_every_n_steps=3, save_last_n_steps=6
+    )
+    run(folder)
+    files = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    steps = [f"lora-step{step:08d}.safetensors" for step in (12, 15, 18)]
+    assert files == [*steps, "lora.safetensors"]
+    _, metadata = read(folder / "checkpoints" / steps[0])
+    assert (metadata["ss_steps"], metadata["ss_epoch"]) == ("12", "3")
+
+
+# A run that starts from a LoRA goes on from its weights; one that does not fit is refused.
+def test_training_starts_from_a_lora(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", max_train_epochs=1)
+    run(first)
+    old = first / "checkpoints" / "lora.safetensors"
+    second = write_run(
+        tmp_path / "second", max_train_steps=1, learning_rate=1e-12, network_weights=str(old)
+    )
+    run(second)
+    before, _ = read(old)
+    after, _ = read(second / "checkpoints" / "lora.safetensors")
+    for key, tensor in before.items():
+        assert torch.allclose(after[key], tensor, atol=1e-6), key
+    other = write_run(tmp_path / "other", network_dim=3, network_weights=str(old))
+    with inside(other), pytest.raises(UserError, match="does not fit this network"):
+        train.main(["--config_file", "train.toml"])
+
+
+# Steps an epoch are batches over accumulation, rounded up; each epoch's loss is the mean of its
+# steps' losses, and metrics have musubi's names and steps.
+def test_metrics_and_accumulation(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run", gradient_accumulation_steps=3, logging_dir="tensorboard", seed=1
+    )
+    run(folder)  # 3 pictures one by one and 2 clips together: 4 batches, 2 steps an epoch
+    found = scalars(folder)
+    assert [step for step, _ in found["loss/current"]] == [1, 2, 3, 4]
+    assert [step for step, _ in found["loss/epoch"]] == [1, 2]
+    losses = [value for _, value in found["loss/current"]]
+    epochs = [value for _, value in found["loss/epoch"]]
+    assert epochs == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])], rel=1e-6)
+    averages = [value for _, value in found["loss/average"]]
+    assert averages[2] == pytest.approx((losses[2] + losses[1]) / 2, rel=1e-6)
+    assert [value for _, value in found["lr/unet"]] == pytest.approx([1e-2] * 4)
+
+
+# A loss that is no number ends the run at once, and no file claims to be its result.
+def test_exploding_loss_stops(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "run",
+        optimizer_type="torch.optim.SGD",
+        learning_rate=1e30,
+        max_grad_norm=0.0,
+        max_train_epochs=5,
+    )
+    with inside(folder), pytest.raises(StageError, match="lower the learning rate"):
+        train.main(["--config_file", "train.toml"])
+    assert not (folder / "checkpoints").exists()
+
+
+# Options that this engine cannot honour, and mistakes, are one line that names them.
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"blocks_to_swap": 20}, "blocks_to_swap=20 is not supported"),
+        ({"fp8_base": True}, "fp8_base=True is not supported"),
+        ({"learning_rat": 1e-4}, "'learning_rat'.*did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
+        ({"timestep_sampling": "sigma"}, "timestep_sampling='sigma' is not supported"),
+        ({"weighting_scheme": "cosmap"}, "weighting_scheme='cosmap' is not supported"),
+        ({"optimizer_type": "AdamW8bit"}, "optimizer=adamw"),
+        ({"optimizer_type": "bitsandbytes.optim.Lion8bit"}, "optimizer=adamw"),
+        ({"optimizer_type": "NoSuch"}, "optimizer_type='NoSuch' cannot be imported"),
+        ({"optimizer_args": ["beta=(0.9"]}, "beta="),
+        ({"optimizer_args": ["no_such=1"]}, "refused its options"),
+        ({"lr_scheduler": "zigzag"}, "lr_scheduler='zigzag'"),
+        ({"lr_warmup_steps": 5}, "takes no lr_warmup_steps"),
+        ({"save_every_n_epochs": 0}, "save_every_n_epochs=0 must be at least 1"),
+        ({"min_timestep": 900, "max_timestep": 100}, "no range"),
+        ({"network_module": "networks.oft"}, "networks.oft"),
+        ({"dit": None}, "dit is missing"),
+        ({"sample_prompts": "p.txt", "sample_at_first": True}, "p.txt: cannot be read"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refused_options(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    folder = write_run(tmp_path / "run", **changed)
+    with inside(folder), pytest.raises(UserError, match=message):
+        train.main(["--config_file", "train.toml"])
+    assert not (folder / "checkpoints").exists()
+
+
+# Prompt files read as musubi reads them, sizes rounded to what the network can make.
+def test_prompts() -> None:
+    text = '# no\n\na "red" kite -- at dusk --w 100 --h 64 --f 11 --d 7 --s 4 --l 5.5 --n a--b\n'
+    (prompt,) = sampling.parse_prompts(text + "")
+    assert prompt.text == 'a "red" kite -- at dusk'
+    assert (prompt.width, prompt.height, prompt.frames) == (96, 64, 9)
+    assert (prompt.seed, prompt.steps, prompt.guidance) == (7, 4, 5.5)
+    assert prompt.negative == "a--b"
+    with pytest.raises(UserError, match=r"line 1.*--q 3"):
+        sampling.parse_prompts("kite --q 3")
+
+
+# Euler's method follows a flow to its end: a constant velocity field is integrated exactly.
+def test_sampling_integrates_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.randn(1, 32, 1, 4, 6, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(5))
+    maker = object.__new__(sampling.Previewer)
+    maker._device = "cpu"
+    monkeypatch.setattr(maker, "_velocity", lambda *_: noise - target, raising=False)
+    batch = type("Batch", (), {"latents": target})()
+    conditions = sampling.Conditions(sampling.Prompt("x", seed=5, steps=6), batch, None)
+    found = maker.latents(torch.nn.Identity(), conditions)
+    assert torch.allclose(found, target, atol=1e-5)
+
+
+# Previews are pictures and clips of the size asked for, and appear whole.
+@pytest.mark.parametrize("frames", [1, 5])
+def test_previews_are_files(tmp_path: Path, frames: int) -> None:
+    pixels = np.random.RandomState(0).randint(0, 255, (frames, 64, 96, 3), dtype=np.uint8)
+    path = sampling.save_frames(tmp_path / "sample" / "lora_e000001_00_7", pixels)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    if frames == 1:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            assert np.array_equal(np.asarray(image), pixels[0])
+        return
+    import av
+
+    with av.open(str(path)) as clip:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
+    assert np.stack(decoded).shape == pixels.shape
+
+
+# Previews come when asked for, in the network's two tasks, and leave training as it would be.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_previews_do_not_disturb_training(tmp_path: Path, task: str) -> None:
+    make_weights.make_weights(tmp_path / "weights")
+    parts: dict[str, Any] = {
+        key: str(tmp_path / "weights" / key)
+        for key in ("vae", "text_encoder", "byt5", "image_encoder")
+    }
+    pixels = np.random.RandomState(0).randint(0, 255, (1, 64, 96, 3), dtype=np.uint8)
+    picture = sampling.save_frames(tmp_path / "first frame", pixels)
+    first = f" --i {picture}" if task == "i2v" else ""
+    plain = run(write_run(tmp_path / "plain", task=task, network_dropout=0.2))
+    folder = write_run(
+        tmp_path / "previews",
+        task=task,
+        network_dropout=0.2,
+        sample_prompts="prompts.txt",
+        sample_at_first=True,
+        sample_every_n_epochs=2,
+        **parts,
+    )
+    prompts = f'a "red" kite --w 96 --h 64 --f 5 --s 2 --d 3{first}\n'
+    prompts += f"a kite --w 64 --h 64 --s 2 --l 1{first}\n"
+    (folder / "prompts.txt").write_text(prompts, "utf-8")
+    assert equal(run(folder), plain)
+    files = sorted(path.name for path in (folder / "checkpoints" / "sample").iterdir())
+    assert files == [
+        f"lora_e{epoch:06d}_{name}" for epoch in (0, 2) for name in ("00_3.mp4", "01_0.png")
+    ]

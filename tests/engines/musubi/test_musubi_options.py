@@ -1,0 +1,280 @@
+"""musubi-tuner accepts what it is given: every command and train.toml against its own options."""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PICTURES_ALONE, TOP, compose, fake_facts, fake_item, plan_of
+
+from runner.config.groups import conf_folder, groups
+from runner.core.command import Command
+from runner.core.errors import UserError
+from runner.engines.base import Machine
+from runner.engines.musubi import engine as musubi
+from runner.engines.musubi import options as musubi_options
+from runner.engines.musubi.options import TRAIN, arguments_of, check_table, missing, options, parse
+from runner.engines.musubi.rules_arguments import OWNED, REFUSED
+from runner.engines.musubi.rules_optimizer import SCHEDULERS
+from runner.formats.train_toml import WeightPaths, train_options
+from runner.pipeline.model import Plan
+
+GROUPS = groups(conf_folder())
+CARD = Machine("NVIDIA H100", 80.0, (9, 0))
+MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
+GOLDEN = TOP / "tests" / "golden"
+
+
+def script_arguments(argv: tuple[str, ...]) -> tuple[str, list[str]] | None:
+    """The musubi-tuner script that a command runs and its arguments, or None."""
+    for place, word in enumerate(argv):
+        if word in ("-m", "--module") and argv[place + 1].startswith("musubi_tuner."):
+            name = argv[place + 1].removeprefix("musubi_tuner.") + ".py"
+            return name, list(argv[place + 2 :])
+    return None
+
+
+def problems_of(argv: tuple[str, ...], files: dict[str, str]) -> list[str]:
+    """What the real parsers would refuse, and what they fail to refuse in train.toml."""
+    found = script_arguments(argv)
+    assert found is not None, argv
+    script, arguments = found
+    values, problems = parse(script, arguments)
+    names = set(values)
+    if "config_file" in values:
+        table = tomllib.loads(files[values["config_file"]])
+        problems += check_table(script, table)
+        names |= set(table)
+        # A table given as arguments means the same, so either way of passing it can be taken.
+        given, wrong = parse(script, arguments_of(script, table))
+        assert wrong == []
+        assert given == {key: value for key, value in table.items() if value is not False}
+    if script == TRAIN:
+        # musubi checks these by hand, after reading the file.
+        problems += [f"no {name}" for name in ("dit", "dataset_config") if name not in names]
+    return problems + missing(script, names)
+
+
+def check_plan(plan: Plan) -> int:
+    """Check every musubi command of a plan; returns how many there were."""
+    count = 0
+    for name in ("latents", "text", "train"):
+        stage = plan.stage(name)
+        for command in stage.commands:
+            assert problems_of(command.argv, dict(plan.files)) == []
+            count += 1
+    return count
+
+
+# The data is that of the version that is pinned and installed.
+def test_recorded_version_is_the_pinned_one() -> None:
+    record = musubi_options.recorded()
+    assert record["version"] == musubi.VERSION
+    assert record["commit"] == "30c658c"
+    counts = {script: len(entries) for script, entries in record["scripts"].items()}
+    assert counts == {
+        "hv_1_5_cache_latents.py": 17,
+        "hv_1_5_cache_text_encoder_outputs.py": 9,
+        TRAIN: 128,
+    }
+
+
+def golden_commands(text: str) -> Iterator[Command]:
+    for line in text.replace("\\\n", " ").splitlines():
+        if "musubi_tuner." in line:
+            words = shlex.split(line)
+            start = next(n for n, word in enumerate(words) if word.endswith("bin/python"))
+            yield Command(tuple(words[start:]))
+
+
+# The golden files a person reads are what musubi-tuner accepts, word for word.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_golden_commands_parse(task: str) -> None:
+    text = (GOLDEN / f"musubi-{task}.txt").read_text()
+    train = text.split("== train.toml\n")[1].split("\n== ")[0]
+    commands = list(golden_commands(text))
+    assert len(commands) == 3
+    for command in commands:
+        assert problems_of(command.argv, {"train.toml": train}) == []
+
+
+@pytest.mark.parametrize("file", sorted((GOLDEN / "choices").glob("*.toml")), ids=lambda f: f.stem)
+def test_golden_tables_parse(file: Path) -> None:
+    table = tomllib.loads(file.read_text())
+    if file.stem not in ("model=tiny", "engine=diffusers", "experiment=rehearsal"):
+        assert check_table(TRAIN, table) == []
+
+
+# Every value of every group, for both tasks.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_every_choice_parses(task: str) -> None:
+    for group, names in GROUPS.items():
+        if group in ("experiment", "engine", "task"):
+            continue
+        for name in names:
+            if (group, name) == ("model", "tiny"):
+                continue
+            extra = {
+                ("optimizer", "custom"): ["optimizer.type=torch.optim.RMSprop"],
+                ("sampling", "prompts"): ["sampling.prompts=[a cat]", "sampling.image_path=/a.png"],
+            }.get((group, name), [])
+            config = compose(f"task={task}", f"{group}={name}", *extra)
+            assert check_plan(plan_of(config, fake_facts(config, MEDIA, machine=CARD))) == 3
+
+
+# Every recipe with every optimizer; a recipe for pictures alone has no i2v, and says so.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_every_recipe_parses_with_every_optimizer(task: str) -> None:
+    checked = 0
+    for recipe, optimizer in product(GROUPS["experiment"], GROUPS["optimizer"]):
+        extra = ["optimizer.type=torch.optim.RMSprop"] if optimizer == "custom" else []
+        config = compose(f"task={task}", f"experiment={recipe}", f"optimizer={optimizer}", *extra)
+        if task == "i2v" and recipe in PICTURES_ALONE:
+            with pytest.raises(UserError, match="learn to copy its first frame"):
+                plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+        elif config.engine.name == "musubi":
+            checked += check_plan(plan_of(config, fake_facts(config, MEDIA, machine=CARD)))
+    assert checked >= 3 * 5 * len(GROUPS["optimizer"])
+
+
+WRONG_ARGUMENTS = {
+    "--blocks_to_swp 3": (f"{TRAIN} has no option --blocks_to_swp. Did you mean --blocks_to_swap?"),
+    # argparse would take a shortened name; which option it meant could change with the version.
+    "--blocks 3": f"{TRAIN} has no option --blocks. Did you mean --blocks_to_swap?",
+    "--logit_mean high": "--logit_mean must be a number, not 'high'.",
+    "--block_swap_ring_size 2.5": "--block_swap_ring_size must be a whole number, not '2.5'.",
+    "--lr_decay_steps x%": (
+        "--lr_decay_steps must be a whole number, a share or a percentage, not 'x%'."
+    ),
+    "--compile_mode quick": "--compile_mode can't be 'quick'. There are: default, "
+    "max-autotune, max-autotune-no-cudagraphs, reduce-overhead.",
+    "--save_state yes": "'yes' belongs to no option.",
+    "--logit_mean": "--logit_mean needs a value.",
+    "--logit_mean --save_state": "--logit_mean needs a value.",
+    "word": "'word' belongs to no option.",
+    "-x": f"{TRAIN} has no option -x.",
+}
+
+
+# Wrong arguments are told in a line each, with the nearest name.
+@pytest.mark.parametrize("arguments", WRONG_ARGUMENTS)
+def test_wrong_arguments(arguments: str) -> None:
+    _, problems = parse(TRAIN, shlex.split(arguments))
+    assert problems == [WRONG_ARGUMENTS[arguments]]
+
+
+# Values are read as argparse reads them.
+def test_arguments_are_read_as_argparse_does() -> None:
+    words = "--logit_mean -1.5 --lr_warmup_steps 10% --lr_decay_steps 100 --seed=-3 --save_state"
+    words += " --base_weights a b --network_args"
+    values, problems = parse(TRAIN, words.split())
+    assert problems == []
+    assert values == {
+        "logit_mean": -1.5,
+        "lr_warmup_steps": 0.1,
+        "lr_decay_steps": 100,
+        "seed": -3,
+        "save_state": True,
+        "base_weights": ["a", "b"],
+        "network_args": [],
+    }
+
+
+WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"learnin_rate": 1.0}, f"{TRAIN} has no option learnin_rate. Did you mean learning_rate?"),
+    ({"learning_rate": "1e-4"}, "learning_rate='1e-4' must be a number with a decimal point."),
+    ({"max_grad_norm": 1}, "max_grad_norm=1 must be a number with a decimal point."),
+    ({"network_dim": 8.0}, "network_dim=8.0 must be a whole number."),
+    ({"seed": True}, "seed=True must be a whole number."),
+    ({"sdpa": 1}, "sdpa=1 must be true or false."),
+    ({"dit": 3}, "dit=3 must be a text."),
+    ({"network_args": "a=b"}, "network_args='a=b' must be a list."),
+    ({"network_args": [1]}, "network_args=1 must be a text."),
+    (
+        {"lr_warmup_steps": 100.0},
+        "lr_warmup_steps=100.0 must be a whole number or a share below 1.",
+    ),
+    ({"mixed_precision": "bf61"}, "mixed_precision can't be 'bf61'. Did you mean bf16?"),
+    ({"section": {"task": "v2v"}}, "task can't be 'v2v'. Did you mean t2v?"),
+]
+
+
+# What musubi-tuner would take from a file without a word is refused here.
+@pytest.mark.parametrize(("table", "line"), WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_wrong_tables(table: dict[str, Any], line: str) -> None:
+    assert check_table(TRAIN, table) == [line]
+
+
+# A value that begins with a dash stays a value when the table is given as arguments.
+def test_dashed_values_survive() -> None:
+    table = {"output_name": "-lora", "network_args": ["a=b"], "sdpa": True, "compile": False}
+    arguments = arguments_of(TRAIN, table)
+    assert arguments == ["--output_name=-lora", "--network_args", "a=b", "--sdpa"]
+    assert parse(TRAIN, arguments) == (
+        {"output_name": "-lora", "network_args": ["a=b"], "sdpa": True},
+        [],
+    )
+
+
+# Required options that are absent are named.
+def test_missing_options_are_named() -> None:
+    script = musubi_options.TEXT
+    assert missing(script, ["dataset_config", "byt5"]) == [f"{script} needs --text_encoder."]
+    assert [o.name for o in options(script).values() if o.required] == [
+        "byt5",
+        "dataset_config",
+        "text_encoder",
+    ]
+
+
+# Every option that the runner can write has the runner's own option beside it, and nothing else
+# is kept from engine.extra_args.
+def test_owned_options_are_those_the_runner_writes() -> None:
+    written: set[str] = {"config_file", "resume", "resume_from_huggingface"}
+    paths = WeightPaths(*"abcde")
+    variants = [
+        *[f"scheduler={name}" for name in SCHEDULERS],
+        *[f"training.attention={name}" for name in ("sdpa", "flash", "xformers")],
+        *[f"precision={name}" for name in GROUPS["precision"]],
+        "task=i2v",
+        "training.max_steps=3",
+    ]
+    everything = [
+        "memory=12gb",
+        "memory.checkpointing=offload",
+        "memory.pinned=true",
+        "memory.h2d_only=true",
+        "training.min_timestep=1",
+        "training.max_timestep=9",
+        "training.keep_last=1",
+        "training.save_every_steps=5",
+        "training.save_state=true",
+        "training.resume_from=state",
+        "network.weights=lora.safetensors",
+        "metadata.author=a",
+        "metadata.description=d",
+        "metadata.license=l",
+        "metadata.tags=[one,two]",
+        "metadata.comment=c",
+        "network.dropout=0.1",
+        "+network.args.rank_dropout=0.1",
+        "+optimizer.args.eps=1e-8",
+        "scheduler.warmup_steps=1",
+        "scheduler.min_lr_ratio=0.1",
+        "sampling=prompts",
+        "sampling.prompts=[a]",
+        "sampling.at_first=true",
+    ]
+    for variant in variants:
+        config = compose(variant, *everything)
+        written |= set(
+            train_options(config, paths, config.memory, name="x", seed=1, compile_blocks=True),
+        )
+    # A default that engine.extra_args may change: the command line goes over train.toml.
+    assert written - {"compile_cache_size_limit"} == set(OWNED)
+    assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))

@@ -1,0 +1,119 @@
+"""Files that options name besides the dataset: found, looked into, or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose
+from safetensors.torch import save_file
+
+from runner.core.errors import UserError
+from runner.formats.lora import to_comfyui
+from runner.pipeline.given_files import settle
+
+NAME = "lora_unet_double_blocks_0_img_attn_q"
+STEM = "lora_unet_double_blocks_0_"
+
+
+def lora(rank: int = 4, alpha: float = 2.0) -> dict[str, torch.Tensor]:
+    return {
+        f"{NAME}.lora_down.weight": torch.zeros(rank, 8),
+        f"{NAME}.lora_up.weight": torch.zeros(8, rank),
+        f"{NAME}.alpha": torch.tensor(alpha),
+    }
+
+
+def whole_lora() -> dict[str, torch.Tensor]:
+    """As training leaves it, with modules that ComfyUI names as musubi-tuner does."""
+    return {
+        key.replace(NAME, STEM + module): tensor
+        for module in ("img_attn_proj", "img_attn_q", "img_attn_k", "img_attn_v", "txt_mlp_fc1")
+        for key, tensor in lora().items()
+    }
+
+
+# A LoRA to start from is taken when kind, rank and alpha are the run's, from any working folder.
+def test_a_fitting_lora_is_taken(tmp_path: Path) -> None:
+    save_file(lora(), tmp_path / "old run [1].safetensors")
+    config = compose("network.weights=old run [1].safetensors", "network.rank=4", "network.alpha=2")
+    settle(config, tmp_path)
+    assert config.network.weights == str(tmp_path / "old run [1].safetensors")
+
+
+# Files are saved in bf16, which rounds an alpha: what was trained with is still the same.
+def test_a_rounded_alpha_is_the_same(tmp_path: Path) -> None:
+    state = {key: tensor.bfloat16() for key, tensor in lora(4, 0.3).items()}
+    save_file(state, tmp_path / "old.safetensors")
+    settle(
+        compose("network.weights=old.safetensors", "network.rank=4", "network.alpha=0.3"), tmp_path
+    )
+
+
+# The trainer would load what fits by name and start the rest from nothing: each is refused.
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lora(8, 2), "add network=lora network.rank=8 network.alpha=2."),
+        (lora(4, 1), "add network=lora network.rank=4 network.alpha=1."),
+        (to_comfyui(lora(4, 2), None)[0], "is a LoRA for ComfyUI"),
+        (to_comfyui(whole_lora(), None)[0], "is a LoRA for ComfyUI"),
+        ({"other": torch.zeros(1)}, "is no LoRA of this model"),
+        (
+            {f"{NAME}.hada_w1_b": torch.zeros(4, 8), f"{NAME}.alpha": torch.tensor(2.0)},
+            "add network=loha network.rank=4 network.alpha=2.",
+        ),
+    ],
+)
+def test_another_lora_is_refused(
+    tmp_path: Path, state: dict[str, torch.Tensor], message: str
+) -> None:
+    save_file(state, tmp_path / "old.safetensors")
+    config = compose("network.weights=old.safetensors", "network.rank=4", "network.alpha=2")
+    with pytest.raises(UserError) as caught:
+        settle(config, tmp_path)
+    assert message in str(caught.value)
+
+
+# A file that is none, and paths that lead nowhere, get one line with the option's name.
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    (tmp_path / "empty").mkdir()
+    for override, message in (
+        ("network.weights=broken.safetensors", "can't be read as a LoRA file"),
+        ("network.weights=none.safetensors", "network.weights=none.safetensors: there is no such"),
+        ("training.resume_from=none", "training.resume_from=none: there is no such folder."),
+        ("training.resume_from=empty", "training.resume_from=empty is no state folder"),
+        (
+            "engine.extra_args=[--base_weights,broken.safetensors,none.safetensors]",
+            "engine.extra_args: --base_weights=none.safetensors: there is no such file.",
+        ),
+        (
+            "engine.extra_args=['--log_tracker_config=none.toml']",
+            "engine.extra_args: --log_tracker_config=none.toml: there is no such file.",
+        ),
+        ("sampling.image_path=none.png", "sampling.image_path=none.png: there is no such file."),
+    ):
+        with pytest.raises(UserError) as caught:
+            settle(compose(override), tmp_path)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+# The trainer runs in the run's folder: files among its own arguments are found from anywhere, and
+# what else stands among them is left as it is.
+def test_files_among_the_trainers_arguments_are_found(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors", "tracker.toml"):
+        (tmp_path / name).touch()
+    config = compose(
+        "engine.extra_args=[--base_weights,a.safetensors,b.safetensors,--base_weights_multiplier,"
+        "1,-0.5,'--log_tracker_config=tracker.toml',--log_prefix,a.safetensors]"
+    )
+    settle(config, tmp_path)
+    assert config.engine.extra_args == [
+        *("--base_weights", f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors"),
+        *("--base_weights_multiplier", "1", "-0.5"),
+        f"--log_tracker_config={tmp_path}/tracker.toml",
+        *("--log_prefix", "a.safetensors"),
+    ]

@@ -1,0 +1,290 @@
+"""The weights stage on a hub on loopback: what is fetched, recorded, planned with, and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import compose, fake_facts, fake_item
+from hub_server import Hub, Repository, serve, talk_to
+
+from runner.config.schema import RunConfig
+from runner.core.console import Console
+from runner.core.errors import StageError
+from runner.pipeline.model import Plan, WeightFacts
+from runner.pipeline.stages.weights import hub_requests, weight_facts
+
+MODEL, ENCODERS = "tencent/HunyuanVideo-1.5", "Comfy-Org/HunyuanVideo_1.5_repackaged"
+COMMITS = {
+    MODEL: "1" * 40,
+    ENCODERS: "2" * 40,
+    "Qwen/Qwen-Image": "3" * 40,
+    "google/byt5-small": "4" * 40,
+}
+BYTES = [chr(code) for code in range(33, 127)]
+QWEN = {
+    "tokenizer/vocab.json": json.dumps({c: n for n, c in enumerate([*BYTES, "Ġ", "ca", "cat"])}),
+    "tokenizer/merges.txt": "#version: 0.2\nc a\nca t\n",
+    "tokenizer/tokenizer_config.json": json.dumps(
+        {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 1024, "unk_token": None}
+    ),
+    "tokenizer/added_tokens.json": json.dumps({"<|im_end|>": 97}),
+    "transformer/config.json": "{}",
+}
+BYT5 = {
+    "config.json": json.dumps({"model_type": "t5"}),
+    "tokenizer_config.json": json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}),
+    "special_tokens_map.json": json.dumps({"eos_token": "</s>"}),
+    "pytorch_model.bin": "not wanted",
+}
+
+
+def content(name: str) -> bytes:
+    return (name * 1000).encode()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """All four repositories as the runner knows them, every file of both tasks and sizes."""
+    model = {f"transformer/{size}_{task}" for size in ("480p", "720p") for task in ("t2v", "i2v")}
+    folders = [*sorted(model), "vae"]
+    files = {name: content(name) for f in folders for name in [f"{f}/{DIFFUSERS}"]}
+    config = compose("task=i2v").model
+    encoders = [config.text_encoder, config.byt5, config.image_encoder, "split_files/other.bin"]
+    served = Hub(
+        {
+            MODEL: Repository(files, COMMITS[MODEL]),
+            ENCODERS: Repository({name: content(name) for name in encoders}, COMMITS[ENCODERS]),
+            "Qwen/Qwen-Image": Repository(
+                {name: text.encode() for name, text in QWEN.items()}, COMMITS["Qwen/Qwen-Image"]
+            ),
+            "google/byt5-small": Repository(
+                {name: text.encode() for name, text in BYT5.items()}, COMMITS["google/byt5-small"]
+            ),
+        }
+    )
+    with serve(served):
+        talk_to(served, tmp_path, monkeypatch)
+        yield served
+
+
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+
+
+def run(config: RunConfig, tmp_path: Path) -> tuple[Path, Any, Plan]:
+    """A run of the weights stage alone, as ``python -m runner`` does it; its folder and tags."""
+    from omegaconf import OmegaConf
+
+    from runner.pipeline.executor import _Run, engine_for
+    from runner.pipeline.plan import make_plan
+    from runner.tracking.mlflow_run import NullWriter
+
+    config.stages.skip = ["dataset", "latents", "text", "train", "convert", "evaluate"]
+    config.tracking.name = "none"
+    facts = facts_of(config, tmp_path)
+    engine = engine_for(config, facts)
+    plan = make_plan(config, facts, engine)
+    resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    out = Console.for_stream(io.StringIO())
+    tags: dict[str, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NullWriter, "set_tags", lambda _, values: tags.update(values))
+        _Run(config, resolved, [], {}, out, facts, engine, plan, None).through()
+    (folder,) = sorted((tmp_path / "outputs" / "runs").glob("*/*"))[-1:]
+    return folder, tags, plan
+
+
+def facts_of(config: RunConfig, tmp_path: Path) -> Any:
+    from dataclasses import replace
+
+    root = tmp_path / "outputs"
+    facts = fake_facts(config, [fake_item("clip.mp4")])
+    return replace(facts, root=root, weights=weight_facts(config, root))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+
+
+# A dry run tells from the disk alone whether the weights are here; it asks and writes nothing.
+@pytest.mark.usefixtures("no_network")
+def test_facts_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk_to(Hub(), tmp_path, monkeypatch)
+    facts = weight_facts(compose(), tmp_path)
+    assert not facts.present
+    assert facts.summary == f"9 files of {MODEL}, its encoders and tokenizers, 9 to fetch"
+    assert facts.paths.vae.endswith(f"/snapshots/main/vae/{DIFFUSERS}")
+    assert list(tmp_path.iterdir()) == []
+
+
+# A task gets just its files: no image encoder for t2v, no other size, no other weights.
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_only_what_the_task_needs(hub: Hub, tmp_path: Path, task: str) -> None:
+    config = compose(f"task={task}", "model=hunyuan15_480p")
+    run(config, tmp_path)
+    fetched = {asked.path.split("/resolve/")[1] for asked in hub.downloads()}
+    encoders = {config.model.text_encoder, config.model.byt5}
+    if task == "i2v":
+        encoders.add(config.model.image_encoder)
+    tokenizers = {f"{COMMITS['Qwen/Qwen-Image']}/{n}" for n in QWEN if n.startswith("tokenizer/")}
+    tokenizers |= {f"{COMMITS['google/byt5-small']}/{n}" for n in BYT5 if n.endswith(".json")}
+    model = {f"transformer/480p_{task}/{DIFFUSERS}", f"vae/{DIFFUSERS}"}
+    assert fetched == {*encoders, *tokenizers, *model}
+    # Going on to the other task fetches only what that needs besides.
+    hub.asked.clear()
+    other = compose(f"task={'t2v' if task == 'i2v' else 'i2v'}", "model=hunyuan15_480p")
+    run(other, tmp_path)
+    assert len(hub.downloads()) == (1 if task == "i2v" else 2)
+
+
+# What the run was trained on is written down, whole, and can be asked for again word for word.
+def test_commit_is_recorded_and_can_be_asked_for(hub: Hub, tmp_path: Path) -> None:
+    folder, tags, _ = run(compose(), tmp_path)
+    assert tags == {f"weights.{name}": commit for name, commit in COMMITS.items()}
+    record = json.loads((folder / "weights.json").read_text())
+    by_file = {row["file"]: row for row in record["files"]}
+    vae = content(f"vae/{DIFFUSERS}")
+    assert by_file[f"vae/{DIFFUSERS}"] == {
+        "repository": MODEL,
+        "revision": "main",
+        "commit": COMMITS[MODEL],
+        "file": f"vae/{DIFFUSERS}",
+        "size": len(vae),
+        "sha256": hashlib.sha256(vae).hexdigest(),
+    }
+    words = QWEN["tokenizer/vocab.json"].encode()
+    assert by_file["tokenizer/vocab.json"]["sha256"] == hashlib.sha256(words).hexdigest()
+    # The hub moves on; the recorded overrides still name the same files.
+    hub.repositories[MODEL].commit = "9" * 40
+    again = compose(*record["overrides"])
+    assert {r.revision for r in hub_requests(again.model, "t2v")} == set(COMMITS.values())
+    hub.asked.clear()
+    folder_again, _, _ = run(again, tmp_path)
+    assert hub.asked == []
+    repeated = json.loads((folder_again / "weights.json").read_text())
+    assert [r["sha256"] for r in repeated["files"]] == [r["sha256"] for r in record["files"]]
+
+
+# After the stage, the run's own files name the commit and files that exist, and the plan's keys
+# are made of the weights' digests.
+def test_files_are_renewed_after_the_stage(hub: Hub, tmp_path: Path) -> None:
+    config = compose("task=i2v")
+    folder, _, before = run(config, tmp_path)
+    train = (folder / "train.toml").read_text()
+    assert "/snapshots/main/" in dict(before.files)["train.toml"]
+    assert f"/snapshots/{COMMITS[MODEL]}/transformer/720p_i2v/" in train
+    facts = facts_of(config, tmp_path).weights
+    assert isinstance(facts, WeightFacts) and facts.digests is not None
+    for path in vars(facts.paths).values():
+        assert Path(path).is_file() and path in train
+    image = hashlib.sha256(content(config.model.image_encoder)).hexdigest()
+    assert facts.digests["image_encoder"] == image
+    assert facts.digests["vae"] == hashlib.sha256(content(f"vae/{DIFFUSERS}")).hexdigest()
+    # Another tokenizer makes other text embeddings, though the encoder is the same.
+    other = hub.repositories["Qwen/Qwen-Image"]
+    other.files["tokenizer/merges.txt"] = b"#version: 0.2\n"
+    other.commit = "8" * 40
+    config.model.qwen_tokenizer_revision = other.commit
+    run(config, tmp_path)
+    after = facts_of(config, tmp_path).weights.digests
+    changed = {part for part in facts.digests if facts.digests[part] != after[part]}
+    assert changed == {"text_encoder"}
+
+
+# commands.sh fetches the same commits by hand, into the same cache.
+def test_commands_by_hand(hub: Hub, tmp_path: Path) -> None:
+    folder, _, _ = run(compose(), tmp_path)
+    script = (folder / "commands.sh").read_text().replace("\\\n", " ")
+    lines = [line for line in script.splitlines() if " runner.hub " in line]
+    assert len(lines) == 4
+    assert all(commit in line for commit, line in zip(COMMITS.values(), lines, strict=True))
+    hub.asked.clear()
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "by-hand")}
+    # Only the smallest; each line has the same form.
+    done = subprocess.run(
+        ["sh", "-c", lines[-1]], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    top = tmp_path / "by-hand/models--google--byt5-small"
+    assert (top / "refs/main").read_text() == COMMITS["google/byt5-small"]
+    assert len(done.stdout.splitlines()) >= 3
+    assert shlex.split(lines[-1])[-2:] == ["config.json", "tokenizer_config.json"]
+
+
+_LOAD = """
+import socket
+def refused(*_):
+    raise AssertionError("the network was asked")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refused
+from transformers import AutoTokenizer
+from transformers.models.qwen2 import Qwen2Tokenizer
+qwen = Qwen2Tokenizer.from_pretrained("Qwen/Qwen-Image", subfolder="tokenizer")
+byt5 = AutoTokenizer.from_pretrained("google/byt5-small")
+print(qwen.tokenize("cat"), byt5("cat").input_ids)
+"""
+
+
+# main of the cache is where the revision is, so that musubi-tuner, which asks by branch, finds the
+# tokenizers offline; for a revision that is pinned by commit too, where the hub's own client would
+# leave no branch behind. That one is loaded, as musubi-tuner does it, with every socket refused.
+@pytest.mark.parametrize("pinned", [False, True], ids=["branch", "commit"])
+def test_tokenizers_load_offline(hub: Hub, tmp_path: Path, pinned: bool) -> None:
+    config = compose()
+    if pinned:
+        config.model.qwen_tokenizer_revision = COMMITS["Qwen/Qwen-Image"]
+        config.model.byt5_tokenizer_revision = COMMITS["google/byt5-small"]
+    run(config, tmp_path)
+    for name in ("Qwen/Qwen-Image", "google/byt5-small"):
+        ref = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "refs" / "main"
+        assert ref.read_text() == COMMITS[name]
+    if not pinned:
+        return
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['cat'] [102, 100, 119, 1]\n"
+
+
+# A cache whose files are here but whose main is not is not complete: musubi-tuner would fail in it.
+def test_branch_is_part_of_complete(hub: Hub, tmp_path: Path) -> None:
+    config = compose()
+    config.model.byt5_tokenizer_revision = COMMITS["google/byt5-small"]
+    run(config, tmp_path)
+    (tmp_path / "hub/models--google--byt5-small/refs/main").unlink()
+    assert not weight_facts(config, tmp_path / "outputs").present
+    hub.asked.clear()
+    run(config, tmp_path)
+    assert weight_facts(config, tmp_path / "outputs").present
+    assert hub.asked == []
+
+
+# The stage's failure is the run's one line, and the run's record says so.
+def test_stage_fails_in_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories[ENCODERS].gated = True
+    with pytest.raises(StageError, match=f"^stage weights failed: {ENCODERS} is gated") as caught:
+        run(compose(), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert hub.downloads() == []
+    (record,) = (tmp_path / "outputs/runs").rglob("run.json")
+    assert json.loads(record.read_text())["status"] == "FAILED"

@@ -1,0 +1,214 @@
+"""The shared cache: entries are whole, named by content, made once and never changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import runner.storage.store
+from runner.core.atomic import write_text
+from runner.storage.store import Shelf, Store, key_of, link, note_of
+
+
+# A key depends on every part and on nothing else, not even on their order.
+def test_keys_are_of_the_content() -> None:
+    parts = {"media": "a", "bucket": [96, 64], "tile": 0}
+    assert key_of(parts) == key_of(dict(reversed(parts.items())))
+    for name, other in (("media", "b"), ("bucket", [64, 96]), ("tile", 128)):
+        assert key_of({**parts, name: other}) != key_of(parts)
+
+
+# A committed entry is read-only, says what made it, and leaves nothing behind.
+def test_commit_moves_and_protects(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    made = tmp_path / "made"
+    made.write_bytes(b"latents")
+    place = store.commit("latents", "ab12.safetensors", made, {"media": "x"})
+    assert place.read_bytes() == b"latents"
+    assert stat.S_IMODE(place.stat().st_mode) == 0o444
+    assert '"media": "x"' in place.with_name(place.name + ".json").read_text()
+    assert not made.exists()
+    assert store.has("latents", "ab12.safetensors")
+    assert store.names() == {"latents/ab12.safetensors"}
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == []
+
+
+# An entry that is there is never replaced, whoever comes second.
+def test_the_first_entry_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    for text in (b"first", b"second"):
+        made = tmp_path / "made"
+        made.write_bytes(text)
+        place = store.commit("text", "ab.safetensors", made, {})
+    assert place.read_bytes() == b"first"
+
+
+# A half-written entry under a temporary name is not an entry.
+def test_temporary_files_are_not_entries(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = store.path("latents", "ab.safetensors").parent
+    folder.mkdir(parents=True)
+    (folder / ".ab.safetensors.7.tmp").write_bytes(b"half")
+    assert store.names() == frozenset()
+
+
+# Where links can't be made, the place gets a copy.
+def test_link_falls_back_to_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    target.write_text("x")
+    link(target, tmp_path / "a" / "linked")
+    assert (tmp_path / "a" / "linked").is_symlink()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("links are not supported here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    link(target, tmp_path / "a" / "copied")
+    assert not (tmp_path / "a" / "copied").is_symlink()
+    assert (tmp_path / "a" / "copied").read_text() == "x"
+
+
+# A failed write leaves the old text and no scraps.
+def test_write_text_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.yaml"
+    write_text(file, "old")
+
+    def fail(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with contextlib.suppress(OSError):
+        write_text(file, "new")
+    assert file.read_text() == "old"
+
+
+def stored(store: Store, data: bytes, shelf: Shelf = "latents") -> Path:
+    made = store.root.parent / "made"
+    made.write_bytes(data)
+    return store.commit(shelf, f"{data[:2].hex()}.safetensors", made, {"data": data[:2].hex()})
+
+
+# The note of an entry has the size and the digest of its bytes, and what made it.
+def test_the_note_tells_the_bytes(tmp_path: Path) -> None:
+    place = stored(Store(tmp_path / "cache"), b"latents")
+    assert json.loads(note_of(place).read_text()) == {
+        "bytes": 7,
+        "sha256": hashlib.sha256(b"latents").hexdigest(),
+        "made_of": {"data": b"la".hex()},
+    }
+
+
+# Every kind of damage is found when bytes are read; at a glance only what shows in the size.
+@pytest.mark.parametrize(
+    ("damage", "glance", "fault"),
+    [
+        ("none", None, None),
+        ("cut", "damaged", "damaged"),
+        ("empty", "damaged", "damaged"),
+        ("longer", "damaged", "damaged"),
+        ("flipped", None, "damaged"),
+        ("no note", "damaged", "damaged"),
+        ("note cut", "damaged", "damaged"),
+        ("note a list", "damaged", "damaged"),
+        ("old note", "unchecked", "unchecked"),
+        ("gone", "absent", "absent"),
+        ("a folder", "absent", "absent"),
+    ],
+)
+def test_damage_is_found(
+    tmp_path: Path, damage: str, glance: str | None, fault: str | None
+) -> None:
+    store = Store(tmp_path / "cache")
+    data = os.urandom(3 << 20)
+    place, other = stored(store, data), stored(store, b"other")
+    note = note_of(place)
+    place.chmod(0o644)
+    if damage in ("cut", "empty", "longer", "flipped"):
+        bit = bytes([data[-1] ^ 1])
+        changed = {"cut": data[:-1], "empty": b"", "longer": data + b"x"}
+        place.write_bytes(changed.get(damage, data[:-1] + bit))
+    elif damage in ("no note", "gone"):
+        (note if damage == "no note" else place).unlink()
+    elif damage == "a folder":
+        place.unlink()
+    elif damage != "none":
+        words = {"note cut": note.read_text()[:-9], "note a list": "[]", "old note": "{}"}
+        note.write_text(words[damage])
+    names = [f"latents/{place.name}", f"latents/{other.name}"]
+    assert store.faults(names, read=False) == ({names[0]: glance} if glance else {})
+    assert store.faults(names, read=True) == ({names[0]: fault} if fault else {})
+
+
+# Damage that comes later is found too, by the same store: what was read is known by its file.
+def test_damage_after_a_look_is_found(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    place = stored(store, b"latents")
+    name = f"latents/{place.name}"
+    assert store.faults([name], read=True) == {}
+    place.chmod(0o644)
+    place.write_bytes(b"LATENTS")
+    assert store.faults([name], read=True) == {name: "damaged"}
+    stored_again = tmp_path / "again"
+    stored_again.write_bytes(b"latents")
+    store.commit("latents", place.name, stored_again, {}, replace=True)
+    assert store.faults([name], read=True) == {}
+
+
+# An entry that another process replaces at the moment of the look is not taken for damaged.
+def test_replacing_is_no_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    place = stored(store, b"latents")
+    name = f"latents/{place.name}"
+    assert store.faults([name], read=True) == {}
+    new = tmp_path / "new"
+    new.write_bytes(b"new latents")
+    old = place.read_bytes()
+    store.commit("latents", place.name, new, {}, replace=True)
+    place.rename(tmp_path / "replaced")
+    place.write_bytes(old)
+    replacing = threading.Timer(0.03, lambda: (tmp_path / "replaced").rename(place))
+    replacing.start()
+    assert store.faults([name], read=True) == {}
+    replacing.join()
+
+
+# Each file is read once in a run, however often the run looks.
+def test_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "cache")
+    names = [f"latents/{stored(store, bytes([n] * 9)).name}" for n in range(20)]
+    read: list[Path] = []
+    real = runner.storage.store.digest_of
+
+    def watched(file: Path) -> str:
+        read.append(file)
+        return real(file)
+
+    monkeypatch.setattr(runner.storage.store, "digest_of", watched)
+    seen: list[tuple[int, int]] = []
+    for _ in range(3):
+        assert store.faults(names, read=True, progress=lambda *at: seen.append(at)) == {}
+    assert len(read) == 20
+    assert seen[-1] == (180, 180)
+    assert len(seen) == 20
+
+
+# Entries are read at a gigabyte a second and more: a dataset's hundreds of megabytes in no time.
+def test_reading_is_fast(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    block = os.urandom(1 << 20)
+    names = [f"latents/{stored(store, bytes([n] * 9) + block * 16).name}" for n in range(16)]
+    began, worked = time.monotonic(), time.process_time()
+    assert Store(tmp_path / "cache").faults(names, read=True) == {}
+    wall, work = time.monotonic() - began, time.process_time() - worked
+    size = 16 * len(names) / 1000
+    print(f"{size / wall:.1f} GB/s, {size / work:.1f} GB for each second of a core's work")
+    # A busy machine takes longer, and works no more.
+    assert size / work > 0.25
