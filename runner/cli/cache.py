@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runner.core.console import readable
 from runner.core.errors import UserError
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean, readable
 from runner.storage.store import SHELVES
 from runner.storage.usage import (
     OTHER,

@@ -94,7 +94,7 @@ _FLAGS = (
 
 def _wrong_flags(arguments: list[str]) -> str | None:
     """A line for the first flag that Hydra does not know."""
-    from runner.core.suggest import did_you_mean
+    from runner.core.text import did_you_mean
 
     for argument in arguments:
         name = argument.partition("=")[0]

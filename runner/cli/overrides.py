@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from runner.config.schema import SourceConfig, options
-from runner.core.suggest import did_you_mean, nearest
+from runner.core.text import did_you_mean, nearest
 
 # Tables whose keys are not the runner's: what an optimizer or a network takes.
 OPEN_ENDED = ("optimizer.args.", "network.args.")

@@ -6,9 +6,9 @@ import textwrap
 
 from runner.config.schema import RunConfig
 from runner.core.console import Console
+from runner.core.text import counted
 from runner.data.report.model import Report
 from runner.data.report.page import page_lines
-from runner.data.select import counted
 from runner.pipeline.model import Facts, Plan
 
 

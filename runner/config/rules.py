@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.config.schema import RunConfig, options
 from runner.core.errors import UserError
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean
 from runner.engines.musubi import rules as rules_musubi
 
 STAGES = ("weights", "dataset", "latents", "text", "train", "convert", "evaluate")

@@ -1,5 +1,9 @@
 """The two ways a run ends badly, told apart by what a person can do about them."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something in the options or the input is wrong; nothing was started (exit code 2).
@@ -13,3 +17,9 @@ class StageError(Exception):
 
     The message is one line and names the stage's log.
     """
+
+
+def describe_os_error(error: OSError, folder: Path | None = None) -> str:
+    """An operating system's error as words: what is wrong, and with which file, or else folder."""
+    where = error.filename or folder
+    return f"{error.strerror or error}: {where}" if where else f"{error.strerror or error}"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from runner.core.errors import UserError
-from runner.data.select import SelectedItem, Selection, Source, counted
+from runner.core.text import counted
+from runner.data.select import SelectedItem, Selection, Source
 
 
 def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source, ...], Selection]:

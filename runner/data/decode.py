@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-VIDEO_EXTENSIONS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-
 
 def resize_to_bucket(image: np.ndarray, size: Size) -> np.ndarray:
     """Scale a picture until it covers `size`, then cut the middle out.

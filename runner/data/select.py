@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runner.config.schema import DatasetConfig, SourceConfig
 from runner.core.errors import UserError
+from runner.core.text import counted, named
 from runner.formats.bucket import Size, bucket_size
 from runner.formats.captions import with_trigger
 from runner.formats.frames import Crop, FrameExtraction, crops, kept_frames
@@ -210,18 +211,6 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
             f"{len(ordinary)} items, which is chance with few: raise it."
         )
     return Selection(tuple(sorted(chosen, key=lambda item: (item.source, item.id))), tuple(notices))
-
-
-def named(names: Iterable[str], limit: int = 5) -> str:
-    """A few names, and how many more there are."""
-    listed = list(names)
-    more = len(listed) - limit
-    return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 clip``, ``2 clips``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _unreadable(source: Source) -> Iterator[str]:

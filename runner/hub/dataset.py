@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from runner.core.atomic import write_text
-from runner.core.console import readable
 from runner.core.errors import StageError, UserError
-from runner.data.select import counted
+from runner.core.text import counted, readable
+from runner.formats.media_types import hidden, media_kind
 from runner.hub.cache import HubCache, Request
 
 if TYPE_CHECKING:
@@ -144,8 +144,6 @@ class HubDatasets:
 
 def is_wanted(file: str) -> bool:
     """Whether a file of a repository is a medium, a caption, or an archive of them."""
-    from runner.data.sources.entries import hidden, media_kind
-
     known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
     return not hidden(file) and (known or media_kind(file) is not None)
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from runner.core.console import readable
 from runner.core.errors import StageError
-from runner.data.select import counted
+from runner.core.text import counted, readable
 from runner.hub.cache import Cached, HubCache, Request, read_sha256
 from runner.hub.remote import Remote, RemoteFile, check_access, download, look_up, offline
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from runner.core.console import Bar, Console, readable
-from runner.data.select import counted
+from runner.core.console import Bar, Console
+from runner.core.text import counted, readable
 from runner.hub.remote import RemoteFile
 
 # Reading less than this takes no time worth showing.

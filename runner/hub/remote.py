@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from runner.core.errors import StageError
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean
 from runner.hub.cache import Request
 
 T = TypeVar("T")

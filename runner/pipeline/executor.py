@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from runner.config.rules import check
 from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
-from runner.core.console import Console, duration
-from runner.core.errors import StageError, UserError
+from runner.core.console import Console
+from runner.core.errors import StageError, UserError, describe_os_error
+from runner.core.paths import shortest
 from runner.core.process import Stopped, raise_on_signals, signals_deferred
+from runner.core.text import counted, duration
 from runner.data.ingest import Reading
-from runner.data.select import counted
 from runner.engines.base import Engine
 from runner.pipeline import verify
 from runner.pipeline.given_files import settle
@@ -181,18 +182,6 @@ def _ending(error: BaseException) -> tuple[Status, str]:
     return "FAILED", f"{type(error).__name__}: {error}"
 
 
-def told(error: OSError, folder: Path | None = None) -> str:
-    """An operating system's error as words: what is wrong, and with which file, or else folder."""
-    where = error.filename or folder
-    return f"{error.strerror or error}: {where}" if where else f"{error.strerror or error}"
-
-
-def shortest(path: Path) -> str:
-    """A path as one would type it here: relative below the working folder, else absolute."""
-    cwd = Path.cwd()
-    return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
-
-
 def run_folder(root: Path, name: str) -> Path:
     """A new folder ``runs/<date>/<time>-<name>`` that no other run has."""
     now = time.localtime()
@@ -208,7 +197,8 @@ def run_folder(root: Path, name: str) -> Path:
             continue
         except OSError as error:
             raise UserError(
-                f"output_dir={root} can't be written to ({told(error)}): name another folder."
+                f"output_dir={root} can't be written to ({describe_os_error(error)}): name another "
+                "folder."
             ) from error
     raise UserError(f"There is no free folder name left in {day}.")
 
@@ -386,7 +376,7 @@ def _named(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (StageError, UserError, OSError) as error:
-        why = told(error, folder) if isinstance(error, OSError) else error
+        why = describe_os_error(error, folder) if isinstance(error, OSError) else error
         # A trainer's last words may hold a token.
         raise StageError(safe(f"{what} failed: {why}")) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.pipeline.inputs import absolute
+from runner.core.paths import absolute
 
 
 def settle(config: RunConfig, cwd: Path) -> None:

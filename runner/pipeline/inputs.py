@@ -14,6 +14,7 @@ from typing import Any
 
 from runner.config.groups import conf_folder
 from runner.config.schema import MemoryConfig, RunConfig
+from runner.core.paths import absolute, checkout
 from runner.data.balance import weigh
 from runner.data.ingest import Reading, scan_sources
 from runner.data.select import Selection, Source, select
@@ -69,17 +70,6 @@ def refresh(facts: Facts, config: RunConfig) -> Facts:
         weights=weight_facts(config, facts.root),
         cached=Store(facts.root / "cache").names(),
     )
-
-
-def absolute(path: str, cwd: Path) -> Path:
-    """``path`` with ``~`` expanded, from ``cwd`` when it is relative."""
-    return Path(os.path.normpath(cwd / Path(path).expanduser()))
-
-
-def checkout() -> str | None:
-    """The folder to put on PYTHONPATH when the runner is used from a checkout, else None."""
-    top = Path(__file__).resolve().parents[2]
-    return str(top) if (top / "pyproject.toml").is_file() else None
 
 
 def refusal(config: RunConfig, weights: WeightFacts, engine: EngineFacts) -> str | None:

@@ -16,7 +16,8 @@ from runner.config.rules import STAGES
 from runner.config.schema import RunConfig
 from runner.core.command import Command
 from runner.core.errors import UserError
-from runner.data.select import counted, dataset_fingerprint, shapes
+from runner.core.text import counted
+from runner.data.select import dataset_fingerprint, shapes
 from runner.engines.base import Engine
 from runner.engines.musubi import rules as rules_musubi
 from runner.formats import train_toml

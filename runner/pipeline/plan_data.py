@@ -13,7 +13,8 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.data.select import Kind, SelectedItem, Source, counted, named
+from runner.core.text import counted, named
+from runner.data.select import Kind, SelectedItem, Source
 from runner.engines.base import Engine
 from runner.formats import jsonl
 from runner.formats.cache import image_latents_name, text_name, video_latents_name

@@ -233,7 +233,7 @@ def engine_version(facts: Facts, config: RunConfig) -> str:
 def code_version() -> str:
     """The checkout's commit, with a mark when files differ from it; the version when installed."""
     from runner import __version__
-    from runner.pipeline.inputs import checkout
+    from runner.core.paths import checkout
 
     top = checkout()
     if top is None:

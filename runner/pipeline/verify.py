@@ -9,7 +9,7 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from runner.config.schema import RunConfig
 from runner.core.console import Bar, Console
-from runner.data.select import named
+from runner.core.text import named
 from runner.engines.base import Engine
 from runner.pipeline.model import Entry, Facts, Plan
 from runner.pipeline.plan import make_plan

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.core.errors import UserError
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean
 from runner.storage.leases import Ledger, Record
 from runner.storage.store import SHELVES, note_of, scan
 

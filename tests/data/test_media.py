@@ -12,15 +12,10 @@ import pytest
 from media_factory import CODECS, frame_number, make_clip, make_image, make_sound, pattern
 
 from runner.core.errors import UserError
-from runner.data.decode import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    load_clip,
-    load_image,
-    resize_to_bucket,
-)
+from runner.data.decode import load_clip, load_image, resize_to_bucket
 from runner.data.sources.probe import probe_video
 from runner.formats.frames import FrameExtraction
+from runner.formats.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 
 # Every kind of picture that is accepted by name can be read, in any mode, as RGB.

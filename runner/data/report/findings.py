@@ -6,9 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from runner.core.text import counted, named
 from runner.data.report.alike import groups, nearest
 from runner.data.report.model import Case, Finding, Medium, Tokens
-from runner.data.select import Source, counted, named
+from runner.data.select import Source
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
 from runner.formats.frames import kept_frames
 

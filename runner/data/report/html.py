@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from html import escape
 
-from runner.core.console import duration, readable
+from runner.core.text import counted, duration, readable
 from runner.data.report.model import Case, Finding, Medium, Report
 from runner.data.report.page import facts_of, printable
 from runner.data.report.style import STYLE
-from runner.data.select import counted
 from runner.formats.bucket import Size
 
 # A thumbnail is about 5 kB; of larger datasets only the media with findings are all shown.

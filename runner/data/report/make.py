@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from runner.core.text import counted
 from runner.data.report.findings import findings
 from runner.data.report.looks import Look
 from runner.data.report.model import Batches, LeftOut, Medium, Report, SourceCounts, Tokens
-from runner.data.select import SelectedItem, Selection, Source, counted, shapes
+from runner.data.select import SelectedItem, Selection, Source, shapes
 from runner.formats.frames import MODEL_FPS, kept_frames
 
 

@@ -6,9 +6,8 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 
-from runner.core.console import duration, readable
+from runner.core.text import counted, duration, named, readable
 from runner.data.report.model import Medium, Report
-from runner.data.select import counted, named
 from runner.formats.bucket import Size
 from runner.formats.captions import MAX_TOKENS
 

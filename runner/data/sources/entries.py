@@ -15,9 +15,8 @@ from typing import Any, BinaryIO, cast
 
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
-from runner.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from runner.data.sources.archive import check_members, member_name, open_archive, plain
-from runner.data.sources.model import MediaKind
+from runner.formats.media_types import MediaKind, hidden, media_kind
 
 # As the Hugging Face loaders of pictures and clips read it: a file_name, and text beside it.
 METADATA = "metadata.jsonl"
@@ -194,19 +193,6 @@ def files_of(folder: Path) -> dict[str, Path]:
             if not hidden(name):
                 found[file.relative_to(folder).as_posix()] = file
     return found
-
-
-def hidden(name: str) -> bool:
-    """Whether a file is none of the person's: hidden, or a companion that macOS adds."""
-    return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
-
-
-def media_kind(name: str) -> MediaKind | None:
-    """What a file is by its ending, None when it is no medium."""
-    extension = posixpath.splitext(name)[1].lower()
-    if extension in IMAGE_EXTENSIONS:
-        return "image"
-    return "video" if extension in VIDEO_EXTENSIONS else None
 
 
 def _read(opener: Opener, where: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.data.sources.archive import open_archive
-from runner.data.sources.entries import files_of, media_kind
+from runner.data.sources.entries import files_of
+from runner.formats.media_types import media_kind
 
 KINDS = ("auto", "zip", "folder", "jsonl", "sample")
 SAMPLE = Path(__file__).resolve().parents[1] / "sample"

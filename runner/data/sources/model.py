@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from runner.core.file_identity import Identity
 from runner.formats.bucket import Size
+from runner.formats.media_types import MediaKind
 
 Kind = Literal["zip", "folder", "jsonl", "sample", "hub"]
-MediaKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True)

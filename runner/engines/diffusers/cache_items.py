@@ -68,7 +68,7 @@ def _from_jsonl(entry: DatasetEntry) -> Iterator[Item]:
 
 
 def _from_directory(entry: DatasetEntry) -> Iterator[Item]:
-    from runner.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+    from runner.formats.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     folder = Path(entry.directory or "")
     if not folder.is_dir():

@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean
 
 LATENTS = "hv_1_5_cache_latents.py"
 TEXT = "hv_1_5_cache_text_encoder_outputs.py"

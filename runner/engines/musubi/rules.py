@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import MemoryConfig, RunConfig
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean
 from runner.engines.musubi import rules_optimizer as rules_musubi_optimizer
 from runner.engines.musubi.rules_arguments import extra_arguments, gives
 from runner.formats.transformer_keys import BLOCK_LINEARS

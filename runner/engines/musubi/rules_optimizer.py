@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig
-from runner.core.suggest import did_you_mean
+from runner.core.text import did_you_mean
 from runner.formats.train_toml import WITH_CYCLES, WITH_LEAST_RATE
 
 SCHEDULERS = (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
-from runner.data.select import counted, named
+from runner.core.text import counted, named
 from runner.pipeline.plan_data import part_of
 from runner.pipeline.stages import run_commands
 from runner.storage.store import link

@@ -191,7 +191,7 @@ def _joined(parts: Iterable[str | None]) -> str:
 
 def _by_hand(request: Request, cache: HubCache, root: Path) -> Command:
     """The command that does for one repository what the stage does, at the commit if known."""
-    from runner.pipeline.inputs import checkout
+    from runner.core.paths import checkout
 
     commit = cache.commit(request.repository, request.revision)
     argv = [sys.executable, "-m", "runner.hub", request.repository]

@@ -1,0 +1,55 @@
+"""Words for numbers and names, and the nearest right name for a wrong one; pure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(wrong: str, right: Iterable[str], *, limit: int = 1) -> list[str]:
+    """Names in ``right`` that resemble ``wrong``, best first; none when nothing is close."""
+    names = sorted(set(right))
+    lowered: dict[str, str] = {}
+    for name in names:
+        lowered.setdefault(name.lower(), name)
+    found = difflib.get_close_matches(wrong.lower(), list(lowered), n=limit, cutoff=0.5)
+    return [lowered[name] for name in found]
+
+
+def did_you_mean(wrong: str, right: Iterable[str]) -> str:
+    """`` Did you mean X?``, or the whole list when nothing is close and it is short."""
+    names = sorted(set(right))
+    close = nearest(wrong, names)
+    if close:
+        return f" Did you mean {close[0]}?"
+    if 0 < len(names) <= 12:
+        return f" There are: {', '.join(names)}."
+    return ""
+
+
+def named(names: Iterable[str], limit: int = 5) -> str:
+    """A few names, and how many more there are."""
+    listed = list(names)
+    more = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 clip``, ``2 clips``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def readable(count: float) -> str:
+    """Bytes as ``740 bytes``, ``3.1 MB`` or ``16.7 GB``."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} bytes"
