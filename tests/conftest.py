@@ -129,10 +129,11 @@ def fake_facts(
     from runner.core.command import Command
     from runner.data.balance import weigh
     from runner.data.select import Source, select, source_options
-    from runner.engines.base import EngineFacts
+    from runner.engines.base import NO_CARD, EngineFacts
+    from runner.engines.registry import engine_named
     from runner.formats.train_toml import WeightPaths
-    from runner.pipeline.inputs import memory_tier
-    from runner.pipeline.model import Facts, WeightFacts
+    from runner.hub.weights import WeightFacts
+    from runner.pipeline.model import Inputs
 
     sources = tuple(
         Source(options, "folder", options.path, tuple(items), ())
@@ -146,25 +147,28 @@ def fake_facts(
             validation_fraction=config.dataset.validation_fraction,
         ),
     )
-    memory, note = memory_tier(config, machine)
+    engine = engine_named(config.engine.name)
+    memory, note = engine.memory_plan(config, machine, NO_CARD)
     parts = ("transformer", "vae", "text_encoder", "byt5", "image_encoder")
-    return Facts(
+    return Inputs(
         root=Path("/outputs"),
         python="/venv/bin/python",
         python_path=None,
-        sources=sources,
-        selection=selection,
+        machine=machine,
+        memory=memory,
+        memory_note=note,
         weights=WeightFacts(
             WeightPaths(*(f"/weights/{part}" for part in parts)),
             {part: part for part in parts} if digests else None,
             (Command(("get-weights",)),),
             "weights",
         ),
-        cached=cached,
-        memory=memory,
-        memory_note=note,
-        machine=machine,
         engine=EngineFacts("/engine/bin/python", "engine 1"),
+        cache_identity=engine.cache_identity,
+        config=config,
+        sources=sources,
+        selection=selection,
+        cached=cached,
         seed=config.training.seed,
     )
 
@@ -180,7 +184,19 @@ def report_of(config: RunConfig, facts: Any, looks: Any = None, tokens: Any = No
 
 def plan_of(config: RunConfig, facts: Any) -> Any:
     """The plan for fake facts."""
-    from runner.pipeline.executor import engine_for
+    from dataclasses import replace
+
+    from runner.engines.registry import engine_named
     from runner.pipeline.plan import make_plan
 
-    return make_plan(config, facts, engine_for(config, facts))
+    return make_plan(replace(facts, config=config), engine_named(config.engine.name))
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Every rule that a config breaks, of all engines and of its own."""
+    from runner.config import rules
+    from runner.engines.registry import engine_named
+    from runner.pipeline import stages
+
+    engine = engine_named(config.engine.name)
+    return [*rules.problems(config), *stages.problems(config), *engine.problems(config)]

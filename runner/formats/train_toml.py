@@ -7,6 +7,7 @@ too where that default could change what is learnt.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,12 @@ def train_options(
     name: str,
     seed: int,
     compile_blocks: bool,
+    own: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """The trainer's options; ``memory`` is the resolved tier, ``seed`` the resolved seed.
 
-    ``name`` is the run's name, which the LoRA file has for a title unless it is given one.
+    ``name`` is the run's name, which the LoRA file has for a title unless it is given one, and
+    ``own`` the options that the engine's trainer knows beyond musubi-tuner's.
     """
     training, network, optimizer = config.training, config.network, config.optimizer
     options: dict[str, Any] = {
@@ -107,16 +110,16 @@ def train_options(
         **_metadata(config, name),
     }
     options.update({key: value for key, value in optional.items() if value is not None})
-    if config.engine.name == "diffusers" and config.task.name == "i2v":
+    if "i2v_unscaled_condition" in own and config.task.name == "i2v":
         options["i2v_unscaled_condition"] = training.i2v_unscaled_condition
     return options
 
 
-def render(options: dict[str, Any]) -> str:
+def render(options: Mapping[str, Any]) -> str:
     """The options as TOML text."""
     import tomli_w
 
-    return tomli_w.dumps(options)
+    return tomli_w.dumps(dict(options))
 
 
 def _pairs(values: dict[str, Any]) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import compose, fake_item
+from conftest import compose, fake_item, problems_of
 
-from runner.config.rules import problems
 from runner.core.errors import UserError
 from runner.data.balance import weigh
 from runner.data.select import Selection, Source, select, source_options
@@ -133,7 +132,7 @@ def test_the_plan_follows() -> None:
     ],
 )
 def test_wrong_weights_are_refused(sources: str, message: str) -> None:
-    (problem,) = problems(compose(*TINY, f"dataset.sources={sources}"))
+    (problem,) = problems_of(compose(*TINY, f"dataset.sources={sources}"))
     assert message in problem and "\n" not in problem
 
 

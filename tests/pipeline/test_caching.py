@@ -284,12 +284,14 @@ def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
 # A training never gets fewer samples because a stage was skipped: a picture that is new, a caption
 # that was changed and a latent that is damaged end the run before it; with all there, it goes on.
 def test_a_skipped_stage_must_lack_nothing(here: Path, monkeypatch: Any) -> None:
-    from runner.pipeline.stages.weights import weight_facts
+    from runner.engines.diffusers import weights
+
+    found = weights.model_weights
 
     def with_weights(*given: Any) -> Any:
-        return dataclasses.replace(weight_facts(*given), digests={"vae": "of the weights"})
+        return dataclasses.replace(found(*given), digests={"vae": "of the weights"})
 
-    monkeypatch.setattr("runner.pipeline.inputs.weight_facts", with_weights)
+    monkeypatch.setattr(weights, "model_weights", with_weights)
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
     both = "stages.skip=[latents,text]"
@@ -493,8 +495,8 @@ def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
 def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     media, out, gate = pictures(here / "media", 3), here / "out", here / "gate"
     monkeypatch.setenv("FAKE_GATE", str(gate))
-    monkeypatch.setattr("runner.pipeline.stages.caching._KEEP_SECONDS", 0.0)
-    monkeypatch.setattr("runner.pipeline.stages.caching._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("runner.pipeline.stages.encoding._KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("runner.pipeline.stages.encoding._SETTLED_SECONDS", 0.0)
     early: list[int] = []
 
     def watch() -> None:

@@ -13,7 +13,7 @@ from conftest import compose, fake_facts, fake_item, plan_of, report_of
 from runner.cli.page import page
 from runner.config.groups import conf_folder, groups
 from runner.core.errors import UserError
-from runner.engines.base import Machine
+from runner.engines.base import NO_CARD, Machine
 from runner.pipeline.model import Plan
 from runner.pipeline.plan import commands_sh
 
@@ -148,7 +148,7 @@ def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None])
 def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
     config = compose(*BASES["diffusers"], "dry_run=true", "dataset.validation_fraction=0.3")
     facts = fake_facts(config, MEDIA)
-    golden("page.txt", page(plan_of(config, facts), config, facts, report_of(config, facts)))
+    golden("page.txt", page(plan_of(config, facts), facts, report_of(config, facts)))
 
 
 def keys(plan: Plan, stage: str) -> set[str]:
@@ -292,11 +292,12 @@ def test_compile_follows_the_engine() -> None:
 
 # memory=auto takes the largest tier the card holds, and what is set by hand stays.
 def test_memory_tier_follows_the_card() -> None:
-    from runner.pipeline.inputs import memory_tier
+    from runner.engines.registry import engine_named
 
     def tier(gigabytes: float, *overrides: str) -> tuple[str, int | None]:
         machine = Machine("card", gigabytes, (8, 9))
-        memory, _ = memory_tier(compose(*overrides), machine)
+        config = compose(*overrides)
+        memory, _ = engine_named(config.engine.name).memory_plan(config, machine, NO_CARD)
         return memory.name, memory.blocks_to_swap
 
     assert tier(11.7)[0] == "12gb"

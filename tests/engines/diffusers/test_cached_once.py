@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     import torch
 
     from runner.engines.diffusers import cache_latents, cache_text
-    from runner.pipeline.stages import caching
+    from runner.pipeline.stages import encoding
 
     torch.set_num_threads(1)
     # Hundreds of syncs take longer than all the encoding, and nothing here is about power cuts.
@@ -56,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     # For i2v the first frame is encoded a second time, by itself, as its condition.
     counted(cache_latents, "first_frame_condition", "latents", lambda *_: -1)
     counted(cache_text, "encode_captions", "captions", lambda _t, _e, captions: len(captions))
-    monkeypatch.setattr(caching, "run_commands", run_commands)
+    monkeypatch.setattr(encoding, "run_commands", run_commands)
     return counts
 
 
@@ -64,7 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 # caption and no latent; the trigger word captions only; resolution, frames or task latents only.
 def test_only_missing_items_are_encoded(tmp_path: Path, calls: Counter[str]) -> None:
     from runner.engines.diffusers.make_weights import make_weights
-    from runner.pipeline.stages.weights import TINY_VERSION
+    from runner.engines.diffusers.weights import TINY_VERSION
 
     media, out = pictures(tmp_path / "media", 100 - CLIPS), tmp_path / "out"
     for number in range(CLIPS):

@@ -319,7 +319,7 @@ def test_options_are_recorded_with_the_version(tmp_path: Path) -> None:
 
 # A run without an install names the command that makes it, and a half-made one is not used.
 def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.pipeline.inputs import engine_facts
+    from runner.engines.musubi.engine import MusubiEngine
 
     monkeypatch.setenv("XDG_DATA_HOME", str(sandbox.folder / "data"))
     remedy = (
@@ -327,16 +327,16 @@ def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
         "engine.path and engine.python to an installed musubi-tuner, or rehearse without it: "
         "engine=diffusers model=tiny."
     )
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing == f"musubi-tuner v0.3.4 is not installed {remedy}"
     sandbox.install(FAIL="musubi-tuner @")
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing == f"musubi-tuner v0.3.4 is half installed {remedy}"
     sandbox.install()
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing is None
     assert facts.python == str(sandbox.home / "venv" / "bin" / "python")
     assert os.access(facts.python, os.X_OK)
     (sandbox.home / "venv" / "bin" / "python").unlink()
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing == f"musubi-tuner v0.3.4 is half installed {remedy}"

@@ -16,8 +16,8 @@ from runner.config.groups import conf_folder, groups
 from runner.core.command import Command
 from runner.core.errors import UserError
 from runner.engines.base import Machine
-from runner.engines.musubi import engine as musubi
 from runner.engines.musubi import options as musubi_options
+from runner.engines.musubi import packages
 from runner.engines.musubi.options import TRAIN, arguments_of, check_table, missing, options, parse
 from runner.engines.musubi.rules_arguments import OWNED, REFUSED
 from runner.engines.musubi.rules_optimizer import SCHEDULERS
@@ -74,7 +74,7 @@ def check_plan(plan: Plan) -> int:
 # The data is that of the version that is pinned and installed.
 def test_recorded_version_is_the_pinned_one() -> None:
     record = musubi_options.recorded()
-    assert record["version"] == musubi.VERSION
+    assert record["version"] == packages.VERSION
     assert record["commit"] == "30c658c"
     counts = {script: len(entries) for script, entries in record["scripts"].items()}
     assert counts == {
