@@ -106,11 +106,11 @@ class Engine(Protocol):
         :class:`runner.core.errors.UserError` for a Python that can't be asked.
         """
 
-    def check(self, job: Job, command: Command, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
         """Raise :class:`runner.core.errors.UserError` if it lacks what the run will need.
 
-        Asked before any stage, with any of its commands; ``trains`` is whether there is a training.
-        Returns its version as records have it.
+        Asked before any stage; ``trains`` is whether there will be a training. Returns its version
+        as records have it.
         """
 
     def full_version(self, facts: EngineFacts) -> str:
@@ -140,8 +140,11 @@ class Engine(Protocol):
     def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
         """The command that writes ``evaluation.json``, if it has one."""
 
-    def files(self, config: RunConfig) -> dict[str, str]:
-        """Files of its own that its commands read in the run's folder, by name."""
+    def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
+        """Files that its commands read in the run's folder besides datasets, by name.
+
+        ``options`` are those of train.toml.
+        """
 
     def failure(self, log: Path) -> str:
         """What the log of a process that failed says went wrong, in one line."""

@@ -37,7 +37,6 @@ from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.base import LORA
 from runner.pipeline.stages.convert import COMFYUI_LORA
 from runner.pipeline.stages.evaluate import EVALUATION
-from runner.pipeline.stages.train import TRAIN
 from runner.storage.leases import Use
 from runner.storage.store import Store
 from runner.tracking.mlflow_store import safe
@@ -89,10 +88,7 @@ def execute(prepared: Prepared, console: Console, sweep: Sweep | None) -> None:
     inputs, engine = prepared.inputs, prepared.engine
     if why := refusal(inputs.config, inputs):
         raise UserError(why)
-    trains = prepared.plan.stage(TRAIN.name)
-    version = engine.check(
-        inputs.job, trains.commands[0], inputs.machine, trains=trains.state != "skipped"
-    )
+    version = engine.check(inputs.job, inputs.machine, trains=stages.trains(inputs.config))
     inputs = replace(inputs, engine=replace(inputs.engine, version=version))
     _Run(replace(prepared, inputs=inputs), console, sweep).through()
 

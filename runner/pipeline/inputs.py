@@ -17,8 +17,7 @@ from runner.data.balance import weigh
 from runner.data.select import Source, select
 from runner.engines.base import NO_CARD, Engine, Machine
 from runner.pipeline.model import Inputs, Surroundings
-from runner.pipeline.stages import STAGES
-from runner.pipeline.stages.train import TRAIN
+from runner.pipeline.stages import STAGES, trains
 from runner.storage.store import Store
 
 
@@ -31,9 +30,8 @@ def look_around(config: RunConfig, cwd: Path, engine: Engine) -> Surroundings:
     machine, without = find_machine()
     memory, note = engine.memory_plan(config, machine, without)
     weights = engine.weights(config, root)
-    trains = TRAIN.name not in config.stages.skip
     facts = engine.locate(config, cwd)
-    facts = engine.examine(facts, config, memory, machine, without, trains=trains)
+    facts = engine.examine(facts, config, memory, machine, without, trains=trains(config))
     return Surroundings(
         root=root,
         python=sys.executable,

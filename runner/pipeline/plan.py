@@ -96,9 +96,7 @@ def _files(inputs: Inputs, engine: Engine, options: Mapping[str, Any]) -> list[t
     """What the commands read in the run's folder, beside what single stages write."""
     config = inputs.config
     files = [("dataset.toml", render_dataset(tables(inputs, held_out=False)))]
-    if config.engine.arguments == "file":
-        files.append(("train.toml", train_toml.render(options)))
-    files += engine.files(config).items()
+    files += engine.files(inputs.job, options).items()
     if inputs.selection.has_held_out:
         files.append(("validation.toml", render_dataset(tables(inputs, held_out=True))))
     if config.sampling.name == "prompts":

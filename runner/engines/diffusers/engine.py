@@ -25,6 +25,7 @@ from runner.engines.diffusers import rules
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.weights import model_weights
 from runner.engines.memory import filled, largest_tier
+from runner.formats.train_toml import render
 from runner.hub.weights import WeightFacts
 
 
@@ -62,7 +63,7 @@ class DiffusersEngine:
     ) -> EngineFacts:
         return replace(facts, cannot_compile=without) if machine is None else facts
 
-    def check(self, job: Job, command: Command, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
         return job.engine.version
 
     def full_version(self, facts: EngineFacts) -> str:
@@ -104,8 +105,8 @@ class DiffusersEngine:
             *("--output", "evaluation.json"),
         )
 
-    def files(self, config: RunConfig) -> dict[str, str]:
-        return {}
+    def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
+        return {"train.toml": render(options)}
 
     def failure(self, log: Path) -> str:
         return last_error(log)

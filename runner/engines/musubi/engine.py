@@ -28,6 +28,7 @@ from runner.engines.musubi.check import cannot_compile, check_environment
 from runner.engines.musubi.failure import failure
 from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
+from runner.formats.train_toml import render
 from runner.hub.weights import WeightFacts, hub_weights
 
 # Read by accelerate instead of the user's own default file, which could ask for several cards.
@@ -163,7 +164,8 @@ class MusubiEngine:
             return facts
         return replace(facts, cannot_compile=cannot_compile(python_command(facts)))
 
-    def check(self, job: Job, command: Command, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+        command = python_command(job.engine)
         versions = check_environment(job.config, command, machine, trains=trains)
         return f"{job.engine.version}, {versions}"
 
@@ -218,8 +220,11 @@ class MusubiEngine:
     def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
         return None
 
-    def files(self, config: RunConfig) -> dict[str, str]:
-        return {"accelerate.yaml": _ACCELERATE, "corrected.py": _CORRECTED}
+    def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
+        files = {"accelerate.yaml": _ACCELERATE, "corrected.py": _CORRECTED}
+        if job.config.engine.arguments == "file":
+            files = {"train.toml": render(options), **files}
+        return files
 
     def failure(self, log: Path) -> str:
         return failure(log)

@@ -37,3 +37,8 @@ def skipped(config: RunConfig) -> frozenset[str]:
         if lost.intersection(stage.needs):
             names.add(stage.name)
     return frozenset(names)
+
+
+def trains(config: RunConfig) -> bool:
+    """Whether the trainer will run."""
+    return TRAIN.name not in skipped(config)
