@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,35 @@ PICTURES_ALONE = ("image_only",)
 
 
 def compose(*overrides: str) -> RunConfig:
-    """The config that ``python -m runner`` would get from these overrides."""
+    """The config that ``python -m runner`` would get from these overrides; the caller's own."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> RunConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
     from runner.cli.overrides import quote_paths
-    from runner.config import schema as run_config
     from runner.config.groups import conf_folder
 
-    run_config.register()
-    OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
+    _register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = hydra_compose("config", overrides=quote_paths(overrides, multirun=False))
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, RunConfig)
     return config
+
+
+@cache
+def _register() -> None:
+    from omegaconf import OmegaConf
+
+    from runner.config import schema
+
+    schema.register()
+    OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ SCRIPT = """
 import json, sys, tomllib
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import numpy
+from safetensors.numpy import save_file
 
 what, given = sys.argv[1:3]
 if what == "train":
@@ -33,9 +33,9 @@ if what == "train":
         sys.exit("the spring broke")
     key = "lora_unet_double_blocks_0_img_mod_linear"
     tensors = {
-        f"{key}.lora_down.weight": torch.ones(options["rank"], 4),
-        f"{key}.lora_up.weight": torch.ones(4, options["rank"]),
-        f"{key}.alpha": torch.tensor(1.0),
+        f"{key}.lora_down.weight": numpy.ones((options["rank"], 4), numpy.float32),
+        f"{key}.lora_up.weight": numpy.ones((4, options["rank"]), numpy.float32),
+        f"{key}.alpha": numpy.array(1.0, numpy.float32),
     }
     Path("checkpoints").mkdir()
     save_file(tensors, "checkpoints/lora.safetensors")
@@ -46,7 +46,7 @@ for table in tomllib.loads(Path(given).read_text())["datasets"]:
     folder.mkdir(parents=True)
     for line in Path(table["image_jsonl_file"]).read_text().splitlines():
         stem = Path(json.loads(line)["image_path"]).stem
-        save_file({"x": torch.ones(1)}, folder / f"{stem}{ending}.safetensors")
+        save_file({"x": numpy.ones(1)}, folder / f"{stem}{ending}.safetensors")
 """
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import compose
+from in_process import run_here
 from other_processes import pictures
 from third_engine import ThirdEngine, third_engine
 
-from runner.config.composed import Composed
-from runner.core.console import Console
 from runner.engines import registry
 from runner.pipeline import executor
 from runner.storage.store import Store
@@ -39,46 +36,36 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     count(executor, "make_plan")
     count(Store, "names")
     count(ThirdEngine, "weights")
-    monkeypatch.setattr(executor, "raise_on_signals", lambda: None)
     registry.register("third", third_engine)
     return made
 
 
-def run(folder: Path, *overrides: str) -> str:
-    """A whole run of the third engine in this process; what it said."""
-    from omegaconf import OmegaConf
-
-    config = compose(
-        *("engine.name=third", "tracking=none", f"output_dir={folder / 'outputs'}"),
-        *(f"dataset.path={folder / 'media'}", "dataset.resolution=[64,48]", *overrides),
-    )
-    resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    out = io.StringIO()
-    console = Console.for_stream(out)
-    prepared = executor.prepare(Composed(config, resolved, (), {}), console, folder)
-    executor.execute(prepared, console, None)
-    return out.getvalue()
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Runs the third engine on three pictures; what it said."""
+    media = pictures(tmp_path / "media", 3)
+    overrides = ["engine.name=third", "tracking=none", "dataset.resolution=[64,48]"]
+    overrides += [f"output_dir={tmp_path / 'outputs'}", f"dataset.path={media}"]
+    return lambda: run_here(*overrides, folder=tmp_path, monkeypatch=monkeypatch)
 
 
 # A run whose weights are there makes one plan, however much it encodes, lists the store once and
 # looks at the weights once; so does one that finds everything done.
-def test_one_plan_a_run(tmp_path: Path, calls: Calls) -> None:
-    pictures(tmp_path / "media", 3)
+def test_one_plan_a_run(run: Callable[[], str], calls: Calls) -> None:
     once = {"make_plan": 1, "names": 1, "weights": 1}
-    assert "encoded 3/3" in run(tmp_path)
+    assert "encoded 3/3" in run()
     assert calls == once
     calls.clear()
-    assert "encoded" not in run(tmp_path)
+    assert "encoded" not in run()
     assert calls == once
 
 
 # An entry that was counted on and is damaged is a change of facts: one more plan, no more listing.
-def test_a_plan_more_for_damage(tmp_path: Path, calls: Calls) -> None:
-    pictures(tmp_path / "media", 3)
-    run(tmp_path)
+def test_a_plan_more_for_damage(tmp_path: Path, run: Callable[[], str], calls: Calls) -> None:
+    run()
     damaged = next((tmp_path / "outputs/cache/latents").glob("*/*.safetensors"))
     damaged.chmod(0o644)
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     calls.clear()
-    assert "encoded 1/1" in run(tmp_path)
+    assert "encoded 1/1" in run()
     assert calls == {"make_plan": 2, "names": 1, "weights": 1}
