@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from runner.incoming import Incoming
 from runner.ingest import Reading, scan_sources
 from runner.items import Source
 from runner.sources import check_unchanged, look, memo, unpack
+from runner.sources.scan import workers
 from runner.store import Store
 
 
@@ -288,16 +291,29 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
 def test_an_interrupt_ends_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zipped(tmp_path / "m.zip", pictures=200, clips=0)
     real: Any = getattr(look, "probe_image")  # noqa: B009
+    shut_down: Any = ThreadPoolExecutor.shutdown
+    interrupted = threading.Event()
+    looked: list[object] = []
 
     def slow(stream: Any) -> Any:
-        time.sleep(0.05)
-        return real(stream)
+        """The first picture is looked at; the others take until the interrupt was told."""
+        looked.append(stream)
+        size, mode = real(stream)
+        if size != (40, 32):
+            assert interrupted.wait(60)
+        return size, mode
+
+    def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
+        shut_down(self, **{**options, "wait": False})
+        interrupted.set()
+        shut_down(self, *given, **options)
 
     monkeypatch.setattr(look, "probe_image", slow)
-    began = time.monotonic()
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
     with pytest.raises(_Cut):
         ingest(tmp_path, progress=_cut_after(1))
-    assert time.monotonic() - began < 2.0  # all of them take ten divided by the cores
+    # What was begun is done; of 200 nothing else is.
+    assert 1 <= len(looked) <= 1 + workers()
 
 
 # An entry is under its final name only when its bytes are on the disk, so that a power cut leaves
@@ -445,6 +461,20 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
         check_unchanged(items)
 
 
+# So is an edit that leaves a file as long as it was.
+def test_an_edit_of_equal_size_is_noticed(tmp_path: Path) -> None:
+    picture = make_image(tmp_path / "made" / "a.png")
+    picture.with_suffix(".txt").write_text("a caption")
+    items = ingest(tmp_path, path="made").items
+    data = picture.read_bytes()
+    picture.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    # At another time, which the clock of a file system need not tell within a moment.
+    os.utime(picture, ns=(1, 1))
+    assert picture.stat().st_size == len(data)
+    with pytest.raises(UserError, match=r"a\.png has changed since it was looked at"):
+        check_unchanged(items)
+
+
 # An archive that changes while it is read is not remembered, and what comes of it is checked.
 def test_an_archive_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -459,6 +489,20 @@ def test_an_archive_that_changes_while_it_is_read(
     looked = probed(monkeypatch)
     ingest(tmp_path)
     assert looked
+
+
+# An archive counts as read when its list was, not when a medium in it was: one listed within two
+# seconds of its last change is not remembered, however long the reading takes.
+def test_an_archive_is_as_old_as_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "RACY_NS", 2_000_000_000)
+    written = zipped(tmp_path / "m.zip").stat().st_ctime_ns
+    # Whoever asks first, for the list, is told a second after the change; each further one later.
+    seconds = itertools.count(1, 10)
+    monkeypatch.setattr(time, "time_ns", lambda: written + next(seconds) * 1_000_000_000)
+    ingest(tmp_path)
+    looked = probed(monkeypatch)
+    ingest(tmp_path)
+    assert len(looked) == 15
 
 
 @pytest.fixture
