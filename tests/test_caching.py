@@ -574,6 +574,41 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     assert leftovers(out) == []
 
 
+# So is nothing that it has not: neither a file that was written just now, and may be written once
+# more, nor one that is not written to its end.
+def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
+    from runner.stages import caching
+    from runner.store import Store
+
+    media, out, over = pictures(here / "media", 3), here / "out", here / "over"
+    script = fake_musubi(here / "musubi") / "src" / "musubi_tuner" / "hv_1_5_cache_latents.py"
+    # The first is whole and old, the second whole and new, the third old and cut, until the first
+    # was seen in the store and some time more has gone by.
+    written = (
+        "place.write_bytes(data[:-7] if done == 2 else data)\n"
+        "            done == 1 or os.utime(place, (1, 1))\n"
+        "            while done == 2 and not list(Path(STORE).glob('latents/*/*.safetensors')):\n"
+        "                time.sleep(0.02)\n"
+        "            done == 2 and (time.sleep(0.5), OVER.touch(), place.write_bytes(data))\n"
+    )
+    names = f"from pathlib import Path\nSTORE, OVER = {str(out / 'cache')!r}, Path({str(over)!r})\n"
+    script.write_text(names + script.read_text().replace("place.write_bytes(data)\n", written))
+    monkeypatch.setattr("cache_process.fake_musubi", lambda folder: folder)
+    monkeypatch.setattr(caching, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(caching, "_SETTLED_SECONDS", 3600.0)
+    kept: list[bool] = []
+    real = Store.commit
+
+    def noted(self: Store, shelf: str, *given: Any, **more: Any) -> Path:
+        if shelf == "latents":
+            kept.append(over.exists())
+        return real(self, shelf, *given, **more)
+
+    monkeypatch.setattr(Store, "commit", noted)
+    told(out, media)
+    assert kept == [False, True, True]
+
+
 # A file that a person changes while it is encoded is not cached under what it was before.
 def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 2), here / "out"
