@@ -559,7 +559,7 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
 
     def watch() -> None:
         # The engine waits for the gate after its first item.
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not (early or time.monotonic() > end):
             early.extend([1] * len(of_shelf(out, "latents")))
             time.sleep(0.05)
