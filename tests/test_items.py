@@ -75,8 +75,8 @@ def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
     assert selection([fake_item("a.mp4")]).notices == ()
 
 
-# What is unpacked of an archive is what the run will train on: so too where source_fps drops so many
-# frames of a clip that none of the targets fits.
+# What is unpacked of an archive is what the run will train on: so too where source_fps drops so
+# many frames of a clip that none of the targets fits.
 @pytest.mark.parametrize("mode", ["head", "uniform"])
 def test_what_is_used_is_what_is_selected(mode: str) -> None:
     clip, picture = fake_item("a.mp4", frames=49, fps=48.0), fake_item("b.jpg")

@@ -59,7 +59,7 @@ def test_other_text_is_kept(text: str) -> None:
 
 
 # A long run without spaces, as a log may hold, costs no more than its length: milliseconds, where
-# the square of it would be most of a minute.
+# the square of it would be minutes.
 @pytest.mark.parametrize("part", ["a.", "-", "--a", "://a:b/", "x://a@b:c/", "token:${", "_token"])
 def test_long_runs_are_redacted_quickly(part: str) -> None:
     # The work of this thread alone: a busy machine takes longer, and works no more.

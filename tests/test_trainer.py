@@ -94,8 +94,9 @@ def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(sequences[0][1], sequences[0][3])
 
 
-# Noise and times are streams of their own, named by what they are for, so that a seed gives the same
-# ones in every version of the runner; and what else draws numbers in the process changes nothing.
+# Noise and times are streams of their own, named by what they are for, so that a seed gives the
+# same ones in every version of the runner; whatever else draws numbers in the process changes
+# nothing.
 def test_random_streams_are_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Tensor, Tensor]] = []
     step = flow.training_step
