@@ -257,9 +257,37 @@ def _cut_after(number: int) -> Callable[[str, int, int], None]:
     return progress
 
 
+def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]:
+    """Looking at a wider picture takes until an interrupt was told; what is looked at."""
+    real: Any = getattr(look, "probe_image")  # noqa: B009
+    shut_down: Any = ThreadPoolExecutor.shutdown
+    interrupted = threading.Event()
+    looked: list[object] = []
+
+    def slow(stream: Any) -> Any:
+        looked.append(stream)
+        size, mode = real(stream)
+        if size[0] > wider_than:
+            assert interrupted.wait(60)
+        return size, mode
+
+    def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
+        shut_down(self, **{**options, "wait": False})
+        interrupted.set()
+        shut_down(self, *given, **options)
+
+    monkeypatch.setattr(look, "probe_image", slow)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
+    return looked
+
+
 # A zip that was half unpacked is gone on with: what was looked at is not read again.
-def test_a_cut_ingestion_goes_on(tmp_path: Path, opened: list[str]) -> None:
+def test_a_cut_ingestion_goes_on(
+    tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     zipped(tmp_path / "m.zip", pictures=60)
+    # By name the 39th medium and on: those before them are looked at while nothing is held up.
+    held_up(monkeypatch, wider_than=79)
     with pytest.raises(_Cut):
         ingest(tmp_path, progress=_cut_after(20))
     some = entries(tmp_path)
@@ -292,26 +320,7 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
 # An interrupt does not wait for what is left.
 def test_an_interrupt_ends_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zipped(tmp_path / "m.zip", pictures=200, clips=0)
-    real: Any = getattr(look, "probe_image")  # noqa: B009
-    shut_down: Any = ThreadPoolExecutor.shutdown
-    interrupted = threading.Event()
-    looked: list[object] = []
-
-    def slow(stream: Any) -> Any:
-        """The first picture is looked at; the others take until the interrupt was told."""
-        looked.append(stream)
-        size, mode = real(stream)
-        if size != (40, 32):
-            assert interrupted.wait(60)
-        return size, mode
-
-    def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
-        shut_down(self, **{**options, "wait": False})
-        interrupted.set()
-        shut_down(self, *given, **options)
-
-    monkeypatch.setattr(look, "probe_image", slow)
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
+    looked = held_up(monkeypatch, wider_than=40)
     with pytest.raises(_Cut):
         ingest(tmp_path, progress=_cut_after(1))
     # What was begun is done; of 200 nothing else is.
