@@ -138,6 +138,18 @@ def test_rules_say_what_is_wrong(override: str) -> None:
     assert next(iter(problems_of(compose(override)))) == BROKEN[override]
 
 
+# A limit itself is allowed where the rule says "at least" or "at most".
+def test_limits_are_allowed() -> None:
+    at_limit = (
+        *("network.rank=1", "network.dropout=0", "training.epochs=1", "training.keep_last=1"),
+        *("training.max_grad_norm=0", "training.min_timestep=0", "training.max_timestep=1000"),
+        *("scheduler=polynomial", "scheduler.power=0", "scheduler.warmup_steps=0"),
+        *("sampling.seed=18446744073709551615", "dataset.validation_fraction=0"),
+        *("dataset.batch_size=1", "dataset.num_repeats=1", "memory.text_batch_size=1"),
+    )
+    assert list(problems_of(compose(*at_limit))) == []
+
+
 SOURCE = {
     **{
         f"{key}: {value}": f"{key}={value} is too small: it must be at least 1."

@@ -9,7 +9,15 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.core.errors import UserError
-from runner.data.select import Selection, dataset_fingerprint, is_held_out, item_id, select
+from runner.data.select import (
+    Selection,
+    dataset_fingerprint,
+    is_held_out,
+    is_used,
+    item_id,
+    select,
+    source_options,
+)
 
 TINY = ["engine=diffusers", "model=tiny"]
 
@@ -65,6 +73,21 @@ def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
     assert [crop.frames for crop in chosen.items[0].crops] == [1, 13]
     assert "targets of 25 frames are lost" in chosen.notices[0]
     assert selection([fake_item("a.mp4")]).notices == ()
+
+
+# What is unpacked of an archive is what the run will train on: so too where source_fps drops so
+# many frames of a clip that none of the targets fits.
+@pytest.mark.parametrize("mode", ["head", "uniform"])
+def test_what_is_used_is_what_is_selected(mode: str) -> None:
+    clip, picture = fake_item("a.mp4", frames=49, fps=48.0), fake_item("b.jpg")
+    options = ("dataset.target_frames=[49]", f"dataset.frame_extraction={mode}")
+    for fps, used in (("null", True), ("24", True), ("48", False)):
+        given = (*options, f"dataset.source_fps={fps}")
+        config = compose(*TINY, *given)
+        (source,) = source_options(config.dataset)
+        assert is_used(clip, source, config.task.name) is used
+        names = {item.media.name for item in selection([clip, picture], *given).items}
+        assert ("a.mp4" in names) is used
 
 
 # Media without captions stop the run, or are skipped, or get the default, as was said.

@@ -280,6 +280,22 @@ def test_compile_follows_the_card() -> None:
     assert compiled(None, "training.compile=always") == (True, False)
 
 
+# A card of just the capability that Triton, bf16 or fp8 needs compiles: V100, A100 and L40.
+def test_compile_begins_at_the_capability_itself() -> None:
+    def compiled(name: str, capability: tuple[int, int], precision: str) -> bool:
+        config = compose("memory=80gb", f"precision={precision}")
+        machine = Machine(name, 80.0, capability)
+        files = dict(plan_of(config, fake_facts(config, MEDIA, machine=machine)).files)
+        return "compile = true" in files["train.toml"]
+
+    assert compiled("V100", (7, 0), "fp16")
+    assert not compiled("P100", (6, 9), "fp16")
+    assert compiled("A100", (8, 0), "bf16")
+    assert not compiled("V100", (7, 9), "bf16")
+    assert compiled("L40", (8, 9), "fp8")
+    assert not compiled("A40", (8, 8), "fp8")
+
+
 # An engine that can't compile is used without, with its reason on the page.
 def test_compile_follows_the_engine() -> None:
     config = compose("memory=80gb")

@@ -121,6 +121,20 @@ def test_update_is_the_formula(kind: str) -> None:
     assert torch.allclose(prediction(model), acting, atol=1e-4)
 
 
+# An alpha of 0 means that of the rank, a scale of 1, and so says the file.
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_zero_is_the_rank(kind: str) -> None:
+    acting = []
+    for alpha in (0, 3):
+        model = tiny()
+        network = networks.create(model, networks.NetworkSpec(kind, rank=3, alpha=alpha), seed=0)
+        randomise(network)
+        acting.append(prediction(model))
+        state = network.state_dict()
+        assert {float(v) for k, v in state.items() if k.endswith(".alpha")} == {3.0}
+    assert torch.equal(*acting)
+
+
 # A file read back acts as what was written, whatever its kind and the factor it was trained with.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("factor", [-1, 4])

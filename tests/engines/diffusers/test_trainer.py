@@ -16,7 +16,17 @@ from torch import Tensor
 from training_run import inside, write_item, write_run
 
 from runner.core.errors import StageError, UserError
-from runner.engines.diffusers import data, flow, make_weights, optimizers, options, sampling, train
+from runner.engines.diffusers import (
+    checkpoints,
+    data,
+    flow,
+    make_weights,
+    networks,
+    optimizers,
+    options,
+    sampling,
+    train,
+)
 from runner.formats import lora
 
 
@@ -82,6 +92,34 @@ def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(*pair) for pair in zip(*sequences, strict=True))
     # And no step repeats another's.
     assert not torch.equal(sequences[0][1], sequences[0][3])
+
+
+# Noise and times are streams of their own, named by what they are for, so that a seed gives the
+# same ones in every version of the runner; whatever else draws numbers in the process changes
+# nothing.
+def test_random_streams_are_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Tensor, Tensor]] = []
+    step = flow.training_step
+
+    def recording(
+        model: torch.nn.Module, batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        drawn.append((noise.clone(), t.clone()))
+        return step(model, batch, noise, t, **options)
+
+    monkeypatch.setattr(flow, "training_step", recording)
+    folder = write_run(tmp_path / "run", network_dropout=0.5)
+    states = []
+    for disturbance in (1, 2):
+        torch.manual_seed(disturbance)
+        states.append(run(folder))
+    assert equal(*states)
+    noise = torch.Generator().manual_seed(flow.derived_seed(42, "noise"))
+    clock = torch.Generator().manual_seed(flow.derived_seed(42, "times"))
+    times = flow.TimeSampling("shift", 2.0)
+    for given, t in drawn[:4]:
+        assert torch.equal(given, torch.randn(given.shape, generator=noise))
+        assert torch.equal(t, times.draw(len(t), clock))
 
 
 # The order is shuffled each epoch, the same for a seed, and not the file system's.
@@ -200,6 +238,49 @@ SCHEDULES: list[tuple[dict[str, Any], list[float]]] = [
 ]
 
 
+def adafactor(*arguments: str, **chosen: Any) -> tuple[dict[str, Any], list[float]]:
+    """Adafactor's options as it takes them, and the rate before each of four steps."""
+    values = {"dit": "d", "dataset_config": "c", "output_dir": "o", "output_name": "n"}
+    parsed = options.parse(
+        {
+            **values,
+            "optimizer_type": "Adafactor",
+            "optimizer_args": list(arguments),
+            "learning_rate": 0.25,
+            **chosen,
+        }
+    )
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer, _ = optimizers.build_optimizer(parsed, [{"params": [weight], "lr": 0.25}])
+    schedule = optimizers.build_scheduler(parsed, optimizer, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        schedule.step()
+    return optimizer.param_groups[0], rates
+
+
+# Adafactor sets its own rate when it is told to warm up, as musubi takes it, even if it was told
+# otherwise too; told neither it does so as well, and told not to it keeps the rate it is given.
+def test_adafactor_warms_up_by_its_own_rate() -> None:
+    group, _ = adafactor("relative_step=False", "warmup_init=True")
+    assert (group["relative_step"], group["warmup_init"]) == (True, True)
+    assert adafactor()[0]["relative_step"] is True
+    group, rates = adafactor("relative_step=False", lr_scheduler="constant")
+    assert group["relative_step"] is False
+    assert rates == [0.25] * 4
+
+
+# The rate that is shown for such an Adafactor begins with the one that was chosen, as musubi shows
+# it, and is its own from then on.
+def test_adafactors_first_rate_is_the_chosen_one() -> None:
+    _, rates = adafactor()
+    assert rates[0] == 0.25
+    assert 0 < max(rates[1:]) < 0.25
+
+
 # Every schedule gives the rates of its formula over four steps.
 @pytest.mark.parametrize(("chosen", "expected"), SCHEDULES, ids=lambda value: str(value)[:50])
 def test_schedules(chosen: dict[str, Any], expected: Sequence[float]) -> None:
@@ -246,6 +327,41 @@ def test_checkpoints(tmp_path: Path) -> None:
     # What musubi trains converts for ComfyUI, and so does this.
     converted, _ = lora.to_comfyui(state, metadata)
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in converted
+
+
+# A LoRA's file tells how many items an epoch had, each as often as it was repeated, by what name it
+# goes, and for which times it was trained where that is not for all.
+@pytest.mark.parametrize(
+    ("chosen", "title", "times"),
+    [
+        ({}, "lora", None),
+        ({"metadata_title": "My cat", "min_timestep": 200}, "My cat", "200,1000"),
+        ({"metadata_title": "", "max_timestep": 700}, "lora", "0,700"),
+        ({"min_timestep": 0, "max_timestep": 1000}, "lora", "0,1000"),
+        ({"min_timestep": 100, "max_timestep": 900}, "lora", "100,900"),
+    ],
+)
+def test_metadata_of_a_file(
+    tmp_path: Path, chosen: dict[str, Any], title: str, times: str | None
+) -> None:
+    values = {"dit": "d", "dataset_config": "c", "output_name": "lora", "network_dim": 4}
+    parsed = options.parse(
+        {**values, "output_dir": str(tmp_path), "optimizer_type": "AdamW", **chosen}
+    )
+    item = data.CachedItem(tmp_path / "a", tmp_path / "b", (32, 1, 4, 6))
+    datasets = [data.Dataset((item, item), 1, 3), data.Dataset((item,), 2, 1)]
+    files = checkpoints.Checkpoints(
+        parsed, datasets, optimizer="AdamW", seed=1, steps=7, epochs=1, batches=7
+    )
+    network = networks.Network(networks.NetworkSpec())
+    adapter = networks.LoRA(networks.NetworkSpec(), 2, 2.0, 4, 4)
+    network.attach(torch.nn.Linear(4, 4), "lora_unet_double_blocks_0_img_attn_q", adapter)
+    _, metadata = read(files.save_last(network, step=7))
+    assert metadata["ss_num_train_items"] == "7"
+    counts = [one["num_items"] for one in json.loads(metadata["ss_datasets"])]
+    assert counts == [2, 1]
+    assert metadata["modelspec.title"] == title
+    assert metadata.get("modelspec.timestep_range") == times
 
 
 # Checkpoints by steps bear musubi's names, and of them too the last so many are kept: three here.

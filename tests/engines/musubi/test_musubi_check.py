@@ -125,6 +125,13 @@ def test_an_old_torch(tmp_path: Path) -> None:
     assert "pip install" not in line
 
 
+# So a transformers without Adafactor, which is pinned with musubi-tuner as torch is.
+def test_an_old_transformers(tmp_path: Path) -> None:
+    line = problem(tmp_path, ("optimizer=adafactor",), transformers_optimization="")
+    assert "optimizer=adafactor needs transformers.optimization (it has no Adafactor)" in line
+    assert "pip install" not in line
+
+
 # A Python without musubi-tuner, without torch, or that is none, is told as such.
 def test_no_engine_there(tmp_path: Path) -> None:
     line = problem(tmp_path / "a", (), "musubi_tuner", "toml")
