@@ -186,9 +186,12 @@ def test_a_second_signal_does_not_orphan(tmp_path: Path, monkeypatch: pytest.Mon
     raise_on_signals()
     log = tmp_path / "log"
 
+    asked: list[float] = []
+
     def now() -> float:
         """A clock by which the command's time is over when it has sent the second signal."""
-        return 1e9 if "asked" in log.read_text() else 0.0
+        asked.append(1e9 if asked and "asked" in log.read_text() else 0.0)
+        return asked[-1]
 
     monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
     code = (
