@@ -52,7 +52,7 @@ def _in_store(item: SelectedItem) -> bool:
 
 def _unpack(context: Context, todo: frozenset[str]) -> None:
     from runner.data.sources import check_archive, unpack
-    from runner.storage.bulk_writer import Incoming
+    from runner.storage.bulk_writer import BulkWriter
 
     items = {
         item.media.entry: item.media
@@ -67,7 +67,7 @@ def _unpack(context: Context, todo: frozenset[str]) -> None:
         context.console.line("      waiting for another run, which is unpacking media")
 
     with (
-        Incoming(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as incoming,
+        BulkWriter(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as writer,
         context.console.bar("unpacked", len(items)) as bar,
     ):
-        unpack(list(items.values()), incoming, bar.update)
+        unpack(list(items.values()), writer, bar.update)
