@@ -33,7 +33,7 @@ from runner.pipeline.record import Recorder, Status, check_tracking
 from runner.pipeline.stages import run_stage
 from runner.storage.leases import Use
 from runner.storage.store import Fault, Store
-from runner.tracking.mlflow_store import safe
+from runner.tracking.client import safe
 
 if TYPE_CHECKING:
     from runner.tracking.mlflow_run import NullWriter, RunWriter
