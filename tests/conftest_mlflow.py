@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from runner.tracking import mlflow_store
+from runner.tracking.client import connect
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Store:
 
     @property
     def client(self) -> Any:
-        return mlflow_store.connect(self.uri)
+        return connect(self.uri)
 
     def points(self, run_id: str, key: str) -> dict[int, float]:
         """Step to value of one metric; fails if a step is stored twice."""

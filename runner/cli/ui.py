@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode
 
 from runner.core.errors import UserError
 from runner.tracking import mlflow_store
+from runner.tracking.client import QUIET_ENVIRONMENT, connect, safe
 from runner.tracking.sweep import SWEEP_TAG
 
 HOST = "127.0.0.1"
@@ -60,7 +61,7 @@ def _port(text: str) -> int:
 def _serve(outputs: Path, tracking_uri: str | None, first_port: int) -> int:
     uri = tracking_uri or mlflow_store.sqlite_uri(outputs)
     if uri.startswith(("http://", "https://")):
-        print(f"A server runs there already, open {mlflow_store.safe(uri)}")
+        print(f"A server runs there already, open {safe(uri)}")
         return 0
     outputs = outputs.resolve()
     _check_store(uri, outputs, tracking_uri)
@@ -104,7 +105,7 @@ def _check_store(uri: str, outputs: Path, tracking_uri: str | None) -> None:
 
 def newest_sweep(uri: str) -> tuple[str, str] | None:
     """Experiment id and sweep id of the sweep that was begun last."""
-    client = mlflow_store.connect(uri)
+    client = connect(uri)
     experiments = [found.experiment_id for found in client.search_experiments()]
     runs = client.search_runs(
         experiments,
@@ -166,7 +167,7 @@ def _start(uri: str, outputs: Path, port: int, log: IO[bytes]) -> subprocess.Pop
         if not name.startswith(("MLFLOW_SERVER_", "MLFLOW_TRACKING_", "_MLFLOW_"))
     }
     root = mlflow_store.artifact_root(outputs).as_uri()
-    environment |= mlflow_store.QUIET_ENVIRONMENT
+    environment |= QUIET_ENVIRONMENT
     environment |= {
         # By environment, so that a database's password is in no process list.
         "MLFLOW_BACKEND_STORE_URI": uri,
@@ -242,7 +243,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 def _print_tail(log: IO[bytes], problem: str) -> None:
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()[-15:]
-    print(mlflow_store.safe("\n".join(lines)), file=sys.stderr)
+    print(safe("\n".join(lines)), file=sys.stderr)
     print(f"error: {problem}; its last lines are above", file=sys.stderr)
 
 

@@ -140,7 +140,7 @@ def _unpacking(
     store: Store, archive: Path, options: SourceOptions, task: str, reading: Reading
 ) -> Iterator[Keeper]:
     from runner.data.sources.look import Keeper
-    from runner.storage.bulk_writer import Incoming
+    from runner.storage.bulk_writer import BulkWriter
 
-    with Incoming(store, "media", str(archive), reading.waiting) as incoming:
-        yield Keeper(incoming, lambda item: is_used(item, options, task))
+    with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
+        yield Keeper(writer, lambda item: is_used(item, options, task))

@@ -39,7 +39,7 @@ from runner.pipeline.stages.convert import COMFYUI_LORA
 from runner.pipeline.stages.evaluate import EVALUATION
 from runner.storage.leases import Use
 from runner.storage.store import Store
-from runner.tracking.mlflow_store import safe
+from runner.tracking.client import safe
 from runner.tracking.multirun import Sweep
 
 

@@ -19,8 +19,8 @@ from runner.core.errors import UserError
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
 from runner.pipeline.plan import config_fingerprint
+from runner.tracking.client import safe
 from runner.tracking.files import hide_values
-from runner.tracking.mlflow_store import safe
 from runner.tracking.secrets import secret_values
 
 if TYPE_CHECKING:

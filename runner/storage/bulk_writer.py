@@ -7,40 +7,35 @@ A file under its final name is whole, after a power cut too. What a cut leaves b
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
-from runner.core.atomic import sync
 from runner.core.errors import UserError
-from runner.storage.store import Shelf, Store, key_of
+from runner.storage.leases import Ledger
+from runner.storage.store import Arrival, Shelf, Store, key_of, scan
 
 Write = Callable[[bytes | memoryview], None]
 
 # So much is synced and renamed at a time: what a crash can cost, and what an interrupt waits for.
 BATCH_BYTES = 64 << 20
 
+# Below the cache's root; what is claimed is called by it too.
+_FOLDER = "incoming"
+_WHO = "unpacking"
+
 
 class CannotKeep(UserError):
     """The store can't be written to."""
 
 
-@dataclass(frozen=True)
-class _Arrived:
-    file: Path
-    name: str
-    note: Mapping[str, Any]
-
-
-class Incoming(AbstractContextManager["Incoming"]):
+class BulkWriter(AbstractContextManager["BulkWriter"]):
     """Takes files into one shelf from many threads; one process at a time has a block of a name.
 
     name: of what is taken in, so that those who take in the same wait for each other, and no others
@@ -56,43 +51,38 @@ class Incoming(AbstractContextManager["Incoming"]):
         anew: Collection[str] = (),
     ) -> None:
         self.store, self.shelf, self.waiting, self.anew = store, shelf, waiting, anew
-        self.folder = store.root / "incoming" / f"{shelf}-{key_of({'of': name})[:16]}"
+        self.folder = store.root / _FOLDER / f"{shelf}-{key_of({'of': name})[:16]}"
+        self._ledger = Ledger(store.root)
+        self._turn = ExitStack()
         self._claimed: set[str] = set()
-        self._waiting: list[_Arrived] = []
+        self._arrivals: list[Arrival] = []
         self._bytes = 0
         self._mutex = threading.Lock()
         self._numbers = itertools.count()
         self._committer = ThreadPoolExecutor(1)
         self._commits: list[Future[None]] = []
 
-    def __enter__(self) -> Incoming:
-        from filelock import FileLock, Timeout
-
+    def __enter__(self) -> BulkWriter:
+        turn = self._ledger.turn(f"{_FOLDER}/{self.folder.name}", _WHO, self.waiting)
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            # The system lets go of it when its process dies.
-            self._lock = FileLock(self.folder.with_suffix(".lock"), thread_local=False)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                self.waiting()
-                self._lock.acquire()
+            # Before the claim, which a disk that they have filled might not take.
             self._clear_leftovers()
+            with ExitStack() as stack:
+                stack.enter_context(turn)
+                # Of a process that was waited for and died.
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self._turn = stack.pop_all()
         except OSError as error:
             raise self._told(error) from error
         return self
 
     def _clear_leftovers(self) -> None:
-        """Remove what processes left behind that were killed, here and under other names."""
-        from filelock import FileLock, Timeout
-
-        for folder in self.folder.parent.iterdir():
-            if folder == self.folder:
-                shutil.rmtree(folder, ignore_errors=True)
-            elif folder.is_dir():
-                lock = FileLock(folder.with_suffix(".lock"))
-                with suppress(Timeout), lock.acquire(timeout=0):
-                    shutil.rmtree(folder, ignore_errors=True)
+        """Remove what processes left behind that were killed."""
+        with self._ledger.guard():
+            living = self._ledger.claimed()
+            for folder in scan(self.folder.parent):
+                if folder.is_dir() and f"{_FOLDER}/{folder.name}" not in living:
+                    shutil.rmtree(folder.path, ignore_errors=True)
 
     def claim(self, name: str) -> bool:
         """Whether the entry is to be made, by who asks: it is not there and no one else makes it.
@@ -144,31 +134,15 @@ class Incoming(AbstractContextManager["Incoming"]):
         except OSError as error:
             raise self._told(error) from error
         with self._mutex:
-            note = {"bytes": size, "made_of": made_of, "sha256": sha256}
-            self._waiting.append(_Arrived(file, name, note))
+            replace = name in self.anew
+            self._arrivals.append(Arrival(name, file, made_of, sha256, replace))
             self._bytes += size
             if self._bytes >= BATCH_BYTES:
                 self._hand_over()
 
     def _hand_over(self) -> None:
-        batch, self._waiting, self._bytes = self._waiting, [], 0
-        self._commits.append(self._committer.submit(self._commit, batch))
-
-    def _commit(self, batch: list[_Arrived]) -> None:
-        for arrived in batch:
-            note = arrived.file.with_name(arrived.file.name + ".json")
-            text = json.dumps(arrived.note, sort_keys=True, indent=1, ensure_ascii=False)
-            note.write_text(text, encoding="utf-8")
-            arrived.file.chmod(0o444)
-        for arrived in batch:
-            sync(arrived.file)
-            sync(arrived.file.with_name(arrived.file.name + ".json"))
-        for arrived in batch:
-            place = self.store.path(self.shelf, arrived.name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            note = arrived.file.with_name(arrived.file.name + ".json")
-            note.replace(place.with_name(place.name + ".json"))
-            arrived.file.replace(place)
+        batch, self._arrivals, self._bytes = self._arrivals, [], 0
+        self._commits.append(self._committer.submit(self.store.commit_all, self.shelf, batch))
 
     def _told(self, error: OSError) -> CannotKeep:
         words = error.strerror or str(error)
@@ -184,7 +158,7 @@ class Incoming(AbstractContextManager["Incoming"]):
         traceback: TracebackType | None,
     ) -> None:
         with self._mutex:
-            if self._waiting:
+            if self._arrivals:
                 self._hand_over()
         self._committer.shutdown()
         try:
@@ -195,7 +169,7 @@ class Incoming(AbstractContextManager["Incoming"]):
                 raise self._told(failure) from failure
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.release()
+            self._turn.close()
 
 
 def _open(place: Path) -> BinaryIO:

@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def names(self) -> frozenset[str]:
-        """``shelf/name`` of the entries that it names."""
+        """What it names: ``shelf/name`` of entries, or the folder of a bulk writer."""
         names = self.data.get("names")
         return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
@@ -180,10 +180,31 @@ class Ledger:
             if lock is not None:
                 self.claims.close(id_, lock, keep=False)
 
+    @contextmanager
+    def turn(self, name: str, run: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Claim ``name`` for as long as the block lasts, after everyone who has claimed it.
+
+        ``waiting`` is called once when somebody has.
+        """
+        told = False
+        while True:
+            with self.claim({name}, run) as (mine, others):
+                if mine:
+                    yield
+                    return
+            if not told:
+                waiting()
+                told = True
+            self.wait(others)
+
     def wait(self, claims: Sequence[Record]) -> None:
         """Wait until one of these claims is gone or its process has died."""
         while all(self.claims.alive(claim.id) for claim in claims):
             time.sleep(_LOOK_SECONDS)
+
+    def claimed(self) -> frozenset[str]:
+        """The names that living processes claim; to be called under the guard."""
+        return frozenset().union(*(record.names for record in self.claims.sweep(keep=False)))
 
     def in_use(self) -> frozenset[str]:
         """``shelf/name`` of what living processes make or use; to be called under the guard."""

@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runner.core.atomic import sync, whole, write_text
+from runner.core.atomic import sync, whole
 from runner.core.file_identity import Identity, identity_of
 
 Shelf = Literal["media", "latents", "text"]
@@ -73,6 +73,21 @@ class Note:
     sha256: str | None
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A finished file that is to become the entry ``name``.
+
+    sha256: of its bytes, where that is known already. replace: whether it takes the place of an
+    entry that is there.
+    """
+
+    name: str
+    file: Path
+    made_of: Mapping[str, Any]
+    sha256: str | None = None
+    replace: bool = False
+
+
 class Store:
     """Entries on three shelves: extracted media, latents and text embeddings.
 
@@ -116,31 +131,37 @@ class Store:
         *,
         replace: bool = False,
     ) -> Path:
-        """Move a finished ``file`` into the store.
+        """Move one finished ``file`` into the store as :meth:`commit_all` does; its place there."""
+        self.commit_all(shelf, [Arrival(name, file, made_of, replace=replace)])
+        return self.path(shelf, name)
+
+    def commit_all(self, shelf: str, arrivals: Iterable[Arrival]) -> None:
+        """Move finished files into the store, synced together before the first is renamed.
 
         An entry that is there already stays, unless it is to be replaced: whoever reads it then
-        has the old file or the new one, whole, at any moment.
+        has the old file or the new one, whole, at any moment. So it is after a power cut.
         """
-        place = self.path(shelf, name)
-        if place.is_file() and not replace:
-            file.unlink()
-            return place
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        note = {"bytes": file.stat().st_size, "made_of": made_of, "sha256": digest_of(file)}
-        # The note comes first: an entry without its note was never finished.
-        write_text(note_of(place), json.dumps(note, sort_keys=True, indent=1, ensure_ascii=False))
-        file.chmod(0o444)
-        try:
-            file.replace(place)
-        except OSError:  # Another file system: copy beside the place first, then rename.
-            with whole(place) as temporary:
-                shutil.copyfile(file, temporary)
-            place.chmod(0o444)
-            file.unlink()
-        sync(place.parent)
-        return place
+        wanted: list[Arrival] = []
+        for one in arrivals:
+            if one.replace or not self.has(shelf, one.name):
+                _write_note(one)
+                one.file.chmod(0o444)
+                wanted.append(one)
+            else:
+                one.file.unlink()
+        for one in wanted:
+            sync(one.file)
+            sync(note_of(one.file))
+        folders = set[Path]()
+        for one in wanted:
+            place = self.path(shelf, one.name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # The note comes first: an entry without its note was never finished.
+            _move(note_of(one.file), note_of(place))
+            _move(one.file, place)
+            folders.add(place.parent)
+        for folder in folders:
+            sync(folder)
 
     def faults(
         self,
@@ -240,6 +261,28 @@ class Store:
 def note_of(place: Path) -> Path:
     """Where the note of the entry at ``place`` lies."""
     return place.with_name(place.name + ".json")
+
+
+def _write_note(arrival: Arrival) -> None:
+    """Write the note of a file beside it, to be moved with it."""
+    note = {
+        "bytes": arrival.file.stat().st_size,
+        "made_of": arrival.made_of,
+        "sha256": arrival.sha256 or digest_of(arrival.file),
+    }
+    text = json.dumps(note, sort_keys=True, indent=1, ensure_ascii=False)
+    note_of(arrival.file).write_text(text, encoding="utf-8")
+
+
+def _move(file: Path, place: Path) -> None:
+    """Rename a synced file, or copy it whole where its place is on another file system."""
+    try:
+        file.replace(place)
+    except OSError:
+        with whole(place) as temporary:
+            shutil.copyfile(file, temporary)
+        shutil.copymode(file, place)
+        file.unlink()
 
 
 def read_note(place: Path) -> Note | None:

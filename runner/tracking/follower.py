@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from runner.tracking.client import first_line
 from runner.tracking.metrics import Point, StepTimer, with_speed
 from runner.tracking.mlflow_run import Writer
-from runner.tracking.mlflow_store import first_line
 from runner.tracking.tensorboard_tail import TensorBoardTail
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from runner.core.errors import UserError
 from runner.tracking import mlflow_store
+from runner.tracking.client import connect, first_line, safe
 from runner.tracking.files import write_redacted
 from runner.tracking.metrics import Point, clean_metric_name
 from runner.tracking.secrets import redact, redact_mapping, secret_values
@@ -126,7 +127,7 @@ class RunWriter:
         """
         root = None if _is_server(uri) else mlflow_store.artifact_root(outputs)
         experiment_id = mlflow_store.ensure_experiment(uri, experiment, root)
-        client = mlflow_store.connect(uri)
+        client = connect(uri)
         own = {
             "mlflow.source.name": "runner",
             "mlflow.source.type": "LOCAL",
@@ -135,12 +136,12 @@ class RunWriter:
         if parent_id is not None:
             own[PARENT_TAG] = parent_id
         try:
-            run = client.create_run(experiment_id, tags=own, run_name=mlflow_store.safe(name))
+            run = client.create_run(experiment_id, tags=own, run_name=safe(name))
         except Exception as error:
             if _is_server(uri):
-                told = f"tracking server {mlflow_store.safe(uri)} {why(uri, error)}"
+                told = f"tracking server {safe(uri)} {why(uri, error)}"
                 raise UserError(f"{told} (experiment {experiment})") from error
-            message = mlflow_store.first_line(error)
+            message = first_line(error)
             raise UserError(f"cannot start an MLflow run: {message}") from error
         writer = cls(client, uri, run.info.run_id, experiment_id, outputs)
         writer.set_tags(tags)
@@ -150,12 +151,12 @@ class RunWriter:
     @classmethod
     def attach(cls, uri: str, run_id: str, *, outputs: Path) -> RunWriter:
         """Goes on with a run that was ended, as running again. UserError if it is not there."""
-        client = mlflow_store.connect(uri)
+        client = connect(uri)
         try:
             run = client.get_run(run_id)
             client.update_run(run_id, status="RUNNING")
         except Exception as error:
-            message = mlflow_store.first_line(error)
+            message = first_line(error)
             raise UserError(f"cannot continue MLflow run {run_id}: {message}") from error
         return cls(client, uri, run_id, run.info.experiment_id, outputs)
 
@@ -164,7 +165,7 @@ class RunWriter:
         """Where a person finds this run: its page on the server, or how to open the UI."""
         page = f"#/experiments/{self._experiment_id}/runs/{self.run_id}"
         if _is_server(self._uri):
-            return f"{mlflow_store.safe(self._uri).rstrip('/')}/{page}"
+            return f"{safe(self._uri).rstrip('/')}/{page}"
         return f"python -m runner.ui --outputs '{self._outputs}' ({page})"
 
     def log_params(self, params: Mapping[str, object]) -> None:
@@ -281,7 +282,7 @@ class RunWriter:
         except Exception as error:
             later = _may_pass(error)
             how = "not sent to MLflow yet" if later else "not taken by MLflow"
-            self._note(f"{what} {how}: {mlflow_store.first_line(error)}")
+            self._note(f"{what} {how}: {first_line(error)}")
             if later:
                 now = time.monotonic()
                 self._rest_until = now + max(REST_SECONDS, now - began)

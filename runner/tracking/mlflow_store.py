@@ -6,48 +6,15 @@ import os
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.core.errors import UserError
-from runner.tracking.secrets import redact, secret_values
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from runner.tracking.client import connect, first_line, quiet, safe
+from runner.tracking.server import check_server, why
 
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
 
-# Values that MLflow reads from the environment, most of them when it is imported.
-QUIET_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-# A server that is away must cost seconds, not MLflow's seven tries of two minutes each: what
-# could not be sent is kept and sent later. The user's own values win.
-DEFAULT_ENVIRONMENT = {
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-}
-
 _SQLITE_MAGIC = b"SQLite format 3\0"
-
-
-def quiet() -> None:
-    """Sets what MLflow reads at import; call before every import of it."""
-    os.environ.update(QUIET_ENVIRONMENT)
-    for name, value in DEFAULT_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client of the store at `uri` that is silent: no telemetry, no log lines, no git."""
-    quiet()
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def sqlite_uri(outputs: Path) -> str:
@@ -119,8 +86,6 @@ def initialise(uri: str, outputs: Path) -> None:
     if database is not None:
         _initialise_sqlite(uri, database, artifact_root(outputs))
         return
-    from runner.tracking.server import check_server
-
     check_server(uri)
 
 
@@ -185,8 +150,6 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
                 found = client.get_experiment_by_name(name)
     except Exception as error:
         if uri.startswith(("http://", "https://")):
-            from runner.tracking.server import why
-
             told = f"tracking server {safe(uri)} {why(uri, error)}"
             raise UserError(f"tracking.experiment={name}: {told}") from error
         raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
@@ -196,14 +159,3 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
             "another name"
         )
     return str(found.experiment_id)
-
-
-def safe(text: str) -> str:
-    """`text` without secrets, those of this process's environment included."""
-    return redact(text, secret_values(os.environ))
-
-
-def first_line(error: BaseException) -> str:
-    """An exception as one line without secrets, at most 300 characters."""
-    lines = str(error).strip().splitlines()
-    return safe(lines[0] if lines else type(error).__name__)[:300]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from runner.core.errors import UserError
-from runner.tracking import mlflow_store
+from runner.tracking.client import DEFAULT_ENVIRONMENT, connect, first_line, quiet, safe
 
 CONNECT_SECONDS = 10.0
 # For the first question only: a server that is wrong must not cost minutes.
@@ -28,14 +28,14 @@ def check_server(uri: str) -> None:
         _reach(uri)
     try:
         with _briefly():
-            mlflow_store.connect(uri).search_experiments(max_results=1)
+            connect(uri).search_experiments(max_results=1)
     except Exception as error:
-        raise UserError(f"tracking server {mlflow_store.safe(uri)} {why(uri, error)}") from error
+        raise UserError(f"tracking server {safe(uri)} {why(uri, error)}") from error
 
 
 def _reach(uri: str) -> None:
     """Connects once. What the system says of a wrong address is lost in MLflow's own errors."""
-    shown = f"tracking server {mlflow_store.safe(uri)}"
+    shown = f"tracking server {safe(uri)}"
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -64,7 +64,7 @@ def _reach(uri: str) -> None:
 
 def why(uri: str, error: Exception) -> str:
     """What a failed request says, as the rest of a sentence that begins with the server."""
-    told = mlflow_store.first_line(error)
+    told = first_line(error)
     status = _status(error)
     if "Invalid Host header" in told:
         host = urlsplit(uri).netloc.rpartition("@")[2]
@@ -123,10 +123,8 @@ def _is_mlflow(error: Exception, told: str) -> bool:
 @contextmanager
 def _briefly() -> Iterator[None]:
     """MLflow's patience cut to seconds, as far as the user has not set it."""
-    mlflow_store.quiet()
-    ours = [
-        name for name in _BRIEF if os.environ.get(name) == mlflow_store.DEFAULT_ENVIRONMENT[name]
-    ]
+    quiet()
+    ours = [name for name in _BRIEF if os.environ.get(name) == DEFAULT_ENVIRONMENT[name]]
     before = {name: os.environ[name] for name in ours}
     os.environ.update({name: _BRIEF[name] for name in ours})
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.tracking import mlflow_store
+from runner.tracking.client import connect, first_line, safe
 from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
 from runner.tracking.secrets import HIDDEN
 
@@ -60,7 +60,7 @@ def open_parent(
                 params={},
                 tags={**tags, SWEEP_TAG: sweep_id},
             )
-            record = {"run_id": writer.run_id, "uri": mlflow_store.safe(uri)}
+            record = {"run_id": writer.run_id, "uri": safe(uri)}
             write_text(folder / "parent.json", json.dumps(record, indent=2) + "\n")
             return writer.run_id
     except OSError as error:
@@ -86,12 +86,12 @@ def close_parent(
         return None
     if HIDDEN in uri:
         raise UserError(f"cannot close sweep {sweep_id}: its tracking URI holds a password")
-    client = mlflow_store.connect(uri)
+    client = connect(uri)
     try:
         parent = client.get_run(run_id)
         children = _children(client, parent)
     except Exception as error:
-        message = mlflow_store.first_line(error)
+        message = first_line(error)
         raise UserError(f"cannot close sweep {sweep_id}: {message}") from error
     writer = RunWriter(client, uri, run_id, parent.info.experiment_id, outputs)
     rows = summary(children)
@@ -168,7 +168,7 @@ def _is_open(uri: str, run_id: str) -> bool:
     """Whether the run is in the store; one that had ended goes on, one that is gone does not."""
     from mlflow.exceptions import MlflowException
 
-    client = mlflow_store.connect(uri)
+    client = connect(uri)
     try:
         run = client.get_run(run_id)
         if run.info.lifecycle_stage != "active":
@@ -178,7 +178,7 @@ def _is_open(uri: str, run_id: str) -> bool:
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
-        raise UserError(f"cannot read the sweep: {mlflow_store.first_line(error)}") from error
+        raise UserError(f"cannot read the sweep: {first_line(error)}") from error
     return True
 
 

@@ -26,8 +26,9 @@ from runner.data.ingest import Reading, scan_sources
 from runner.data.select import Source
 from runner.data.sources import check_unchanged, look, memo, unpack
 from runner.data.sources.scan import workers
-from runner.storage import bulk_writer as incoming
-from runner.storage.bulk_writer import Incoming
+from runner.storage import bulk_writer
+from runner.storage import store as storing
+from runner.storage.bulk_writer import BulkWriter
 from runner.storage.store import Store
 
 
@@ -122,7 +123,8 @@ def test_one_pass(tmp_path: Path, opened: list[str]) -> None:
         note = json.loads(place.with_name(place.name + ".json").read_text())
         made_of = {"as_rgb": False, "media": item.sha256}
         assert note == {"bytes": item.bytes, "made_of": made_of, "sha256": item.sha256}
-    assert not (tmp_path / "outputs" / "cache" / "incoming" / "media").exists()
+    assert not list((tmp_path / "outputs" / "cache" / "incoming").iterdir())
+    assert not list((tmp_path / "outputs" / "cache" / "claims").iterdir())
 
 
 # The next run, and a dry run, read no medium again and find the same.
@@ -297,7 +299,7 @@ def test_a_cut_ingestion_goes_on(
     assert len(opened) <= 63 - 20
     store = store_of(tmp_path)
     missing = [item for item in source.items if not store.has("media", item.entry)]
-    with Incoming(store, "media", "a.zip") as arriving:
+    with BulkWriter(store, "media", "a.zip") as arriving:
         unpack(missing, arriving, lambda _: None)
     assert sorted(entries(tmp_path)) == sorted(item.entry for item in source.items)
     assert entries(tmp_path).items() >= some.items()
@@ -309,7 +311,7 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
     left = tmp_path / "outputs" / "cache" / "incoming" / "media-of-another-zip"
     left.mkdir(parents=True)
     (left / "0").write_bytes(b"half")
-    with Incoming(store_of(tmp_path), "media", "a third") as living:
+    with BulkWriter(store_of(tmp_path), "media", "a third") as living:
         living.write(lambda write: write(b"not yet whole"))
         source = ingest(tmp_path)
         assert [file.read_bytes() for file in living.folder.iterdir()] == [b"not yet whole"]
@@ -368,9 +370,9 @@ def test_a_full_disk(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise OSError(errno.ENOSPC, "No space left on device")
 
     if where == "sync":
-        monkeypatch.setattr(incoming, "sync", full)
+        monkeypatch.setattr(storing, "sync", full)
     else:
-        monkeypatch.setattr(incoming, "_open", lambda _: Full())
+        monkeypatch.setattr(bulk_writer, "_open", lambda _: Full())
     with pytest.raises(UserError) as caught:
         ingest(tmp_path)
     assert "can't be written to (No space left on device)" in str(caught.value)
@@ -432,7 +434,7 @@ def test_two_runs_read_it_once(tmp_path: Path, opened: list[str]) -> None:
     zipped(tmp_path / "m.zip")
     store, waited = store_of(tmp_path), threading.Event()
     found: list[Source] = []
-    with Incoming(store, "media", str(tmp_path / "m.zip")):
+    with BulkWriter(store, "media", str(tmp_path / "m.zip")):
         second = threading.Thread(target=lambda: found.append(ingest(tmp_path, waiting=waited.set)))
         second.start()
         assert waited.wait(20)
@@ -446,9 +448,9 @@ def test_only_who_unpacks_the_same_waits(tmp_path: Path) -> None:
     zipped(tmp_path / "m.zip")
     ingest(tmp_path)
     waited: list[str] = []
-    with Incoming(store_of(tmp_path), "media", str(tmp_path / "m.zip")):
+    with BulkWriter(store_of(tmp_path), "media", str(tmp_path / "m.zip")):
         ingest(tmp_path, waiting=lambda: waited.append("the same"))
-    with Incoming(store_of(tmp_path), "media", "another.zip"):
+    with BulkWriter(store_of(tmp_path), "media", "another.zip"):
         (tmp_path / "m.zip").rename(tmp_path / "n.zip")
         ingest(tmp_path, path="n.zip", waiting=lambda: waited.append("another"))
     assert waited == []
@@ -517,8 +519,8 @@ def test_an_archive_is_as_old_as_its_list(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def captured(tmp_path: Path) -> Iterator[Incoming]:
-    with Incoming(store_of(tmp_path), "media", "a.zip") as arriving:
+def captured(tmp_path: Path) -> Iterator[BulkWriter]:
+    with BulkWriter(store_of(tmp_path), "media", "a.zip") as arriving:
         yield arriving
 
 
@@ -532,7 +534,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
         archive.writestr("alpha.txt", "clear")
     items = ingest(tmp_path, dry=True).items
     store, done = store_of(tmp_path), list[int]()
-    with Incoming(store, "media", "a.zip") as arriving:
+    with BulkWriter(store, "media", "a.zip") as arriving:
         unpack(items, arriving, done.append)
     assert done == list(range(1, 17))
     unpacked = tree(tmp_path / "outputs" / "cache" / "media")
@@ -545,13 +547,13 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     place.chmod(0o644)
     place.write_bytes(b"damaged")
     for anew in ((), (items[0].entry,)):
-        with Incoming(store, "media", "a.zip", anew=anew) as arriving:
+        with BulkWriter(store, "media", "a.zip", anew=anew) as arriving:
             unpack(items, arriving, done.append)
         assert (entries(tmp_path) == bytes_of) == bool(anew)
 
 
 # Unpacking tells an archive that changed since, and keeps nothing of it.
-def test_unpacking_checks_what_it_reads(tmp_path: Path, captured: Incoming) -> None:
+def test_unpacking_checks_what_it_reads(tmp_path: Path, captured: BulkWriter) -> None:
     zipped(tmp_path / "m.zip")
     items = ingest(tmp_path, dry=True).items
     zipped(tmp_path / "m.zip", pictures=1, clips=0)

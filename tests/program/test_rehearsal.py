@@ -35,7 +35,8 @@ def recorded(run: Path) -> dict[str, Any]:
 
 
 def client(cwd: Path) -> Any:
-    from runner.tracking.mlflow_store import connect, sqlite_uri
+    from runner.tracking.client import connect
+    from runner.tracking.mlflow_store import sqlite_uri
 
     return connect(sqlite_uri(cwd / "outputs"))
 

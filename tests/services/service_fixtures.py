@@ -54,7 +54,7 @@ class Service:
     @contextlib.contextmanager
     def client(self, user: str) -> Iterator[Any]:
         """MLflow's own client, as `user`."""
-        from runner.tracking.mlflow_store import quiet
+        from runner.tracking.client import quiet
 
         quiet()
         from mlflow import MlflowClient

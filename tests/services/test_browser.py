@@ -94,7 +94,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
 
 def opened(outputs: Path, lines: list[str]) -> Swept:
     """What the UI's lines and MLflow's API say of the sweep below `outputs`."""
-    from runner.tracking.mlflow_store import connect, sqlite_uri
+    from runner.tracking.client import connect
+    from runner.tracking.mlflow_store import sqlite_uri
 
     page = lines[-1].split()[-1]
     url, experiment = re.findall(r"(http://\S+?)/#/experiments/(\d+)", page)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 from other_processes import other
@@ -129,3 +130,18 @@ def test_records_do_not_pile_up(tmp_path: Path) -> None:
             use.release()
     assert len(list((ledger.root / "uses").iterdir())) == 3
     assert {record.data["run"][:6] for record in ledger.uses.all()} == {"runs/9"}
+
+
+# Who wants one name takes turns: it is waited for, which is said once, and a dead holder has none.
+def test_turns_on_one_name(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "cache")
+    told: list[str] = []
+    with other("claim", ledger.root, "incoming/x") as (process, _):
+        with ledger.turn("incoming/y", "mine", lambda: told.append("y")):
+            assert ledger.claimed() == {"incoming/x", "incoming/y"}
+        killer = threading.Timer(0.5, process.kill)
+        killer.start()
+        with ledger.turn("incoming/x", "mine", lambda: told.append("x")):
+            assert told == ["x"]
+            assert ledger.claimed() == {"incoming/x"}
+    assert list((ledger.root / "claims").iterdir()) == []

@@ -16,7 +16,7 @@ import pytest
 
 import runner.storage.store
 from runner.core.atomic import write_text
-from runner.storage.store import Shelf, Store, key_of, link, note_of
+from runner.storage.store import Arrival, Shelf, Store, key_of, link, note_of
 
 
 # A key depends on every part and on nothing else, not even on their order.
@@ -75,6 +75,38 @@ def test_a_power_cut_leaves_whole_entries(tmp_path: Path, monkeypatch: pytest.Mo
     for name, inode in (("renamed .safetensors", entry), ("renamed .json", note)):
         assert done.index(("synced", inode)) < done.index((name, inode))
         assert folder in done[done.index((name, inode)) :]
+
+
+# Files that are committed together are each as one that is committed alone, from another file
+# system too, and all are synced before the first is named.
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_files_are_committed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_disk: bool
+) -> None:
+    store, rename = Store(tmp_path / "cache"), Path.replace
+    made = [tmp_path / f"made{number}" for number in range(3)]
+    for file in made:
+        file.write_bytes(file.name.encode())
+    store.commit("text", "a0", made[0], {})
+    made[0].write_bytes(b"second")
+    synced: list[int] = []
+    monkeypatch.setattr(runner.storage.store, "sync", lambda p: synced.append(p.stat().st_ino))
+
+    def checked(self: Path, target: Path) -> Path:
+        if other_disk and self.parent != target.parent:
+            raise OSError("another file system")
+        assert len(synced) == 4
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", checked)
+    store.commit_all("text", [Arrival(f"a{n}", file, {"n": n}) for n, file in enumerate(made)])
+    places = [store.path("text", f"a{n}") for n in range(3)]
+    assert [place.read_bytes() for place in places] == [b"made0", b"made1", b"made2"]
+    assert {stat.S_IMODE(place.stat().st_mode) for place in places} == {0o444}
+    assert store.faults(["text/a0", "text/a1", "text/a2"], read=True) == {}
+    assert set(synced[4:]) == {place.parent.stat().st_ino for place in places[1:]}
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    assert len([file for file in store.root.rglob("*") if file.is_file()]) == 6
 
 
 # A half-written entry under a temporary name is not an entry.

@@ -8,6 +8,7 @@ from pathlib import Path
 from conftest import TOP
 
 from runner.tracking import mlflow_store
+from runner.tracking.client import connect
 
 PROCESSES = 6
 
@@ -73,7 +74,7 @@ def test_processes_share_a_fresh_store(tmp_path: Path) -> None:
         for job in jobs:
             job.kill()
     assert results == [("", 0)] * PROCESSES
-    client = mlflow_store.connect(mlflow_store.sqlite_uri(outputs))
+    client = connect(mlflow_store.sqlite_uri(outputs))
     experiment = client.get_experiment_by_name("race")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])

@@ -20,7 +20,7 @@ from runner.data.sources.entries import Entry
 from runner.data.sources.model import Item
 from runner.data.sources.probe import probe_image, probe_video
 from runner.formats.bucket import Size
-from runner.storage.bulk_writer import CannotKeep, Incoming, Write
+from runner.storage.bulk_writer import BulkWriter, CannotKeep, Write
 
 CHUNK = 1 << 20
 # A medium of an archive that is not kept is held in memory up to this size, else in the temporary
@@ -32,22 +32,22 @@ IN_MEMORY = 16 << 20
 class Keeper:
     """Takes the media of an archive into the store as they are read, those that `wanted` likes."""
 
-    incoming: Incoming
+    writer: BulkWriter
     wanted: Callable[[Item], bool]
 
     def takes(self, item: Item) -> bool:
-        return self.wanted(item) and self.incoming.claim(item.entry)
+        return self.wanted(item) and self.writer.claim(item.entry)
 
     def write(self, item: Item, data: bytes) -> None:
         """Keep a medium that is held in memory, or the RGB picture made of it."""
         kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
         digest = hashlib.sha256(kept).hexdigest() if item.as_rgb else item.sha256
-        file = self.incoming.write(lambda write: write(kept))
-        self.incoming.add(file, item.entry, item.made_of, digest)
+        file = self.writer.write(lambda write: write(kept))
+        self.writer.add(file, item.entry, item.made_of, digest)
 
     def add(self, item: Item, file: Path) -> None:
         """Keep a medium that was written to `file`."""
-        self.incoming.add(file, item.entry, item.made_of, item.sha256)
+        self.writer.add(file, item.entry, item.made_of, item.sha256)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Looker:
 
     def _of_kept_member(self, entry: Entry, stream: BinaryIO, keeper: Keeper) -> Item:
         told: list[tuple[str, int]] = []
-        file = keeper.incoming.write(lambda write: told.append(hashed(stream, write, self.stop)))
+        file = keeper.writer.write(lambda write: told.append(hashed(stream, write, self.stop)))
         try:
             facts = _image_in(file) if entry.kind == "image" else _video(file)
             item = _made(entry, *told[0], facts, self.archive)

@@ -21,7 +21,7 @@ from runner.data.sources.archive import open_archive
 from runner.data.sources.look import hashed, rgb_png
 from runner.data.sources.model import Item
 from runner.data.sources.scan import workers
-from runner.storage.bulk_writer import Incoming
+from runner.storage.bulk_writer import BulkWriter
 
 
 def write_media(item: Item, destination: Path, *, as_rgb: bool = False) -> None:
@@ -38,7 +38,7 @@ def write_media(item: Item, destination: Path, *, as_rgb: bool = False) -> None:
         _copy(item, archives, out.write, as_rgb=as_rgb)
 
 
-def unpack(items: Sequence[Item], incoming: Incoming, progress: Callable[[int], None]) -> None:
+def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], None]) -> None:
     """Make the entries of `items` in the store, at several at once; those that are there stay.
 
     progress: called with how many are through. Raises UserError as `write_media` does.
@@ -46,15 +46,15 @@ def unpack(items: Sequence[Item], incoming: Incoming, progress: Callable[[int], 
     stop = threading.Event()
 
     def one(item: Item) -> None:
-        if stop.is_set() or not incoming.claim(item.entry):
+        if stop.is_set() or not writer.claim(item.entry):
             return
         digests: list[str] = []
-        file = incoming.write(
+        file = writer.write(
             lambda write: digests.append(
                 _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
             )
         )
-        incoming.add(file, item.entry, item.made_of, digests[0])
+        writer.add(file, item.entry, item.made_of, digests[0])
 
     with _archives(items) as archives:
         pool = ThreadPoolExecutor(workers())

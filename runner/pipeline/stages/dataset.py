@@ -22,7 +22,7 @@ from runner.pipeline.stages.base import Stage
 from runner.pipeline.stages.encoding import add_link
 from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
 from runner.pipeline.tables import folder, groups
-from runner.storage.bulk_writer import Incoming
+from runner.storage.bulk_writer import BulkWriter
 from runner.storage.store import link
 
 REPORT = "dataset_report.html"
@@ -144,10 +144,10 @@ def _unpack(context: Context, todo: frozenset[str]) -> None:
         context.console.line("      waiting for another run, which is unpacking media")
 
     with (
-        Incoming(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as incoming,
+        BulkWriter(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as writer,
         context.console.bar("unpacked", len(items)) as bar,
     ):
-        unpack(list(items.values()), incoming, bar.update)
+        unpack(list(items.values()), writer, bar.update)
 
 
 DATASET = Dataset()

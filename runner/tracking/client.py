@@ -1,0 +1,52 @@
+"""MLflow's client, made silent, and what it says without the secrets of this process."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from runner.tracking.secrets import redact, secret_values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# Values that MLflow reads from the environment, most of them when it is imported.
+QUIET_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# A server that is away must cost seconds, not MLflow's seven tries of two minutes each: what
+# could not be sent is kept and sent later. The user's own values win.
+DEFAULT_ENVIRONMENT = {
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+}
+
+
+def quiet() -> None:
+    """Sets what MLflow reads at import; call before every import of it."""
+    os.environ.update(QUIET_ENVIRONMENT)
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store at `uri` that is silent: no telemetry, no log lines, no git."""
+    quiet()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def safe(text: str) -> str:
+    """`text` without secrets, those of this process's environment included."""
+    return redact(text, secret_values(os.environ))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one line without secrets, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return safe(lines[0] if lines else type(error).__name__)[:300]
