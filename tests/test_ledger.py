@@ -168,3 +168,22 @@ def test_records_do_not_pile_up(tmp_path: Path) -> None:
             use.release()
     assert len(list((ledger.root / "uses").iterdir())) == 3
     assert {record.data["run"][:6] for record in ledger.uses.all()} == {"runs/9"}
+
+
+# A run that ends takes the records of ended runs like it away, and never that of a run that goes
+# on, though it is on the same dataset and uses the same.
+def test_the_record_of_a_running_run_stays(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "cache")
+    names = ["text/a", "weights/tiny-1"]
+    with other("use", ledger.root, "text/a") as (process, said):
+        assert said == "held"
+        for number in range(2):
+            use = Use(ledger, f"runs/mine{number}", {"name": "d", "paths": ["/d"]})
+            use.hold(names)
+            use.release()
+        records = {record.data["run"]: record for record in ledger.uses.all()}
+        assert records.keys() == {"runs/other", "runs/mine1"}
+        # They are alike indeed, so that only its life keeps the first.
+        assert len({record.data["set"] for record in records.values()}) == 1
+        assert records["runs/other"].who == f"runs/other (process {process.pid})"
+        assert ledger.in_use() == set(names)
