@@ -44,16 +44,20 @@ def executables_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "run", run)
 
 
-def run_here(*overrides: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A whole run with these overrides, started in ``folder``; what it said."""
+def composed(*overrides: str) -> Composed:
+    """What the command line makes of these overrides."""
     from omegaconf import OmegaConf
 
-    # Pytest's own handlers stay.
-    monkeypatch.setattr(executor, "raise_on_signals", lambda: None)
     config = compose(*overrides)
     resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    return Composed(config, resolved, overrides, {})
+
+
+def run_here(*overrides: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A whole run with these overrides, started in ``folder``; what it said."""
+    # Pytest's own handlers stay.
+    monkeypatch.setattr(executor, "raise_on_signals", lambda: None)
     out = io.StringIO()
     console = Console.for_stream(out)
-    prepared = executor.prepare(Composed(config, resolved, overrides, {}), console, folder)
-    executor.execute(prepared, console, None)
+    executor.execute(executor.prepare(composed(*overrides), console, folder), console, None)
     return out.getvalue()

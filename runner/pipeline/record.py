@@ -16,6 +16,7 @@ from runner.config.composed import Composed
 from runner.config.schema import RunConfig, TrackingConfig
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
+from runner.core.paths import checkout
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
 from runner.pipeline.plan import config_fingerprint
@@ -226,7 +227,6 @@ def host_tags(inputs: Inputs, engine: Engine, plan: Plan) -> dict[str, str]:
 def code_version() -> str:
     """The checkout's commit, with a mark when files differ from it; the version when installed."""
     from runner import __version__
-    from runner.core.paths import checkout
 
     top = checkout()
     if top is None:

@@ -162,14 +162,57 @@ def test_a_repeated_row_is_an_item_each_time(name: str) -> None:
     assert plan.steps_per_epoch == alone.steps_per_epoch + 2 * (alone.steps_per_epoch - 1)
 
 
-# The fingerprint is of what is trained on: not of names or order, but of media and captions.
+# The fingerprint is of what is trained on: not of names or order, but of media, captions, sizes,
+# crops and the split.
 def test_fingerprint() -> None:
     items = [fake_item("a.jpg"), fake_item("b.mp4")]
-    base = dataset_fingerprint(selection(items).items)
-    renamed = [replace(item, name="moved/" + item.name) for item in reversed(items)]
+    chosen = selection(items).items
+    base = dataset_fingerprint(chosen)
+    renamed = [replace(item, name="moved/" + item.name) for item in items]
     assert dataset_fingerprint(selection(renamed).items) == base
-    recaptioned = [replace(items[0], caption="new"), items[1]]
-    assert dataset_fingerprint(selection(recaptioned).items) != base
+    assert dataset_fingerprint(reversed(chosen)) == base
+    clip = next(item for item in chosen if item.kind == "video")
+    (other,) = (item for item in chosen if item is not clip)
+    changed = [
+        replace(clip, media=replace(clip.media, sha256="0" * 64)),
+        replace(clip, caption="new"),
+        replace(clip, bucket=(clip.bucket[1], clip.bucket[0])),
+        replace(clip, crops=clip.crops[:-1]),
+        replace(clip, crops=(*clip.crops[:-1], replace(clip.crops[-1], position=1))),
+        replace(clip, crops=(*clip.crops[:-1], replace(clip.crops[-1], frames=29))),
+        replace(clip, held_out=True),
+    ]
+    fingerprints = {dataset_fingerprint([other, item]) for item in changed}
+    assert len(fingerprints | {base}) == 1 + len(changed)
+
+
+# The options themselves change it where they change what is trained on.
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataset.resolution=[320,192]",
+        "dataset.target_frames=[13]",
+        "dataset.validation_fraction=0.5",
+        "dataset.trigger_word=ohwx",
+    ],
+)
+def test_options_that_change_the_fingerprint(override: str) -> None:
+    items = [fake_item("a.jpg", sha256="0" * 64), fake_item("b.mp4", sha256="f" * 64)]
+    base = dataset_fingerprint(selection(items).items)
+    assert dataset_fingerprint(selection(items, override).items) != base
+
+
+# The two bucket flags are for pictures: musubi-tuner caches clips as if neither were set, and would
+# not find those of another size again.
+@pytest.mark.parametrize("flag", ["enable_bucket=false", "bucket_no_upscale=true"])
+def test_bucket_flags_leave_clips_as_they_are(flag: str) -> None:
+    items = [fake_item(name, size=(320, 128)) for name in ("a.jpg", "b.mp4")]
+    plain, flagged = (
+        {item.kind: item.bucket for item in selection(items, *overrides).items}
+        for overrides in ((), (f"dataset.{flag}",))
+    )
+    assert plain["image"] == plain["video"] == flagged["video"]
+    assert flagged["image"] != plain["image"]
 
 
 # Pictures that musubi-tuner would crash on are handed on as RGB copies.

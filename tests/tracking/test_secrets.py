@@ -94,3 +94,13 @@ def test_mappings_are_redacted_in_depth() -> None:
         "network": {"rank": 8, "alpha": None, "on": True},
         "password": "***",
     }
+
+
+# One secret may be the beginning, the middle or the end of another: nothing of either is left.
+@pytest.mark.parametrize("longer", ["{}-and-more", "more-{}", "more-{}-and-more"])
+def test_a_secret_inside_another_leaves_nothing(longer: str) -> None:
+    short = "plainlookingvalue"
+    long = longer.format(short)
+    for values in ((short, long), (long, short)):
+        environment = dict(zip(("HF_TOKEN", "MLFLOW_TRACKING_TOKEN"), values, strict=True))
+        assert redact(f"x {long} {short} y", secret_values(environment)) == "x *** *** y"
