@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runner.engines.musubi.options import TRAIN, arguments_of, options
+from runner.formats.trainer_options import TRAIN, arguments_of, options
 
 # What the script passed, in its order; with --fp8 also fp8_base, fp8_scaled and fp8_vl.
 ORIGINAL = (

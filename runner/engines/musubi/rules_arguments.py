@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig
-from runner.engines.musubi.options import TRAIN, parse
+from runner.formats.trainer_options import TRAIN, parse
 
 _FOLDERS = "the run's folder, set by the runner"
 

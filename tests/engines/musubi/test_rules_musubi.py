@@ -9,8 +9,8 @@ from conftest import compose
 
 from runner.config.groups import conf_folder, groups
 from runner.config.rules import problems
-from runner.engines.musubi.options import TRAIN
 from runner.engines.musubi.rules_optimizer import OPTIMIZER_ARGS, SCHEDULERS
+from runner.formats.trainer_options import TRAIN
 
 GROUPS = groups(conf_folder())
 PROMPTS = ("sampling=prompts",)

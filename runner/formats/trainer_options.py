@@ -1,6 +1,6 @@
 """What musubi-tuner's scripts accept: their recorded options, and checks against them; pure.
 
-``musubi_options.json`` beside this file is made from the real parsers by
+``trainer_options.json`` beside this file is made from the real parsers by
 ``scripts/record-musubi-options``. Arguments are read as argparse reads them, save that a shortened
 name is refused. A ``train.toml`` is held to the same types, because musubi-tuner puts what it reads
 there beside parsed arguments without a check: a wrong type, choice or name goes unnoticed there.
@@ -45,7 +45,7 @@ class ScriptOption:
 @cache
 def recorded() -> Mapping[str, Any]:
     """The recorded file: ``version``, ``commit`` and ``scripts``."""
-    text = (files("runner.engines.musubi") / "options.json").read_text(encoding="utf-8")
+    text = (files("runner.formats") / "trainer_options.json").read_text(encoding="utf-8")
     record: Mapping[str, Any] = json.loads(text)
     return record
 
