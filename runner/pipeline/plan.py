@@ -22,6 +22,7 @@ from runner.engines.base import Engine
 from runner.engines.musubi import rules as rules_musubi
 from runner.formats import train_toml
 from runner.formats.dataset_toml import render as render_dataset
+from runner.formats.train_options import Rendering, train_options
 from runner.pipeline.model import Facts, Plan, Stage
 from runner.pipeline.plan_data import dataset_stage, entries, latents_stage, text_stage
 from runner.storage.store import key_of
@@ -60,13 +61,17 @@ def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
             "network=lokr: ComfyUI has q, k and v in one layer, which three Kronecker products "
             "don't make, so they are written out whole: 2.7 GB of bf16 if all are trained."
         )
-    options = train_toml.train_options(
-        config,
-        facts.weights.paths,
-        facts.memory,
-        name=config.name or default_name(config),
-        seed=facts.seed,
-        compile_blocks=compiled,
+    own = {"i2v_unscaled_condition"} if config.engine.name == "diffusers" else {}
+    options = train_options(
+        Rendering(
+            config=config,
+            weights=facts.weights.paths,
+            memory=facts.memory,
+            name=config.name or default_name(config),
+            seed=facts.seed,
+            compile_blocks=compiled,
+            own=frozenset(own),
+        )
     )
     files: list[tuple[str, str]] = [
         ("dataset.toml", render_dataset(entries(facts, held_out=False))),

@@ -18,7 +18,8 @@ from runner.engines.base import Machine
 from runner.engines.musubi import engine as musubi
 from runner.engines.musubi.rules_arguments import OWNED, REFUSED
 from runner.engines.musubi.rules_optimizer import SCHEDULERS
-from runner.formats.train_toml import WeightPaths, train_options
+from runner.formats.train_options import Rendering, train_options
+from runner.formats.train_toml import WeightPaths
 from runner.formats.trainer_options import (
     TRAIN,
     arguments_of,
@@ -189,7 +190,16 @@ def test_owned_options_are_those_the_runner_writes() -> None:
     for variant in variants:
         config = compose(variant, *everything)
         written |= set(
-            train_options(config, paths, config.memory, name="x", seed=1, compile_blocks=True),
+            train_options(
+                Rendering(
+                    config=config,
+                    weights=paths,
+                    memory=config.memory,
+                    name="x",
+                    seed=1,
+                    compile_blocks=True,
+                )
+            )
         )
     # A default that engine.extra_args may change: the command line goes over train.toml.
     assert written - {"compile_cache_size_limit"} == set(OWNED)
