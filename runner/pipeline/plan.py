@@ -19,6 +19,7 @@ from runner.data.select import dataset_fingerprint, shapes
 from runner.engines.base import Engine
 from runner.formats import train_toml
 from runner.formats.dataset_toml import render as render_dataset
+from runner.formats.train_options import Rendering, train_options
 from runner.pipeline.model import Inputs, Plan, Planning, StagePlan
 from runner.pipeline.stages import STAGES, skipped
 from runner.pipeline.tables import tables
@@ -43,14 +44,16 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     clips = any(item.kind == "video" for item in inputs.selection.items)
     for problem in engine.plan_problems(job, inputs.machine, steps=total, clips=clips):
         raise UserError(problem)
-    options = train_toml.train_options(
-        config,
-        inputs.weights.paths,
-        inputs.memory,
-        name=name,
-        seed=inputs.seed,
-        compile_blocks=compiled,
-        own=engine.own_options,
+    options = train_options(
+        Rendering(
+            config=config,
+            weights=inputs.weights.paths,
+            memory=inputs.memory,
+            name=name,
+            seed=inputs.seed,
+            compile_blocks=compiled,
+            own=engine.own_options,
+        )
     )
     left_out = skipped(config)
     missing = {

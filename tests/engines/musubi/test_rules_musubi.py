@@ -8,8 +8,8 @@ import pytest
 from conftest import compose, problems_of
 
 from runner.config.groups import conf_folder, groups
-from runner.engines.musubi.options import TRAIN
 from runner.engines.musubi.rules_optimizer import OPTIMIZER_ARGS, SCHEDULERS
+from runner.formats.trainer_options import TRAIN
 
 GROUPS = groups(conf_folder())
 PROMPTS = ("sampling=prompts",)
