@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "hunyuan_video_1_5"
 FORMAT_VERSION = "1.0.1"
-LATENT_CHANNELS = 32
 LATENTS_SUFFIX = "_hv15.safetensors"
 TEXT_SUFFIX = "_hv15_te.safetensors"
 

@@ -47,29 +47,9 @@ class Crop:
     frames: int
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames that the VAE makes of `frames` frames (4N+1 gives N+1)."""
-    return (frames - 1) // _STRIDE + 1
-
-
 def valid_frames(frames: int) -> int:
     """The largest 4N+1 that is not above `frames` (at least 1)."""
     return (frames - 1) // _STRIDE * _STRIDE + 1
-
-
-def check_target_frames(values: Iterable[int]) -> None:
-    """Raise UserError naming the first length that is not 4N+1, and the nearest valid ones."""
-    for value in values:
-        if value < 1:
-            raise UserError(
-                f"target_frames {value} is not a length: the least is 1 frame (lengths are 4N+1)"
-            )
-        if value != valid_frames(value):
-            below = valid_frames(value)
-            raise UserError(
-                f"target_frames {value} is not of the form 4N+1: "
-                f"the nearest valid lengths are {below} and {below + _STRIDE}"
-            )
 
 
 def _positions(source_fps: float | None) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""LoRA files: musubi-tuner's names, and the conversions to ComfyUI's and diffusers'.
+"""LoRA files: musubi-tuner's names, and the conversion to ComfyUI's and back.
 
 A file holds `lora_unet_double_blocks_<n>_<module>.{lora_down.weight,lora_up.weight,alpha}`, module
 being one of Tencent's fourteen Linears of a double block with `_` for `.`. ComfyUI's network has q,
@@ -18,11 +18,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from runner.core.errors import UserError
-from runner.formats.transformer_keys import (
-    BLOCK_LINEARS,
-    module_to_diffusers,
-    module_to_tencent,
-)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +38,6 @@ _COMFYUI = {
 }
 _MUSUBI = {theirs: ours for ours, theirs in _COMFYUI.items()}
 _JOINED = re.compile(r"(img|txt)_attn_(q|k|v)")
-_TENCENT = {name.replace(".", "_"): name for name in BLOCK_LINEARS}
 # The tensors that tell a file's kind, and on which side of them the rank is.
 _RANK_OF = {"lora_down.weight": ("lora", 0), "hada_w1_b": ("loha", 0), "lokr_w2_a": ("lokr", 1)}
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
@@ -64,18 +58,6 @@ _PAIRS = {
 def lora_name(module: str) -> str:
     """The file's name of a Tencent module: `double_blocks.0.img_mlp.fc1` with its prefix."""
     return _PREFIX + module.replace(".", "_")
-
-
-def module_name(name: str) -> str:
-    """The Tencent module of a file's name; the inverse of `lora_name`.
-
-    Raises:
-        UserError: no Linear of a double block has this name.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None or match[2] not in _TENCENT:
-        raise UserError(f"LoRA file: {name!r} is no module of HunyuanVideo 1.5's double blocks")
-    return f"double_blocks.{match[1]}.{_TENCENT[match[2]]}"
 
 
 def sshs_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Metadata:
@@ -194,47 +176,6 @@ def from_comfyui(
         target = name.removesuffix(module) + _MUSUBI.get(module, module) if match else name
         result.update({f"{target}.{leaf}": tensor for leaf, tensor in leaves.items()})
     return result, _with_hashes(result, metadata)
-
-
-def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """musubi's file under diffusers' (PEFT's) names, for `transformer.load_lora_adapter`.
-
-    PEFT's files have no alpha there: alpha / rank is multiplied into `lora_B`.
-
-    Raises:
-        UserError: not a LoRA of this model.
-    """
-    result: dict[str, Tensor] = {}
-    for name, leaves in _grouped(state, "to diffusers", ("lora",)).items():
-        module = f"transformer.{module_to_diffusers(module_name(name))}"
-        down, up, alpha = (leaves[leaf] for leaf in _LEAVES)
-        scale = float(alpha) / down.shape[0]
-        result[f"{module}.lora_A.weight"] = down
-        result[f"{module}.lora_B.weight"] = (up.float() * scale).to(up.dtype)
-    return result
-
-
-def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' file under musubi's names, alpha equal to the rank.
-
-    Raises:
-        UserError: not a LoRA of this model's double blocks.
-    """
-    import torch
-
-    result: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        stem, _, leaf = key.removeprefix("transformer.").partition(".lora_")
-        if leaf not in ("A.weight", "B.weight"):
-            raise UserError(f"LoRA file: {key!r} is no LoRA weight under diffusers' names")
-        name = lora_name(module_to_tencent(stem))
-        module_name(name)
-        if leaf == "A.weight":
-            result[f"{name}.{_LEAVES[0]}"] = tensor
-            result[f"{name}.{_LEAVES[2]}"] = torch.tensor(float(tensor.shape[0]))
-        else:
-            result[f"{name}.{_LEAVES[1]}"] = tensor
-    return result
 
 
 def _grouped(

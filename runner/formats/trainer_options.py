@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -81,7 +81,7 @@ def options(script: str) -> Mapping[str, ScriptOption]:
 def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The values that ``arguments`` give, and every problem with them, one line each.
 
-    Options that are required but missing are not among the problems: see :func:`missing`.
+    Options that are required but missing are not among the problems.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -110,16 +110,6 @@ def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
             read = [_read(option, text, problems) for text in given]
             values[option.name] = read if option.nargs else read[0]
     return values, problems
-
-
-def missing(script: str, names: Iterable[str]) -> list[str]:
-    """Required options that are not among ``names``."""
-    given = set(names)
-    return [
-        f"{script} needs --{option.name}."
-        for option in options(script).values()
-        if option.required and option.name not in given
-    ]
 
 
 def types_of(option: ScriptOption) -> tuple[type, ...]:

@@ -148,18 +148,6 @@ class RunWriter:
         writer.log_params(params)
         return writer
 
-    @classmethod
-    def attach(cls, uri: str, run_id: str, *, outputs: Path) -> RunWriter:
-        """Goes on with a run that was ended, as running again. UserError if it is not there."""
-        client = connect(uri)
-        try:
-            run = client.get_run(run_id)
-            client.update_run(run_id, status="RUNNING")
-        except Exception as error:
-            message = first_line(error)
-            raise UserError(f"cannot continue MLflow run {run_id}: {message}") from error
-        return cls(client, uri, run_id, run.info.experiment_id, outputs)
-
     @property
     def url_hint(self) -> str:
         """Where a person finds this run: its page on the server, or how to open the UI."""

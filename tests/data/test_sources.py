@@ -15,7 +15,9 @@ from conftest import tree
 from media_factory import make_clip, make_image, make_sound
 
 from runner.core.errors import UserError
-from runner.data.sources import Scan, check_archive, locate, scan, write_media
+from runner.data.sources import Item, Scan, check_archive, locate, scan, unpack
+from runner.storage.bulk_writer import BulkWriter
+from runner.storage.store import Store
 
 BIG = 10**9
 
@@ -37,6 +39,13 @@ def media(tmp_path: Path) -> Path:
     (folder / "deep" / "er" / "a.v2.txt").write_bytes("\ufeffÉté".encode())
     (folder / "deep" / "c.txt").write_text("  ")
     return folder
+
+
+def _unpacked(item: Item, store: Store) -> bytes:
+    """What is kept of an item."""
+    with BulkWriter(store, "media", "a test") as writer:
+        unpack([item], writer, lambda _: None)
+    return store.path("media", item.entry).read_bytes()
 
 
 def _seen(found: Scan) -> list[tuple[object, ...]]:
@@ -166,8 +175,7 @@ def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
         "été.png": None,
     }
     for item in found.items:
-        write_media(item, tmp_path / "out.png")
-        assert (tmp_path / "out.png").read_bytes() == data
+        assert _unpacked(item, Store(tmp_path / "store")) == data
 
 
 def _member(name: str, *, mode: int = 0, data: bytes = b"x") -> tuple[zipfile.ZipInfo, bytes]:
@@ -315,46 +323,41 @@ def test_wrong_jsonl_lines_are_named(media: Path, line: object, message: str) ->
         scan("jsonl", path, max_bytes=BIG)
 
 
-# Copies are exact; a picture asked for as RGB is a PNG without alpha.
-def test_writing_media(media: Path, tmp_path: Path) -> None:
+# Copies are exact; of a picture that is not RGB a PNG is kept that is.
+def test_unpacking_media(media: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     make_image(media / "alpha.png", mode="RGBA")
-    out = tmp_path / "out"
-    out.mkdir()
-    for found in (
-        scan("folder", media, max_bytes=BIG),
-        scan("zip", _zip(tmp_path / "m.zip", media), max_bytes=BIG),
-    ):
-        for item in found.items:
-            write_media(item, out / "x")
-            assert hashlib.sha256((out / "x").read_bytes()).hexdigest() == item.sha256
+    archive = _zip(tmp_path / "m.zip", media)
+    for kind, path in (("folder", media), ("zip", archive)):
+        found, store = scan(kind, path, max_bytes=BIG), Store(tmp_path / f"store of the {kind}")
         (alpha,) = (item for item in found.items if item.mode == "RGBA")
-        write_media(alpha, out / "x", as_rgb=True)
-        with Image.open(out / "x") as image, Image.open(media / "alpha.png") as original:
+        for item in found.items:
+            kept = _unpacked(item, store)
+            assert (hashlib.sha256(kept).hexdigest() == item.sha256) == (item != alpha)
+        with (
+            Image.open(store.path("media", alpha.entry)) as image,
+            Image.open(media / "alpha.png") as original,
+        ):
             assert (image.mode, image.format) == ("RGB", "PNG")
             assert image.tobytes() == original.convert("RGB").tobytes()
-    assert [file.name for file in out.iterdir()] == ["x"]
 
 
-# Media that changed or went since the scan are refused, and the old copy stays as it was.
+# Media that changed or went since the scan are refused, and nothing is kept of them.
 def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
-    archive = _zip(tmp_path / "m.zip", media)
+    archive, store = _zip(tmp_path / "m.zip", media), Store(tmp_path / "store")
     items = [scan(k, p, max_bytes=BIG).items[0] for k, p in (("folder", media), ("zip", archive))]
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "x").write_text("old")
     make_image(media / "b.png", (32, 32))
     _zip(archive, media)
     for item in items:
         with pytest.raises(UserError, match="has changed"):
-            write_media(item, out / "x")
+            _unpacked(item, store)
     (media / "b.png").unlink()
     _zip(archive, media / "deep")
     for item in items:
         with pytest.raises(UserError, match="can't be read"):
-            write_media(item, out / "x")
-    assert [(file.name, file.read_text()) for file in out.iterdir()] == [("x", "old")]
+            _unpacked(item, store)
+    assert store.names() == frozenset()
 
 
 # Half of a character, as JSON can spell it, is told with its line: it can't be encoded.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from runner.core.errors import UserError
 from runner.formats import lora
-from runner.formats.transformer_keys import BLOCK_LINEARS, module_to_diffusers
+from runner.formats.transformer_keys import BLOCK_LINEARS
 from runner.pipeline.stages.convert import convert
 
 HIDDEN = 128  # at rank 32 the file passes 1 MiB, where the legacy hash begins
@@ -251,30 +251,6 @@ def test_incomplete_module_is_refused() -> None:
     del state["lora_unet_double_blocks_0_img_attn_q.alpha"]
     with pytest.raises(UserError, match="img_attn_q"):
         lora.to_comfyui(state, {})
-
-
-# diffusers' names and back give the same update, and the names are those of its modules.
-def test_diffusers_round_trip() -> None:
-    state = musubi_file(4)
-    theirs = lora.to_diffusers(state)
-    assert f"transformer.{module_to_diffusers('double_blocks.1.txt_mlp.fc2')}.lora_A.weight" in (
-        theirs
-    )
-    back = lora.from_diffusers(theirs)
-    assert back.keys() == state.keys()
-    name = "lora_unet_double_blocks_0_img_mlp_fc1"
-    before = state[f"{name}.lora_up.weight"] * float(state[f"{name}.alpha"]) / 4
-    after = back[f"{name}.lora_up.weight"] * float(back[f"{name}.alpha"]) / 4
-    assert torch.equal(before, after)
-
-
-# Names survive the way to the file and back.
-def test_names_round_trip() -> None:
-    for module in BLOCK_LINEARS:
-        tencent = f"double_blocks.53.{module}"
-        assert lora.module_name(lora.lora_name(tencent)) == tencent
-    with pytest.raises(UserError, match="no module"):
-        lora.module_name("lora_unet_single_blocks_0_linear1")
 
 
 # `runner.pipeline.plan` may import the formats: they must not load torch.

@@ -149,7 +149,13 @@ def test_musubi_layer_has_what_it_imports_and_no_more() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     imported = {str(Path(file).relative_to(ROOT)) for file in json.loads(done.stdout)}
-    assert copied == {*imported, "runner/formats/trainer_options.json"}
+    source = (ROOT / "runner" / "engines" / "musubi" / "install.py").read_text("utf-8")
+    probes = {
+        f"runner/engines/musubi/probes/{name}.py"
+        for name in re.findall(r'program\("(\w+)"\)', source)
+    }
+    assert probes
+    assert copied == imported | probes | {"runner/formats/trainer_options.json"}
 
 
 # The tracking server refuses to start without its secrets, in one line that names the missing one.

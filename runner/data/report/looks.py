@@ -41,7 +41,6 @@ LOOK_VERSION = 1
 # they are trained at, so that what is lost in shrinking does not count as sharpness.
 SIDE = 512
 THUMBNAIL = 160
-HASH_BITS = 128
 
 # Sharpness below which a medium is called blurred. The sample's pictures have 700 to 2900; blurred
 # by 1 pixel of the 512 they have 44 to 175, by 1.5 pixels 13 to 49 (tests/data/test_report.py).

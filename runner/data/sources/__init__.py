@@ -9,7 +9,7 @@ from runner.data.sources.archive import check_archive
 from runner.data.sources.locate import SAMPLE, locate
 from runner.data.sources.model import Item, Scan
 from runner.data.sources.scan import scan
-from runner.data.sources.write import check_unchanged, unpack, write_media
+from runner.data.sources.write import check_unchanged, unpack
 
 __all__ = (
     "SAMPLE",
@@ -20,5 +20,4 @@ __all__ = (
     "locate",
     "scan",
     "unpack",
-    "write_media",
 )

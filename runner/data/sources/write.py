@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from runner.core.atomic import whole
 from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
 from runner.data.sources.archive import open_archive
@@ -24,24 +23,11 @@ from runner.data.sources.scan import workers
 from runner.storage.bulk_writer import BulkWriter
 
 
-def write_media(item: Item, destination: Path, *, as_rgb: bool = False) -> None:
-    """Copy an item's bytes to `destination`, whole or not at all, checking its sha256.
-
-    as_rgb: write a picture as an RGB PNG instead (musubi crashes on RGBA).
-    Raises UserError when the source has changed since the scan or can't be read.
-    """
-    with (
-        _archives([item]) as archives,
-        whole(destination) as temporary,
-        temporary.open("wb") as out,
-    ):
-        _copy(item, archives, out.write, as_rgb=as_rgb)
-
-
 def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], None]) -> None:
     """Make the entries of `items` in the store, at several at once; those that are there stay.
 
-    progress: called with how many are through. Raises UserError as `write_media` does.
+    progress: called with how many are through. Raises UserError for a source that has changed since
+    it was looked at, or can't be read.
     """
     stop = threading.Event()
 

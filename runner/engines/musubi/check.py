@@ -23,6 +23,7 @@ from runner.core.command import Command
 from runner.core.errors import UserError
 from runner.engines.base import Machine
 from runner.engines.musubi.packages import COMMAND, MODULES, our_python
+from runner.engines.musubi.probes import program
 
 # Importing torch from a cold network disk takes a minute or two, not more.
 TIMEOUT_SECONDS = 300.0
@@ -33,72 +34,6 @@ _NO_TORCH = "ModuleNotFoundError: No module named 'torch'"
 _ATTENTION = {"flash": "flash_attn.flash_attn_interface", "xformers": "xformers.ops"}
 # What pip calls a module, where that differs.
 _PACKAGES = {"flash_attn": "flash-attn"}
-
-_PROBE = """\
-import importlib, importlib.metadata, importlib.util, json, sys
-asked = json.loads(sys.argv[1])
-answer = {"missing": {}, "versions": {}, "cuda": False}
-for name in asked["find"]:
-    if importlib.util.find_spec(name) is None:
-        answer["missing"][name] = "not there"
-for name, attribute in asked["import"]:
-    try:
-        module = importlib.import_module(name)
-        if attribute and not hasattr(module, attribute):
-            answer["missing"][name] = f"it has no {attribute}"
-    except BaseException as error:
-        answer["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())
-for name in asked["versions"]:
-    try:
-        answer["versions"][name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-if "torch" not in answer["missing"]:
-    import torch
-    answer["cuda"] = torch.cuda.is_available()
-print("\\n" + json.dumps(answer))
-"""
-
-# Triton builds a small module for each kernel as here, with the compiler that is chosen as here
-# (triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it brings its own compiler.
-_COMPILE_PROBE = """\
-import importlib.metadata, importlib.util
-import json, os, re, shutil, subprocess, sys, sysconfig, tempfile
-lacks = None
-if importlib.util.find_spec("triton") is None:
-    # Each torch was built for one Triton, not for the newest.
-    try:
-        wanted = importlib.metadata.requires("torch") or []
-    except importlib.metadata.PackageNotFoundError:
-        wanted = []
-    pins = [re.fullmatch(r"(triton)[ (]*([<>=!~][^;()]*)?[)]? *(;.*)?", line) for line in wanted]
-    lacks = ["triton" + (pin[2] or "").strip() for pin in pins if pin][:1] or ["triton"]
-elif sys.platform != "win32":
-    compiler = os.environ.get("CC")
-    if compiler is None:
-        compiler = shutil.which("gcc") or shutil.which("clang")
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    headers = sysconfig.get_paths(scheme=scheme)["include"]
-    if compiler is None:
-        lacks = "compiler"
-    elif not os.path.isfile(os.path.join(headers, "Python.h")):
-        lacks = "headers"
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            source = os.path.join(folder, "probe.c")
-            with open(source, "w") as file:
-                file.write("#include <Python.h>\\n")
-            command = [compiler, source, "-shared", "-fPIC", "-o", source + ".so", "-I" + headers]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-                said, failed = done.stderr, done.returncode != 0
-            except OSError as error:
-                said, failed = error.strerror, True
-        if failed:
-            said = (said.strip().splitlines() or ["it failed"])[0]
-            lacks = (compiler or "CC is empty") + ": " + said
-print("\\n" + json.dumps(lacks))
-"""
 
 
 @dataclass(frozen=True)
@@ -154,7 +89,7 @@ def check_environment(
         "versions": ["torch", "accelerate", "transformers", "diffusers"],
     }
     python = command.argv[0]
-    answer: dict[str, Any] = _ask(python, _PROBE, json.dumps(asked), command)
+    answer: dict[str, Any] = _ask(python, "modules", json.dumps(asked), command)
     missing: dict[str, str] = answer["missing"]
     core = {name: missing[name] for name in MODULES if name in missing}
     if core:
@@ -189,7 +124,7 @@ def cannot_compile(command: Command) -> str | None:
     Raises :class:`UserError` for a Python that can't be asked.
     """
     python = command.argv[0]
-    lacks: str | list[str] | None = _ask(python, _COMPILE_PROBE, "", command)
+    lacks: str | list[str] | None = _ask(python, "compiling", "", command)
     if isinstance(lacks, list):
         pip = f"{shlex.quote(python)} -m pip install {shlex.join(lacks)}"
         return f"{python} has no Triton (install it with: {pip})"
@@ -228,17 +163,17 @@ def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
     return line
 
 
-def _ask(python: str, program: str, asked: str, command: Command) -> Any:
+def _ask(python: str, probe: str, asked: str, command: Command) -> Any:
     environment = tuple(sorted(command.environment(os.environ).items()))
-    return _answer(python, program, asked, environment)
+    return _answer(python, program(probe), asked, environment)
 
 
 @cache
-def _answer(python: str, program: str, asked: str, environment: tuple[tuple[str, str], ...]) -> Any:
+def _answer(python: str, text: str, asked: str, environment: tuple[tuple[str, str], ...]) -> Any:
     """One short process; the runs of a sweep that ask the same share its answer."""
     try:
         done = subprocess.run(
-            [python, "-c", program, asked],
+            [python, "-c", text, asked],
             capture_output=True,
             text=True,
             errors="replace",

@@ -39,6 +39,7 @@ from runner.engines.musubi.packages import (
     steps,
     torch_build,
 )
+from runner.engines.musubi.probes import program
 from runner.formats.trainer_options import recorded
 
 _NEEDED_GB = {"cpu": 4.0}
@@ -101,13 +102,9 @@ def summary(record: Mapping[str, Any]) -> str:
 
 def _lost(python: Path) -> list[str] | None:
     """The modules that are no longer there, which are not imported; None if it does not start."""
-    code = (
-        "import importlib.util, json\n"
-        f"print(json.dumps([n for n in {_MODULES!r} if importlib.util.find_spec(n) is None]))"
-    )
     try:
         # -I: neither the user's folder nor PYTHONPATH may stand in for the environment.
-        argv = [str(python), "-I", "-c", code]
+        argv = [str(python), "-I", "-c", program("lost"), *_MODULES]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
         lost: list[str] = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -152,27 +149,6 @@ def commit_of(source: Path) -> str | None:
         ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
-
-
-_PROBE = """\
-import importlib, importlib.metadata, json
-answer = {"versions": {}, "missing": {}, "cuda": None, "commit": None}
-for name in NAMES:
-    try:
-        importlib.import_module(name)
-        package = {"cv2": "opencv-python", "PIL": "pillow"}.get(name, name)
-        answer["versions"][name] = importlib.metadata.version(package)
-    except BaseException as error:
-        answer["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())
-try:
-    import torch
-    answer["cuda"] = torch.version.cuda if torch.cuda.is_available() else None
-    direct = importlib.metadata.distribution("musubi-tuner").read_text("direct_url.json")
-    answer["commit"] = json.loads(direct or "{}").get("vcs_info", {}).get("commit_id")
-except BaseException:
-    pass
-print("\\n" + json.dumps(answer))
-"""
 
 
 def _say(line: str) -> None:
@@ -231,8 +207,8 @@ def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
         _run(step, home, env, log, say)
     say(f"[{len(todo) + 1}/{len(todo) + 1}] looking at what was installed")
     python = str(python_of(home))
-    probe = _PROBE.replace("NAMES", repr(_MODULES))
-    answer = json.loads(_output([python, "-c", probe], env, log).strip().splitlines()[-1])
+    said = _output([python, "-c", program("installed"), *_MODULES], env, log)
+    answer = json.loads(said.strip().splitlines()[-1])
     if answer["missing"]:
         name, why = next(iter(answer["missing"].items()))
         raise StageError(f"{name} was installed but can't be imported: {why} (log: {log})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from runner.formats.trainer_options import (
     TRAIN,
     arguments_of,
     check_table,
-    missing,
     options,
     parse,
     recorded,
@@ -44,6 +43,12 @@ def script_arguments(argv: tuple[str, ...]) -> tuple[str, list[str]] | None:
             name = argv[place + 1].removeprefix("musubi_tuner.") + ".py"
             return name, list(argv[place + 2 :])
     return None
+
+
+def missing(script: str, names: Collection[str]) -> list[str]:
+    """Required options that are not among ``names``."""
+    required = [option.name for option in options(script).values() if option.required]
+    return [f"{script} needs --{name}." for name in required if name not in names]
 
 
 def problems_of(argv: tuple[str, ...], files: dict[str, str]) -> list[str]:

@@ -1,0 +1,60 @@
+"""Print what torch.compile lacks here: a list of packages, what is wrong in words, or null.
+
+Triton builds a small module for each kernel as here, with the compiler that is chosen as here
+(triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it brings its own compiler.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+
+def triton_wanted() -> list[str]:
+    """What pip is to install: each torch was built for one Triton, not for the newest."""
+    try:
+        wanted = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        wanted = []
+    pins = [re.fullmatch(r"(triton)[ (]*([<>=!~][^;()]*)?[)]? *(;.*)?", line) for line in wanted]
+    return ["triton" + (pin[2] or "").strip() for pin in pins if pin][:1] or ["triton"]
+
+
+def compiler_lacks() -> str | None:
+    """``compiler``, ``headers``, or what the compiler said when it failed."""
+    compiler = os.environ.get("CC")
+    if compiler is None:
+        compiler = shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = sysconfig.get_paths(scheme=scheme)["include"]
+    if compiler is None:
+        return "compiler"
+    if not Path(headers, "Python.h").is_file():
+        return "headers"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\n")
+        command = [compiler, str(source), "-shared", "-fPIC", "-o", f"{source}.so", f"-I{headers}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            said, failed = done.stderr, done.returncode != 0
+        except OSError as error:
+            said, failed = error.strerror or str(error), True
+    if not failed:
+        return None
+    return (compiler or "CC is empty") + ": " + (said.strip().splitlines() or ["it failed"])[0]
+
+
+lacks: str | list[str] | None = None
+if importlib.util.find_spec("triton") is None:
+    lacks = triton_wanted()
+elif sys.platform != "win32":
+    lacks = compiler_lacks()
+print("\n" + json.dumps(lacks))

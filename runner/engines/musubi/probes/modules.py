@@ -1,0 +1,34 @@
+"""Print which modules a run would miss, and why, some versions, and whether torch sees a GPU.
+
+The argument is JSON: ``find`` names modules that must be there, ``import`` those to import with
+what of each must be in it, ``versions`` packages.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from contextlib import suppress
+from typing import Any
+
+asked = json.loads(sys.argv[1])
+answer: dict[str, Any] = {"missing": {}, "versions": {}, "cuda": False}
+for name in asked["find"]:
+    if importlib.util.find_spec(name) is None:
+        answer["missing"][name] = "not there"
+for name, attribute in asked["import"]:
+    try:
+        module = importlib.import_module(name)
+        if attribute and not hasattr(module, attribute):
+            answer["missing"][name] = f"it has no {attribute}"
+    except BaseException as error:
+        answer["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())
+for name in asked["versions"]:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        answer["versions"][name] = importlib.metadata.version(name)
+if "torch" not in answer["missing"]:
+    import torch
+
+    answer["cuda"] = torch.cuda.is_available()
+print("\n" + json.dumps(answer))
