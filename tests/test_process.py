@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from runner import process
 from runner.commands import Command
 from runner.errors import StageError
-from runner.process import Stopped, last_error, run
+from runner.process import SIGNALS, Stopped, last_error, raise_on_signals, run
 
 
 def python(code: str, log: Path, on_tick: Callable[[], None] | None = None) -> None:
@@ -227,34 +230,47 @@ def test_a_killed_command_is_told_as_such(tmp_path: Path) -> None:
         python("import os; os.kill(os.getpid(), 9)", tmp_path / "stage.log")
 
 
+@contextmanager
+def ended_at_last(log: Path) -> Iterator[None]:
+    """Leave no command behind whose number is the first line of its log, nor a signal's handler."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for line in log.read_text().splitlines()[:1] if log.exists() else ():
+            with suppress(ProcessLookupError):
+                os.killpg(int(line), signal.SIGKILL)
+
+
 # A second signal while a command is being ended does not leave it running.
 def test_a_second_signal_does_not_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import signal
-
-    from runner.process import raise_on_signals
-
-    monkeypatch.setattr("runner.process.GRACE_SECONDS", 0.5)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    raise_on_signals()
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.5)
     log = tmp_path / "log"
+    # What it was asked comes after it has sent the second signal, so that both were there.
     code = (
         "import os, signal, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))\n"
+        "def asked(*_):\n"
+        "    os.kill(os.getppid(), signal.SIGINT)\n"
+        "    print('asked', flush=True)\n"
+        "signal.signal(signal.SIGTERM, asked)\n"
         "print(os.getpid(), flush=True)\n"
-        "while True: time.sleep(1)\n"
+        "time.sleep(30)\n"
+        "print('ended by itself', flush=True)\n"
     )
 
     def stop_when_started() -> None:
         if log.exists() and log.read_text().strip():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    try:
+    with ended_at_last(log):
+        raise_on_signals()
         with pytest.raises(Stopped):
             python(code, log, stop_when_started)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert not psutil.pid_exists(int(log.read_text()))
+        number, *said = log.read_text().split()
+        assert said == ["asked"]
+        assert not psutil.pid_exists(int(number))
 
 
 # When the runner is killed outright, the command it was running ends too.
