@@ -19,6 +19,7 @@ from runner import execute
 from runner.console import Console
 from runner.engines.diffusers.make_weights import PARTS
 from runner.process import SIGNALS
+from runner.stages import run_stage
 from runner.stages.weights import TINY_VERSION
 from runner.tracking import mlflow_run
 
@@ -75,7 +76,6 @@ def carry_out(
     weights_there(outputs)
     config = compose(*small_run(outputs, media), *overrides)
     resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    run_stage = execute.run_stage
 
     def stage(name: str, context: Context) -> None:
         stand_in = (stages or {}).get(name)
