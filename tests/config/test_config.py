@@ -9,7 +9,7 @@ from conftest import compose, run_program
 
 from runner.config.groups import conf_folder, groups
 from runner.config.rules import check, problems
-from runner.config.schema import options
+from runner.config.schema import DatasetConfig, options
 
 CHOICES = [
     f"{group}={name}"
@@ -139,10 +139,12 @@ def test_rules_say_what_is_wrong(override: str) -> None:
     assert next(iter(problems(compose(override)))) == BROKEN[override]
 
 
+# What a source may have of its own, and is at least 1.
+COUNTS = [option.key for option in options(DatasetConfig) if option.bounds.at_least == 1]
 SOURCE = {
     **{
         f"{key}: {value}": f"{key}={value} is too small: it must be at least 1."
-        for key in ("num_repeats", "batch_size", "frame_stride", "frame_sample", "max_frames")
+        for key in COUNTS
         for value in (0, -1)
     },
     **{
