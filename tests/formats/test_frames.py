@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from runner.config.schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 from runner.formats.frames import (
-    EXTRACTIONS,
     Crop,
     FrameExtraction,
-    check_target_frames,
     choose,
     crops,
     kept_frames,
-    latent_frames,
 )
 
 
@@ -28,7 +26,7 @@ def test_frames_are_dropped_to_24_a_second() -> None:
 
 # No crop reaches beyond its clip, and its length is 4N+1, whatever is asked.
 def test_crops_lie_inside_the_clip() -> None:
-    for mode in EXTRACTIONS:
+    for mode in FRAME_EXTRACTIONS:
         for count in (0, 1, 4, 5, 30, 131):
             for targets in ((1,), (13, 14), (5, 200)):
                 asked = FrameExtraction(targets, mode, stride=3, sample=4)
@@ -77,17 +75,7 @@ def test_choosing_ends() -> None:
     assert all(next(chunk) for _ in range(1000))
 
 
-# A length that is not 4N+1 is named, with the lengths beside it; musubi would cut it in silence.
-def test_wrong_lengths_are_named() -> None:
-    check_target_frames([1, 13, 25])
-    with pytest.raises(UserError, match=r"24 is not of the form 4N\+1.* 21 and 25"):
-        check_target_frames([13, 24])
-    with pytest.raises(UserError, match="target_frames 0 is not a length"):
-        check_target_frames([0])
+# A way to cut clips that is unknown is named.
+def test_unknown_extraction_is_named() -> None:
     with pytest.raises(UserError, match=r"'middle' is unknown.*head"):
         crops(9, FrameExtraction(mode="middle"))
-
-
-# One latent frame for the first frame, one for each four after it.
-def test_latent_frames() -> None:
-    assert [latent_frames(frames) for frames in (1, 5, 25, 129)] == [1, 2, 7, 33]
