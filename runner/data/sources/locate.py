@@ -6,12 +6,14 @@ import difflib
 import os
 from pathlib import Path
 
+from runner.config.schema import SOURCE_KINDS
 from runner.core.errors import UserError
 from runner.data.sources.archive import open_archive
 from runner.data.sources.entries import files_of
 from runner.formats.media_types import media_kind
 
-KINDS = ("auto", "zip", "folder", "jsonl", "sample")
+# A dataset of the hub is downloaded before, and then of another kind.
+KINDS = tuple(kind for kind in SOURCE_KINDS if kind != "hub")
 SAMPLE = Path(__file__).resolve().parents[1] / "sample"
 
 
