@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from difflib import unified_diff
 
 from runner.pipeline.model import Plan
@@ -27,11 +28,12 @@ def rendered(plan: Plan) -> str:
     return "\n".join(f"{heading}\n{text}" for heading, text in sections(plan).values())
 
 
-def difference(base: Plan, plan: Plan) -> str:
+def difference(base: Plan, plan: Plan, shown: Collection[str] = ()) -> str:
     """What ``plan`` has otherwise than ``base``: the headings, and the lines gone and come.
 
     Of a section that is gone there is its heading alone. Line numbers and lines that are the same
-    are left out, so that what changes both plans changes no difference.
+    are left out, so that what changes both plans changes no difference. Options of train.toml that
+    are to be ``shown`` are there whatever the base has.
     """
     before, after = sections(base), sections(plan)
     lines: list[str] = []
@@ -39,15 +41,35 @@ def difference(base: Plan, plan: Plan) -> str:
         if key not in after:
             lines.append(f"-{before[key][0]}")
         elif before.get(key) != after[key]:
-            lines += _changes(before.get(key), after[key])
+            lines += _changes(before.get(key), after[key], shown)
     return "".join(f"{line}\n" for line in lines)
 
 
-def _changes(before: tuple[str, str] | None, after: tuple[str, str]) -> list[str]:
+def _changes(
+    before: tuple[str, str] | None, after: tuple[str, str], shown: Collection[str]
+) -> list[str]:
     heading, text = after
     assert text.endswith("\n") or not text
     if before is None:
         return [f"+{line}" for line in (heading, *text.splitlines())]
     lines = [heading] if before[0] == heading else [f"-{before[0]}", f"+{heading}"]
-    found = unified_diff(before[1].splitlines(), text.splitlines(), n=0, lineterm="")
-    return lines + [line for line in list(found)[2:] if not line.startswith("@@")]
+    others = [s for s in before[1].splitlines() if s.partition(" = ")[0] not in shown]
+    found = unified_diff(others, text.splitlines(), n=0, lineterm="")
+    changed = [line for line in list(found)[2:] if not line.startswith("@@")]
+    return lines + (_options(changed) if heading.endswith("train.toml") else changed)
+
+
+def _options(changed: list[str]) -> list[str]:
+    """Changed lines of a train.toml, without the values that the other plan has for its options.
+
+    They stand in the whole plan, and a changed default is to change that one and no others.
+    """
+    come = {line[1:].partition(" = ")[0] for line in changed if line.startswith("+")}
+    kept: list[str] = []
+    for line in changed:
+        key, equals, _ = line[1:].partition(" = ")
+        if line.startswith("+") or not equals:
+            kept.append(line)
+        elif key not in come:
+            kept.append(f"-{key}")
+    return kept

@@ -14,6 +14,7 @@ from runner.cli.page import page
 from runner.config.groups import conf_folder, groups
 from runner.core.errors import UserError
 from runner.engines.base import NO_CARD, Machine
+from runner.formats.train_options import TABLE
 from runner.pipeline.model import Plan
 from runner.pipeline.plan import commands_sh
 
@@ -131,14 +132,29 @@ def test_8_bit_needs_a_card() -> None:
         plan_of(config, fake_facts(config, MEDIA))
 
 
+def set_by(recipe: str) -> set[str]:
+    """The options of train.toml that a recipe itself sets."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.load(conf_folder() / "experiment" / f"{recipe}.yaml")
+    return {
+        name
+        for name, option in TABLE.items()
+        if OmegaConf.select(values, str(option.instead)) is not None
+    }
+
+
 # Each choice of each group changes what its engine is given by default as its golden file shows; an
-# engine's default is shown by what it has otherwise than the whole plan.
+# engine's default is shown by what it has otherwise than the whole plan. What a recipe sets is
+# shown also where it is the default, which may change.
 @pytest.mark.parametrize("choice", VARIANTS)
 def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None]) -> None:
     plan = planned(*NEEDED.get(choice, []), choice)
     engine = "musubi" if "corrected.py" in dict(plan.files) else "diffusers"
     base = WHOLE if choice.startswith("engine=") else BASES[engine]
-    golden(f"choices/{choice}.diff", difference(planned(*base), plan))
+    group, _, name = choice.partition("=")
+    shown = set_by(name) if group == "experiment" else ()
+    golden(f"choices/{choice}.diff", difference(planned(*base), plan, shown))
 
 
 # The very plans that choices are compared with are those that the engines' choices show.
