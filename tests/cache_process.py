@@ -14,13 +14,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from runner.core.atomic import write_text
 from runner.core.console import Console
 
 if TYPE_CHECKING:
-    from runner.pipeline.executor import Context
+    from runner.config.schema import RunConfig
+    from runner.data.select import Source
+    from runner.engines.base import Engine
+    from runner.pipeline.context import Context
+    from runner.pipeline.model import Surroundings
 
 # Run without the packages of the runner's environment, so that it starts at once.
 ENCODER = """
@@ -83,8 +87,9 @@ def context_of(
     """What a run's stages work with, its folder made; facts are gathered from the disk."""
     from conftest import compose
 
-    from runner.pipeline.executor import Context, engine_for, run_folder
-    from runner.pipeline.inputs import gather
+    from runner.pipeline.context import Context
+    from runner.pipeline.executor import run_folder
+    from runner.pipeline.inputs import gather, look_around
     from runner.pipeline.plan import make_plan
     from runner.pipeline.verify import use_of
     from runner.storage.store import Store
@@ -93,23 +98,42 @@ def context_of(
     base = [f"output_dir={outputs}", f"dataset.path={media}", "model=tiny", "memory=cpu"]
     base += ["optimizer=adamw", "precision=fp32", "dataset.resolution=[64,48]"]
     config = compose(*base, *overrides)
-    facts = gather(config, Path.cwd())
-    engine = engine_for(config, facts)
-    plan = make_plan(config, facts, engine)
+    engine = engine_on_tiny(config.engine.name)
+    here = look_around(config, Path.cwd(), engine)
+    inputs = gather(config, here, looked_through(config, Path.cwd(), here))
+    plan = make_plan(inputs, engine)
     run_dir = run_folder(outputs, name)
     for file, text in plan.files:
         write_text(run_dir / file, text)
     return Context(
-        config=config,
-        facts=facts,
+        inputs=inputs,
         engine=engine,
         run_dir=run_dir,
-        store=Store(facts.root / "cache"),
+        store=Store(inputs.root / "cache"),
         console=console or Console.for_stream(sys.stdout),
         writer=NullWriter(),
         plan=plan,
-        use=use_of(facts, plan, run_dir),
+        use=use_of(inputs, plan, run_dir),
+        make_plan=lambda inputs: make_plan(inputs, engine),
     )
+
+
+def engine_on_tiny(name: str) -> Engine:
+    """An engine on the tiny model's weights, whatever weights it has otherwise."""
+    from runner.engines.diffusers.weights import model_weights
+    from runner.engines.registry import engine_named
+
+    engine: Any = engine_named(name)
+    engine.weights = model_weights
+    return cast("Engine", engine)
+
+
+def looked_through(config: RunConfig, cwd: Path, here: Surroundings) -> tuple[Source, ...]:
+    """The sources of a config, with nothing unpacked or written."""
+    from runner.data.ingest import Reading, scan_sources
+    from runner.storage.store import Store
+
+    return scan_sources(config, cwd, Store(here.root / "cache"), Reading())
 
 
 def with_musubi(outputs: Path) -> list[str]:
@@ -123,13 +147,14 @@ def prepare(context: Context, end: Path = Path("/")) -> None:
 
     The run ends when there is a file ``end``.
     """
-    from runner.pipeline.stages import run_stage
+    from runner.pipeline.stages import STAGES
 
     try:
-        context.replan()
-        for number, name in enumerate(("dataset", "latents", "text"), 2):
-            context.console.stage(number, 7, name, context.plan.stage(name).summary)
-            run_stage(name, context)
+        for number, stage in enumerate(STAGES[1:4], 2):
+            context.look()
+            summary = context.plan.stage(stage.name).summary
+            context.console.stage(number, 7, stage.name, summary)
+            stage.run(context)
         while not end.exists():
             time.sleep(0.02)
     finally:

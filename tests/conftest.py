@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,35 @@ PICTURES_ALONE = ("image_only",)
 
 
 def compose(*overrides: str) -> RunConfig:
-    """The config that ``python -m runner`` would get from these overrides."""
+    """The config that ``python -m runner`` would get from these overrides; the caller's own."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> RunConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
     from runner.cli.overrides import quote_paths
-    from runner.config import schema as run_config
     from runner.config.groups import conf_folder
 
-    run_config.register()
-    OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
+    _register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = hydra_compose("config", overrides=quote_paths(overrides, multirun=False))
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, RunConfig)
     return config
+
+
+@cache
+def _register() -> None:
+    from omegaconf import OmegaConf
+
+    from runner.config import schema
+
+    schema.register()
+    OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
 
 
 @dataclass(frozen=True)
@@ -129,10 +144,11 @@ def fake_facts(
     from runner.core.command import Command
     from runner.data.balance import weigh
     from runner.data.select import Source, select, source_options
-    from runner.engines.base import EngineFacts
+    from runner.engines.base import NO_CARD, EngineFacts
+    from runner.engines.registry import engine_named
     from runner.formats.train_toml import WeightPaths
-    from runner.pipeline.inputs import memory_tier
-    from runner.pipeline.model import Facts, WeightFacts
+    from runner.hub.weights import WeightFacts
+    from runner.pipeline.model import Inputs
 
     sources = tuple(
         Source(options, "folder", options.path, tuple(items), ())
@@ -146,25 +162,28 @@ def fake_facts(
             validation_fraction=config.dataset.validation_fraction,
         ),
     )
-    memory, note = memory_tier(config, machine)
+    engine = engine_named(config.engine.name)
+    memory, note = engine.memory_plan(config, machine, NO_CARD)
     parts = ("transformer", "vae", "text_encoder", "byt5", "image_encoder")
-    return Facts(
+    return Inputs(
         root=Path("/outputs"),
         python="/venv/bin/python",
         python_path=None,
-        sources=sources,
-        selection=selection,
+        machine=machine,
+        memory=memory,
+        memory_note=note,
         weights=WeightFacts(
             WeightPaths(*(f"/weights/{part}" for part in parts)),
             {part: part for part in parts} if digests else None,
             (Command(("get-weights",)),),
             "weights",
         ),
-        cached=cached,
-        memory=memory,
-        memory_note=note,
-        machine=machine,
         engine=EngineFacts("/engine/bin/python", "engine 1"),
+        cache_identity=engine.cache_identity,
+        config=config,
+        sources=sources,
+        selection=selection,
+        cached=cached,
         seed=config.training.seed,
     )
 
@@ -180,7 +199,19 @@ def report_of(config: RunConfig, facts: Any, looks: Any = None, tokens: Any = No
 
 def plan_of(config: RunConfig, facts: Any) -> Any:
     """The plan for fake facts."""
-    from runner.pipeline.executor import engine_for
+    from dataclasses import replace
+
+    from runner.engines.registry import engine_named
     from runner.pipeline.plan import make_plan
 
-    return make_plan(config, facts, engine_for(config, facts))
+    return make_plan(replace(facts, config=config), engine_named(config.engine.name))
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Every rule that a config breaks, of all engines and of its own."""
+    from runner.config import rules
+    from runner.engines.registry import engine_named
+    from runner.pipeline import stages
+
+    engine = engine_named(config.engine.name)
+    return [*rules.problems(config), *stages.problems(config), *engine.problems(config)]

@@ -50,7 +50,6 @@ def write_run(folder: Path, *, task: str = "t2v", images: int = 3, **options: An
         "sdpa": True,
         "mixed_precision": "no",
         "timestep_sampling": "shift",
-        "discrete_flow_shift": 2.0,
         "optimizer_type": "adamw",
         "learning_rate": 1e-2,
         "network_module": "networks.lora_hv_1_5",

@@ -17,6 +17,8 @@ from runner.core.errors import StageError, UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from runner.config.composed import Composed
+    from runner.core.console import Console
     from runner.tracking.multirun import Sweep
 
 _codes: list[int] = []
@@ -138,6 +140,7 @@ def _job(cfg: DictConfig) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner.cli.overrides import readable
+    from runner.config.composed import Composed
     from runner.core.console import Console
 
     hydra_config = HydraConfig.get()
@@ -151,11 +154,7 @@ def _job(cfg: DictConfig) -> None:
         except OmegaConfBaseException as error:
             raise UserError(_missing(error) or readable(error)) from error
         assert isinstance(config, run_config.RunConfig)
-        from runner.pipeline.executor import execute
-        from runner.tracking.multirun import Sweep
-
-        sweep = _sweep or Sweep.from_environment(overrides)
-        code = execute(config, resolved, overrides, choices, console, Path.cwd(), sweep)
+        code = _run(Composed(config, resolved, tuple(overrides), choices), console)
     except UserError as error:
         console.error(str(error))
         code = 2
@@ -163,6 +162,22 @@ def _job(cfg: DictConfig) -> None:
         console.error(str(error))
         code = 1
     _codes.append(code)
+
+
+def _run(composed: Composed, console: Console) -> int:
+    """Plan a run, and show it or carry it out; returns the exit code."""
+    from runner.pipeline.executor import execute, prepare
+    from runner.tracking.multirun import Sweep
+
+    prepared = prepare(composed, console, Path.cwd())
+    if composed.config.dry_run:
+        from runner.cli.page import show_plan
+        from runner.pipeline.stages.dataset import report_on
+
+        show_plan(console, prepared.plan, prepared.inputs, report_on(prepared.inputs, console))
+        return 0
+    execute(prepared, console, _sweep or Sweep.from_environment(composed.overrides))
+    return 0
 
 
 def _missing(error: Exception) -> str | None:
@@ -190,7 +205,3 @@ def _explain(error: Exception, arguments: list[str]) -> int:
         line = readable(error)
     Console.for_stream(sys.stdout).error(line)
     return 2
-
-
-if __name__ == "__main__":
-    main()

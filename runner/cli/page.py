@@ -9,13 +9,13 @@ from runner.core.console import Console
 from runner.core.text import counted
 from runner.data.report.model import Report
 from runner.data.report.page import page_lines
-from runner.pipeline.model import Facts, Plan
+from runner.pipeline.model import Inputs, Plan
 
 
-def page(plan: Plan, config: RunConfig, facts: Facts, report: Report) -> str:
+def page(plan: Plan, inputs: Inputs, report: Report) -> str:
     """What a dry run prints: the dataset, stages, exact commands, files, steps and epochs."""
     lines = [f"{plan.name}: nothing is run or written (dry_run=true)", ""]
-    lines += _overview(plan, config, facts)
+    lines += _overview(plan, inputs)
     if plan.notices:
         lines += ["", "Notes"]
         for notice in plan.notices:
@@ -35,9 +35,10 @@ def page(plan: Plan, config: RunConfig, facts: Facts, report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _overview(plan: Plan, config: RunConfig, facts: Facts) -> list[str]:
+def _overview(plan: Plan, inputs: Inputs) -> list[str]:
+    config = inputs.config
     training = config.training
-    items = facts.selection.items
+    items = inputs.selection.items
     held_out = sum(item.held_out for item in items)
     clips = sum(item.kind == "video" for item in items)
     crops = sum(len(item.crops) for item in items)
@@ -49,23 +50,23 @@ def _overview(plan: Plan, config: RunConfig, facts: Facts) -> list[str]:
     if held_out:
         media += f", {held_out} held out"
     rows = [
-        ("task", f"{config.task.name} on {config.model.name}, engine {facts.engine.version}"),
-        ("data", f"{media}, from {', '.join(source.path for source in facts.sources)}"),
+        ("task", f"{config.task.name} on {config.model.name}, engine {inputs.engine.version}"),
+        ("data", f"{media}, from {', '.join(source.path for source in inputs.sources)}"),
         ("buckets", shapes + (f" and {len(buckets) - 6} more" if len(buckets) > 6 else "")),
         ("network", f"{config.network.name}, rank {config.network.rank}, {_alpha(config)}"),
         ("optimizer", f"{config.optimizer.name}, {config.optimizer.learning_rate:g}"),
         ("schedule", config.scheduler.name),
-        ("precision", f"{config.precision.name}, memory {facts.memory.name}"),
+        ("precision", f"{config.precision.name}, memory {inputs.memory.name}"),
         (
             "steps",
             f"{plan.steps:,} = {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}"
             + (f" (training.max_steps={training.max_steps})" if training.max_steps else ""),
         ),
-        ("seed", str(facts.seed)),
-        ("run in", f"{facts.root}/runs/<date>/<time>-{plan.name}"),
+        ("seed", str(inputs.seed)),
+        ("run in", f"{inputs.root}/runs/<date>/<time>-{plan.name}"),
     ]
-    if facts.engine.missing:
-        rows.append(("missing", facts.engine.missing))
+    if inputs.engine.missing:
+        rows.append(("missing", inputs.engine.missing))
     return [f"  {name:<10} {value}" for name, value in rows]
 
 
@@ -73,10 +74,8 @@ def _alpha(config: RunConfig) -> str:
     return f"alpha {config.network.alpha:g}"
 
 
-def show_plan(
-    console: Console, plan: Plan, config: RunConfig, facts: Facts, report: Report
-) -> None:
+def show_plan(console: Console, plan: Plan, inputs: Inputs, report: Report) -> None:
     """Print :func:`page`."""
-    for line in page(plan, config, facts, report).splitlines():
+    for line in page(plan, inputs, report).splitlines():
         heading = bool(line) and not line.startswith(" ")
         console.line(line, style="bold" if heading else None)

@@ -8,25 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig, options
-from runner.core.errors import UserError
 from runner.core.text import did_you_mean
-from runner.engines.musubi import rules as rules_musubi
-
-STAGES = ("weights", "dataset", "latents", "text", "train", "convert", "evaluate")
-
-
-def check(config: RunConfig) -> None:
-    """Raise :class:`UserError` for the first rule that ``config`` breaks."""
-    for problem in problems(config):
-        raise UserError(problem)
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Every broken rule, one line each."""
-    for rule in (_choices, _texts, _numbers, _frames, _combinations, _stages):
+    """Every rule that holds for all engines and is broken, one line each."""
+    for rule in (_choices, _texts, _numbers, _frames, _combinations):
         yield from rule(config)
-    if config.engine.name == "musubi":
-        yield from rules_musubi.problems(config)
 
 
 def value_of(config: Any, key: str) -> Any:
@@ -228,37 +216,7 @@ def _preview_size(config: RunConfig) -> list[int]:
 
 
 def _combinations(config: RunConfig) -> Iterator[str]:
-    engine, model = config.engine.name, config.model
-    if model.source == "random" and engine == "musubi":
-        yield (
-            "model=tiny has random weights and is for the embedded engine: add engine=diffusers, "
-            "or take model=hunyuan15_720p."
-        )
-    if model.source == "hub" and engine == "diffusers":
-        yield (
-            f"engine=diffusers trains model=tiny only, not model={model.name}: take "
-            "engine=musubi for the real weights, or model=tiny for a rehearsal."
-        )
-    if engine == "diffusers":
-        if (config.memory.vae_tile or 0) % 64:
-            yield f"memory.vae_tile={config.memory.vae_tile} must be 0 or a multiple of 64."
-        if config.precision.fp8_base:
-            yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
-        if config.memory.blocks_to_swap:
-            yield "memory.blocks_to_swap needs engine=musubi; with engine=diffusers leave it 0."
-        if config.engine.arguments != "file":
-            yield "engine.arguments=command_line needs engine=musubi."
-        if config.training.save_state or config.training.resume_from:
-            yield "training.save_state and training.resume_from need engine=musubi."
-        if config.engine.extra_args:
-            yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
-        if config.training.timestep_sampling not in ("shift", "sigmoid", "uniform"):
-            yield (
-                f"training.timestep_sampling={config.training.timestep_sampling} needs "
-                "engine=musubi; engine=diffusers takes shift, sigmoid or uniform."
-            )
-        if config.training.weighting_scheme != "none":
-            yield "training.weighting_scheme needs engine=musubi."
+    model = config.model
     if config.precision.fp8_scaled and not config.precision.fp8_base:
         yield "precision.fp8_scaled=true needs precision.fp8_base=true."
     most = model.blocks - 3
@@ -274,16 +232,3 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         )
     if config.tracking.name == "none" and config.tracking.uri:
         yield "tracking.uri is set but tracking=none: take tracking=server."
-
-
-def _stages(config: RunConfig) -> Iterator[str]:
-    for key, names in (("skip", config.stages.skip), ("force", config.stages.force)):
-        for name in names:
-            later = {"latents", "text", "train"}
-            if name == "dataset" and key == "skip" and not later <= set(names):
-                yield (
-                    "stages.skip=[dataset] would leave the later stages without media: leave it "
-                    "out, finished work is recognised."
-                )
-            if name not in STAGES:
-                yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, STAGES)}"

@@ -75,11 +75,13 @@ def run(
     log: Path,
     on_tick: Callable[[], None] | None = None,
     tick_seconds: float = 0.25,
+    explain: Callable[[Path], str] | None = None,
 ) -> None:
     """Run ``argv`` to its end, its output appended to ``log``.
 
     ``on_tick`` is called a few times a second. Raises :class:`StageError` when the command fails,
-    with its own last line of error; on :class:`Stopped` the whole process group is ended first.
+    with what ``explain`` (:func:`last_error` unless given) makes of its log; on :class:`Stopped`
+    the whole process group is ended first.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -110,14 +112,15 @@ def run(
                 end_group(process)
             raise
     if process.returncode:
-        raise StageError(f"{last_error(log)} ({_ended(process.returncode)}; log: {log})")
+        why = (explain or last_error)(log)
+        raise StageError(f"{why} ({_ended(process.returncode)}; log: {log})")
 
 
 def _ended(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = next((item.name for item in signal.Signals if item == -code), f"signal {-code}")
-    return f"ended by {_KILLED.get(name, name)}"
+    return f"ended by {signal_words(name)}"
 
 
 def _end_with_parent() -> None:
@@ -144,14 +147,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         return
 
 
-# What accelerate's launcher says, in a traceback of its own, when the trainer it started failed.
-_LAUNCHER = re.compile(
-    r"subprocess\.CalledProcessError: Command .* "
-    r"(?:died with <Signals\.(?P<signal>\w+): \d+>|returned non-zero exit status \d+)\.$"
-)
-_TRACEBACK = "Traceback (most recent call last):"
-# A warning or two may come after the launcher's traceback, from what ends later than it does.
-_LAUNCHER_LINES = 10
+TRACEBACK = "Traceback (most recent call last):"
 # What is missing from a model can be told in more than 20 kB, on one line.
 _WINDOW = 1_000_000
 _MOST = 500
@@ -163,38 +159,40 @@ _KILLED = {"SIGKILL": "SIGKILL, as the system does when memory runs out"}
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that best says what went wrong: the last that is an error, or the last.
+    """The line of a log that best says what went wrong: the last that is an error, or the last."""
+    lines = log_lines(log)
+    return "it failed and left no log" if lines is None else best_line(lines)
 
-    A launcher's report that its program failed gives way to that program's own words.
-    """
+
+def log_lines(log: Path) -> list[str] | None:
+    """The lines of a log's end that hold something, without colours; None when it can't be read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _WINDOW))
             text = file.read().decode("utf-8", "replace")
     except OSError:
-        return "it failed and left no log"
+        return None
     # Progress bars rewrite their line with carriage returns, which split lines here.
-    lines = [line.rstrip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
-    for number in reversed(range(max(0, len(lines) - _LAUNCHER_LINES), len(lines))):
-        launcher = _LAUNCHER.match(lines[number])
-        if launcher is None:
-            continue
-        signal_name = launcher["signal"]
-        if signal_name:
-            return f"the program was ended by {_KILLED.get(signal_name, signal_name)}"
-        starts = [at for at in range(number) if lines[at].endswith(_TRACEBACK)]
-        lines = lines[: starts[-1] if starts else number] or lines
-        break
+    return [line.rstrip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
+
+
+def best_line(lines: list[str]) -> str:
+    """The line that best says what went wrong, cut to a length that can be read."""
     if not lines:
         return "it failed and printed nothing"
     told = _raised(lines) or _looks_like_one(lines) or lines[-1].strip()
     return told if len(told) <= _MOST else f"{told[:_MOST]} ..."
 
 
+def signal_words(name: str) -> str:
+    """A signal that ended a process, with what that usually means."""
+    return _KILLED.get(name, name)
+
+
 def _raised(lines: list[str]) -> str | None:
     """What the last traceback ends with, unless the program refused its options after it."""
     for start in reversed(range(len(lines))):
-        if not lines[start].endswith(_TRACEBACK):
+        if not lines[start].endswith(TRACEBACK):
             continue
         # What Python could not clean up at its end did not make it end.
         if start and lines[start - 1].startswith("Exception ignored in"):

@@ -28,13 +28,15 @@ class Reading:
     """How sources are read. progress: called with a source's path and the media read and found so
     far. waiting: called when another run is unpacking. keep: whether media of archives go into the
     store, datasets of the hub are fetched (`watch` shows that), and what is found out is noted;
-    else nothing is written. refused: why a run that was asked for will not begin."""
+    else nothing is written. refused: why a run that was asked for will not begin. force: whether
+    branches of the hub are looked up again."""
 
     progress: Progress | None = None
     waiting: Callable[[], None] = lambda: None
     keep: bool = False
     refused: str | None = None
     watch: Callable[[], AbstractContextManager[Watcher]] = lambda: _shown()
+    force: bool = False
 
 
 def scan_sources(
@@ -50,7 +52,7 @@ def scan_sources(
     limit = int(config.dataset.max_archive_gb * 1e9)
     places = [
         # All are there before the first is read, which can take long.
-        _place(options, cwd, store, reading, force="dataset" in config.stages.force)
+        _place(options, cwd, store, reading)
         for options in source_options(config.dataset)
     ]
     for place in places:
@@ -80,9 +82,7 @@ class _Place:
     commit: str | None = None
 
 
-def _place(
-    options: SourceOptions, cwd: Path, store: Store, reading: Reading, *, force: bool
-) -> _Place:
+def _place(options: SourceOptions, cwd: Path, store: Store, reading: Reading) -> _Place:
     from runner.data.sources import locate
 
     if options.kind != "hub":
@@ -95,7 +95,7 @@ def _place(
     with hub_log(Path(os.devnull)):
         if reading.keep:
             with reading.watch() as watcher:
-                here = datasets.fetch(options.path, options.revision, watcher, force=force)
+                here = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
         else:
             if reading.refused and datasets.find(options.path, options.revision) is None:
                 raise UserError(reading.refused)

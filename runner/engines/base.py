@@ -1,14 +1,21 @@
-"""What every engine gives the plan: a command for each stage, as a pure function."""
+"""What an engine is: everything in which engines differ, asked of one object.
+
+Its rules, what it can do, where it lies, its plan for a GPU's memory, the weights it needs, the
+command of each stage, and what the log of a failed process means. :mod:`runner.engines.registry`
+knows the engines by name; nothing outside this room does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.formats.train_toml import WeightPaths
+from runner.hub.weights import WeightFacts
 
 # Why there is no Machine, unless the driver has something else to say.
 NO_CARD = "no card was found here"
@@ -25,7 +32,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Where an engine lies and what it can do.
+    """Where an engine lies and what it can do there.
 
     ``missing`` says why it cannot run, ``cannot_compile`` why torch.compile cannot work in it.
     """
@@ -37,51 +44,126 @@ class EngineFacts:
     cannot_compile: str | None = None
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the commands of one run are made of.
+
+    Paths in commands are relative to the run's folder unless absolute; ``memory`` has every option
+    filled in.
+    """
+
+    config: RunConfig
+    engine: EngineFacts
+    weights: WeightPaths
+    memory: MemoryConfig
+
+
 class Engine(Protocol):
-    """Commands for the stages; paths are relative to the run's folder unless absolute."""
+    """A set of executables that accept the files between the stages."""
 
-    def cache_latents(
-        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-    ) -> Command: ...
+    @property
+    def name(self) -> str:
+        """As ``engine.name`` has it."""
 
-    def cache_text(
-        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-    ) -> Command: ...
+    @property
+    def cache_identity(self) -> str:
+        """What tells its latents and text embeddings from those of others in the shared cache."""
 
-    def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
-        """The trainer's command; ``options`` are those of train.toml."""
+    @property
+    def own_options(self) -> frozenset[str]:
+        """Options of train.toml that its trainer knows beyond musubi-tuner's."""
 
-    def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
-        """The command that writes ``evaluation.json``, if this engine has one."""
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """Every rule of its own that ``config`` breaks, one line each; pure."""
 
-    def files(self, config: RunConfig) -> dict[str, str]:
-        """Files of the engine's own that its commands read, by name."""
+    def plan_problems(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
+        """Rules that need to know the card or the data; pure.
 
-    def compiles(
-        self, config: RunConfig, memory: MemoryConfig, machine: Machine | None
-    ) -> tuple[bool, str | None]:
-        """Whether to use torch.compile, and why not when it would be expected.
+        ``steps`` is the number of optimizer steps, and ``clips`` says whether there are any.
+        """
+
+    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
+        """What goes through but is hardly what was meant; pure."""
+
+    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
+        """Where it lies, and why it cannot run if it can't. Reads only."""
+
+    def examine(
+        self,
+        facts: EngineFacts,
+        config: RunConfig,
+        memory: MemoryConfig,
+        machine: Machine | None,
+        without: str,
+        *,
+        trains: bool,
+    ) -> EngineFacts:
+        """``facts`` with what its own Python must be asked, if there will be a training.
+
+        ``without`` says why there is no ``machine``. Reads only; raises
+        :class:`runner.core.errors.UserError` for a Python that can't be asked.
+        """
+
+    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+        """Raise :class:`runner.core.errors.UserError` if it lacks what the run will need.
+
+        Asked before any stage; ``trains`` is whether there will be a training. Returns its version
+        as records have it.
+        """
+
+    def full_version(self, facts: EngineFacts) -> str:
+        """Its version, with those of the libraries it stands on where they are the runner's."""
+
+    def memory_plan(
+        self, config: RunConfig, machine: Machine | None, without: str
+    ) -> tuple[MemoryConfig, str | None]:
+        """The memory options with everything filled in for a card, and a line if it is a guess."""
+
+    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+        """Where the weights it needs are or will be; ``root`` is the output folder. Reads only."""
+
+    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+        """Whether to use torch.compile, and why not when it would be expected; pure.
 
         Raises :class:`runner.core.errors.UserError` when it was asked for and cannot work.
         """
 
+    def cache_latents(self, job: Job, dataset_toml: str) -> Command: ...
 
-def latents_arguments(
-    config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-) -> list[str]:
+    def cache_text(self, job: Job, dataset_toml: str) -> Command: ...
+
+    def train(self, job: Job, options: Mapping[str, Any]) -> Command:
+        """The trainer's command; ``options`` are those of train.toml."""
+
+    def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
+        """The command that writes ``evaluation.json``, if it has one."""
+
+    def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
+        """Files that its commands read in the run's folder besides datasets, by name.
+
+        ``options`` are those of train.toml.
+        """
+
+    def failure(self, log: Path) -> str:
+        """What the log of a process that failed says went wrong, in one line."""
+
+
+def latents_arguments(job: Job, dataset_toml: str) -> list[str]:
     """Arguments of the script that caches latents, which every engine's takes."""
-    arguments = ["--dataset_config", dataset_toml, "--vae", weights.vae]
-    arguments += ["--vae_sample_size", str(memory.vae_tile or 0)]
-    if config.task.name == "i2v":
-        arguments += ["--i2v", "--image_encoder", weights.image_encoder]
+    arguments = ["--dataset_config", dataset_toml, "--vae", job.weights.vae]
+    arguments += ["--vae_sample_size", str(job.memory.vae_tile or 0)]
+    if job.config.task.name == "i2v":
+        arguments += ["--i2v", "--image_encoder", job.weights.image_encoder]
     return arguments
 
 
-def text_arguments(weights: WeightPaths, memory: MemoryConfig, dataset_toml: str) -> list[str]:
+def text_arguments(job: Job, dataset_toml: str) -> list[str]:
     """Arguments of the script that caches text embeddings, which every engine's takes."""
     return [
         *("--dataset_config", dataset_toml),
-        *("--text_encoder", weights.text_encoder),
-        *("--byt5", weights.byt5),
-        *("--batch_size", str(memory.text_batch_size or 4)),
+        *("--text_encoder", job.weights.text_encoder),
+        *("--byt5", job.weights.byt5),
+        *("--batch_size", str(job.memory.text_batch_size or 4)),
     ]

@@ -7,14 +7,15 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from runner.config.rules import check
+from runner.config import rules
+from runner.config.composed import Composed
 from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
 from runner.core.console import Console
@@ -22,155 +23,78 @@ from runner.core.errors import StageError, UserError, describe_os_error
 from runner.core.paths import shortest
 from runner.core.process import Stopped, raise_on_signals, signals_deferred
 from runner.core.text import counted, duration
-from runner.data.ingest import Reading
 from runner.engines.base import Engine
-from runner.pipeline import verify
+from runner.engines.registry import engine_named
+from runner.pipeline import stages, verify
+from runner.pipeline.acquire import acquire
+from runner.pipeline.context import Context
 from runner.pipeline.given_files import settle
-from runner.pipeline.inputs import gather, refresh, refusal
-from runner.pipeline.model import Facts, Plan, Stage
-from runner.pipeline.plan import commands_sh
+from runner.pipeline.inputs import gather, look_around, refusal
+from runner.pipeline.model import Inputs, Plan, StagePlan
+from runner.pipeline.plan import commands_sh, make_plan
 from runner.pipeline.record import Recorder, Status, check_tracking
-from runner.pipeline.stages import run_stage
+from runner.pipeline.stages import STAGES
+from runner.pipeline.stages.base import LORA
+from runner.pipeline.stages.convert import COMFYUI_LORA
+from runner.pipeline.stages.evaluate import EVALUATION
 from runner.storage.leases import Use
-from runner.storage.store import Fault, Store
+from runner.storage.store import Store
 from runner.tracking.client import safe
-
-if TYPE_CHECKING:
-    from runner.tracking.mlflow_run import NullWriter, RunWriter
-    from runner.tracking.multirun import Sweep
+from runner.tracking.multirun import Sweep
 
 
-@dataclass
-class Context:
-    """What a stage works with."""
+@dataclass(frozen=True)
+class Prepared:
+    """A run before it begins: what it is planned from, and its plan."""
 
-    config: RunConfig
-    facts: Facts
+    composed: Composed
+    inputs: Inputs
     engine: Engine
-    run_dir: Path
-    store: Store
-    console: Console
-    writer: RunWriter | NullWriter
     plan: Plan
-    use: Use
-    finished: dict[str, float] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
-
-    def replan(self) -> Plan:
-        """Look at weights and cache again, and plan with what is there now and undamaged.
-
-        What the plan counts on is kept from being pruned before it is looked at.
-        """
-
-        def faults(stored: Collection[str]) -> dict[str, Fault]:
-            self.use.hold(stored)
-            return verify.read_through(self.store, stored, self.console)
-
-        facts = refresh(self.facts, self.config)
-        self.facts, self.plan, found = verify.settled(self.config, facts, self.engine, faults)
-        new = {one: fault for one, fault in found.items() if one not in self._told}
-        for line in verify.notices(new, self.config.stages.skip):
-            self.console.notice(line)
-        self._told |= {one for one, (_, fault) in new.items() if fault != "absent"}
-        return self.plan
-
-    def log(self, stage: str) -> Path:
-        """The log of one stage."""
-        return self.run_dir / "logs" / f"{stage}.log"
 
 
-def engine_for(config: RunConfig, facts: Facts) -> Engine:
-    """The engine that a config names."""
-    if config.engine.name == "diffusers":
-        from runner.engines.diffusers.engine import DiffusersEngine
-
-        return DiffusersEngine(facts.engine)
-    from runner.engines.musubi.engine import MusubiEngine
-
-    return MusubiEngine(facts.engine)
+def check(config: RunConfig, engine: Engine) -> None:
+    """Raise :class:`UserError` for the first rule that ``config`` breaks."""
+    for problem in chain(rules.problems(config), stages.problems(config), engine.problems(config)):
+        raise UserError(problem)
 
 
-def execute(
-    config: RunConfig,
-    resolved: dict[str, Any],
-    overrides: list[str],
-    choices: dict[str, str],
-    console: Console,
-    cwd: Path,
-    sweep: Sweep | None,
-) -> int:
-    """Check, plan, and show or run one config; returns the exit code.
+def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
+    """Check a config and plan it.
 
-    Raises :class:`UserError` before anything but the shared cache is written,
-    :class:`StageError` after a stage failed, and :class:`runner.core.process.Stopped` when a signal
-    ended the run.
+    Fetches and unpacks the sources, unless it is a dry run. Raises :class:`UserError` before
+    anything but the shared cache is written, and :class:`runner.core.process.Stopped` when a
+    signal ended it.
     """
-    check(config)
-    settle(config, cwd)
+    engine = engine_named(composed.config.engine.name)
+    check(composed.config, engine)
+    config = settle(composed.config, cwd)
     raise_on_signals()
     check_tracking(config)
-    facts = _gather(config, cwd, console)
-    engine = engine_for(config, facts)
-    cache = Store(facts.root / "cache")
+    here = look_around(config, cwd, engine)
+    inputs = gather(config, here, acquire(config, cwd, here, console))
+    cache = Store(inputs.root / "cache")
     # Sizes alone: a dry run must not read gigabytes.
-    facts, plan, _ = verify.settled(config, facts, engine, partial(cache.faults, read=False))
-    if config.dry_run:
-        from runner.cli.page import show_plan
-        from runner.data.report.read import read_report
+    settled = verify.settle(inputs, _planner(engine), partial(cache.faults, read=False))
+    return Prepared(replace(composed, config=config), settled.inputs, engine, settled.plan)
 
-        report = read_report(config, facts, console, keep=False)
-        show_plan(console, plan, config, facts, report)
-        return 0
-    if why := refusal(config, facts.weights, facts.engine):
+
+def execute(prepared: Prepared, console: Console, sweep: Sweep | None) -> None:
+    """Run what was prepared.
+
+    Raises :class:`UserError` before it begins, :class:`StageError` after a stage failed, and
+    :class:`runner.core.process.Stopped` when a signal ended the run.
+    """
+    inputs, engine = prepared.inputs, prepared.engine
+    if why := refusal(inputs.config, inputs):
         raise UserError(why)
-    if config.engine.name == "musubi":
-        from runner.engines.musubi.check import check_environment
-
-        versions = check_environment(config, plan.stage("train").commands[0], facts.machine)
-        told_version = f"{facts.engine.version}, {versions}"
-        facts = replace(facts, engine=replace(facts.engine, version=told_version))
-    run = _Run(config, resolved, overrides, choices, console, facts, engine, plan, sweep)
-    return run.through()
+    version = engine.check(inputs.job, inputs.machine, trains=stages.trains(inputs.config))
+    inputs = replace(inputs, engine=replace(inputs.engine, version=version))
+    _Run(replace(prepared, inputs=inputs), console, sweep).through()
 
 
-def _gather(config: RunConfig, cwd: Path, console: Console) -> Facts:
-    """Read the facts, with a bar for sources that take a while to look through."""
-    from runner.hub.progress import Shown
-
-    started = time.monotonic()
-    shown: dict[str, Any] = {}
-
-    def progress(path: str, done: int, total: int) -> None:
-        if not shown and time.monotonic() - started < 1.0:
-            return
-        if shown.get("path") != path:
-            _close(shown)
-            shown["path"] = path
-            shown["bar"] = console.bar(f"reading {path}", total).__enter__()
-        shown["bar"].update(done)
-
-    def waiting() -> None:
-        console.line("      waiting for another run, which is unpacking media")
-
-    try:
-        return gather(
-            config,
-            cwd,
-            Reading(progress, waiting, not config.dry_run, watch=lambda: Shown(console)),
-        )
-    except Stopped as stopped:
-        _close(shown)
-        kept = "" if config.dry_run else "; what was unpacked is kept"
-        console.error(f"ended by {stopped} while reading the sources{kept}.")
-        raise
-    finally:
-        _close(shown)
-
-
-def _close(shown: dict[str, Any]) -> None:
-    bar = shown.pop("bar", None)
-    if bar is not None:
-        bar.__exit__(None, None, None)
+def _planner(engine: Engine) -> Callable[[Inputs], Plan]:
+    return lambda inputs: make_plan(inputs, engine)
 
 
 def _ending(error: BaseException) -> tuple[Status, str]:
@@ -206,34 +130,23 @@ def run_folder(root: Path, name: str) -> Path:
 class _Run:
     """One run from its folder to its end."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        resolved: dict[str, Any],
-        overrides: list[str],
-        choices: dict[str, str],
-        console: Console,
-        facts: Facts,
-        engine: Engine,
-        plan: Plan,
-        sweep: Sweep | None,
-    ) -> None:
-        self.config, self.resolved, self.overrides = config, resolved, overrides
-        self.choices, self.console, self.sweep = choices, console, sweep
-        self.facts, self.engine, self.plan = facts, engine, plan
+    def __init__(self, prepared: Prepared, console: Console, sweep: Sweep | None) -> None:
+        self.composed, self.inputs = prepared.composed, prepared.inputs
+        self.engine, self.plan = prepared.engine, prepared.plan
+        self.console, self.sweep = console, sweep
         self.started = time.time()
 
-    def through(self) -> int:
+    def through(self) -> None:
         """Run every stage; the run's status is settled whatever happens."""
-        folder = run_folder(self.facts.root, self.plan.name)
-        use = verify.use_of(self.facts, self.plan, folder)
+        folder = run_folder(self.inputs.root, self.plan.name)
+        use = verify.use_of(self.inputs, self.plan, folder)
         try:
-            return self._through(folder, use)
+            self._through(folder, use)
         finally:
             with signals_deferred():
                 use.release()
 
-    def _through(self, folder: Path, use: Use) -> int:
+    def _through(self, folder: Path, use: Use) -> None:
         recorder: Recorder | None = None
         try:
             with signals_deferred():
@@ -253,7 +166,6 @@ class _Run:
         with signals_deferred():
             recorder.finish("FINISHED", "")
         self._closing_words(context, recorder)
-        return 0
 
     def _begin(self, folder: Path, recorder: Recorder, use: Use) -> Context:
         """Say what will be done, and write the run's files."""
@@ -264,28 +176,22 @@ class _Run:
             self._write_files(folder)
         recorder.files()
         return Context(
-            config=self.config,
-            facts=self.facts,
+            inputs=self.inputs,
             engine=self.engine,
             run_dir=folder,
-            store=Store(self.facts.root / "cache"),
+            store=Store(self.inputs.root / "cache"),
             console=self.console,
             writer=recorder.writer,
             plan=self.plan,
             use=use,
+            make_plan=_planner(self.engine),
         )
 
     def _open(self, folder: Path) -> Recorder:
         """The run's record; when there can be none, the folder goes and so does the run."""
         try:
             return Recorder.open(
-                self.config,
-                self.resolved,
-                self.choices,
-                self.facts,
-                self.plan,
-                folder,
-                self.sweep,
+                self.composed, self.inputs, self.engine, self.plan, folder, self.sweep
             )
         except UserError:
             shutil.rmtree(folder, ignore_errors=True)
@@ -294,10 +200,10 @@ class _Run:
     def _write_files(self, folder: Path) -> None:
         from omegaconf import OmegaConf
 
-        resolved = {**self.resolved, "training": {**self.resolved["training"]}}
-        resolved["training"]["seed"] = self.facts.seed
+        resolved = {**self.composed.resolved}
+        resolved["training"] = {**resolved["training"], "seed": self.inputs.seed}
         write_text(folder / "config.yaml", safe(OmegaConf.to_yaml(OmegaConf.create(resolved))))
-        overrides = "".join(f"{override}\n" for override in self.overrides)
+        overrides = "".join(f"{override}\n" for override in self.composed.overrides)
         write_text(folder / "overrides.txt", safe(overrides))
         self._write_plan(folder, self.plan)
 
@@ -316,30 +222,32 @@ class _Run:
         script.chmod(0o755)
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
-        names = [stage.name for stage in self.plan.stages]
-        for number, name in enumerate(names, 1):
-            with _named(f"stage {name}", context.run_dir):
-                if name == "weights":
-                    context.replan()
-                elif name == "dataset":
-                    # Commands, paths and cache keys become final only when the weights are there.
-                    self._write_plan(context.run_dir, context.replan())
-            stage = context.plan.stage(name)
-            self.console.stage(number, len(names), name, _summary(stage))
-            if stage.state == "skipped" and name not in ("latents", "text"):
-                # A skipped encoding still takes what the cache has, which training reads.
+        planned = {stage.name for stage in self.plan.stages}
+        todo = [stage for stage in STAGES if stage.name in planned]
+        written = self.plan
+        for number, stage in enumerate(todo, 1):
+            with _named(f"stage {stage.name}", context.run_dir):
+                # Commands, paths and cache keys become final only when the weights are there, and
+                # what is damaged in the cache is found when it is read.
+                plan = context.look()
+                if plan is not written:
+                    self._write_plan(context.run_dir, plan)
+                    written = plan
+            now = plan.stage(stage.name)
+            self.console.stage(number, len(todo), stage.name, _summary(now))
+            if now.state == "skipped" and not stage.runs_when_skipped:
                 continue
             began = time.monotonic()
             try:
-                with _named(f"stage {name}", context.run_dir):
-                    run_stage(name, context)
+                with _named(f"stage {stage.name}", context.run_dir):
+                    stage.run(context)
             finally:
-                context.finished[name] = time.monotonic() - began
-                recorder.stage(name, context.finished[name])
+                recorder.stage(stage.name, time.monotonic() - began)
 
     def _how_to_compare(self, recorder: Recorder) -> str:
         """The command or the address that shows this run beside the others."""
-        tracking, outputs = self.config.tracking, self.config.output_dir
+        config = self.composed.config
+        tracking, outputs = config.tracking, config.output_dir
         if tracking.name == "server":
             return recorder.writer.url_hint
         if tracking.uri:
@@ -350,15 +258,15 @@ class _Run:
     def _closing_words(self, context: Context, recorder: Recorder) -> None:
         console, folder = self.console, context.run_dir
         console.heading(f"{self.plan.name} finished in {duration(time.time() - self.started)}")
-        evaluation = folder / "evaluation.json"
+        evaluation = folder / EVALUATION
         if evaluation.is_file():
             result = json.loads(evaluation.read_text())
-            which = "held-out" if self.facts.selection.has_held_out else "training"
+            which = "held-out" if context.inputs.selection.has_held_out else "training"
             console.line(
                 f"  eval/loss  {result['base_loss']:.4f} without the LoRA, {result['loss']:.4f} "
                 f"with it ({counted(result['items'], f'{which} item')})"
             )
-        for file in ("lora.safetensors", "lora_comfyui.safetensors"):
+        for file in (LORA, COMFYUI_LORA):
             if (folder / file).is_file():
                 size = (folder / file).stat().st_size / 1e6
                 console.line(f"  {shortest(folder / file)}  ({size:.1f} MB)")
@@ -381,7 +289,7 @@ def _named(what: str, folder: Path) -> Iterator[None]:
         raise StageError(safe(f"{what} failed: {why}")) from error
 
 
-def _summary(stage: Stage) -> str:
+def _summary(stage: StagePlan) -> str:
     if stage.state == "done":
         return f"{stage.summary} (done already)"
     if stage.state == "skipped":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from runner.config.schema import RunConfig
@@ -11,22 +12,28 @@ from runner.core.errors import UserError
 from runner.core.paths import absolute
 
 
-def settle(config: RunConfig, cwd: Path) -> None:
-    """Make the paths in ``config`` absolute: commands run in the run's folder, not in ``cwd``.
+def settle(config: RunConfig, cwd: Path) -> RunConfig:
+    """``config`` with its paths made absolute: commands run in the run's folder, not in ``cwd``.
 
     Raises :class:`UserError` for one that is not there, or not what it must be.
     """
-    image = config.sampling.image_path
-    if image is not None:
-        config.sampling.image_path = str(_file("sampling.image_path", image, cwd))
-    if config.network.weights is not None:
-        file = _file("network.weights", config.network.weights, cwd)
-        _fits(config, file)
-        config.network.weights = str(file)
+    image, weights = config.sampling.image_path, config.network.weights
     state = config.training.resume_from
+    if image is not None:
+        image = str(_file("sampling.image_path", image, cwd))
+    if weights is not None:
+        file = _file("network.weights", weights, cwd)
+        _fits(config, file)
+        weights = str(file)
     if state is not None:
-        config.training.resume_from = str(_state("training.resume_from", state, cwd))
-    config.engine.extra_args = list(_arguments(config.engine.extra_args, cwd))
+        state = str(_state("training.resume_from", state, cwd))
+    return replace(
+        config,
+        sampling=replace(config.sampling, image_path=image),
+        network=replace(config.network, weights=weights),
+        training=replace(config.training, resume_from=state),
+        engine=replace(config.engine, extra_args=list(_arguments(config.engine.extra_args, cwd))),
+    )
 
 
 # Options of the trainer that name files, and that the runner has none of its own for.

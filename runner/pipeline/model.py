@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from runner.config.schema import MemoryConfig
+from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.data.select import Selection, Source
-from runner.engines.base import EngineFacts, Machine
-from runner.formats.train_toml import WeightPaths
+from runner.engines.base import Engine, EngineFacts, Job, Machine
+from runner.hub.weights import WeightFacts
+
+State = Literal["done", "to run", "skipped"]
 
 
 @dataclass(frozen=True)
-class WeightFacts:
-    """Where the weights are or will be, and the digest of each once they are there."""
-
-    paths: WeightPaths
-    digests: dict[str, str] | None
-    commands: tuple[Command, ...]
-    summary: str
-
-    @property
-    def present(self) -> bool:
-        return self.digests is not None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What disk, card and environment say; gathered by :mod:`runner.pipeline.inputs`."""
+class Surroundings:
+    """What disk, card and environment say, the dataset left aside."""
 
     root: Path
     python: str
     python_path: str | None
-    sources: tuple[Source, ...]
-    selection: Selection
-    weights: WeightFacts
-    cached: frozenset[str]
+    machine: Machine | None
     memory: MemoryConfig
     memory_note: str | None
-    machine: Machine | None
+    weights: WeightFacts
     engine: EngineFacts
+    # The engine's, in whose name entries lie in the shared cache.
+    cache_identity: str
+
+
+@dataclass(frozen=True)
+class Inputs(Surroundings):
+    """Everything that a plan is made from; gathered by :mod:`runner.pipeline.inputs`."""
+
+    config: RunConfig
+    sources: tuple[Source, ...]
+    selection: Selection
+    cached: frozenset[str]
     seed: int
+
+    @property
+    def job(self) -> Job:
+        """What the engine's commands are made of."""
+        return Job(self.config, self.engine, self.weights.paths, self.memory)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What a stage is planned from: the inputs, and what was worked out for all stages.
+
+    ``options`` are those of train.toml, ``steps`` the optimizer steps. ``needed`` is what the
+    stages that will run need of others.
+    """
+
+    inputs: Inputs
+    engine: Engine
+    options: Mapping[str, Any]
+    steps: int
+    needed: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -62,17 +80,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage. ``files`` are written into the run's folder before ``commands`` are run."""
+class StagePlan:
+    """One stage of a plan.
+
+    ``files`` are written into the run's folder before ``commands`` are run; ``by_hand`` are lines
+    of shell that do what the runner itself does after them.
+    """
 
     name: str
     summary: str
-    state: str
+    state: State
     commands: tuple[Command, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     entries: tuple[Entry, ...] = ()
     missing: int = 0
     outputs: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+    by_hand: tuple[str, ...] = ()
 
     @property
     def to_run(self) -> bool:
@@ -84,7 +108,7 @@ class Plan:
     """A run, before it happens."""
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StagePlan, ...]
     files: tuple[tuple[str, str], ...]
     steps: int
     steps_per_epoch: int
@@ -97,7 +121,7 @@ class Plan:
         """Every cache entry that the run counts on."""
         return tuple(entry for stage in self.stages for entry in stage.entries)
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> StagePlan:
         """The stage of that name; KeyError when the plan has none."""
         for stage in self.stages:
             if stage.name == name:

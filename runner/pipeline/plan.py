@@ -1,4 +1,4 @@
-"""RunConfig and facts in, Plan out; pure.
+"""Inputs and an engine in, Plan out; pure.
 
 A plan holds everything a run does: ordered stages with their exact commands, the files they read
 that the runner writes, what they make, and whether that is there already. A dry run prints the
@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from runner.config.rules import STAGES
 from runner.config.schema import RunConfig
-from runner.core.command import Command
 from runner.core.errors import UserError
-from runner.core.text import counted
 from runner.data.select import dataset_fingerprint, shapes
 from runner.engines.base import Engine
-from runner.engines.musubi import rules as rules_musubi
 from runner.formats import train_toml
 from runner.formats.dataset_toml import render as render_dataset
-from runner.pipeline.model import Facts, Plan, Stage
-from runner.pipeline.plan_data import dataset_stage, entries, latents_stage, text_stage
+from runner.formats.train_options import Rendering, train_options
+from runner.pipeline.model import Inputs, Plan, Planning, StagePlan
+from runner.pipeline.stages import STAGES, skipped
+from runner.pipeline.tables import tables
 from runner.storage.store import key_of
 
 
@@ -32,153 +31,90 @@ def default_name(config: RunConfig) -> str:
     return f"{config.task.name}-{config.network.name}{config.network.rank}-{config.optimizer.name}"
 
 
-def make_plan(config: RunConfig, facts: Facts, engine: Engine) -> Plan:
+def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     """The plan of a run. The same arguments give an equal plan.
 
     Raises :class:`UserError` for options that the data make impossible.
     """
-    compiled, compile_note = engine.compiles(config, facts.memory, facts.machine)
-    per_epoch = steps_per_epoch(config, facts)
+    config, job = inputs.config, inputs.job
+    name = config.name or default_name(config)
+    compiled, compile_note = engine.compiles(job, inputs.machine)
+    per_epoch = steps_per_epoch(inputs)
     total = config.training.max_steps or config.training.epochs * per_epoch
-    clips = any(item.kind == "video" for item in facts.selection.items)
-    eight_bit = config.optimizer.type.lower().endswith("8bit")
-    if config.engine.name == "diffusers" and eight_bit and facts.machine is None:
-        raise UserError(
-            f"optimizer={config.optimizer.name} needs an NVIDIA card, and none was found: take "
-            "optimizer=adamw."
+    clips = any(item.kind == "video" for item in inputs.selection.items)
+    for problem in engine.plan_problems(job, inputs.machine, steps=total, clips=clips):
+        raise UserError(problem)
+    options = train_options(
+        Rendering(
+            config=config,
+            weights=inputs.weights.paths,
+            memory=inputs.memory,
+            name=name,
+            seed=inputs.seed,
+            compile_blocks=compiled,
+            own=engine.own_options,
         )
-    notices = [*facts.selection.notices]
-    if config.engine.name == "musubi":
-        for problem in rules_musubi.plan_problems(config, facts.memory, steps=total, clips=clips):
-            raise UserError(problem)
-        notices += rules_musubi.plan_notices(config, steps=total)
-    notices += [note for note in (facts.memory_note, compile_note) if note]
-    if config.engine.name == "musubi" and "evaluate" not in config.stages.skip:
-        notices.append("engine=musubi has no evaluate stage yet: there will be no eval/loss.")
-    if config.network.name == "lokr":
-        notices.append(
-            "network=lokr: ComfyUI has q, k and v in one layer, which three Kronecker products "
-            "don't make, so they are written out whole: 2.7 GB of bf16 if all are trained."
-        )
-    options = train_toml.train_options(
-        config,
-        facts.weights.paths,
-        facts.memory,
-        name=config.name or default_name(config),
-        seed=facts.seed,
-        compile_blocks=compiled,
     )
-    files: list[tuple[str, str]] = [
-        ("dataset.toml", render_dataset(entries(facts, held_out=False))),
-        *engine.files(config).items(),
+    left_out = skipped(config)
+    missing = {
+        stage.name: why for stage in STAGES if (why := stage.missing_from(engine, job)) is not None
+    }
+    offered = [stage for stage in STAGES if stage.name not in missing]
+    planning = Planning(
+        inputs,
+        engine,
+        options,
+        total,
+        needed=frozenset(n for s in offered if s.name not in left_out for n in s.needs),
+    )
+    stages = tuple(_as_asked(config, stage.plan(planning), left_out) for stage in offered)
+    notices = [
+        *inputs.selection.notices,
+        *engine.plan_notices(job, steps=total),
+        *(note for note in (inputs.memory_note, compile_note) if note),
+        *(why for stage, why in missing.items() if stage not in config.stages.skip),
+        *(notice for stage in stages for notice in stage.notices),
     ]
-    if config.engine.arguments == "file":
-        files.insert(1, ("train.toml", train_toml.render(options)))
-    if facts.selection.has_held_out:
-        files.append(("validation.toml", render_dataset(entries(facts, held_out=True))))
-    if config.sampling.name == "prompts":
-        files.append(
-            ("sample_prompts.txt", train_toml.sample_prompts(config, config.sampling.image_path))
-        )
-    stages = [
-        _weights(facts),
-        dataset_stage(config, facts),
-        latents_stage(config, facts, engine),
-        text_stage(config, facts, engine),
-        Stage(
-            "train",
-            counted(total, "step"),
-            "to run",
-            commands=(engine.train(config, options),),
-            outputs=("checkpoints/lora.safetensors", "lora.safetensors"),
-        ),
-        _convert(facts),
-        *_evaluate(config, facts, engine),
-    ]
-    assert [stage.name for stage in stages] == [n for n in STAGES if n in {s.name for s in stages}]
     return Plan(
-        name=config.name or default_name(config),
-        stages=tuple(_with_wishes(config, stage) for stage in stages),
-        files=tuple(files),
+        name=name,
+        stages=stages,
+        files=tuple(_files(inputs, engine, options)),
         steps=total,
         steps_per_epoch=per_epoch,
         epochs=math.ceil(total / per_epoch),
         notices=tuple(notices),
-        fingerprint=dataset_fingerprint(facts.selection.items),
+        fingerprint=dataset_fingerprint(inputs.selection.items),
     )
 
 
-def _with_wishes(config: RunConfig, stage: Stage) -> Stage:
-    without_lora = "train" in config.stages.skip and stage.name in ("convert", "evaluate")
-    if stage.name in config.stages.skip or without_lora:
+def _as_asked(config: RunConfig, stage: StagePlan, left_out: frozenset[str]) -> StagePlan:
+    if stage.name in left_out:
         return replace(stage, state="skipped")
     if stage.name in config.stages.force and stage.state == "done":
         return replace(stage, state="to run")
     return stage
 
 
-def steps_per_epoch(config: RunConfig, facts: Facts) -> int:
+def _files(inputs: Inputs, engine: Engine, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the commands read in the run's folder, beside what single stages write."""
+    config = inputs.config
+    files = [("dataset.toml", render_dataset(tables(inputs, held_out=False)))]
+    files += engine.files(inputs.job, options).items()
+    if inputs.selection.has_held_out:
+        files.append(("validation.toml", render_dataset(tables(inputs, held_out=True))))
+    if config.sampling.name == "prompts":
+        prompts = train_toml.sample_prompts(config, config.sampling.image_path)
+        files.append(("sample_prompts.txt", prompts))
+    return files
+
+
+def steps_per_epoch(inputs: Inputs) -> int:
     """Optimizer steps in an epoch: batches of equal shape, over gradient accumulation."""
-    counts = shapes(facts.sources, facts.selection)
     batches = sum(
-        math.ceil(count / facts.sources[shape.source].options.batch_size)
-        for shape, count in counts.items()
+        math.ceil(count / inputs.sources[shape.source].options.batch_size)
+        for shape, count in shapes(inputs.sources, inputs.selection).items()
     )
-    return max(1, math.ceil(batches / config.training.gradient_accumulation_steps))
-
-
-def samples_per_epoch(facts: Facts) -> int:
-    """Pictures and crops seen in an epoch, repeats included."""
-    return sum(shapes(facts.sources, facts.selection).values())
-
-
-def _weights(facts: Facts) -> Stage:
-    return Stage(
-        "weights",
-        facts.weights.summary,
-        "done" if facts.weights.present else "to run",
-        commands=facts.weights.commands,
-        outputs=(facts.weights.paths.transformer,),
-    )
-
-
-def _convert(facts: Facts) -> Stage:
-    command = Command(
-        (
-            *(facts.python, "-m", "runner.stages.convert"),
-            *("lora.safetensors", "lora_comfyui.safetensors"),
-        ),
-        set_env=(("PYTHONPATH", facts.python_path),) if facts.python_path else (),
-    )
-    return Stage(
-        "convert",
-        "lora_comfyui.safetensors",
-        "to run",
-        commands=(command,),
-        outputs=("lora_comfyui.safetensors",),
-    )
-
-
-def _evaluate(config: RunConfig, facts: Facts, engine: Engine) -> list[Stage]:
-    held_out = facts.selection.has_held_out
-    command = engine.evaluate(config, "validation.toml" if held_out else "dataset.toml")
-    if command is None:
-        return []
-    # Each crop of a clip has a loss of its own.
-    number = sum(
-        max(1, len(item.crops)) for item in facts.selection.items if item.held_out == held_out
-    )
-    which = "held-out" if held_out else "training"
-    return [
-        Stage(
-            "evaluate",
-            f"eval/loss on {counted(number, f'{which} item')}",
-            "to run",
-            commands=(command,),
-            missing=number,
-            outputs=("evaluation.json",),
-        )
-    ]
+    return max(1, math.ceil(batches / inputs.config.training.gradient_accumulation_steps))
 
 
 def commands_sh(plan: Plan) -> str:
@@ -187,17 +123,12 @@ def commands_sh(plan: Plan) -> str:
     lines.append('cd "$(dirname "$0")"')
     for stage in plan.stages:
         lines += ["", f"# {stage.name}: {stage.summary} ({stage.state})"]
-        if not stage.to_run:
-            continue
-        lines += [command.shell() for command in stage.commands]
-        if stage.name == "train":
-            # The place may be a second name of the very file, which cp would refuse.
-            lines.append("rm -f lora.safetensors")
-            lines.append("cp checkpoints/lora.safetensors lora.safetensors")
+        if stage.to_run:
+            lines += [*(command.shell() for command in stage.commands), *stage.by_hand]
     return "\n".join(lines) + "\n"
 
 
-def config_fingerprint(resolved: dict[str, Any]) -> str:
+def config_fingerprint(resolved: Mapping[str, Any]) -> str:
     """A digest of what decides the result: name, tracking, output_dir and dry_run left out."""
     kept = {k: v for k, v in resolved.items() if k not in ("name", "tracking", "output_dir")}
     kept.pop("dry_run", None)

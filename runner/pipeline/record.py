@@ -8,13 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from runner.config.composed import Composed
 from runner.config.schema import RunConfig, TrackingConfig
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.pipeline.model import Facts, Plan
+from runner.core.paths import checkout
+from runner.engines.base import Engine
+from runner.pipeline.model import Inputs, Plan
 from runner.pipeline.plan import config_fingerprint
 from runner.tracking.client import safe
 from runner.tracking.files import hide_values
@@ -94,10 +98,9 @@ class Recorder:
     @classmethod
     def open(
         cls,
-        config: RunConfig,
-        resolved: dict[str, Any],
-        choices: dict[str, str],
-        facts: Facts,
+        composed: Composed,
+        inputs: Inputs,
+        engine: Engine,
         plan: Plan,
         run_dir: Path,
         sweep: Sweep | None,
@@ -106,24 +109,25 @@ class Recorder:
         from runner.tracking import mlflow_run, mlflow_store
         from runner.tracking.sweep import child_tags, open_parent
 
+        config, resolved, choices = composed.config, composed.resolved, composed.choices
         fingerprint = config_fingerprint(resolved)
-        uri = tracking_uri(config.tracking, facts.root)
+        uri = tracking_uri(config.tracking, inputs.root)
         if uri is None:
             return cls(mlflow_run.NullWriter(), run_dir, fingerprint)
         experiment = config.tracking.experiment
-        mlflow_store.initialise(uri, facts.root)
+        mlflow_store.initialise(uri, inputs.root)
         tags = {
-            **host_tags(facts, config, plan),
+            **host_tags(inputs, engine, plan),
             "config.fingerprint": fingerprint,
             "run.folder": str(run_dir),
         }
         parent = None
         if sweep is not None:
-            sweep.outputs, sweep.uri = facts.root, uri
+            sweep.outputs, sweep.uri = inputs.root, uri
             parent = open_parent(
                 uri,
                 experiment,
-                outputs=facts.root,
+                outputs=inputs.root,
                 sweep_id=sweep.id,
                 name="sweep " + " ".join(sweep.swept or sweep.overrides),
                 tags={"sweep.overrides": " ".join(sweep.overrides)},
@@ -136,9 +140,9 @@ class Recorder:
         writer = mlflow_run.RunWriter.start(
             uri,
             experiment,
-            outputs=facts.root,
+            outputs=inputs.root,
             name=name,
-            params=parameters(config, resolved, choices, facts),
+            params=parameters(composed, inputs),
             tags=tags,
             parent_id=parent,
         )
@@ -194,7 +198,7 @@ class Recorder:
             self._problem(f"{file} could not be written ({error.strerror or error})")
 
 
-def _value(resolved: dict[str, Any], choices: dict[str, str], key: str) -> Any:
+def _value(resolved: Mapping[str, Any], choices: Mapping[str, str], key: str) -> Any:
     """A swept key's value in this run: a group's choice, or an option's value."""
     if key in choices:
         return choices[key]
@@ -204,36 +208,25 @@ def _value(resolved: dict[str, Any], choices: dict[str, str], key: str) -> Any:
     return value
 
 
-def host_tags(facts: Facts, config: RunConfig, plan: Plan) -> dict[str, str]:
+def host_tags(inputs: Inputs, engine: Engine, plan: Plan) -> dict[str, str]:
     """Where a run ran and with what, for MLflow."""
     from runner import __version__
 
     return {
         "runner.version": __version__,
         "runner.commit": code_version(),
-        "engine": config.engine.name,
-        "engine.version": engine_version(facts, config),
+        "engine": engine.name,
+        "engine.version": engine.full_version(inputs.engine),
         "dataset.fingerprint": plan.fingerprint,
         "host": socket.gethostname(),
-        "gpu": facts.machine.name if facts.machine else "none",
+        "gpu": inputs.machine.name if inputs.machine else "none",
         "python": ".".join(str(part) for part in sys.version_info[:3]),
     }
-
-
-def engine_version(facts: Facts, config: RunConfig) -> str:
-    """The engine's version, with those of the libraries it stands on when it is ours."""
-    if config.engine.name != "diffusers":
-        return facts.engine.version
-    from importlib.metadata import version
-
-    parts = [f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")]
-    return ", ".join([facts.engine.version, *parts])
 
 
 def code_version() -> str:
     """The checkout's commit, with a mark when files differ from it; the version when installed."""
     from runner import __version__
-    from runner.core.paths import checkout
 
     top = checkout()
     if top is None:
@@ -252,27 +245,25 @@ def code_version() -> str:
     return done.stdout.strip()
 
 
-def parameters(
-    config: RunConfig, resolved: dict[str, Any], choices: dict[str, str], facts: Facts
-) -> dict[str, Any]:
+def parameters(composed: Composed, inputs: Inputs) -> dict[str, Any]:
     """What MLflow shows as parameters: the groups chosen, and every option that is set."""
     params: dict[str, Any] = {
         group: choice
-        for group, choice in choices.items()
+        for group, choice in composed.choices.items()
         if not group.startswith("hydra/") and choice not in (None, "None", "null")
     }
-    for key, value in _flat(resolved):
+    for key, value in _flat(composed.resolved):
         if key in ("dry_run", "name", "output_dir") or value in (None, "", [], {}):
             continue
         if key.rsplit(".", 1)[-1] == "name" or key.startswith(("tracking.", "stages.")):
             continue
         params[key] = value
-    params["training.seed"] = facts.seed
-    params["memory.tier"] = facts.memory.name
+    params["training.seed"] = inputs.seed
+    params["memory.tier"] = inputs.memory.name
     return params
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and value:

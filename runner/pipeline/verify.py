@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 
-from runner.config.schema import RunConfig
 from runner.core.console import Bar, Console
 from runner.core.text import named
-from runner.engines.base import Engine
-from runner.pipeline.model import Entry, Facts, Plan
-from runner.pipeline.plan import make_plan
+from runner.pipeline.model import Entry, Inputs, Plan, StagePlan
 from runner.storage.leases import Ledger, Use
 from runner.storage.store import Fault, Store
 
@@ -22,30 +19,48 @@ _SHOWN_BYTES = 2e9
 _WHAT = {"media": "unpacked media", "latents": "latents", "text": "encoded captions"}
 _WHY = {"damaged": "damaged in the cache", "unchecked": "cached without a checksum"}
 
-# What was found wrong, by what the entry is called.
-Found = dict[str, tuple[Entry, Fault]]
+
+@dataclass(frozen=True)
+class Found:
+    """An entry that can't be counted on, the stage that wants it, and why."""
+
+    stage: StagePlan
+    entry: Entry
+    fault: Fault
 
 
-def settled(
-    config: RunConfig,
-    facts: Facts,
-    engine: Engine,
+@dataclass(frozen=True)
+class Settled:
+    """A plan whose finished work has no fault, what it is made from, and what was found."""
+
+    inputs: Inputs
+    plan: Plan
+    found: tuple[Found, ...]
+
+
+def settle(
+    inputs: Inputs,
+    make_plan: Callable[[Inputs], Plan],
     faults: Callable[[Collection[str]], dict[str, Fault]],
-) -> tuple[Facts, Plan, Found]:
-    """A plan whose finished work has no fault; the facts it is made of, and what was found.
+    plan: Plan | None = None,
+) -> Settled:
+    """``plan``, or where that counts on what is not there, the first that does not.
 
     ``faults`` tells which of the entries (``shelf/name``) that a plan counts on are wrong. A plan
     made without those may count on others, which are then looked at too.
     """
-    found: Found = {}
+    found: dict[str, Found] = {}
     while True:
-        plan = make_plan(config, facts, engine)
-        entries = {entry.stored: entry for entry in plan.entries}
-        wrong = faults(entries)
-        found |= {one: (entries[one], fault) for one, fault in wrong.items()}
-        if not wrong.keys() & facts.cached:
-            return facts, plan, found
-        facts = replace(facts, cached=facts.cached - wrong.keys())
+        if plan is None:
+            plan = make_plan(inputs)
+        wanted = {entry.stored: (stage, entry) for stage in plan.stages for entry in stage.entries}
+        wrong = faults(wanted)
+        found |= {one: Found(*wanted[one], fault) for one, fault in wrong.items()}
+        lost = wrong.keys() & inputs.cached
+        inputs = replace(inputs, cached=inputs.cached.union(wanted).difference(wrong))
+        if not lost:
+            return Settled(inputs, plan, tuple(found.values()))
+        plan = None
 
 
 def read_through(store: Store, stored: Collection[str], console: Console) -> dict[str, Fault]:
@@ -63,45 +78,43 @@ def read_through(store: Store, stored: Collection[str], console: Console) -> dic
         return store.faults(stored, read=True, progress=progress)
 
 
-def notices(found: Found, skipped: Collection[str]) -> list[str]:
-    """A line for each kind of fault on each shelf; ``skipped`` are the stages that make nothing."""
+def notices(found: Sequence[Found]) -> list[str]:
+    """A line for each kind of fault on each shelf."""
     lines: list[str] = []
     for shelf, what in _WHAT.items():
-        stage = "dataset" if shelf == "media" else shelf
-        fate = "left out, as the stage is skipped" if stage in skipped else "made again"
         for wanted, why in _WHY.items():
-            names = sorted(
-                PurePosixPath(entry.links[0]).name
-                for entry, fault in found.values()
-                if (entry.shelf, fault) == (shelf, wanted)
-            )
+            those = [one for one in found if (one.entry.shelf, one.fault) == (shelf, wanted)]
+            if not those:
+                continue
+            names = sorted(PurePosixPath(one.entry.links[0]).name for one in those)
+            skipped = any(one.stage.state == "skipped" for one in those)
+            fate = "left out, as the stage is skipped" if skipped else "made again"
             was, is_ = ("was", "is") if len(names) == 1 else ("were", "are")
-            if names:
-                lines.append(
-                    f"{len(names)} of the {what} {was} {why} and {is_} {fate}: {named(names)}."
-                )
+            lines.append(
+                f"{len(names)} of the {what} {was} {why} and {is_} {fate}: {named(names)}."
+            )
     return lines
 
 
-def use_of(facts: Facts, plan: Plan, run_dir: Path) -> Use:
+def use_of(inputs: Inputs, plan: Plan, run_dir: Path) -> Use:
     """The record of what a run uses, holding nothing yet."""
-    root = facts.root / "cache"
-    paths = [source.path for source in facts.sources]
+    root = inputs.root / "cache"
+    paths = [source.path for source in inputs.sources]
     names = (
         "sample" if source.options.kind == "sample" else PurePath(source.path).name
-        for source in facts.sources
+        for source in inputs.sources
     )
     dataset = {
         "name": " + ".join(names),
         "paths": paths,
-        "items": len(facts.selection.items),
+        "items": len(inputs.selection.items),
         "fingerprint": plan.fingerprint,
     }
     weights = (
         Path(path).relative_to(root).parts[:2]
-        for path in asdict(facts.weights.paths).values()
+        for path in asdict(inputs.weights.paths).values()
         if path and Path(path).is_relative_to(root)
     )
-    run = run_dir.relative_to(facts.root).as_posix()
+    run = run_dir.relative_to(inputs.root).as_posix()
     always = {"weights/checked", *("/".join(parts) for parts in weights)}
     return Use(Ledger(root), run, dataset, always)

@@ -39,6 +39,11 @@ def key_of(made_of: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
+def entry_name(made_of: Mapping[str, Any]) -> str:
+    """The name in the store of a cache entry made of this."""
+    return key_of(made_of) + ".safetensors"
+
+
 def link(target: Path, place: Path) -> None:
     """Put ``target`` at ``place``: a symbolic link, or a copy where links can't be made."""
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -213,6 +213,17 @@ def test_a_running_jobs_entries_stay(
     assert left() == set()
 
 
+# Nor does it lose them when another run ends meanwhile that used the very same.
+def test_a_running_jobs_entries_outlast_a_run_like_it(stocked: Path) -> None:
+    root = Path("outputs/cache").absolute()
+    with other("use", root, "latents/a2.safetensors"):
+        use = Use(Ledger(root), "runs/mine", {"name": "d", "paths": ["/d"]})
+        use.hold(["latents/a2.safetensors", "weights/tiny-1"])
+        use.release()
+        assert cache.main(["prune", "--keep-below", "0kB", "--yes"]) == 0
+        assert left() == {"a2"}
+
+
 # A run that begins while a person thinks about the answer keeps its entries.
 def test_a_run_that_begins_meanwhile_keeps_its_entries(
     stocked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from runner.core.errors import UserError
 from runner.data.ingest import Reading, scan_sources
 from runner.data.select import Source
 from runner.data.sources import check_unchanged, look, memo, unpack
+from runner.data.sources.scan import workers
 from runner.storage import bulk_writer
 from runner.storage import store as storing
 from runner.storage.bulk_writer import BulkWriter
@@ -203,12 +206,14 @@ def test_a_new_zip_of_the_same_name(tmp_path: Path) -> None:
 # A file changed within two seconds before it was read is not remembered: a change in the same
 # instant could not be told. Nor one whose time of change lies ahead.
 def test_racy_files_are_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo, "RACY_NS", 2_000_000_000)
+    # Days, so that a slow machine is within them too.
+    monkeypatch.setattr(memo, "RACY_NS", 10**15)
     zipped(tmp_path / "m.zip")
     looked = probed(monkeypatch)
     ingest(tmp_path)
     ingest(tmp_path)
     assert len(looked) == 30
+    monkeypatch.setattr(memo, "RACY_NS", 2_000_000_000)
     now = 10**18
     assert not memo.settled((1, 1, 1, now - 3 * 10**9, now - 1 * 10**9), now)
     assert not memo.settled((1, 1, 1, now - 1 * 10**9, now - 3 * 10**9), now)
@@ -254,9 +259,37 @@ def _cut_after(number: int) -> Callable[[str, int, int], None]:
     return progress
 
 
+def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]:
+    """Looking at a wider picture takes until an interrupt was told; what is looked at."""
+    real: Any = getattr(look, "probe_image")  # noqa: B009
+    shut_down: Any = ThreadPoolExecutor.shutdown
+    interrupted = threading.Event()
+    looked: list[object] = []
+
+    def slow(stream: Any) -> Any:
+        looked.append(stream)
+        size, mode = real(stream)
+        if size[0] > wider_than:
+            assert interrupted.wait(60)
+        return size, mode
+
+    def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
+        shut_down(self, **{**options, "wait": False})
+        interrupted.set()
+        shut_down(self, *given, **options)
+
+    monkeypatch.setattr(look, "probe_image", slow)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
+    return looked
+
+
 # A zip that was half unpacked is gone on with: what was looked at is not read again.
-def test_a_cut_ingestion_goes_on(tmp_path: Path, opened: list[str]) -> None:
+def test_a_cut_ingestion_goes_on(
+    tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     zipped(tmp_path / "m.zip", pictures=60)
+    # By name the 39th medium and on: those before them are looked at while nothing is held up.
+    held_up(monkeypatch, wider_than=79)
     with pytest.raises(_Cut):
         ingest(tmp_path, progress=_cut_after(20))
     some = entries(tmp_path)
@@ -289,17 +322,11 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
 # An interrupt does not wait for what is left.
 def test_an_interrupt_ends_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zipped(tmp_path / "m.zip", pictures=200, clips=0)
-    real: Any = getattr(look, "probe_image")  # noqa: B009
-
-    def slow(stream: Any) -> Any:
-        time.sleep(0.05)
-        return real(stream)
-
-    monkeypatch.setattr(look, "probe_image", slow)
-    began = time.monotonic()
+    looked = held_up(monkeypatch, wider_than=40)
     with pytest.raises(_Cut):
         ingest(tmp_path, progress=_cut_after(1))
-    assert time.monotonic() - began < 2.0  # all of them take ten divided by the cores
+    # What was begun is done; of 200 nothing else is.
+    assert 1 <= len(looked) <= 1 + workers()
 
 
 # An entry is under its final name only when its bytes are on the disk, so that a power cut leaves
@@ -447,6 +474,20 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
         check_unchanged(items)
 
 
+# So is an edit that leaves a file as long as it was.
+def test_an_edit_of_equal_size_is_noticed(tmp_path: Path) -> None:
+    picture = make_image(tmp_path / "made" / "a.png")
+    picture.with_suffix(".txt").write_text("a caption")
+    items = ingest(tmp_path, path="made").items
+    data = picture.read_bytes()
+    picture.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    # At another time, which the clock of a file system need not tell within a moment.
+    os.utime(picture, ns=(1, 1))
+    assert picture.stat().st_size == len(data)
+    with pytest.raises(UserError, match=r"a\.png has changed since it was looked at"):
+        check_unchanged(items)
+
+
 # An archive that changes while it is read is not remembered, and what comes of it is checked.
 def test_an_archive_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,6 +502,20 @@ def test_an_archive_that_changes_while_it_is_read(
     looked = probed(monkeypatch)
     ingest(tmp_path)
     assert looked
+
+
+# An archive counts as read when its list was, not when a medium in it was: one listed within two
+# seconds of its last change is not remembered, however long the reading takes.
+def test_an_archive_is_as_old_as_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "RACY_NS", 2_000_000_000)
+    written = zipped(tmp_path / "m.zip").stat().st_ctime_ns
+    # Whoever asks first, for the list, is told a second after the change; each further one later.
+    seconds = itertools.count(1, 10)
+    monkeypatch.setattr(time, "time_ns", lambda: written + next(seconds) * 1_000_000_000)
+    ingest(tmp_path)
+    looked = probed(monkeypatch)
+    ingest(tmp_path)
+    assert len(looked) == 15
 
 
 @pytest.fixture

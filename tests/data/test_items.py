@@ -9,7 +9,15 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.core.errors import UserError
-from runner.data.select import Selection, dataset_fingerprint, is_held_out, item_id, select
+from runner.data.select import (
+    Selection,
+    dataset_fingerprint,
+    is_held_out,
+    is_used,
+    item_id,
+    select,
+    source_options,
+)
 
 TINY = ["engine=diffusers", "model=tiny"]
 
@@ -65,6 +73,21 @@ def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
     assert [crop.frames for crop in chosen.items[0].crops] == [1, 13]
     assert "targets of 25 frames are lost" in chosen.notices[0]
     assert selection([fake_item("a.mp4")]).notices == ()
+
+
+# What is unpacked of an archive is what the run will train on: so too where source_fps drops so
+# many frames of a clip that none of the targets fits.
+@pytest.mark.parametrize("mode", ["head", "uniform"])
+def test_what_is_used_is_what_is_selected(mode: str) -> None:
+    clip, picture = fake_item("a.mp4", frames=49, fps=48.0), fake_item("b.jpg")
+    options = ("dataset.target_frames=[49]", f"dataset.frame_extraction={mode}")
+    for fps, used in (("null", True), ("24", True), ("48", False)):
+        given = (*options, f"dataset.source_fps={fps}")
+        config = compose(*TINY, *given)
+        (source,) = source_options(config.dataset)
+        assert is_used(clip, source, config.task.name) is used
+        names = {item.media.name for item in selection([clip, picture], *given).items}
+        assert ("a.mp4" in names) is used
 
 
 # Media without captions stop the run, or are skipped, or get the default, as was said.
@@ -139,14 +162,57 @@ def test_a_repeated_row_is_an_item_each_time(name: str) -> None:
     assert plan.steps_per_epoch == alone.steps_per_epoch + 2 * (alone.steps_per_epoch - 1)
 
 
-# The fingerprint is of what is trained on: not of names or order, but of media and captions.
+# The fingerprint is of what is trained on: not of names or order, but of media, captions, sizes,
+# crops and the split.
 def test_fingerprint() -> None:
     items = [fake_item("a.jpg"), fake_item("b.mp4")]
-    base = dataset_fingerprint(selection(items).items)
-    renamed = [replace(item, name="moved/" + item.name) for item in reversed(items)]
+    chosen = selection(items).items
+    base = dataset_fingerprint(chosen)
+    renamed = [replace(item, name="moved/" + item.name) for item in items]
     assert dataset_fingerprint(selection(renamed).items) == base
-    recaptioned = [replace(items[0], caption="new"), items[1]]
-    assert dataset_fingerprint(selection(recaptioned).items) != base
+    assert dataset_fingerprint(reversed(chosen)) == base
+    clip = next(item for item in chosen if item.kind == "video")
+    (other,) = (item for item in chosen if item is not clip)
+    changed = [
+        replace(clip, media=replace(clip.media, sha256="0" * 64)),
+        replace(clip, caption="new"),
+        replace(clip, bucket=(clip.bucket[1], clip.bucket[0])),
+        replace(clip, crops=clip.crops[:-1]),
+        replace(clip, crops=(*clip.crops[:-1], replace(clip.crops[-1], position=1))),
+        replace(clip, crops=(*clip.crops[:-1], replace(clip.crops[-1], frames=29))),
+        replace(clip, held_out=True),
+    ]
+    fingerprints = {dataset_fingerprint([other, item]) for item in changed}
+    assert len(fingerprints | {base}) == 1 + len(changed)
+
+
+# The options themselves change it where they change what is trained on.
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataset.resolution=[320,192]",
+        "dataset.target_frames=[13]",
+        "dataset.validation_fraction=0.5",
+        "dataset.trigger_word=ohwx",
+    ],
+)
+def test_options_that_change_the_fingerprint(override: str) -> None:
+    items = [fake_item("a.jpg", sha256="0" * 64), fake_item("b.mp4", sha256="f" * 64)]
+    base = dataset_fingerprint(selection(items).items)
+    assert dataset_fingerprint(selection(items, override).items) != base
+
+
+# The two bucket flags are for pictures: musubi-tuner caches clips as if neither were set, and would
+# not find those of another size again.
+@pytest.mark.parametrize("flag", ["enable_bucket=false", "bucket_no_upscale=true"])
+def test_bucket_flags_leave_clips_as_they_are(flag: str) -> None:
+    items = [fake_item(name, size=(320, 128)) for name in ("a.jpg", "b.mp4")]
+    plain, flagged = (
+        {item.kind: item.bucket for item in selection(items, *overrides).items}
+        for overrides in ((), (f"dataset.{flag}",))
+    )
+    assert plain["image"] == plain["video"] == flagged["video"]
+    assert flagged["image"] != plain["image"]
 
 
 # Pictures that musubi-tuner would crash on are handed on as RGB copies.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import compose, fake_item
+from conftest import compose, fake_item, problems_of
 
-from runner.config.rules import problems
 from runner.core.errors import UserError
 from runner.data.balance import weigh
 from runner.data.select import Selection, Source, select, source_options
@@ -87,10 +86,10 @@ def test_the_part_is_chosen_by_content() -> None:
 
 
 # The subject's trigger word is not put before what is not the subject, unless the set has its own;
-# and nothing of a set is held out.
+# and nothing of a set is held out, so that all of it is there to be trained on.
 def test_no_trigger_word_and_nothing_held_out() -> None:
-    _, chosen = weighed(
-        "1",
+    sources, chosen = weighed(
+        "3",
         pictures("r", 40),
         pictures("o", 40),
         "dataset.trigger_word=ohwx",
@@ -98,9 +97,15 @@ def test_no_trigger_word_and_nothing_held_out() -> None:
     )
     regular = [item for item in chosen.items if item.source == 1]
     others = [item for item in chosen.items if item.source == 0]
-    assert not any("ohwx" in item.caption or item.held_out for item in regular)
+    assert {item.media.name for item in regular} == {f"r{n}.jpg" for n in range(40)}
+    assert not any(item.held_out for item in regular)
+    assert all(item.caption == f"a caption of {item.media.name[:-4]}" for item in regular)
+    assert {item.media.name for item in others} == {f"o{n}.jpg" for n in range(40)}
     assert all(item.caption.startswith("ohwx, ") for item in others)
-    assert 0 < sum(item.held_out for item in others) < 40
+    trained = sum(not item.held_out for item in others)
+    assert 0 < trained < 40
+    # Three times as many samples as those of the others that are trained on, at x2.
+    assert sources[1].options.num_repeats == round(3 * 2 * trained / 40)
     config = compose("dataset.sources=[{path: r, regularisation: true, trigger_word: dog}]")
     assert source_options(config.dataset)[0].trigger_word == "dog"
 
@@ -133,7 +138,7 @@ def test_the_plan_follows() -> None:
     ],
 )
 def test_wrong_weights_are_refused(sources: str, message: str) -> None:
-    (problem,) = problems(compose(*TINY, f"dataset.sources={sources}"))
+    (problem,) = problems_of(compose(*TINY, f"dataset.sources={sources}"))
     assert message in problem and "\n" not in problem
 
 

@@ -340,7 +340,7 @@ def test_a_run_has_the_report_and_its_notes(folder: Path, tmp_path: Path) -> Non
     from conftest import plan_of
 
     from runner.core.console import Console
-    from runner.data.report.write import write_report
+    from runner.pipeline.stages.dataset import write_report
     from runner.tracking.mlflow_run import NullWriter
 
     out = io.StringIO()
@@ -348,8 +348,7 @@ def test_a_run_has_the_report_and_its_notes(folder: Path, tmp_path: Path) -> Non
     facts = fake_facts(config, scan("folder", folder, max_bytes=10**9).items)
     facts = replace(facts, root=tmp_path / "outputs")
     context: Any = SimpleNamespace(
-        config=config,
-        facts=facts,
+        inputs=facts,
         console=Console.for_stream(out),
         run_dir=tmp_path,
         writer=NullWriter(),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import compose, fake_facts, fake_item
+from conftest import compose
 
 from runner.data.report.model import Tokens
 from runner.data.report.tokens import count_tokens, estimate, may_be_cut
@@ -25,17 +24,14 @@ def test_tokens_are_counted_by_the_encoders_own_tokenizer(
     from runner.engines.diffusers import models, text_encoding
     from runner.engines.diffusers.make_weights import make_weights
 
-    config = compose(*BASE)
-    facts = fake_facts(config, [fake_item("a.jpg")])
     with monkeypatch.context() as patched:
         patched.setattr(counting, "_load", lambda folder: pytest.fail("loaded a tokenizer"))
-        assert count_tokens(["short", "x" * 900], config, facts) == {}
+        assert count_tokens(["short", "x" * 900], tmp_path) == {}
     long = "a photo of a cat " * 100
-    assert count_tokens([long], config, facts) == {long: Tokens(estimate(long), exact=False)}
+    assert count_tokens([long], None) == {long: Tokens(estimate(long), exact=False)}
     make_weights(tmp_path / "tiny")
-    paths = replace(facts.weights.paths, text_encoder=str(tmp_path / "tiny" / "text_encoder"))
-    facts = replace(facts, weights=replace(facts.weights, paths=paths))
-    (length,) = count_tokens([long], config, facts).values()
+    folder = tmp_path / "tiny" / "text_encoder" / "tokenizer"
+    (length,) = count_tokens([long], folder).values()
     tokenizer, encoder = models.load_text_encoder(tmp_path / "tiny" / "text_encoder")
     (embed,) = text_encoding.encode_captions(tokenizer, encoder, [long])
     assert length == Tokens(len(embed), exact=True)
@@ -48,12 +44,12 @@ def test_the_real_tokenizer_is_found_in_the_cache(
     from huggingface_hub import constants
 
     from runner.engines.diffusers.make_weights import make_weights
-    from runner.pipeline.stages.weights import find_tokenizer
+    from runner.hub.weights import find_tokenizer, hub_weights
 
     config = compose("model=hunyuan15_480p")
-    facts = replace(fake_facts(config, [fake_item("a.jpg")]), root=tmp_path / "outputs")
+    root = tmp_path / "outputs"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert find_tokenizer(config.model, facts.root) is None
+    assert find_tokenizer(config.model, root) is None
     make_weights(tmp_path / "tiny")
     tiny = json.loads((tmp_path / "tiny/text_encoder/tokenizer/tokenizer.json").read_text())
     repository = tmp_path / "hub" / "models--Qwen--Qwen-Image"
@@ -66,9 +62,9 @@ def test_the_real_tokenizer_is_found_in_the_cache(
     merges = [" ".join(merge) for merge in tiny["model"]["merges"]]
     (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
     (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    assert find_tokenizer(config.model, facts.root) == place
+    assert find_tokenizer(config.model, root) == place
     caption = "a photo of a cat " * 100
-    (length,) = count_tokens([caption], config, facts).values()
+    (length,) = count_tokens([caption], hub_weights(config, root).tokenizer).values()
     assert length.exact
     assert 300 < length.count < 1800
 

@@ -96,6 +96,21 @@ def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     assert len(contents) == 1
 
 
+# The header of a file is filled up to a multiple of 8 bytes, whatever its words take, so that the
+# numbers behind it lie where a reader that maps the file may take them as they are.
+def test_numbers_are_aligned(tmp_path: Path) -> None:
+    lengths = set()
+    for count in range(8):
+        path = tmp_path / cache.text_name(f"{count}")
+        cache.write_text(path, torch.ones(3, 4), torch.zeros(0, 7), caption="é" + "x" * count)
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        assert length % 8 == 0
+        lengths.add(len(content[8 : 8 + length].rstrip(b" ")) % 8)
+        assert cache.read_text(path).caption == "é" + "x" * count
+    assert lengths == set(range(8))
+
+
 # A write that fails leaves the old file whole and no other, and what is being written is never
 # under a name that training would pick up.
 def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

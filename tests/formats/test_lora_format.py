@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from runner.core.errors import UserError
 from runner.formats import lora
 from runner.formats.transformer_keys import BLOCK_LINEARS
+from runner.pipeline.stages.convert import convert
 
 HIDDEN = 128  # at rank 32 the file passes 1 MiB, where the legacy hash begins
 METADATA = {"ss_network_dim": "4", "ss_seed": "42", "modelspec.title": "a title"}
@@ -258,3 +260,15 @@ def test_import_is_light() -> None:
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# The file for ComfyUI, and the one made back from it, tell of the training what its LoRA told.
+def test_converted_files_keep_their_metadata(tmp_path: Path) -> None:
+    first, comfyui, back = (tmp_path / f"{n}.safetensors" for n in ("lora", "comfyui", "back"))
+    save_file(musubi_file(2), first, METADATA)
+    convert(first, comfyui)
+    convert(comfyui, back, reverse=True)
+    for file in (comfyui, back):
+        with safe_open(file, framework="pt") as opened:
+            kept = {key: opened.metadata().get(key) for key in METADATA}
+            assert kept == METADATA

@@ -71,7 +71,8 @@ def config(*overrides: str) -> RunConfig:
 
 
 def look(tmp_path: Path, *overrides: str, dry: bool = False) -> Source:
-    reading = Reading(keep=not dry, watch=_Watch)
+    force = "dataset" in config(*overrides).stages.force
+    reading = Reading(keep=not dry, watch=_Watch, force=force)
     store = Store(tmp_path / "outputs" / "cache")
     (source,) = scan_sources(config(*overrides), tmp_path, store, reading)
     return source

@@ -59,6 +59,33 @@ def test_fresh_download(hub: Hub, tmp_path: Path) -> None:
     assert notes.files[-2:] == ["tok/extra.json", "tok/vocab.json"]
 
 
+# A download has its final name only when its bytes are on the disk, so that a power cut leaves a
+# whole file or one to go on with.
+def test_a_download_is_synced_before_it_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[tuple[int, int]] = set()
+    named: list[bool] = []
+    real_sync, real_rename = os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        real_sync(descriptor)
+        stat = os.fstat(descriptor)
+        synced.add((stat.st_ino, stat.st_size))
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.suffix == ".incomplete":
+            stat = self.stat()
+            named.append((stat.st_ino, stat.st_size) in synced)
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", rename)
+    fetch(tmp_path)
+    whole(tmp_path)
+    assert named == [True, True]
+
+
 # When all is here and was read once, the hub is asked nothing and no file is read again, for a
 # branch as for a commit.
 def test_second_run_is_silent(hub: Hub, tmp_path: Path) -> None:

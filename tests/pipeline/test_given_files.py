@@ -38,8 +38,7 @@ def whole_lora() -> dict[str, torch.Tensor]:
 def test_a_fitting_lora_is_taken(tmp_path: Path) -> None:
     save_file(lora(), tmp_path / "old run [1].safetensors")
     config = compose("network.weights=old run [1].safetensors", "network.rank=4", "network.alpha=2")
-    settle(config, tmp_path)
-    assert config.network.weights == str(tmp_path / "old run [1].safetensors")
+    assert settle(config, tmp_path).network.weights == str(tmp_path / "old run [1].safetensors")
 
 
 # Files are saved in bf16, which rounds an alpha: what was trained with is still the same.
@@ -110,8 +109,7 @@ def test_files_among_the_trainers_arguments_are_found(tmp_path: Path) -> None:
         "engine.extra_args=[--base_weights,a.safetensors,b.safetensors,--base_weights_multiplier,"
         "1,-0.5,'--log_tracker_config=tracker.toml',--log_prefix,a.safetensors]"
     )
-    settle(config, tmp_path)
-    assert config.engine.extra_args == [
+    assert settle(config, tmp_path).engine.extra_args == [
         *("--base_weights", f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors"),
         *("--base_weights_multiplier", "1", "-0.5"),
         f"--log_tracker_config={tmp_path}/tracker.toml",

@@ -13,7 +13,7 @@ from conftest import compose, fake_facts, fake_item, plan_of, report_of
 from runner.cli.page import page
 from runner.config.groups import conf_folder, groups
 from runner.core.errors import UserError
-from runner.engines.base import Machine
+from runner.engines.base import NO_CARD, Machine
 from runner.pipeline.model import Plan
 from runner.pipeline.plan import commands_sh
 
@@ -148,7 +148,7 @@ def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None])
 def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
     config = compose(*BASES["diffusers"], "dry_run=true", "dataset.validation_fraction=0.3")
     facts = fake_facts(config, MEDIA)
-    golden("page.txt", page(plan_of(config, facts), config, facts, report_of(config, facts)))
+    golden("page.txt", page(plan_of(config, facts), facts, report_of(config, facts)))
 
 
 def keys(plan: Plan, stage: str) -> set[str]:
@@ -280,6 +280,22 @@ def test_compile_follows_the_card() -> None:
     assert compiled(None, "training.compile=always") == (True, False)
 
 
+# A card of just the capability that Triton, bf16 or fp8 needs compiles: V100, A100 and L40.
+def test_compile_begins_at_the_capability_itself() -> None:
+    def compiled(name: str, capability: tuple[int, int], precision: str) -> bool:
+        config = compose("memory=80gb", f"precision={precision}")
+        machine = Machine(name, 80.0, capability)
+        files = dict(plan_of(config, fake_facts(config, MEDIA, machine=machine)).files)
+        return "compile = true" in files["train.toml"]
+
+    assert compiled("V100", (7, 0), "fp16")
+    assert not compiled("P100", (6, 9), "fp16")
+    assert compiled("A100", (8, 0), "bf16")
+    assert not compiled("V100", (7, 9), "bf16")
+    assert compiled("L40", (8, 9), "fp8")
+    assert not compiled("A40", (8, 8), "fp8")
+
+
 # An engine that can't compile is used without, with its reason on the page.
 def test_compile_follows_the_engine() -> None:
     config = compose("memory=80gb")
@@ -292,11 +308,12 @@ def test_compile_follows_the_engine() -> None:
 
 # memory=auto takes the largest tier the card holds, and what is set by hand stays.
 def test_memory_tier_follows_the_card() -> None:
-    from runner.pipeline.inputs import memory_tier
+    from runner.engines.registry import engine_named
 
     def tier(gigabytes: float, *overrides: str) -> tuple[str, int | None]:
         machine = Machine("card", gigabytes, (8, 9))
-        memory, _ = memory_tier(compose(*overrides), machine)
+        config = compose(*overrides)
+        memory, _ = engine_named(config.engine.name).memory_plan(config, machine, NO_CARD)
         return memory.name, memory.blocks_to_swap
 
     assert tier(11.7)[0] == "12gb"

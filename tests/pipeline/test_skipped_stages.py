@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import compose, fake_facts, fake_item
+from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.core.errors import UserError
-from runner.pipeline.executor import engine_for
 from runner.pipeline.model import Plan
-from runner.pipeline.plan import make_plan
 
 TINY = ["engine=diffusers", "model=tiny", "memory=cpu", "optimizer=adamw", "precision=fp32"]
 ITEMS = [fake_item(f"{n}.jpg") for n in range(20)]
@@ -17,7 +15,8 @@ ITEMS = [fake_item(f"{n}.jpg") for n in range(20)]
 def plan(*overrides: str, cached: frozenset[str] = frozenset(), digests: bool = True) -> Plan:
     config = compose(*TINY, "dataset.validation_fraction=0.3", *overrides)
     facts = fake_facts(config, ITEMS, cached=cached, digests=digests)
-    return make_plan(config, facts, engine_for(config, facts))
+    made: Plan = plan_of(config, facts)
+    return made
 
 
 # What is cached is looked for under names that only the weights give, so that a plan made before

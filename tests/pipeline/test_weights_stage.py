@@ -21,8 +21,9 @@ from hub_server import Hub, Repository, serve, talk_to
 from runner.config.schema import RunConfig
 from runner.core.console import Console
 from runner.core.errors import StageError
-from runner.pipeline.model import Plan, WeightFacts
-from runner.pipeline.stages.weights import hub_requests, weight_facts
+from runner.engines.registry import engine_named
+from runner.hub.weights import WeightFacts, hub_requests, hub_weights
+from runner.pipeline.model import Plan
 
 MODEL, ENCODERS = "tencent/HunyuanVideo-1.5", "Comfy-Org/HunyuanVideo_1.5_repackaged"
 COMMITS = {
@@ -85,21 +86,23 @@ def run(config: RunConfig, tmp_path: Path) -> tuple[Path, Any, Plan]:
     """A run of the weights stage alone, as ``python -m runner`` does it; its folder and tags."""
     from omegaconf import OmegaConf
 
-    from runner.pipeline.executor import _Run, engine_for
+    from runner.config.composed import Composed
+    from runner.pipeline.executor import Prepared, _Run
     from runner.pipeline.plan import make_plan
     from runner.tracking.mlflow_run import NullWriter
 
     config.stages.skip = ["dataset", "latents", "text", "train", "convert", "evaluate"]
     config.tracking.name = "none"
     facts = facts_of(config, tmp_path)
-    engine = engine_for(config, facts)
-    plan = make_plan(config, facts, engine)
+    engine = engine_named(config.engine.name)
+    plan = make_plan(facts, engine)
     resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     out = Console.for_stream(io.StringIO())
     tags: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NullWriter, "set_tags", lambda _, values: tags.update(values))
-        _Run(config, resolved, [], {}, out, facts, engine, plan, None).through()
+        composed = Composed(config, resolved, (), {})
+        _Run(Prepared(composed, facts, engine, plan), out, None).through()
     (folder,) = sorted((tmp_path / "outputs" / "runs").glob("*/*"))[-1:]
     return folder, tags, plan
 
@@ -109,7 +112,7 @@ def facts_of(config: RunConfig, tmp_path: Path) -> Any:
 
     root = tmp_path / "outputs"
     facts = fake_facts(config, [fake_item("clip.mp4")])
-    return replace(facts, root=root, weights=weight_facts(config, root))
+    return replace(facts, root=root, weights=hub_weights(config, root))
 
 
 @pytest.fixture
@@ -124,7 +127,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_network")
 def test_facts_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk_to(Hub(), tmp_path, monkeypatch)
-    facts = weight_facts(compose(), tmp_path)
+    facts = hub_weights(compose(), tmp_path)
     assert not facts.present
     assert facts.summary == f"9 files of {MODEL}, its encoders and tokenizers, 9 to fetch"
     assert facts.paths.vae.endswith(f"/snapshots/main/vae/{DIFFUSERS}")
@@ -272,10 +275,10 @@ def test_branch_is_part_of_complete(hub: Hub, tmp_path: Path) -> None:
     config.model.byt5_tokenizer_revision = COMMITS["google/byt5-small"]
     run(config, tmp_path)
     (tmp_path / "hub/models--google--byt5-small/refs/main").unlink()
-    assert not weight_facts(config, tmp_path / "outputs").present
+    assert not hub_weights(config, tmp_path / "outputs").present
     hub.asked.clear()
     run(config, tmp_path)
-    assert weight_facts(config, tmp_path / "outputs").present
+    assert hub_weights(config, tmp_path / "outputs").present
     assert hub.asked == []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cache_process import fake_musubi
 from conftest import PICTURES_ALONE, TOP, run_program
+from in_process import executables_here, run_here
 
 RECIPES = sorted(file.stem for file in (TOP / "conf" / "experiment").glob("*.yaml"))
 # What a recipe is run for here when it is not t2v; the dry run takes both tasks of each.
@@ -99,17 +100,20 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "recipes"
 
 
-# Every recipe trains, start to ComfyUI file, with the real program at a tiny size.
-# The rehearsal itself is test_rehearsal.py.
+# Every recipe trains, start to ComfyUI file, at a tiny size; all in this process, since importing
+# torch for each stage of each takes far longer. The rehearsal itself is test_rehearsal.py.
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "rehearsal"])
-def test_every_recipe_trains(recipe: str, outputs: Path, tmp_path: Path) -> None:
+def test_every_recipe_trains(
+    recipe: str, outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executables_here(monkeypatch)
     task = TASK.get(recipe, "t2v")
     name = f"{recipe}-{task}"
-    done = run_program(
+    out = run_here(
         *(f"experiment={recipe}", f"task={task}", *TINY, f"output_dir={outputs}", f"name={name}"),
-        cwd=tmp_path,
+        folder=tmp_path,
+        monkeypatch=monkeypatch,
     )
-    assert done.code == 0, done.err + done.out
     (run,) = (run for run in outputs.glob("runs/*/*") if run.name.endswith(f"-{name}"))
     assert (run / "lora_comfyui.safetensors").stat().st_size > 0
-    assert re.search(r"^      steps 2/2  loss \d", done.out, re.MULTILINE), done.out
+    assert re.search(r"^      steps 2/2  loss \d", out, re.MULTILINE), out

@@ -91,8 +91,8 @@ COMMANDS = all_commands()
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all the data that the pages name, and a musubi-tuner that looks installed."""
-    from runner.engines.musubi.engine import VERSION
-    from runner.pipeline.stages import run_stage
+    from runner.engines.musubi.packages import VERSION
+    from runner.pipeline.stages.dataset import DATASET
 
     top = tmp_path_factory.mktemp("docs")
     clips = top / "here" / "clips"
@@ -116,7 +116,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fake_musubi(top / "home" / "musubi-tuner")
     # A cache that holds the zip's media, as after a run.
     context = context_of(top / "here" / "outputs", top / "here" / "mydata.zip", *with_musubi(top))
-    run_stage("dataset", context)
+    DATASET.run(context)
     context.use.release()
     return top
 

@@ -145,3 +145,22 @@ def test_turns_on_one_name(tmp_path: Path) -> None:
             assert told == ["x"]
             assert ledger.claimed() == {"incoming/x"}
     assert list((ledger.root / "claims").iterdir()) == []
+
+
+# A run that ends takes the records of ended runs like it away, and never that of a run that goes
+# on, though it is on the same dataset and uses the same.
+def test_the_record_of_a_running_run_stays(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "cache")
+    names = ["text/a", "weights/tiny-1"]
+    with other("use", ledger.root, "text/a") as (process, said):
+        assert said == "held"
+        for number in range(2):
+            use = Use(ledger, f"runs/mine{number}", {"name": "d", "paths": ["/d"]})
+            use.hold(names)
+            use.release()
+        records = {record.data["run"]: record for record in ledger.uses.all()}
+        assert records.keys() == {"runs/other", "runs/mine1"}
+        # They are alike indeed, so that only its life keeps the first.
+        assert len({record.data["set"] for record in records.values()}) == 1
+        assert records["runs/other"].who == f"runs/other (process {process.pid})"
+        assert ledger.in_use() == set(names)

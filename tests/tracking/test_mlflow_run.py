@@ -314,6 +314,49 @@ def test_a_missing_artifact_is_a_problem(store: Store) -> None:
     assert len(writer.problems) == 1 and "lora.safetensors" in writer.problems[0]
 
 
+class Refusing:
+    """A client of a server that answers the first artifact with an HTTP status, the rest well."""
+
+    def __init__(self, client: Any, status: int) -> None:
+        self._client = client
+        self._status: int | None = status
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def log_artifact(self, *args: Any, **options: Any) -> None:
+        import requests
+
+        if self._status is not None:
+            response = requests.Response()
+            response.status_code, self._status = self._status, None
+            raise requests.HTTPError("the server said no", response=response)
+        self._client.log_artifact(*args, **options)
+
+
+# An artifact is sent again where the server may take it later: it is busy, limits the rate, lost
+# the login or broke down. It is given up where the server will never have it.
+@pytest.mark.parametrize(
+    ("status", "later"),
+    [
+        *((401, True), (403, True), (408, True), (429, True), (500, True), (503, True)),
+        *((400, False), (404, False), (413, False)),
+    ],
+)
+def test_a_refused_artifact_is_sent_again(store: Store, status: int, later: bool) -> None:
+    writer = start(store)
+    client: Any = Refusing(writer._client, status)
+    writer._client = client
+    file = store.outputs / "lora.safetensors"
+    file.write_bytes(b"weights")
+    writer.log_artifact(file)
+    writer.finish("FINISHED")
+    stored = [artifact.path for artifact in store.client.list_artifacts(writer.run_id)]
+    assert stored == (["lora.safetensors"] if later else [])
+    how = "not sent to MLflow yet" if later else "not taken by MLflow"
+    assert writer.problems == [f"artifact lora.safetensors {how}: the server said no"]
+
+
 # A store works below a path of any characters, leaves nothing beside it, and its artifacts
 # land in it; two names of one experiment are one.
 def test_any_path_holds_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
-from runner.config.schema import RunConfig
 from runner.core.console import Bar, Console
 from runner.data.report.looks import look_at
 from runner.data.report.make import make_report
 from runner.data.report.model import Report
 from runner.data.report.tokens import count_tokens
-from runner.pipeline.model import Facts
+from runner.data.select import Selection, Source
 
 # A bar that is gone within a second only distracts.
 _PATIENCE = 1.0
 
 
-def read_report(config: RunConfig, facts: Facts, console: Console, *, keep: bool) -> Report:
-    """The report on a run's dataset. ``keep``: whether looks are written to the cache."""
+def read_report(
+    sources: Sequence[Source],
+    selection: Selection,
+    console: Console,
+    *,
+    task: str,
+    looks: Path,
+    tokenizer: Path | None,
+    keep: bool,
+) -> Report:
+    """The report on a run's dataset.
+
+    ``looks`` is the folder of what was seen of media before, and ``keep`` whether what is seen now
+    is written there. ``tokenizer`` is the folder of the text encoder's, where it is here.
+    """
     started = time.monotonic()
     bars: list[Bar] = []
     with ExitStack() as stack:
@@ -29,17 +43,10 @@ def read_report(config: RunConfig, facts: Facts, console: Console, *, keep: bool
             if bars:
                 bars[0].update(done)
 
-        looks = look_at(
-            (item.media for item in facts.selection.items),
-            facts.root / "cache" / "looks",
-            keep=keep,
-            progress=progress,
+        seen = look_at(
+            (item.media for item in selection.items), looks, keep=keep, progress=progress
         )
-    captions = (item.caption for item in facts.selection.items)
+    captions = (item.caption for item in selection.items)
     return make_report(
-        facts.sources,
-        facts.selection,
-        task=config.task.name,
-        looks=looks,
-        tokens=count_tokens(captions, config, facts),
+        sources, selection, task=task, looks=seen, tokens=count_tokens(captions, tokenizer)
     )

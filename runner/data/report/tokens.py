@@ -12,21 +12,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runner.config.schema import RunConfig
 from runner.data.report.model import Tokens
 from runner.formats.captions import MAX_TOKENS, TEMPLATE_HEAD, TEMPLATE_TAIL
-from runner.pipeline.model import Facts
 
 _TAIL_TOKENS = 5  # of TEMPLATE_TAIL: <|im_end|>, newline, <|im_start|>, assistant, newline
 _PIECES = re.compile(r"[A-Za-z]+|\d|[^\w\s]|\w|\n+")
 
 
-def count_tokens(captions: Iterable[str], config: RunConfig, facts: Facts) -> dict[str, Tokens]:
-    """The length of each caption that may be too long; the others are not in the result."""
+def count_tokens(captions: Iterable[str], folder: Path | None) -> dict[str, Tokens]:
+    """The length of each caption that may be too long; the others are not in the result.
+
+    ``folder`` holds the tokenizer; without it lengths are estimated.
+    """
     long = sorted({caption for caption in captions if may_be_cut(caption)})
     if not long:
         return {}
-    folder = tokenizer_folder(config, facts)
     tokenizer = None if folder is None else _load(folder)
     if tokenizer is None:
         return {caption: Tokens(estimate(caption), exact=False) for caption in long}
@@ -58,16 +58,6 @@ def _weight(piece: str) -> int:
     if piece.isascii():
         return -(-len(piece) // 5) if piece.isalpha() else 1
     return 1 if piece.isalpha() else 2
-
-
-def tokenizer_folder(config: RunConfig, facts: Facts) -> Path | None:
-    """Where the text encoder's tokenizer lies on this machine, if it does."""
-    if config.model.source == "random":
-        folder = Path(facts.weights.paths.text_encoder) / "tokenizer"
-        return folder if folder.is_dir() else None
-    from runner.pipeline.stages.weights import find_tokenizer
-
-    return find_tokenizer(config.model, facts.root)
 
 
 def _load(folder: Path) -> Any:

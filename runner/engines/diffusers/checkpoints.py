@@ -22,8 +22,8 @@ from torch import Tensor
 from runner.core.atomic import write_bytes
 from runner.engines.diffusers.data import Dataset
 from runner.engines.diffusers.networks import Network
-from runner.engines.diffusers.options import TrainOptions
 from runner.formats.lora import sshs_hashes
+from runner.formats.train_options import TABLE, TrainOptions
 
 BASE_MODEL_VERSION = "hunyuan_video_1_5"
 ARCHITECTURE = "hunyuan-video-1.5/lora"
@@ -145,26 +145,8 @@ def _metadata(
             ]
         ),
     }
-    copied = [
-        "output_name",
-        "learning_rate",
-        "gradient_checkpointing",
-        "gradient_accumulation_steps",
-        "lr_warmup_steps",
-        "lr_scheduler",
-        "network_module",
-        "network_dim",
-        "network_alpha",
-        "network_dropout",
-        "mixed_precision",
-        "training_comment",
-        "max_grad_norm",
-        "weighting_scheme",
-        "timestep_sampling",
-        "sigmoid_scale",
-        "discrete_flow_shift",
-    ]
-    values.update({f"ss_{key}": getattr(options, key) for key in copied})
+    said = [name for name, option in TABLE.items() if option.in_lora]
+    values.update({f"ss_{name}": getattr(options, name) for name in said})
     if options.network_args:
         arguments = (argument.partition("=") for argument in options.network_args)
         values["ss_network_args"] = json.dumps({key: value for key, _, value in arguments})

@@ -1,57 +1,103 @@
-"""The embedded engine's command for each stage; pure."""
+"""The embedded engine: executables of this package, run by the runner's own Python."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from runner import __version__
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
-from runner.engines.base import EngineFacts, Machine, latents_arguments, text_arguments
-from runner.formats.train_toml import WeightPaths
-
-_PACKAGE = "runner.engines.diffusers"
+from runner.core.paths import checkout
+from runner.core.process import last_error
+from runner.engines.base import (
+    EngineFacts,
+    Job,
+    Machine,
+    latents_arguments,
+    text_arguments,
+)
+from runner.engines.diffusers import rules
+from runner.engines.diffusers.executables import module_command
+from runner.engines.diffusers.weights import model_weights
+from runner.engines.memory import filled, largest_tier
+from runner.formats.train_toml import render
+from runner.hub.weights import WeightFacts
 
 
 class DiffusersEngine:
-    """Executables of this package, run by the runner's own Python."""
+    """The stages from PyPI's parts, in the runner's own environment."""
 
-    def __init__(self, facts: EngineFacts) -> None:
-        self.facts = facts
+    name = "diffusers"
+    cache_identity = "diffusers"
+    # Leave the first frame's latent unscaled, as musubi-tuner does in training.
+    own_options = frozenset({"i2v_unscaled_condition"})
 
-    def _module(self, name: str, *arguments: str) -> Command:
-        # One thread is as fast at this size, much faster when the machine is busy, and gives the
-        # same sums on machines with different numbers of cores.
-        environment = [("OMP_NUM_THREADS", "1")]
-        # The run's folder is the working folder, so Python must be told where the runner is when
-        # it is used from a checkout that is not installed.
-        if self.facts.source_path:
-            environment.append(("PYTHONPATH", self.facts.source_path))
-        return Command(
-            (self.facts.python, "-m", f"{_PACKAGE}.{name}", *arguments),
-            set_env=tuple(environment),
-        )
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        return rules.problems(config)
 
-    def make_weights(self, folder: str) -> Command:
-        """Write the tiny model's random weights."""
-        return self._module("make_weights", "--output", folder)
+    def plan_problems(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
+        return rules.plan_problems(job.config, machine)
 
-    def cache_latents(
-        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-    ) -> Command:
-        arguments = latents_arguments(config, weights, memory, dataset_toml)
-        return self._module("cache_latents", *arguments)
+    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
+        return iter(())
 
-    def cache_text(
-        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-    ) -> Command:
-        return self._module("cache_text", *text_arguments(weights, memory, dataset_toml))
+    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
+        return EngineFacts(sys.executable, f"runner {__version__}", checkout())
 
-    def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
-        return self._module("train", "--config_file", "train.toml")
+    def examine(
+        self,
+        facts: EngineFacts,
+        config: RunConfig,
+        memory: MemoryConfig,
+        machine: Machine | None,
+        without: str,
+        *,
+        trains: bool,
+    ) -> EngineFacts:
+        return replace(facts, cannot_compile=without) if machine is None else facts
 
-    def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
-        return self._module(
+    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+        return job.engine.version
+
+    def full_version(self, facts: EngineFacts) -> str:
+        parts = [f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")]
+        return ", ".join([facts.version, *parts])
+
+    def memory_plan(
+        self, config: RunConfig, machine: Machine | None, without: str
+    ) -> tuple[MemoryConfig, str | None]:
+        if config.memory.name != "auto":
+            return config.memory, None
+        tier, note = ("cpu", None) if machine is None else largest_tier(machine, without)
+        return filled(config.memory, tier), note
+
+    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+        return model_weights(config, root)
+
+    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+        if job.config.training.compile == "always":
+            return False, "training.compile=always has no effect with engine=diffusers."
+        return False, None
+
+    def cache_latents(self, job: Job, dataset_toml: str) -> Command:
+        return self._command(job, "cache_latents", *latents_arguments(job, dataset_toml))
+
+    def cache_text(self, job: Job, dataset_toml: str) -> Command:
+        return self._command(job, "cache_text", *text_arguments(job, dataset_toml))
+
+    def train(self, job: Job, options: Mapping[str, Any]) -> Command:
+        return self._command(job, "train", "--config_file", "train.toml")
+
+    def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
+        return self._command(
+            job,
             "evaluate",
             *("--config_file", "train.toml"),
             *("--dataset_config", dataset_toml),
@@ -59,12 +105,11 @@ class DiffusersEngine:
             *("--output", "evaluation.json"),
         )
 
-    def files(self, config: RunConfig) -> dict[str, str]:
-        return {}
+    def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
+        return {"train.toml": render(options)}
 
-    def compiles(
-        self, config: RunConfig, memory: MemoryConfig, machine: Machine | None
-    ) -> tuple[bool, str | None]:
-        if config.training.compile == "always":
-            return False, "training.compile=always has no effect with engine=diffusers."
-        return False, None
+    def failure(self, log: Path) -> str:
+        return last_error(log)
+
+    def _command(self, job: Job, name: str, *arguments: str) -> Command:
+        return module_command(job.engine.python, job.engine.source_path, name, *arguments)

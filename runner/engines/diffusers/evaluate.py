@@ -26,6 +26,7 @@ from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.engines.diffusers import cli, data, flow, models, network_files, options
 from runner.engines.diffusers.train import Device
+from runner.formats.train_options import TrainOptions
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
 
@@ -61,7 +62,7 @@ def item_losses(
     return losses
 
 
-def evaluate(chosen: options.TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
+def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
     """The figures that evaluation.json holds.
 
     Raises:

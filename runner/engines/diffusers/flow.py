@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runner.core.errors import UserError
+from runner.formats.train_options import TrainOptions
 
 # The VAE's `scaling_factor`; caches hold unscaled latents.
 VAE_SCALING_FACTOR = 1.03682
@@ -126,6 +127,11 @@ class TimeSampling:
                 f"train.toml: timestep_sampling={self.timestep_sampling!r} is not supported by "
                 f"engine=diffusers; use one of {', '.join(TIMESTEP_SAMPLINGS)}"
             )
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> TimeSampling:
+        """As train.toml says."""
+        return cls(**{option.name: getattr(options, option.name) for option in fields(cls)})
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` times in 0..1, [count]."""

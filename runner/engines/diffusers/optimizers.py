@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from runner.core.errors import UserError
-from runner.engines.diffusers.options import TrainOptions
+from runner.formats.train_options import TrainOptions
 
 Groups = list[dict[str, Any]]
 

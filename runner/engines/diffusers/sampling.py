@@ -26,11 +26,10 @@ from runner.core.atomic import whole
 from runner.core.errors import UserError
 from runner.engines.diffusers import flow, models, text_encoding
 from runner.formats.frames import MODEL_FPS
+from runner.formats.train_options import TrainOptions
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from runner.engines.diffusers.options import TrainOptions
 
 
 @dataclass(frozen=True)

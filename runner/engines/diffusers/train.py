@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +40,7 @@ from runner.engines.diffusers import (
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
-
-if TYPE_CHECKING:
-    from runner.engines.diffusers.options import TrainOptions
+from runner.formats.train_options import TrainOptions
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _LONG_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -144,13 +142,7 @@ class Trainer:
             chosen.network_dropout,
             chosen.network_args,
         )
-        self.times = flow.TimeSampling(
-            chosen.timestep_sampling,
-            chosen.discrete_flow_shift,
-            chosen.sigmoid_scale,
-            chosen.min_timestep,
-            chosen.max_timestep,
-        )
+        self.times = flow.TimeSampling.of(chosen)
         self.batches = len(data.epoch_batches(datasets, seed=seed, epoch=1))
         self.steps_per_epoch = math.ceil(self.batches / chosen.gradient_accumulation_steps)
         self.steps = chosen.max_train_steps

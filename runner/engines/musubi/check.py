@@ -72,13 +72,16 @@ def needs(config: RunConfig) -> list[Need]:
     return found
 
 
-def check_environment(config: RunConfig, command: Command, machine: Machine | None) -> str:
+def check_environment(
+    config: RunConfig, command: Command, machine: Machine | None, *, trains: bool = True
+) -> str:
     """Ask the Python of ``command`` for what the run will import; returns its main versions.
 
-    ``command`` is any of the engine's, for its interpreter and environment. Raises
+    ``command`` is any of the engine's, for its interpreter and environment, and ``trains`` is
+    whether there is a training. Raises
     :class:`UserError`, one line with the pip command that mends it, for the first thing missing.
     """
-    wanted = needs(config) if "train" not in config.stages.skip else []
+    wanted = needs(config) if trains else []
     asked = {
         # Only torch is imported: importing them all would take half a minute.
         "find": [name for name in MODULES if name != "torch"],

@@ -1,4 +1,4 @@
-"""musubi-tuner's command for each stage; pure.
+"""musubi-tuner as an engine: its command for each stage, and what else is asked of an engine.
 
 Written against v0.3.4 (commit 30c658c). Its package is run as modules, so that it makes no
 difference whether it was installed or lies in a checkout.
@@ -6,8 +6,10 @@ difference whether it was installed or lies in a checkout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from runner.config.schema import MemoryConfig, RunConfig
@@ -16,13 +18,19 @@ from runner.core.errors import UserError
 from runner.engines.base import (
     NO_CARD,
     EngineFacts,
+    Job,
     Machine,
     latents_arguments,
     text_arguments,
 )
+from runner.engines.memory import filled, largest_tier
+from runner.engines.musubi import rules
+from runner.engines.musubi.check import cannot_compile, check_environment
+from runner.engines.musubi.failure import failure
+from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
-from runner.engines.musubi.packages import VERSION as VERSION
-from runner.formats.train_toml import WeightPaths
+from runner.formats.train_toml import render
+from runner.hub.weights import WeightFacts, hub_weights
 
 # Written into the run's folder, where every command runs, so that they can be repeated by hand.
 # accelerate reads the first instead of the user's own default file, which could ask for several
@@ -34,52 +42,104 @@ def _corrected(script: str) -> tuple[str, ...]:
     return ("corrected.py", "-m", f"musubi_tuner.{script}")
 
 
+def python_command(facts: EngineFacts, *arguments: str, offline: bool = True) -> Command:
+    """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
+    path = facts.source_path
+    # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
+    # is the fastest first. Whatever order the shell names, CUDA_VISIBLE_DEVICES=1 so means the
+    # card that was looked at.
+    environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
+    if path:
+        environment.append(("PYTHONPATH", path))
+    if offline:
+        # The weights stage has brought all that is needed. Online, the tokenizers' cache would
+        # be moved on from the commit that the run asked for.
+        environment.append(("HF_HUB_OFFLINE", "1"))
+    return Command(
+        (facts.python, *arguments),
+        set_env=tuple(environment),
+        unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
+    )
+
+
 class MusubiEngine:
     """musubi-tuner in an environment of its own."""
 
-    def __init__(self, facts: EngineFacts) -> None:
-        self.facts = facts
+    name = "musubi"
+    cache_identity = "musubi"
+    own_options: frozenset[str] = frozenset()
 
-    def python(self, *arguments: str, offline: bool = True) -> Command:
-        """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
-        path = self.facts.source_path
-        # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
-        # is the fastest first. Whatever order the shell names, CUDA_VISIBLE_DEVICES=1 so means the
-        # card that was looked at.
-        environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
-        if path:
-            environment.append(("PYTHONPATH", path))
-        if offline:
-            # The weights stage has brought all that is needed. Online, the tokenizers' cache would
-            # be moved on from the commit that the run asked for.
-            environment.append(("HF_HUB_OFFLINE", "1"))
-        return Command(
-            (self.facts.python, *arguments),
-            set_env=tuple(environment),
-            unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
-        )
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        return rules.problems(config)
 
-    def cache_latents(
-        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-    ) -> Command:
-        arguments = latents_arguments(config, weights, memory, dataset_toml)
-        return self.python(*_corrected("hv_1_5_cache_latents"), *arguments)
+    def plan_problems(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
+        return rules.plan_problems(job.config, job.memory, steps=steps, clips=clips)
 
-    def cache_text(
-        self, config: RunConfig, weights: WeightPaths, memory: MemoryConfig, dataset_toml: str
-    ) -> Command:
-        arguments = text_arguments(weights, memory, dataset_toml)
-        if memory.fp8_text_encoder:
+    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
+        return rules.plan_notices(job.config, steps=steps)
+
+    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
+        return located(config, cwd)
+
+    def examine(
+        self,
+        facts: EngineFacts,
+        config: RunConfig,
+        memory: MemoryConfig,
+        machine: Machine | None,
+        without: str,
+        *,
+        trains: bool,
+    ) -> EngineFacts:
+        if machine is None:
+            return replace(facts, cannot_compile=without)
+        mode = config.training.compile
+        wanted = mode == "always" or (mode == "auto" and not memory.blocks_to_swap)
+        if facts.missing or not wanted or not trains:
+            return facts
+        return replace(facts, cannot_compile=cannot_compile(python_command(facts)))
+
+    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+        command = python_command(job.engine)
+        versions = check_environment(job.config, command, machine, trains=trains)
+        return f"{job.engine.version}, {versions}"
+
+    def full_version(self, facts: EngineFacts) -> str:
+        return facts.version
+
+    def memory_plan(
+        self, config: RunConfig, machine: Machine | None, without: str
+    ) -> tuple[MemoryConfig, str | None]:
+        if config.memory.name != "auto":
+            return config.memory, None
+        tier, note = largest_tier(machine, without)
+        return filled(config.memory, tier), note
+
+    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+        return hub_weights(config, root)
+
+    def cache_latents(self, job: Job, dataset_toml: str) -> Command:
+        arguments = latents_arguments(job, dataset_toml)
+        return python_command(job.engine, *_corrected("hv_1_5_cache_latents"), *arguments)
+
+    def cache_text(self, job: Job, dataset_toml: str) -> Command:
+        arguments = text_arguments(job, dataset_toml)
+        if job.memory.fp8_text_encoder:
             arguments.append("--fp8_vl")
-        return self.python(*_corrected("hv_1_5_cache_text_encoder_outputs"), *arguments)
+        script = _corrected("hv_1_5_cache_text_encoder_outputs")
+        return python_command(job.engine, *script, *arguments)
 
-    def train(self, config: RunConfig, options: Mapping[str, Any]) -> Command:
+    def train(self, job: Job, options: Mapping[str, Any]) -> Command:
+        config = job.config
         given = ["--config_file", "train.toml"]
         if config.engine.arguments == "command_line":
             given = command_line(options)
         # accelerate takes what it is not told from the user's own config, and then every card it
         # sees and any torch.compile backend named there: so it is told all of it.
-        return self.python(
+        return python_command(
+            job.engine,
             *("corrected.py", "-m", "accelerate.commands.launch"),
             *("--config_file", "accelerate.yaml"),
             *("--num_processes", "1"),
@@ -94,19 +154,24 @@ class MusubiEngine:
             offline=not any(a.startswith("--huggingface") for a in config.engine.extra_args),
         )
 
-    def evaluate(self, config: RunConfig, dataset_toml: str) -> Command | None:
+    def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
         return None
 
-    def files(self, config: RunConfig) -> dict[str, str]:
+    def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
         folder = files("runner.engines.musubi")
-        return {name: (folder / name).read_text(encoding="utf-8") for name in _FILES}
+        texts = {name: (folder / name).read_text(encoding="utf-8") for name in _FILES}
+        if job.config.engine.arguments == "file":
+            texts = {"train.toml": render(options), **texts}
+        return texts
 
-    def compiles(
-        self, config: RunConfig, memory: MemoryConfig, machine: Machine | None
-    ) -> tuple[bool, str | None]:
+    def failure(self, log: Path) -> str:
+        return failure(log)
+
+    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+        config, memory = job.config, job.memory
         if config.training.compile == "none":
             return False, None
-        why = self._cannot_compile(config, machine)
+        why = _cannot_compile(job, machine)
         if config.training.compile == "auto":
             # With block swap every linear layer stays uncompiled: on an H100 the steps took as long
             # as without, after half a minute more at the start (docs/musubi-proof.md).
@@ -122,13 +187,15 @@ class MusubiEngine:
             )
         return True, None
 
-    def _cannot_compile(self, config: RunConfig, machine: Machine | None) -> str | None:
-        if machine is None:
-            return self.facts.cannot_compile or NO_CARD
-        if machine.capability < (7, 0):
-            return f"Triton needs compute capability 7.0 ({machine.name} has less)"
-        if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):
-            return f"below compute capability 8.0 ({machine.name}) it leaves out bf16"
-        if config.precision.fp8_base and machine.capability < (8, 9):
-            return f"below compute capability 8.9 ({machine.name}) it cannot compile fp8"
-        return self.facts.cannot_compile
+
+def _cannot_compile(job: Job, machine: Machine | None) -> str | None:
+    config = job.config
+    if machine is None:
+        return job.engine.cannot_compile or NO_CARD
+    if machine.capability < (7, 0):
+        return f"Triton needs compute capability 7.0 ({machine.name} has less)"
+    if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):
+        return f"below compute capability 8.0 ({machine.name}) it leaves out bf16"
+    if config.precision.fp8_base and machine.capability < (8, 9):
+        return f"below compute capability 8.9 ({machine.name}) it cannot compile fp8"
+    return job.engine.cannot_compile

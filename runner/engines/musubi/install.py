@@ -23,7 +23,6 @@ from typing import Any
 
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
-from runner.engines.musubi.options import recorded
 from runner.engines.musubi.packages import (
     COMMAND,
     MODULES,
@@ -41,6 +40,7 @@ from runner.engines.musubi.packages import (
     torch_build,
 )
 from runner.engines.musubi.probes import program
+from runner.formats.trainer_options import recorded
 
 _NEEDED_GB = {"cpu": 4.0}
 _USUAL_GB = 12.0

@@ -1,7 +1,8 @@
 """The trainer's options as the script that this runner grew out of passed them; pure.
 
-It put everything on the command line and passed no more than the options below, leaving the others
-at musubi-tuner's defaults. Options that differ from those defaults follow after them.
+It put everything on the command line and passed no more than the options that have a place in it,
+leaving the others at musubi-tuner's defaults. Options that differ from those defaults follow after
+them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runner.engines.musubi.options import TRAIN, arguments_of, options
+from runner.formats.train_options import TABLE
+from runner.formats.trainer_options import TRAIN, arguments_of, options
 
 # What the script passed, in its order; with --fp8 also fp8_base, fp8_scaled and fp8_vl.
-ORIGINAL = (
-    *("dit", "vae", "text_encoder", "byt5", "image_encoder", "dataset_config", "task", "sdpa"),
-    *("mixed_precision", "timestep_sampling", "weighting_scheme", "discrete_flow_shift"),
-    *("optimizer_type", "learning_rate", "gradient_checkpointing", "max_data_loader_n_workers"),
-    *("persistent_data_loader_workers", "network_module", "network_dim", "max_train_epochs"),
-    *("save_every_n_epochs", "seed", "output_dir", "output_name"),
-    *("fp8_base", "fp8_scaled", "fp8_vl"),
+ORIGINAL = sorted(
+    (name for name, option in TABLE.items() if option.original is not None),
+    key=lambda name: TABLE[name].original or 0,
 )
 
 

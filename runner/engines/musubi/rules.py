@@ -29,6 +29,7 @@ _NETWORK_ARGS = {
 def problems(config: RunConfig) -> Iterator[str]:
     """Every rule that ``config`` breaks, one line each."""
     for rule in (
+        _model,
         rules_musubi_optimizer.optimizer,
         rules_musubi_optimizer.optimizer_args,
         rules_musubi_optimizer.schedule,
@@ -43,6 +44,14 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield from rule(config)
     if config.memory.name != "auto":
         yield from _block_swap(config, config.memory)
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    if config.model.source == "random":
+        yield (
+            "model=tiny has random weights and is for the embedded engine: add engine=diffusers, "
+            "or take model=hunyuan15_720p."
+        )
 
 
 def plan_problems(

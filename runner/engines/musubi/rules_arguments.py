@@ -9,84 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig
-from runner.engines.musubi.options import TRAIN, parse
-
-_FOLDERS = "the run's folder, set by the runner"
+from runner.formats.train_options import FOLDERS, TABLE
+from runner.formats.trainer_options import TRAIN, parse
 
 # Options of the trainer that the runner sets, and which of its own options to use instead.
 OWNED = {
-    "blocks_to_swap": "memory.blocks_to_swap",
-    "block_swap_h2d_only": "memory.h2d_only",
-    "byt5": "model.byt5",
-    "compile": "training.compile",
-    "config_file": _FOLDERS,
-    "dataset_config": "dataset.path and the options of dataset",
-    "discrete_flow_shift": "training.discrete_flow_shift",
-    "dit": "model.transformer",
-    "dit_dtype": "precision.dit_dtype",
-    "flash_attn": "training.attention",
-    "fp8_base": "precision=fp8",
-    "fp8_scaled": "precision=fp8",
-    "fp8_vl": "memory.fp8_text_encoder",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "gradient_checkpointing": "memory.checkpointing",
-    "gradient_checkpointing_cpu_offload": "memory.checkpointing=offload",
-    "image_encoder": "model.image_encoder",
-    "learning_rate": "optimizer.learning_rate",
-    "log_with": "tracking",
-    "logging_dir": _FOLDERS,
-    "lr_scheduler": "scheduler",
-    "lr_scheduler_min_lr_ratio": "scheduler.min_lr_ratio",
-    "lr_scheduler_num_cycles": "scheduler.num_cycles",
-    "lr_scheduler_power": "scheduler.power",
-    "lr_warmup_steps": "scheduler.warmup_steps",
-    "max_data_loader_n_workers": "training.data_workers",
-    "max_grad_norm": "training.max_grad_norm",
-    "max_timestep": "training.max_timestep",
-    "max_train_epochs": "training.epochs",
-    "max_train_steps": "training.max_steps",
-    "min_timestep": "training.min_timestep",
-    "metadata_author": "metadata.author",
-    "metadata_description": "metadata.description",
-    "metadata_license": "metadata.license",
-    "metadata_tags": "metadata.tags",
-    "metadata_title": "metadata.title",
-    "mixed_precision": "precision",
-    "network_alpha": "network.alpha",
-    "network_args": "network.args",
-    "network_dim": "network.rank",
-    "network_dropout": "network.dropout",
-    "network_module": "network",
-    "network_weights": "network.weights",
-    "optimizer_args": "optimizer.args",
-    "optimizer_type": "optimizer",
-    "output_dir": _FOLDERS,
-    "output_name": _FOLDERS,
-    "persistent_data_loader_workers": "training.data_workers",
-    "resume": "training.resume_from",
-    "resume_from_huggingface": "training.resume_from",
-    "sample_at_first": "sampling.at_first",
-    "sample_every_n_epochs": "sampling.every_epochs",
-    "sample_prompts": "sampling.prompts",
-    "save_every_n_epochs": "training.save_every_epochs",
-    "save_every_n_steps": "training.save_every_steps",
-    "save_last_n_epochs": "training.keep_last",
-    "save_last_n_steps": "training.keep_last",
-    "save_precision": "training.save_precision",
-    "save_state": "training.save_state",
-    "sdpa": "training.attention",
-    "seed": "training.seed",
-    "sigmoid_scale": "training.sigmoid_scale",
-    "split_attn": "training.attention=xformers",
-    "task": "task",
-    "text_encoder": "model.text_encoder",
-    "timestep_sampling": "training.timestep_sampling",
-    "training_comment": "metadata.comment",
-    "use_pinned_memory_for_block_swap": "memory.pinned",
-    "vae": "model.vae",
-    "vae_sample_size": "memory.vae_tile",
-    "weighting_scheme": "training.weighting_scheme",
-    "xformers": "training.attention",
+    **{
+        name: option.instead
+        for name, option in TABLE.items()
+        if option.instead is not None and not option.own
+    },
+    "config_file": FOLDERS,
+    "resume_from_huggingface": TABLE["resume"].instead,
 }
 
 # Options that end the run or are not meant for training this model.

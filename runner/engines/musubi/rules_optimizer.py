@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.text import did_you_mean
-from runner.formats.train_toml import WITH_CYCLES, WITH_LEAST_RATE
+from runner.formats.train_options import WITH_CYCLES, WITH_LEAST_RATE
 
 SCHEDULERS = (
     "constant",

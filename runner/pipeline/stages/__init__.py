@@ -1,37 +1,44 @@
-"""Stages of a run, one file each; the only place with side effects."""
+"""The stages of a run in their order, one file each; the only place with side effects."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from runner.core import process
+from runner.config.schema import RunConfig
+from runner.core.text import did_you_mean
+from runner.pipeline.stages.base import Stage
+from runner.pipeline.stages.convert import CONVERT
+from runner.pipeline.stages.dataset import DATASET
+from runner.pipeline.stages.evaluate import EVALUATE
+from runner.pipeline.stages.latents import LATENTS
+from runner.pipeline.stages.text import TEXT
+from runner.pipeline.stages.train import TRAIN
+from runner.pipeline.stages.weights import WEIGHTS
 
-if TYPE_CHECKING:
-    from runner.pipeline.executor import Context
-    from runner.pipeline.model import Stage
-
-
-def run_stage(name: str, context: Context) -> None:
-    """Run one stage of ``context.plan``.
-
-    Raises :class:`runner.core.errors.StageError` when it fails; what it finished before is kept.
-    """
-    import_module(f"runner.pipeline.stages.{name}").run(context)
+STAGES: tuple[Stage, ...] = (WEIGHTS, DATASET, LATENTS, TEXT, TRAIN, CONVERT, EVALUATE)
 
 
-def run_commands(context: Context, stage: Stage, on_tick: Callable[[], None] | None = None) -> None:
-    """Run a stage's commands in the run's folder, their output in the stage's log.
+def problems(config: RunConfig) -> Iterator[str]:
+    """Every wrong name of a stage, and every stage that can't be skipped; pure."""
+    names = [stage.name for stage in STAGES]
+    for key, given in (("skip", config.stages.skip), ("force", config.stages.force)):
+        for name in given:
+            if name not in names:
+                yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, names)}"
+    for stage in STAGES:
+        yield from stage.problems(config)
 
-    Raises :class:`runner.core.errors.StageError` when one fails.
-    """
-    for command in stage.commands:
-        process.run(
-            command.argv,
-            cwd=context.run_dir,
-            env=command.environment(os.environ),
-            log=context.log(stage.name),
-            on_tick=on_tick,
-        )
+
+def skipped(config: RunConfig) -> frozenset[str]:
+    """The stages to leave out: those named, and those that need what these would have made."""
+    names = set(config.stages.skip)
+    for stage in STAGES:
+        lost = {made for other in STAGES if other.name in names for made in other.makes}
+        if lost.intersection(stage.needs):
+            names.add(stage.name)
+    return frozenset(names)
+
+
+def trains(config: RunConfig) -> bool:
+    """Whether the trainer will run."""
+    return TRAIN.name not in skipped(config)

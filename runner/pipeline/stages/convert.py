@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.core.atomic import write_bytes
+from runner.core.command import Command
 from runner.core.errors import StageError, UserError
+from runner.pipeline.context import Context
+from runner.pipeline.model import Planning, StagePlan
+from runner.pipeline.stages.base import LORA, Stage
 
-if TYPE_CHECKING:
-    from runner.pipeline.executor import Context
-
+COMFYUI_LORA = "lora_comfyui.safetensors"
 
 _USAGE = "usage: python -m runner.stages.convert [--reverse] FROM.safetensors TO.safetensors"
 
@@ -41,15 +42,45 @@ def convert(source: Path, destination: Path, *, reverse: bool = False) -> None:
     write_bytes(destination, save(converted, told))
 
 
-def run(context: Context) -> None:
-    """Convert the run's LoRA."""
-    source = context.run_dir / "lora.safetensors"
-    if not source.is_file():
-        raise StageError(f"there is no {source} to convert")
-    try:
-        convert(source, context.run_dir / "lora_comfyui.safetensors")
-    except UserError as error:
-        raise StageError(str(error)) from error
+class Convert(Stage):
+    name = "convert"
+    needs = (LORA,)
+    makes = (COMFYUI_LORA,)
+
+    def plan(self, planning: Planning) -> StagePlan:
+        inputs = planning.inputs
+        path = inputs.python_path
+        command = Command(
+            (inputs.python, "-m", "runner.stages.convert", LORA, COMFYUI_LORA),
+            set_env=(("PYTHONPATH", path),) if path else (),
+        )
+        notices: tuple[str, ...] = ()
+        if inputs.config.network.name == "lokr":
+            notices = (
+                "network=lokr: ComfyUI has q, k and v in one layer, which three Kronecker products "
+                "don't make, so they are written out whole: 2.7 GB of bf16 if all are trained.",
+            )
+        return StagePlan(
+            self.name,
+            COMFYUI_LORA,
+            "to run",
+            commands=(command,),
+            outputs=(COMFYUI_LORA,),
+            notices=notices,
+        )
+
+    def run(self, context: Context) -> None:
+        """Convert the run's LoRA."""
+        source = context.run_dir / LORA
+        if not source.is_file():
+            raise StageError(f"there is no {source} to convert")
+        try:
+            convert(source, context.run_dir / COMFYUI_LORA)
+        except UserError as error:
+            raise StageError(str(error)) from error
+
+
+CONVERT = Convert()
 
 
 def main() -> None:

@@ -1,65 +1,142 @@
-"""The dataset stage: report on the media, unpack zips, name each item in the run's folder."""
+"""The dataset stage: report on the media, unpack archives, name each item in the run's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
-from runner.pipeline.stages.caching import fill, link_entries, tidy
+from runner.core.console import Console
+from runner.core.text import counted
+from runner.data.report.html import html
+from runner.data.report.model import Report
+from runner.data.report.page import notices
+from runner.data.report.read import read_report
+from runner.data.select import SelectedItem
+from runner.data.sources import check_archive, check_unchanged, unpack
+from runner.formats import jsonl
+from runner.pipeline.context import Context
+from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
+from runner.pipeline.stages.base import Stage
+from runner.pipeline.stages.encoding import add_link
+from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
+from runner.pipeline.tables import folder, groups
+from runner.storage.bulk_writer import BulkWriter
 from runner.storage.store import link
 
-if TYPE_CHECKING:
-    from runner.data.select import SelectedItem
-    from runner.pipeline.executor import Context
+REPORT = "dataset_report.html"
+
+# Stages that have no media to work on without this one.
+_READERS = {"latents", "text", "train"}
 
 
-def run(context: Context) -> None:
-    """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files.
+class Dataset(Stage):
+    name = "dataset"
 
-    Nothing else is in ``dataset/`` afterwards.
-    """
-    from runner.data.report.write import write_report
-    from runner.data.sources import check_unchanged
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        if self.name in config.stages.skip and not set(config.stages.skip) >= _READERS:
+            yield (
+                "stages.skip=[dataset] would leave the later stages without media: leave it "
+                "out, finished work is recognised."
+            )
 
-    write_report(context)
-    items = context.facts.selection.items
-    # Most of an archive was unpacked when it was looked at.
-    fill(context, "dataset", lambda todo: _unpack(context, todo))
-    stage = context.plan.stage("dataset")
-    check_unchanged(item.media for item in items if not _in_store(item))
-    link_entries(context, stage)
-    media = context.run_dir / "dataset" / "media"
-    for item in items:
-        if item.media.file is not None and not item.as_rgb:
-            link(Path(item.media.file).absolute(), media / item.media_name)
-    context.writer.set_tags(
-        {
-            f"dataset.{source.options.path}": source.commit
-            for source in context.facts.sources
-            if source.commit is not None
-        }
+    def plan(self, planning: Planning) -> StagePlan:
+        inputs = planning.inputs
+        force = self.name in inputs.config.stages.force
+        files: list[tuple[str, str]] = []
+        for held_out in (False, True):
+            for index, _source, kind, group in groups(inputs, held_out=held_out):
+                rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group]
+                name = f"dataset/{folder(index, kind, held_out)}.jsonl"
+                files.append((name, jsonl.render(kind, rows)))
+        items = inputs.selection.items
+        wanted: dict[str, Entry] = {}
+        for item in filter(_in_store, items):
+            name, place = item.media.entry, f"dataset/media/{item.media_name}"
+            add_link(wanted, Entry(name, "media", name, item.media.made_of, (place,)))
+        missing = [e for e in wanted.values() if force or e.stored not in inputs.cached]
+        pictures = sum(item.kind == "image" for item in items)
+        summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
+        if missing:
+            summary += f", {len(missing)} to unpack"
+        return StagePlan(
+            self.name,
+            summary,
+            "to run" if missing else "done",
+            files=tuple(files),
+            entries=tuple(wanted.values()),
+            missing=len(missing),
+            outputs=("dataset",),
+        )
+
+    def run(self, context: Context) -> None:
+        """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files.
+
+        Nothing else is in ``dataset/`` afterwards.
+        """
+        write_report(context)
+        items = context.inputs.selection.items
+        # Most of an archive was unpacked when it was looked at.
+        work = Work("item", "unpacks")
+        fill(context, self.name, work, lambda todo: _unpack(context, todo))
+        stage = context.plan.stage(self.name)
+        check_unchanged(item.media for item in items if not _in_store(item))
+        link_entries(context, stage)
+        media = context.run_dir / "dataset" / "media"
+        for item in items:
+            if item.media.file is not None and not item.as_rgb:
+                link(Path(item.media.file).absolute(), media / item.media_name)
+        context.writer.set_tags(
+            {
+                f"dataset.{source.options.path}": source.commit
+                for source in context.inputs.sources
+                if source.commit is not None
+            }
+        )
+        for name, text in stage.files:
+            write_text(context.run_dir / name, text)
+        kept = {media / item.media_name for item in items}
+        tidy(
+            context.run_dir / "dataset", kept | {context.run_dir / name for name, _ in stage.files}
+        )
+
+
+def report_on(inputs: Inputs, console: Console, *, keep: bool = False) -> Report:
+    """The report on a run's dataset; ``keep``: whether what is seen of media goes to the cache."""
+    return read_report(
+        inputs.sources,
+        inputs.selection,
+        console,
+        task=inputs.config.task.name,
+        looks=inputs.root / "cache" / "looks",
+        tokenizer=inputs.weights.tokenizer,
+        keep=keep,
     )
-    for name, text in stage.files:
-        write_text(context.run_dir / name, text)
-    kept = {media / item.media_name for item in items}
-    tidy(context.run_dir / "dataset", kept | {context.run_dir / name for name, _ in stage.files})
+
+
+def write_report(context: Context) -> None:
+    """The report in the run's folder and in MLflow, its worst findings as notices."""
+    report = report_on(context.inputs, context.console, keep=True)
+    file = context.run_dir / REPORT
+    write_text(file, html(report, context.plan.name))
+    context.writer.log_artifact(file)
+    for notice in notices(report):
+        context.console.notice(notice)
 
 
 def _in_store(item: SelectedItem) -> bool:
+    """Whether the run takes a copy from the store, not a person's own file where it lies."""
     return item.media.file is None or item.as_rgb
 
 
 def _unpack(context: Context, todo: frozenset[str]) -> None:
-    from runner.data.sources import check_archive, unpack
-    from runner.storage.bulk_writer import BulkWriter
-
     items = {
         item.media.entry: item.media
-        for item in context.facts.selection.items
+        for item in context.inputs.selection.items
         if f"media/{item.media.entry}" in todo
     }
-    limit = int(context.config.dataset.max_archive_gb * 1e9)
+    limit = int(context.inputs.config.dataset.max_archive_gb * 1e9)
     for archive in {item.archive for item in items.values() if item.archive}:
         check_archive(archive, limit)
 
@@ -71,3 +148,6 @@ def _unpack(context: Context, todo: frozenset[str]) -> None:
         context.console.bar("unpacked", len(items)) as bar,
     ):
         unpack(list(items.values()), writer, bar.update)
+
+
+DATASET = Dataset()

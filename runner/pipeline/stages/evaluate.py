@@ -6,41 +6,72 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.core.errors import StageError
-from runner.pipeline.stages import run_commands
+from runner.core.text import counted
+from runner.engines.base import Engine, Job
+from runner.pipeline.context import Context
+from runner.pipeline.model import Planning, StagePlan
+from runner.pipeline.stages.base import HELD_OUT_ITEMS, LORA, Stage, run_commands
 from runner.tracking.metrics import Point
 
-if TYPE_CHECKING:
-    from runner.pipeline.executor import Context
+EVALUATION = "evaluation.json"
 
 
-def run(context: Context) -> None:
-    """Write ``evaluation.json``, and its losses into MLflow as ``eval/...``."""
-    stage = context.plan.stage("evaluate")
-    log = context.log("evaluate")
-    with context.console.bar("evaluated", stage.missing) as bar:
+class Evaluate(Stage):
+    name = "evaluate"
+    needs = (LORA, HELD_OUT_ITEMS)
+    makes = (EVALUATION,)
 
-        def count() -> None:
-            bar.update(evaluated(log))
+    def missing_from(self, engine: Engine, job: Job) -> str | None:
+        if engine.evaluate(job, "dataset.toml") is not None:
+            return None
+        return f"engine={engine.name} has no evaluate stage yet: there will be no eval/loss."
 
-        run_commands(context, stage, count)
-        count()
-    file = context.run_dir / "evaluation.json"
-    if not file.is_file():
-        raise StageError(f"the engine ended without writing {file} (log: {log})")
-    result = json.loads(file.read_text())
-    now = int(time.time() * 1000)
-    values = {
-        "eval/loss": result["loss"],
-        "eval/base_loss": result["base_loss"],
-        "eval/gain": result["base_loss"] - result["loss"],
-    }
-    # MLflow draws what has step 0 alone as bars side by side, a curve's worth of one point else.
-    context.writer.log_points([Point(key, value, 0, now) for key, value in values.items()])
-    which = "held-out" if context.facts.selection.has_held_out else "training"
-    context.writer.set_tags({"eval.items": f"{result['items']} {which} items"})
+    def plan(self, planning: Planning) -> StagePlan:
+        inputs = planning.inputs
+        held_out = inputs.selection.has_held_out
+        toml = "validation.toml" if held_out else "dataset.toml"
+        command = planning.engine.evaluate(inputs.job, toml)
+        # Each crop of a clip has a loss of its own.
+        number = sum(
+            max(1, len(item.crops)) for item in inputs.selection.items if item.held_out == held_out
+        )
+        which = "held-out" if held_out else "training"
+        return StagePlan(
+            self.name,
+            f"eval/loss on {counted(number, f'{which} item')}",
+            "to run",
+            commands=(command,) if command is not None else (),
+            missing=number,
+            outputs=(EVALUATION,),
+        )
+
+    def run(self, context: Context) -> None:
+        """Write ``evaluation.json``, and its losses into MLflow as ``eval/...``."""
+        stage = context.plan.stage(self.name)
+        log = context.log(self.name)
+        with context.console.bar("evaluated", stage.missing) as bar:
+
+            def count() -> None:
+                bar.update(evaluated(log))
+
+            run_commands(context, stage, count)
+            count()
+        file = context.run_dir / EVALUATION
+        if not file.is_file():
+            raise StageError(f"the engine ended without writing {file} (log: {log})")
+        result = json.loads(file.read_text())
+        now = int(time.time() * 1000)
+        values = {
+            "eval/loss": result["loss"],
+            "eval/base_loss": result["base_loss"],
+            "eval/gain": result["base_loss"] - result["loss"],
+        }
+        # MLflow draws what has step 0 alone as bars side by side, else a curve of one point.
+        context.writer.log_points([Point(key, value, 0, now) for key, value in values.items()])
+        which = "held-out" if context.inputs.selection.has_held_out else "training"
+        context.writer.set_tags({"eval.items": f"{result['items']} {which} items"})
 
 
 def evaluated(log: Path) -> int:
@@ -49,3 +80,6 @@ def evaluated(log: Path) -> int:
         return 0
     said = re.findall(rb"^evaluated (\d+)/", log.read_bytes(), re.MULTILINE)
     return int(said[-1]) if said else 0
+
+
+EVALUATE = Evaluate()

@@ -4,48 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from runner.core.console import Bar
 from runner.core.errors import StageError
-from runner.pipeline.plan import samples_per_epoch
-from runner.pipeline.stages import run_commands
+from runner.core.text import counted
+from runner.data.select import shapes
+from runner.pipeline.context import Context
+from runner.pipeline.model import Planning, StagePlan
+from runner.pipeline.stages.base import LORA, TRAINING_ITEMS, Stage, run_commands
 from runner.storage.store import link
+from runner.tracking.metrics import Point
 
-if TYPE_CHECKING:
-    from runner.core.console import Bar
-    from runner.pipeline.executor import Context
-    from runner.tracking.metrics import Point
+_FINAL = "checkpoints/lora.safetensors"
 
 
-def run(context: Context) -> None:
-    """Train to the end; ``lora.safetensors`` and the previews then lie in the run's folder."""
-    from runner.tracking.follower import MetricsFollower
+class Train(Stage):
+    name = "train"
+    needs = (TRAINING_ITEMS,)
+    makes = (LORA,)
 
-    stage = context.plan.stage("train")
-    folder = context.run_dir / "tensorboard"
-    folder.mkdir(exist_ok=True)
-    with context.console.bar("steps", context.plan.steps) as bar:
-        view = _View(bar)
-        follower = MetricsFollower(
-            folder,
-            context.writer,
-            on_points=view.points,
-            samples=samples_per_epoch(context.facts) / context.plan.steps_per_epoch,
-            steps=context.plan.steps,
+    def plan(self, planning: Planning) -> StagePlan:
+        return StagePlan(
+            self.name,
+            counted(planning.steps, "step"),
+            "to run",
+            commands=(planning.engine.train(planning.inputs.job, planning.options),),
+            outputs=(_FINAL, LORA),
+            # The place may be a second name of the very file, which cp would refuse.
+            by_hand=(f"rm -f {LORA}", f"cp {_FINAL} {LORA}"),
         )
-        follower.start()
-        try:
-            run_commands(context, stage)
-        finally:
-            warning = follower.stop()
-            # A full disk must not hide why the trainer failed.
+
+    def run(self, context: Context) -> None:
+        """Train to the end; ``lora.safetensors`` and the previews then lie in the run's folder."""
+        from runner.tracking.follower import MetricsFollower
+
+        folder = context.run_dir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        inputs = context.inputs
+        samples = sum(shapes(inputs.sources, inputs.selection).values())
+        with context.console.bar("steps", context.plan.steps) as bar:
+            view = _View(bar)
+            follower = MetricsFollower(
+                folder,
+                context.writer,
+                on_points=view.points,
+                samples=samples / context.plan.steps_per_epoch,
+                steps=context.plan.steps,
+            )
+            follower.start()
             try:
-                _collect_samples(context)
-            except OSError as error:
-                context.console.notice(f"previews were not kept in samples: {error.strerror}")
-    if warning:
-        context.console.notice(warning)
-    collect_lora(context.run_dir)
+                run_commands(context, context.plan.stage(self.name))
+            finally:
+                warning = follower.stop()
+                # A full disk must not hide why the trainer failed.
+                try:
+                    _collect_samples(context)
+                except OSError as error:
+                    context.console.notice(f"previews were not kept in samples: {error.strerror}")
+        if warning:
+            context.console.notice(warning)
+        collect_lora(context.run_dir)
 
 
 class _View:
@@ -93,3 +111,6 @@ def _collect_samples(context: Context) -> None:
         if file.is_file() and not file.name.startswith("."):
             link(file.absolute(), context.run_dir / "samples" / file.name)
             context.writer.log_artifact(file, "samples")
+
+
+TRAIN = Train()

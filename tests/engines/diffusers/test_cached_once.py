@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cache_process import context_of, prepare
+from in_process import executables_here
 from media_factory import make_clip
 from other_processes import pictures
 
@@ -27,21 +28,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     import torch
 
     from runner.engines.diffusers import cache_latents, cache_text
-    from runner.pipeline.stages import caching
 
     torch.set_num_threads(1)
     # Hundreds of syncs take longer than all the encoding, and nothing here is about power cuts.
     monkeypatch.setattr("os.fsync", lambda _: None)
     counts: Counter[str] = Counter()
-    modules = {"cache_latents": cache_latents, "cache_text": cache_text}
-
-    def run_commands(context: Any, stage: Any, on_tick: Any = None) -> None:
-        for command in stage.commands:
-            assert command.argv[1] == "-m"
-            module = modules[command.argv[2].rpartition(".")[2]]
-            with monkeypatch.context() as patched:
-                patched.chdir(context.run_dir)
-                module.main(list(command.argv[3:]))
 
     def counted(module: Any, name: str, what: str, number: Any) -> None:
         real = getattr(module, name)
@@ -56,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     # For i2v the first frame is encoded a second time, by itself, as its condition.
     counted(cache_latents, "first_frame_condition", "latents", lambda *_: -1)
     counted(cache_text, "encode_captions", "captions", lambda _t, _e, captions: len(captions))
-    monkeypatch.setattr(caching, "run_commands", run_commands)
+    executables_here(monkeypatch)
     return counts
 
 
@@ -64,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 # caption and no latent; the trigger word captions only; resolution, frames or task latents only.
 def test_only_missing_items_are_encoded(tmp_path: Path, calls: Counter[str]) -> None:
     from runner.engines.diffusers.make_weights import make_weights
-    from runner.pipeline.stages.weights import TINY_VERSION
+    from runner.engines.diffusers.weights import TINY_VERSION
 
     media, out = pictures(tmp_path / "media", 100 - CLIPS), tmp_path / "out"
     for number in range(CLIPS):

@@ -47,12 +47,12 @@ def test_figures(tmp_path: Path, task: str) -> None:
     assert found["loss"] < found["base_loss"]
 
 
-# The base loss is the same for every run on a dataset: seed, shift, rank, batch size, repeats and
+# The base loss is the same for every run on a dataset: seed, times, rank, batch size, repeats and
 # precision of the file do not touch it, nor does the order of the items.
 def test_base_loss_is_the_datasets_own(tmp_path: Path) -> None:
     one = figures(trained(tmp_path / "a", max_train_epochs=1))
     folder = trained(
-        tmp_path / "b", max_train_epochs=1, seed=9, network_dim=2, discrete_flow_shift=7.0
+        tmp_path / "b", max_train_epochs=1, seed=9, network_dim=2, timestep_sampling="uniform"
     )
     dataset = (folder / "dataset.toml").read_text("utf-8")
     dataset = dataset.replace("num_repeats = 1", "num_repeats = 4")

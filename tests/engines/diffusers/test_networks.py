@@ -121,6 +121,20 @@ def test_update_is_the_formula(kind: str) -> None:
     assert torch.allclose(prediction(model), acting, atol=1e-4)
 
 
+# An alpha of 0 means that of the rank, a scale of 1, and so says the file.
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_zero_is_the_rank(kind: str) -> None:
+    acting = []
+    for alpha in (0, 3):
+        model = tiny()
+        network = networks.create(model, networks.NetworkSpec(kind, rank=3, alpha=alpha), seed=0)
+        randomise(network)
+        acting.append(prediction(model))
+        state = network.state_dict()
+        assert {float(v) for k, v in state.items() if k.endswith(".alpha")} == {3.0}
+    assert torch.equal(*acting)
+
+
 # A file read back acts as what was written, whatever its kind and the factor it was trained with.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("factor", [-1, 4])
@@ -162,18 +176,63 @@ def test_initial_weights_are_independent() -> None:
     assert 0.9 < whole[key].abs().max() * 64**0.5 <= 1
 
 
-# Dropouts act in training only, and each of them does.
-@pytest.mark.parametrize("option", ["dropout", "rank_dropout", "module_dropout"])
-def test_dropout_acts_in_training_only(option: str) -> None:
+# A LoHa's first weights are LyCORIS', as musubi has them: those of the second product's first
+# factor are zero, and of the others that of the first has a tenth of the spread of the rest.
+def test_loha_starts_as_musubis() -> None:
+    network = networks.create(tiny(), networks.NetworkSpec("loha", rank=64), seed=3)
+    state = network.state_dict()
+    for part, spread in (("w1_a", 0.1), ("w1_b", 1.0), ("w2_b", 1.0)):
+        weights = state[f"lora_unet_double_blocks_0_img_mlp_fc1.hada_{part}"]
+        assert float(weights.std()) == pytest.approx(spread, rel=0.05)
+        assert abs(float(weights.mean())) < spread / 10
+    assert not any(value.any() for key, value in state.items() if key.endswith("w2_a"))
+
+
+# Dropouts act in training only, and each of them does in every kind that has it; outside of
+# training a network with them is what it is without.
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("lora", "dropout"),
+        *((kind, option) for kind in KINDS for option in ("rank_dropout", "module_dropout")),
+    ],
+)
+def test_dropout_acts_in_training_only(kind: str, option: str) -> None:
     model = tiny()
-    spec = networks.NetworkSpec(rank=4, **{option: 0.5})  # type: ignore[arg-type]
+    plain = networks.create(model, networks.NetworkSpec(kind, rank=4), seed=0)
+    randomise(plain)
+    calm = prediction(model)
+    plain.remove()
+    spec = networks.NetworkSpec(kind, rank=4, **{option: 0.5})  # type: ignore[arg-type]
     network = networks.create(model, spec, seed=0)
     randomise(network)
     network.eval()
-    calm = prediction(model)
     assert torch.equal(prediction(model), calm)
     network.train()
     assert not torch.equal(prediction(model), prediction(model))
+    network.eval()
+    assert torch.equal(prediction(model), calm)
+
+
+# Rank dropout leaves as many parts of an update out as it says, and what is left is larger by as
+# much, so that the update is the same on the average.
+@pytest.mark.parametrize("kind", KINDS)
+def test_rank_dropout_keeps_the_average(kind: str) -> None:
+    torch.manual_seed(0)
+    # Of one rank, so that a LoRA drops whole rows of a batch; the others drop single outputs.
+    spec = networks.NetworkSpec(kind, rank=1, alpha=3, rank_dropout=0.75)
+    adapter = networks.CLASSES[kind](spec, 1, 3.0, 8, 4096)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.uniform_(0.5, 1.0)
+        x = torch.rand(4096, 8) + 0.5
+        calm = adapter.eval()(x)
+        dropped = adapter.train()(x)
+    assert calm is not None and dropped is not None
+    ratio = (dropped / calm)[:, 0] if kind == "lora" else (dropped / calm)[0]
+    kept = ratio[ratio != 0]
+    assert torch.allclose(kept, torch.tensor(4.0), rtol=1e-4)
+    assert len(kept) / len(ratio) == pytest.approx(0.25, abs=0.03)
 
 
 # LoRA+ trains the up matrices at a higher rate.

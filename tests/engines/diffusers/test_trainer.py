@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ from torch import Tensor
 from training_run import inside, write_item, write_run
 
 from runner.core.errors import StageError, UserError
-from runner.engines.diffusers import data, flow, make_weights, optimizers, options, sampling, train
+from runner.engines.diffusers import (
+    checkpoints,
+    data,
+    flow,
+    make_weights,
+    networks,
+    optimizers,
+    options,
+    sampling,
+    train,
+)
 from runner.formats import lora
 
 
@@ -30,6 +41,41 @@ def run(folder: Path) -> dict[str, Tensor]:
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(str(path), framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def trained(folder: Path) -> train.Trainer:
+    """Train in the folder; returns the trainer as it is then."""
+    with inside(folder):
+        chosen = options.read("train.toml")
+        datasets = data.scan(chosen.dataset_config, chosen.task)
+        assert chosen.seed is not None
+        trainer = train.Trainer(chosen, datasets, chosen.seed)
+        trainer.train()
+    return trainer
+
+
+def one_step(folder: Path, **changed: Any) -> dict[str, Tensor]:
+    """The up matrices, which begin at zero, after one step of gradient descent at the rate 1.
+
+    They are then the gradient itself.
+    """
+    values: dict[str, Any] = {
+        "optimizer_type": "torch.optim.SGD",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "max_train_epochs": None,
+        "max_train_steps": 1,
+        **changed,
+    }
+    return {key: tensor for key, tensor in run(write_run(folder, **values)).items() if UP in key}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    """The length of all tensors together."""
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
+
+
+UP = "lora_up"
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -84,7 +130,36 @@ def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(sequences[0][1], sequences[0][3])
 
 
-# The order is shuffled each epoch, the same for a seed, and not the file system's.
+# Noise and times are streams of their own, named by what they are for, so that a seed gives the
+# same ones in every version of the runner; whatever else draws numbers in the process changes
+# nothing.
+def test_random_streams_are_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Tensor, Tensor]] = []
+    step = flow.training_step
+
+    def recording(
+        model: torch.nn.Module, batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        drawn.append((noise.clone(), t.clone()))
+        return step(model, batch, noise, t, **options)
+
+    monkeypatch.setattr(flow, "training_step", recording)
+    folder = write_run(tmp_path / "run", network_dropout=0.5)
+    states = []
+    for disturbance in (1, 2):
+        torch.manual_seed(disturbance)
+        states.append(run(folder))
+    assert equal(*states)
+    noise = torch.Generator().manual_seed(flow.derived_seed(42, "noise"))
+    clock = torch.Generator().manual_seed(flow.derived_seed(42, "times"))
+    times = flow.TimeSampling("shift", 1.0)
+    for given, t in drawn[:4]:
+        assert torch.equal(given, torch.randn(given.shape, generator=noise))
+        assert torch.equal(t, times.draw(len(t), clock))
+
+
+# The order is shuffled each epoch, the same for a seed, and not the file system's nor that of any
+# random numbers drawn before.
 def test_order_depends_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path / "run", images=6)
     with inside(folder):
@@ -97,10 +172,50 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.Mon
         batches = data.epoch_batches(datasets, seed=seed, epoch=epoch)
         return [tuple(item.latents.name for item in batch) for batch in batches]
 
-    assert names(1) == names(1)
-    assert names(1) != names(2)
-    assert names(1) != names(1, seed=2)
-    assert sorted(sum(names(1), ())) == sorted(sum(names(2), ()))
+    first = names(1)
+    random.seed(7)
+    torch.manual_seed(7)
+    assert names(1) == first
+    epochs = [names(epoch) for epoch in range(1, 9)]
+    others = [names(1, seed=seed) for seed in range(1, 9)]
+    for orders in (epochs, others):
+        assert all(sorted(sum(order, ())) == sorted(sum(first, ())) for order in orders)
+        # Both what is drawn among the pictures, and when the clips' one batch has its turn.
+        pictures = {tuple(batch for batch in order if len(batch) == 1) for order in orders}
+        turns = {[len(batch) for batch in order].index(2) for order in orders}
+        assert len(pictures) == 8 and len(turns) > 1
+
+
+# Which items share a batch is drawn anew each epoch: nothing is always seen beside the same.
+def test_batches_are_mixed_anew(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", images=6)
+    with inside(folder):
+        pictures = data.scan("dataset.toml", "t2v")[0].items
+    pairs = [
+        {
+            frozenset(item.latents.name for item in batch)
+            for batch in data.epoch_batches([data.Dataset(pictures, 2, 1)], seed=1, epoch=epoch)
+        }
+        for epoch in range(1, 9)
+    ]
+    assert all(len(pair) == 2 for epoch in pairs for pair in epoch)
+    assert len(set().union(*pairs)) > 6
+
+
+# A picture may be called like a crop of a clip: it is trained with its own caption, and not with
+# that of the item whose crop it seems to be.
+def test_a_picture_named_like_a_crop_has_its_own_caption(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for seed, name in enumerate(("red", "red_00007-013")):
+        write_item(folder / "images", name, seed)
+    with inside(folder):
+        pictures, clips = data.scan("dataset.toml", "t2v")
+    captions = {item.latents.name: item.text.name for item in (*pictures.items, *clips.items)}
+    assert captions["red_0096x0064_hv15.safetensors"] == "red_hv15_te.safetensors"
+    like_a_crop = captions["red_00007-013_0096x0064_hv15.safetensors"]
+    assert like_a_crop == "red_00007-013_hv15_te.safetensors"
+    # A clip's crops have the caption of the clip.
+    assert captions["clip0_00000-009_0096x0064_hv15.safetensors"] == "clip0_hv15_te.safetensors"
 
 
 # Items come num_repeats times an epoch; a batch has one latent shape and at most batch_size items.
@@ -143,20 +258,35 @@ def test_unscaled_condition_is_another_training(tmp_path: Path) -> None:
     assert not equal(scaled, unscaled)
 
 
-OPTIMIZERS: list[tuple[str, list[str], dict[str, Any]]] = [
-    ("AdamW", ["weight_decay=0.1", "betas=(0.9, 0.99)"], {}),
-    ("adafactor", ["relative_step=False", "scale_parameter=False", "warmup_init=False"], {}),
-    ("Adafactor", [], {}),
-    ("Muon", ["weight_decay=0.0"], {}),
-    ("torch.optim.SGD", ["momentum=0.9"], {}),
-    ("prodigyopt.Prodigy", [], {"learning_rate": 1.0}),
-    ("schedulefree.AdamWScheduleFree", [], {}),
+OPTIMIZERS: list[tuple[str, list[str], dict[str, Any], str]] = [
+    ("AdamW", ["weight_decay=0.1", "betas=(0.9, 0.99)"], {}, "torch.optim.adamw.AdamW"),
+    (
+        "adafactor",
+        ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
+        {},
+        "transformers.optimization.Adafactor",
+    ),
+    ("Adafactor", [], {}, "transformers.optimization.Adafactor"),
+    ("Muon", ["weight_decay=0.0"], {}, "torch.optim.Muon"),
+    ("torch.optim.SGD", ["momentum=0.9"], {}, "torch.optim.sgd.SGD"),
+    ("prodigyopt.Prodigy", [], {"learning_rate": 1.0}, "prodigyopt.prodigy.Prodigy"),
+    (
+        "schedulefree.AdamWScheduleFree",
+        ["warmup_steps=2"],
+        {},
+        "schedulefree.adamw_schedulefree.AdamWScheduleFree",
+    ),
 ]
 
 
-# Every optimizer that runs on a CPU trains: the weights move and stay finite.
-@pytest.mark.parametrize(("name", "arguments", "more"), OPTIMIZERS, ids=lambda value: str(value))
-def test_optimizers(tmp_path: Path, name: str, arguments: list[str], more: dict[str, Any]) -> None:
+# Every optimizer that runs on a CPU is the one that was named, with the options and the rate that
+# were given, and trains: every matrix that the prediction depends on moves and stays finite.
+@pytest.mark.parametrize(
+    ("name", "arguments", "more", "is_"), OPTIMIZERS, ids=[name for name, *_ in OPTIMIZERS]
+)
+def test_optimizers(
+    tmp_path: Path, name: str, arguments: list[str], more: dict[str, Any], is_: str
+) -> None:
     folder = write_run(
         tmp_path / "run",
         optimizer_type=name,
@@ -166,13 +296,68 @@ def test_optimizers(tmp_path: Path, name: str, arguments: list[str], more: dict[
         logging_dir="tensorboard",
         **more,
     )
-    state = run(folder)
-    up = state["lora_unet_double_blocks_0_img_attn_q.lora_up.weight"]
-    assert up.abs().max() > 0
+    trainer = trained(folder)
+    kind, (group,) = type(trainer.optimizer), trainer.optimizer.param_groups
+    assert f"{kind.__module__}.{kind.__name__}" == is_
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        assert str(group[key]) == value
+    state, metadata = read(folder / "checkpoints" / "lora.safetensors")
+    assert metadata["ss_optimizer"].partition("(")[0] == is_
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    still = {key.split(".")[0] for key, tensor in state.items() if UP in key and not tensor.any()}
+    # Nothing reads what the last block makes of the text.
+    unread = ("txt_attn_proj", "txt_attn_q", "txt_mlp_fc1", "txt_mlp_fc2")
+    assert still == {f"lora_unet_double_blocks_1_{module}" for module in unread}
     rates = scalars(folder)
     assert len(rates["lr/unet"]) == 3
     assert ("lr/d*lr/unet" in rates) == ("Prodigy" in name)
+    given = [
+        value == pytest.approx(more.get("learning_rate", 1e-2)) for _, value in rates["lr/unet"]
+    ]
+    # Adafactor finds a rate of its own unless it is told not to; before its first step none is.
+    assert given == [True, name != "Adafactor", name != "Adafactor"]
+
+
+# The final file of a schedule-free optimizer, and those of the epochs before, have its averaged
+# weights, which are what inference is to use, and not those that it trains with.
+def test_schedule_free_files_have_the_averaged_weights(tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"optimizer_type": "schedulefree.AdamWScheduleFree"}
+    folder = write_run(tmp_path / "run", save_every_n_epochs=1, **chosen)
+    trainer = trained(folder)
+    saved, _ = read(folder / "checkpoints" / "lora.safetensors")
+    optimizer: Any = trainer.optimizer
+    key = "lora_unet_double_blocks_0_img_attn_q.lora_up.weight"
+    optimizer.eval()
+    assert equal(saved, trainer.network.state_dict())
+    optimizer.train()
+    assert (trainer.network.state_dict()[key] - saved[key]).abs().max() > 1e-4
+    # Going from the one to the other and back rounds.
+    alone = run(write_run(tmp_path / "alone", max_train_epochs=1, **chosen))
+    early, _ = read(folder / "checkpoints" / "lora-000001.safetensors")
+    assert (alone[key] - early[key]).abs().max() < 1e-6
+
+
+# A gradient longer than max_grad_norm is shortened to it, in its own direction; a shorter one, and
+# any without a limit, is taken as it is.
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    free = one_step(tmp_path / "free")
+    length = norm(free)
+    clipped = one_step(tmp_path / "clipped", max_grad_norm=length / 8)
+    assert norm(clipped) == pytest.approx(length / 8, rel=1e-3)
+    for key, tensor in free.items():
+        assert torch.allclose(clipped[key], tensor / 8, rtol=1e-3, atol=1e-9), key
+    assert equal(one_step(tmp_path / "short", max_grad_norm=length * 2), free)
+
+
+# Each batch counts for one part in gradient_accumulation_steps of a step, also where an epoch ends
+# before so many have come: an i2v run has one batch here.
+def test_accumulated_gradients_are_divided(tmp_path: Path) -> None:
+    whole = one_step(tmp_path / "whole", task="i2v")
+    quarter = one_step(tmp_path / "quarter", task="i2v", gradient_accumulation_steps=4)
+    assert norm(whole) > 0
+    for key, tensor in whole.items():
+        assert torch.allclose(quarter[key], tensor / 4, rtol=1e-5, atol=1e-12), key
 
 
 SCHEDULES: list[tuple[dict[str, Any], list[float]]] = [
@@ -198,6 +383,49 @@ SCHEDULES: list[tuple[dict[str, Any], list[float]]] = [
         [1, 1, 0.1, 0.1],
     ),
 ]
+
+
+def adafactor(*arguments: str, **chosen: Any) -> tuple[dict[str, Any], list[float]]:
+    """Adafactor's options as it takes them, and the rate before each of four steps."""
+    values = {"dit": "d", "dataset_config": "c", "output_dir": "o", "output_name": "n"}
+    parsed = options.parse(
+        {
+            **values,
+            "optimizer_type": "Adafactor",
+            "optimizer_args": list(arguments),
+            "learning_rate": 0.25,
+            **chosen,
+        }
+    )
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer, _ = optimizers.build_optimizer(parsed, [{"params": [weight], "lr": 0.25}])
+    schedule = optimizers.build_scheduler(parsed, optimizer, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        schedule.step()
+    return optimizer.param_groups[0], rates
+
+
+# Adafactor sets its own rate when it is told to warm up, as musubi takes it, even if it was told
+# otherwise too; told neither it does so as well, and told not to it keeps the rate it is given.
+def test_adafactor_warms_up_by_its_own_rate() -> None:
+    group, _ = adafactor("relative_step=False", "warmup_init=True")
+    assert (group["relative_step"], group["warmup_init"]) == (True, True)
+    assert adafactor()[0]["relative_step"] is True
+    group, rates = adafactor("relative_step=False", lr_scheduler="constant")
+    assert group["relative_step"] is False
+    assert rates == [0.25] * 4
+
+
+# The rate that is shown for such an Adafactor begins with the one that was chosen, as musubi shows
+# it, and is its own from then on.
+def test_adafactors_first_rate_is_the_chosen_one() -> None:
+    _, rates = adafactor()
+    assert rates[0] == 0.25
+    assert 0 < max(rates[1:]) < 0.25
 
 
 # Every schedule gives the rates of its formula over four steps.
@@ -246,6 +474,41 @@ def test_checkpoints(tmp_path: Path) -> None:
     # What musubi trains converts for ComfyUI, and so does this.
     converted, _ = lora.to_comfyui(state, metadata)
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in converted
+
+
+# A LoRA's file tells how many items an epoch had, each as often as it was repeated, by what name it
+# goes, and for which times it was trained where that is not for all.
+@pytest.mark.parametrize(
+    ("chosen", "title", "times"),
+    [
+        ({}, "lora", None),
+        ({"metadata_title": "My cat", "min_timestep": 200}, "My cat", "200,1000"),
+        ({"metadata_title": "", "max_timestep": 700}, "lora", "0,700"),
+        ({"min_timestep": 0, "max_timestep": 1000}, "lora", "0,1000"),
+        ({"min_timestep": 100, "max_timestep": 900}, "lora", "100,900"),
+    ],
+)
+def test_metadata_of_a_file(
+    tmp_path: Path, chosen: dict[str, Any], title: str, times: str | None
+) -> None:
+    values = {"dit": "d", "dataset_config": "c", "output_name": "lora", "network_dim": 4}
+    parsed = options.parse(
+        {**values, "output_dir": str(tmp_path), "optimizer_type": "AdamW", **chosen}
+    )
+    item = data.CachedItem(tmp_path / "a", tmp_path / "b", (32, 1, 4, 6))
+    datasets = [data.Dataset((item, item), 1, 3), data.Dataset((item,), 2, 1)]
+    files = checkpoints.Checkpoints(
+        parsed, datasets, optimizer="AdamW", seed=1, steps=7, epochs=1, batches=7
+    )
+    network = networks.Network(networks.NetworkSpec())
+    adapter = networks.LoRA(networks.NetworkSpec(), 2, 2.0, 4, 4)
+    network.attach(torch.nn.Linear(4, 4), "lora_unet_double_blocks_0_img_attn_q", adapter)
+    _, metadata = read(files.save_last(network, step=7))
+    assert metadata["ss_num_train_items"] == "7"
+    counts = [one["num_items"] for one in json.loads(metadata["ss_datasets"])]
+    assert counts == [2, 1]
+    assert metadata["modelspec.title"] == title
+    assert metadata.get("modelspec.timestep_range") == times
 
 
 # Checkpoints by steps bear musubi's names, and of them too the last so many are kept: three here.

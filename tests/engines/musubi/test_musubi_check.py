@@ -12,10 +12,11 @@ from conftest import compose, run_program
 from runner.config.groups import conf_folder, groups
 from runner.core.command import Command
 from runner.core.errors import UserError
-from runner.engines.base import EngineFacts, Machine
+from runner.engines.base import EngineFacts, Job, Machine
 from runner.engines.musubi.check import cannot_compile, check_environment, needs
 from runner.engines.musubi.engine import MusubiEngine
-from runner.pipeline.inputs import engine_facts, find_machine, memory_tier, with_compiling
+from runner.formats.train_toml import WeightPaths
+from runner.pipeline.inputs import find_machine
 
 # A Python in which everything that a run may import is there, at no cost.
 MODULES = {
@@ -124,6 +125,13 @@ def test_an_old_torch(tmp_path: Path) -> None:
     assert "pip install" not in line
 
 
+# So a transformers without Adafactor, which is pinned with musubi-tuner as torch is.
+def test_an_old_transformers(tmp_path: Path) -> None:
+    line = problem(tmp_path, ("optimizer=adafactor",), transformers_optimization="")
+    assert "optimizer=adafactor needs transformers.optimization (it has no Adafactor)" in line
+    assert "pip install" not in line
+
+
 # A Python without musubi-tuner, without torch, or that is none, is told as such.
 def test_no_engine_there(tmp_path: Path) -> None:
     line = problem(tmp_path / "a", (), "musubi_tuner", "toml")
@@ -165,7 +173,7 @@ def test_torch_must_see_the_card(tmp_path: Path) -> None:
 # A run that only fills the caches needs no optimizer.
 def test_skipped_training_needs_nothing(tmp_path: Path) -> None:
     config = compose("stages.skip=[train]", "optimizer=prodigy")
-    check_environment(config, command(tmp_path, "prodigyopt"), None)
+    check_environment(config, command(tmp_path, "prodigyopt"), None, trains=False)
 
 
 # The default optimizer is in what is asked for, whatever its case.
@@ -297,10 +305,12 @@ def test_an_unread_card_is_told(
     if told is None:
         return
     config = compose("memory=auto")
-    memory, note = memory_tier(config, machine, without)
+    engine = MusubiEngine()
+    memory, note = engine.memory_plan(config, machine, without)
     assert (memory.name, str(note)[1 : len(told)]) == ("24gb", told[1:])
-    facts = with_compiling(EngineFacts("python", "1"), config, memory, machine, without)
-    _, why = MusubiEngine(facts).compiles(config, memory, machine)
+    found = EngineFacts("python", "1")
+    facts = engine.examine(found, config, memory, machine, without, trains=True)
+    _, why = engine.compiles(Job(config, facts, WeightPaths("", "", "", "", ""), memory), machine)
     assert str(why).startswith(f"torch.compile is off: {told}")
 
 
@@ -309,13 +319,15 @@ def test_the_environment_of_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "src" / "musubi_tuner").mkdir(parents=True)
     pips, uvs = (tmp_path / name / "bin" / "python" for name in ("venv", ".venv"))
     config = compose(f"engine.path={tmp_path}")
-    assert str(engine_facts(config, tmp_path).missing).startswith(
+    assert str(MusubiEngine().locate(config, tmp_path).missing).startswith(
         f"there is no Python at {pips} or {uvs}. Point engine.path and engine.python to "
     )
     for python in (uvs, pips):
         python.parent.mkdir(parents=True)
         python.touch()
-        facts = engine_facts(config, tmp_path)
+        facts = MusubiEngine().locate(config, tmp_path)
         assert (facts.python, facts.missing) == (str(python), None)
-    named = engine_facts(compose(f"engine.path={tmp_path}", "engine.python=other"), tmp_path)
+    named = MusubiEngine().locate(
+        compose(f"engine.path={tmp_path}", "engine.python=other"), tmp_path
+    )
     assert str(named.missing).startswith(f"there is no Python at {tmp_path}/other. ")

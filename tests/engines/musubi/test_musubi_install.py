@@ -217,6 +217,23 @@ def test_lost_packages_are_installed_again(sandbox: Sandbox) -> None:
     assert sandbox.calls()[0] == "PYTHON -m venv --clear HOME/venv"
 
 
+# An install of another version of musubi-tuner, or one recorded without saying which, is not taken
+# for the one that the runner was written for.
+@pytest.mark.parametrize("version", ["v0.3.3", None])
+def test_another_version_is_not_whole(sandbox: Sandbox, version: str | None) -> None:
+    sandbox.install()
+    sandbox.calls()
+    file = sandbox.home / "installed.json"
+    record = json.loads(file.read_text())
+    del record["version"]
+    file.write_text(json.dumps(record if version is None else {**record, "version": version}))
+    checked = sandbox.run("check")
+    line = f"the install in {sandbox.home} was not finished"
+    assert (checked.code, checked.out) == (1, f"broken: {line}.\n")
+    assert sandbox.install().out.startswith(f"Starting over: {line}.")
+    assert json.loads(file.read_text())["version"] == "v0.3.4"
+
+
 # A Python's modules are looked for in it alone: not in the user's folder or on PYTHONPATH.
 def test_modules_are_looked_for_in_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -319,7 +336,7 @@ def test_options_are_recorded_with_the_version(tmp_path: Path) -> None:
 
 # A run without an install names the command that makes it, and a half-made one is not used.
 def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.pipeline.inputs import engine_facts
+    from runner.engines.musubi.engine import MusubiEngine
 
     monkeypatch.setenv("XDG_DATA_HOME", str(sandbox.folder / "data"))
     remedy = (
@@ -327,16 +344,16 @@ def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
         "engine.path and engine.python to an installed musubi-tuner, or rehearse without it: "
         "engine=diffusers model=tiny."
     )
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing == f"musubi-tuner v0.3.4 is not installed {remedy}"
     sandbox.install(FAIL="musubi-tuner @")
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing == f"musubi-tuner v0.3.4 is half installed {remedy}"
     sandbox.install()
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing is None
     assert facts.python == str(sandbox.home / "venv" / "bin" / "python")
     assert os.access(facts.python, os.X_OK)
     (sandbox.home / "venv" / "bin" / "python").unlink()
-    facts = engine_facts(compose(), sandbox.folder)
+    facts = MusubiEngine().locate(compose(), sandbox.folder)
     assert facts.missing == f"musubi-tuner v0.3.4 is half installed {remedy}"

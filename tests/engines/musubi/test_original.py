@@ -10,7 +10,7 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 from test_musubi_options import script_arguments
 
-from runner.engines.musubi.options import LATENTS, TEXT, TRAIN, options, parse
+from runner.formats.trainer_options import LATENTS, TEXT, TRAIN, options, parse
 
 MEDIA = [fake_item("clip.mp4")]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from conftest import compose
+from conftest import compose, problems_of
 
 from runner.config.groups import conf_folder, groups
-from runner.config.rules import problems
-from runner.engines.musubi.options import TRAIN
 from runner.engines.musubi.rules_optimizer import OPTIMIZER_ARGS, SCHEDULERS
+from runner.formats.trainer_options import TRAIN
 
 GROUPS = groups(conf_folder())
 PROMPTS = ("sampling=prompts",)
@@ -285,7 +284,7 @@ BROKEN: dict[tuple[str, ...], str] = {
 # Each broken rule is told in one line that says what is wrong and what would be right.
 @pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
 def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
-    assert list(problems(compose(*overrides))) == [BROKEN[overrides]]
+    assert list(problems_of(compose(*overrides))) == [BROKEN[overrides]]
 
 
 # What is right passes: the rules must not refuse what musubi-tuner takes.
@@ -323,7 +322,7 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
     ids=" ".join,
 )
 def test_what_is_right_passes(overrides: tuple[str, ...]) -> None:
-    assert list(problems(compose(*overrides))) == []
+    assert list(problems_of(compose(*overrides))) == []
 
 
 # Every choice and every recipe with every optimizer obeys the rules, for both tasks.
@@ -341,12 +340,12 @@ def test_choices_and_recipes_obey_the_rules(task: str) -> None:
     ]
     for choice in choices:
         config = compose(f"task={task}", choice, *extra.get(choice, []))
-        assert list(problems(config)) == [], choice
+        assert list(problems_of(config)) == [], choice
     for recipe in GROUPS["experiment"]:
         for name in GROUPS["optimizer"]:
             overrides = [f"experiment={recipe}", f"optimizer={name}", f"task={task}"]
             config = compose(*overrides, *extra.get(f"optimizer={name}", []))
-            assert list(problems(config)) == [], overrides
+            assert list(problems_of(config)) == [], overrides
 
 
 # The argument lists of optimizers are those of the libraries, where they are installed here.

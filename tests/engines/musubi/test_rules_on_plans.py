@@ -62,6 +62,19 @@ def test_warmup_longer_than_the_run() -> None:
     assert line not in plan("scheduler=cosine", "training.max_steps=31", items=PICTURES).notices
 
 
+# A warm-up of just the run's length reaches the rate after the last step: a notice; one step less
+# is none. rex ends with neither.
+def test_warmup_as_long_as_the_run() -> None:
+    def told(scheduler: str, steps: int) -> bool:
+        given = (f"scheduler={scheduler}", f"training.max_steps={steps}")
+        notices = plan(*given, "scheduler.warmup_steps=30", items=PICTURES).notices
+        return any("the learning rate is never reached" in notice for notice in notices)
+
+    assert told("cosine", 30)
+    assert not told("cosine", 31)
+    assert told("rex", 30)
+
+
 # LoHa and LoKr take a dropout and never use it.
 def test_dropout_without_effect_is_told() -> None:
     line = (

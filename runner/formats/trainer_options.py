@@ -1,6 +1,6 @@
 """What musubi-tuner's scripts accept: their recorded options, and checks against them; pure.
 
-``musubi_options.json`` beside this file is made from the real parsers by
+``trainer_options.json`` beside this file is made from the real parsers by
 ``scripts/record-musubi-options``. Arguments are read as argparse reads them, save that a shortened
 name is refused. A ``train.toml`` is held to the same types, because musubi-tuner puts what it reads
 there beside parsed arguments without a check: a wrong type, choice or name goes unnoticed there.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from runner.core.text import did_you_mean
 
@@ -26,6 +26,11 @@ _KINDS = {
     "int": "a whole number",
     "float": "a number",
     "_int_or_float": "a whole number, a share or a percentage",
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float,),
+    "_int_or_float": (int, float),
 }
 
 
@@ -42,10 +47,22 @@ class ScriptOption:
     nargs: str | None = None
 
 
+@dataclass(frozen=True)
+class Wrong:
+    """What is wrong with a value in a file; of a list, ``part`` is the first wrong part.
+
+    list: it must be one. type: it is of none of the option's types. share: it is no whole number
+    and no share below 1. choice: it is none of the option's choices.
+    """
+
+    what: Literal["list", "type", "share", "choice"]
+    part: Any
+
+
 @cache
 def recorded() -> Mapping[str, Any]:
     """The recorded file: ``version``, ``commit`` and ``scripts``."""
-    text = (files("runner.engines.musubi") / "options.json").read_text(encoding="utf-8")
+    text = (files("runner.formats") / "trainer_options.json").read_text(encoding="utf-8")
     record: Mapping[str, Any] = json.loads(text)
     return record
 
@@ -95,24 +112,37 @@ def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
     return values, problems
 
 
+def types_of(option: ScriptOption) -> tuple[type, ...]:
+    """The types that a value in a file, or for a list each part of it, may have."""
+    return (bool,) if option.flag else _TYPES.get(option.type, (str,))
+
+
+def flattened(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A TOML table given as ``--config_file``, as musubi-tuner reads it: sections are one table."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(value if isinstance(value, Mapping) else {key: value})
+    return flat
+
+
+def wrong_value(option: ScriptOption, value: Any) -> Wrong | None:
+    """What is wrong with a value that a file gives to the option, or None."""
+    if option.nargs is None:
+        return _wrong_part(option, value)
+    if not isinstance(value, list):
+        return Wrong("list", value)
+    return next((wrong for part in value if (wrong := _wrong_part(option, part))), None)
+
+
 def check_table(script: str, table: Mapping[str, Any]) -> list[str]:
     """Every problem with a TOML table given as ``--config_file``; sections count as one table."""
     problems: list[str] = []
     known = options(script)
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(value if isinstance(value, Mapping) else {key: value})
-    for key, value in flat.items():
-        option = known.get(key)
-        if option is None:
+    for key, value in flattened(table).items():
+        if key not in known:
             problems.append(f"{script} has no option {key}.{did_you_mean(key, known)}")
-            continue
-        several = option.nargs is not None
-        if several and not isinstance(value, list):
-            problems.append(f"{key}={value!r} must be a list.")
-            continue
-        for part in value if several else [value]:
-            problems += _wrong_value(option, part)
+        elif wrong := wrong_value(known[key], value):
+            problems.append(_said(known[key], wrong))
     return problems
 
 
@@ -168,24 +198,26 @@ def _int_or_float(text: str) -> int | float:
     return int(number) if number >= 1 and number.is_integer() else number
 
 
-def _wrong_value(option: ScriptOption, value: Any) -> list[str]:
-    if option.flag:
-        return (
-            [] if isinstance(value, bool) else [f"{option.name}={value!r} must be true or false."]
-        )
-    right: tuple[type, ...] = {
-        "int": (int,),
-        "float": (float,),
-        "_int_or_float": (int, float),
-    }.get(option.type, (str,))
-    if not isinstance(value, right) or isinstance(value, bool):
-        what = _KINDS.get(option.type, "a text")
-        if option.type == "float":
-            what += " with a decimal point"
-        return [f"{option.name}={value!r} must be {what}."]
+def _wrong_part(option: ScriptOption, value: Any) -> Wrong | None:
+    if type(value) not in types_of(option):
+        return Wrong("type", value)
     if option.type == "_int_or_float" and isinstance(value, float) and value >= 1:
         # A float is multiplied by the number of steps.
-        return [f"{option.name}={value!r} must be a whole number or a share below 1."]
+        return Wrong("share", value)
     if option.choices and value not in option.choices:
-        return [f"{option.name} can't be {value!r}.{did_you_mean(str(value), option.choices)}"]
-    return []
+        return Wrong("choice", value)
+    return None
+
+
+def _said(option: ScriptOption, wrong: Wrong) -> str:
+    name, value = option.name, wrong.part
+    if wrong.what == "choice":
+        return f"{name} can't be {value!r}.{did_you_mean(str(value), option.choices)}"
+    if wrong.what == "share":
+        return f"{name}={value!r} must be a whole number or a share below 1."
+    if wrong.what == "list":
+        return f"{name}={value!r} must be a list."
+    what = "true or false" if option.flag else _KINDS.get(option.type, "a text")
+    if option.type == "float":
+        what += " with a decimal point"
+    return f"{name}={value!r} must be {what}."

@@ -1,0 +1,64 @@
+"""The weights that the embedded engine trains on: of the hub, or made at random."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+from runner.config.schema import RunConfig
+from runner.core.paths import checkout
+from runner.engines.diffusers.executables import module_command
+from runner.engines.diffusers.make_weights import PARTS
+from runner.formats.train_toml import WeightPaths
+from runner.hub.weights import WeightFacts, hub_weights
+
+# Raised when the tiny model's random weights change.
+TINY_VERSION = 1
+
+
+def model_weights(config: RunConfig, root: Path) -> WeightFacts:
+    """Where the weights of the config's model are or will be; reads only."""
+    if config.model.source == "random":
+        return _tiny(config, root)
+    return hub_weights(config, root)
+
+
+def _tiny(config: RunConfig, root: Path) -> WeightFacts:
+    folder = root / "cache" / "weights" / f"tiny-{TINY_VERSION}"
+    transformer = f"transformer/{config.task.name}"
+    paths = WeightPaths(
+        transformer=str(folder / transformer / "diffusion_pytorch_model.safetensors"),
+        vae=str(folder / "vae"),
+        text_encoder=str(folder / "text_encoder"),
+        byt5=str(folder / "byt5"),
+        image_encoder=str(folder / "image_encoder"),
+    )
+    digests: dict[str, str] | None = None
+    if all((folder / part).is_file() for part in PARTS):
+        digests = {
+            "transformer": _digest(folder / transformer),
+            **{
+                part: _digest(folder / part)
+                for part in ("vae", "text_encoder", "byt5", "image_encoder")
+            },
+        }
+    command = module_command(sys.executable, checkout(), "make_weights", "--output", str(folder))
+    tokenizer = folder / "text_encoder" / "tokenizer"
+    return WeightFacts(
+        paths,
+        digests,
+        (command,),
+        "random weights of the tiny model",
+        tokenizer if tokenizer.is_dir() else None,
+    )
+
+
+def _digest(folder: Path) -> str:
+    """One digest of all files in a folder; the tiny model's are small enough to read each time."""
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            total.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()

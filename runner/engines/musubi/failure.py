@@ -1,0 +1,36 @@
+"""What went wrong in a musubi-tuner process, by its log; accelerate starts the trainer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from runner.core.process import TRACEBACK, best_line, last_error, log_lines, signal_words
+
+# What accelerate's launcher says, in a traceback of its own, when the trainer it started failed.
+_LAUNCHER = re.compile(
+    r"subprocess\.CalledProcessError: Command .* "
+    r"(?:died with <Signals\.(?P<signal>\w+): \d+>|returned non-zero exit status \d+)\.$"
+)
+# A warning or two may come after the launcher's traceback, from what ends later than it does.
+_LAUNCHER_LINES = 10
+
+
+def failure(log: Path) -> str:
+    """The line that best says what went wrong.
+
+    The launcher's report that its program failed gives way to that program's own words.
+    """
+    lines = log_lines(log)
+    if lines is None:
+        return last_error(log)
+    for number in reversed(range(max(0, len(lines) - _LAUNCHER_LINES), len(lines))):
+        launcher = _LAUNCHER.match(lines[number])
+        if launcher is None:
+            continue
+        if launcher["signal"]:
+            return f"the program was ended by {signal_words(launcher['signal'])}"
+        starts = [at for at in range(number) if lines[at].endswith(TRACEBACK)]
+        lines = lines[: starts[-1] if starts else number] or lines
+        break
+    return best_line(lines)

@@ -1,0 +1,54 @@
+"""Where musubi-tuner lies on this machine: the runner's own install, or what the options name."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from runner.config.schema import RunConfig
+from runner.core.paths import absolute
+from runner.engines.base import EngineFacts
+from runner.engines.musubi.packages import COMMAND, VERSION, engine_home, python_of
+
+
+def located(config: RunConfig, cwd: Path) -> EngineFacts:
+    """Where musubi-tuner lies, and why it cannot run if it can't; reads only."""
+    home = engine_home()
+    python = python_of(home)
+    places: list[Path] = []
+    source: Path | None = None
+    missing: str | None = None
+    if config.engine.path is not None:
+        source = absolute(config.engine.path, cwd)
+        # musubi-tuner's README names the first for pip, and uv's own name is the second.
+        places = [source / name / "bin" / "python" for name in ("venv", ".venv")]
+        python = next((place for place in places if place.is_file()), places[0])
+        if not (source / "src" / "musubi_tuner").is_dir():
+            missing = f"engine.path={config.engine.path} is no musubi-tuner checkout"
+    if config.engine.python is not None:
+        python, places = absolute(config.engine.python, cwd), []
+    ours = config.engine.path is None and config.engine.python is None
+    if ours and not ((home / "installed.json").is_file() and python.is_file()):
+        what = "half installed" if (home / "venv").exists() else "not installed"
+        missing = f"musubi-tuner {VERSION} is {what} in {home}: run {COMMAND}"
+    elif missing is None and not python.is_file():
+        missing = f"there is no Python at {' or '.join(map(str, places or [python]))}"
+    if missing is not None:
+        missing += ". Or point" if ours else ". Point"
+        missing += (
+            " engine.path and engine.python to an installed musubi-tuner, or rehearse "
+            "without it: engine=diffusers model=tiny."
+        )
+    if source is None:
+        return EngineFacts(str(python), f"musubi-tuner {VERSION}", None, missing)
+    version = _checkout_version(source) or "of an unknown version"
+    return EngineFacts(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
+
+
+def _checkout_version(source: Path) -> str | None:
+    """The version that a checkout of musubi-tuner says it has, as a tag is named."""
+    try:
+        project = tomllib.loads((source / "pyproject.toml").read_text("utf-8"))["project"]
+        return f"v{project['version']}"
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,367 @@
+"""The trainer's options: one table of what each means, which both engines and train.toml use; pure.
+
+Names, types and defaults are those of ``hv_1_5_train_network.py`` in musubi-tuner v0.3.4, whose
+``--config_file`` reads train.toml, save for what the embedded engine has of its own. Options that
+stand at the trainer's own default are written too where that could change what is learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from operator import attrgetter
+from typing import Any, Literal
+
+from runner.config.schema import MemoryConfig, RunConfig
+from runner.formats.train_toml import WeightPaths
+
+NETWORK_MODULES = {
+    "lora": "networks.lora_hv_1_5",
+    "loha": "networks.loha",
+    "lokr": "networks.lokr",
+}
+# Schedules that have a number of cycles, and those that have a least rate.
+WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr")
+WITH_LEAST_RATE = ("cosine_with_min_lr", "rex")
+
+FOLDERS = "the run's folder, set by the runner"
+
+# What the embedded engine does with an option: acts on it; takes it, because it changes speed,
+# memory or messages and never what is learnt; or takes it as long as it is switched off.
+Embedded = Literal["acts", "harmless", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """What the values of a train.toml are made of.
+
+    memory: the resolved tier. seed: the resolved seed. name: the run's, which the LoRA file has for
+    a title unless it is given one. own: the options that the engine knows besides musubi-tuner's.
+    """
+
+    config: RunConfig
+    weights: WeightPaths
+    memory: MemoryConfig
+    name: str
+    seed: int
+    compile_blocks: bool
+    own: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one of the trainer's options means.
+
+    instead: the key or the words for what to use instead of it, where the runner sets it itself.
+    value: a key whose value it has, or a function that gives it; None leaves it out. Without one it
+    is the value at ``instead``.
+    original: its place among the options of the script that the runner grew out of.
+    own: whether it is an engine's own, and not musubi-tuner's.
+    in_lora: whether the LoRA file's metadata say it, as ``ss_`` and its name.
+    """
+
+    instead: str | None
+    value: str | Callable[[Rendering], Any] | None
+    original: int | None
+    embedded: Embedded
+    own: bool
+    in_lora: bool
+
+
+def row(
+    instead: str | None = None,
+    value: str | Callable[[Rendering], Any] | None = None,
+    *,
+    default: Any = MISSING,
+    original: int | None = None,
+    embedded: Embedded = "acts",
+    own: bool = False,
+    in_lora: bool = False,
+) -> Any:
+    """A dataclass field with its :class:`Row`; one without a default must be given."""
+    metadata = {"row": Row(instead, value, original, embedded, own, in_lora)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _uses(attention: str) -> Callable[[Rendering], Any]:
+    return lambda r: r.config.training.attention == attention or None
+
+
+def _checkpoints_by_epoch(r: Rendering) -> int | None:
+    training = r.config.training
+    return training.keep_last if training.save_every_epochs else None
+
+
+def _checkpoints_by_step(r: Rendering) -> int | None:
+    # Counted in steps: the checkpoint of the step itself, and those of so many before it.
+    keep, steps = r.config.training.keep_last, r.config.training.save_every_steps
+    return (keep - 1) * steps if keep and steps else None
+
+
+def _network_args(r: Rendering) -> list[str] | None:
+    network = r.config.network
+    patterns = {"include_patterns": network.include, "exclude_patterns": network.exclude}
+    args = [f"{key}={list(value)!r}" for key, value in patterns.items() if value]
+    return args + [f"{key}={value}" for key, value in network.args.items()] or None
+
+
+def _optimizer_args(r: Rendering) -> list[str] | None:
+    return [f"{key}={value!r}" for key, value in r.config.optimizer.args.items()] or None
+
+
+def _of_schedules(names: tuple[str, ...], key: str) -> Callable[[Rendering], Any]:
+    return lambda r: getattr(r.config.scheduler, key) if r.config.scheduler.name in names else None
+
+
+def _of_previews(value: Callable[[Rendering], Any]) -> Callable[[Rendering], Any]:
+    return lambda r: value(r) if r.config.sampling.name != "none" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """A train.toml's options, in the order in which they are rendered.
+
+    The embedded engine reads them into this class. What it does not act on stays at its default.
+    """
+
+    task: str = row("task", "task.name", default="t2v", original=7)
+    dit: str = row("model.transformer", lambda r: r.weights.transformer, original=1)
+    vae: str | None = row("model.vae", lambda r: r.weights.vae, default=None, original=2)
+    text_encoder: str | None = row(
+        "model.text_encoder", lambda r: r.weights.text_encoder, default=None, original=3
+    )
+    byt5: str | None = row("model.byt5", lambda r: r.weights.byt5, default=None, original=4)
+    dataset_config: str = row(
+        "dataset.path and the options of dataset", lambda _: "dataset.toml", original=6
+    )
+    sdpa: bool = row(
+        "training.attention", _uses("sdpa"), default=False, original=8, embedded="harmless"
+    )
+    flash_attn: bool = row("training.attention", _uses("flash"), default=False, embedded="harmless")
+    xformers: bool = row(
+        "training.attention", _uses("xformers"), default=False, embedded="harmless"
+    )
+    mixed_precision: str = row(
+        "precision", "precision.mixed_precision", default="no", original=9, in_lora=True
+    )
+    timestep_sampling: str = row(
+        "training.timestep_sampling", default="sigma", original=10, in_lora=True
+    )
+    discrete_flow_shift: float = row(
+        "training.discrete_flow_shift", default=1.0, original=12, in_lora=True
+    )
+    sigmoid_scale: float = row("training.sigmoid_scale", default=1.0, in_lora=True)
+    weighting_scheme: str = row(
+        "training.weighting_scheme", default="none", original=11, in_lora=True
+    )
+    optimizer_type: str = row("optimizer", "optimizer.type", default="", original=13)
+    learning_rate: float = row("optimizer.learning_rate", default=2e-6, original=14, in_lora=True)
+    max_grad_norm: float = row("training.max_grad_norm", default=1.0, in_lora=True)
+    lr_scheduler: str = row("scheduler", "scheduler.name", default="constant", in_lora=True)
+    # The runner sets none of these three; a train.toml written by hand may.
+    lr_scheduler_type: str = row(default="")
+    lr_scheduler_args: list[str] = row(default=[])
+    lr_scheduler_timescale: int | None = row(default=None)
+    network_module: str = row(
+        "network",
+        lambda r: NETWORK_MODULES[r.config.network.name],
+        default="",
+        original=18,
+        in_lora=True,
+    )
+    network_dim: int | None = row("network.rank", default=None, original=19, in_lora=True)
+    network_alpha: float = row("network.alpha", default=1.0, in_lora=True)
+    gradient_accumulation_steps: int = row(
+        "training.gradient_accumulation_steps", default=1, in_lora=True
+    )
+    max_data_loader_n_workers: int = row(
+        "training.data_workers", default=8, original=16, embedded="harmless"
+    )
+    seed: int | None = row("training.seed", lambda r: r.seed, default=None, original=22)
+    output_dir: str = row(FOLDERS, lambda _: "checkpoints", original=23)
+    output_name: str = row(FOLDERS, lambda _: "lora", original=24, in_lora=True)
+    save_precision: str | None = row("training.save_precision", default=None)
+    logging_dir: str | None = row(FOLDERS, lambda _: "tensorboard", default=None)
+    log_with: str = row("tracking", lambda _: "tensorboard", default="tensorboard")
+    max_train_epochs: int | None = row(
+        "training.epochs",
+        lambda r: r.config.training.epochs if r.config.training.max_steps is None else None,
+        default=None,
+        original=20,
+    )
+    max_train_steps: int = row("training.max_steps", default=1600)
+
+    image_encoder: str | None = row(
+        "model.image_encoder",
+        lambda r: r.weights.image_encoder if r.config.task.name == "i2v" else None,
+        default=None,
+        original=5,
+    )
+    dit_dtype: str | None = row("precision.dit_dtype", default=None)
+    fp8_base: bool = row(
+        "precision=fp8",
+        lambda r: r.config.precision.fp8_base or None,
+        default=False,
+        original=25,
+        embedded="off",
+    )
+    fp8_scaled: bool = row(
+        "precision=fp8",
+        lambda r: r.config.precision.fp8_scaled or None,
+        default=False,
+        original=26,
+        embedded="off",
+    )
+    fp8_vl: bool = row(
+        "memory.fp8_text_encoder",
+        lambda r: r.memory.fp8_text_encoder or None,
+        default=False,
+        original=27,
+        embedded="harmless",
+    )
+    # xformers is refused without it.
+    split_attn: bool = row(
+        "training.attention=xformers", _uses("xformers"), default=False, embedded="harmless"
+    )
+    compile: bool = row(
+        "training.compile",
+        lambda r: r.compile_blocks or None,
+        default=False,
+        embedded="harmless",
+    )
+    # With torch's limit of 8, graphs for the third shape and on were left out of compiling in a
+    # run of 12 shapes with block swap (docs/musubi-proof.md); 32 is what musubi-tuner advises. It
+    # is a default that engine.extra_args may change: the command line goes over train.toml.
+    compile_cache_size_limit: int | None = row(
+        None, lambda r: 32 if r.compile_blocks else None, default=None, embedded="harmless"
+    )
+    persistent_data_loader_workers: bool = row(
+        "training.data_workers",
+        lambda r: r.config.training.data_workers != 0 or None,
+        default=False,
+        original=17,
+        embedded="harmless",
+    )
+    min_timestep: int | None = row("training.min_timestep", default=None)
+    max_timestep: int | None = row("training.max_timestep", default=None)
+    save_every_n_epochs: int | None = row("training.save_every_epochs", default=None, original=21)
+    save_every_n_steps: int | None = row("training.save_every_steps", default=None)
+    save_last_n_epochs: int | None = row("training.keep_last", _checkpoints_by_epoch, default=None)
+    save_last_n_steps: int | None = row("training.keep_last", _checkpoints_by_step, default=None)
+    save_state: bool = row(
+        "training.save_state",
+        lambda r: r.config.training.save_state or None,
+        default=False,
+        embedded="off",
+    )
+    resume: str | None = row("training.resume_from", default=None, embedded="off")
+    network_weights: str | None = row("network.weights", default=None)
+    network_dropout: float | None = row("network.dropout", default=None, in_lora=True)
+    network_args: list[str] = row("network.args", _network_args, default=[])
+    optimizer_args: list[str] = row("optimizer.args", _optimizer_args, default=[])
+    lr_warmup_steps: int | float = row(
+        "scheduler.warmup_steps",
+        lambda r: r.config.scheduler.warmup_steps or None,
+        default=0,
+        in_lora=True,
+    )
+    # With a least rate they are half waves: an even number of them ends at the full rate.
+    lr_scheduler_num_cycles: int = row(
+        "scheduler.num_cycles", _of_schedules(WITH_CYCLES, "num_cycles"), default=1
+    )
+    lr_scheduler_power: float = row(
+        "scheduler.power", _of_schedules(("polynomial",), "power"), default=1.0
+    )
+    lr_scheduler_min_lr_ratio: float | None = row(
+        "scheduler.min_lr_ratio", _of_schedules(WITH_LEAST_RATE, "min_lr_ratio"), default=None
+    )
+
+    gradient_checkpointing: bool = row(
+        "memory.checkpointing",
+        lambda r: r.memory.checkpointing in ("full", "offload") or None,
+        default=False,
+        original=15,
+        in_lora=True,
+    )
+    gradient_checkpointing_cpu_offload: bool = row(
+        "memory.checkpointing=offload",
+        lambda r: r.memory.checkpointing == "offload" or None,
+        default=False,
+        embedded="off",
+    )
+    blocks_to_swap: int | None = row(
+        "memory.blocks_to_swap",
+        lambda r: r.memory.blocks_to_swap or None,
+        default=None,
+        embedded="off",
+    )
+    use_pinned_memory_for_block_swap: bool = row(
+        "memory.pinned",
+        lambda r: (r.memory.blocks_to_swap and r.memory.pinned) or None,
+        default=False,
+        embedded="off",
+    )
+    block_swap_h2d_only: bool = row(
+        "memory.h2d_only",
+        lambda r: (r.memory.blocks_to_swap and r.memory.h2d_only) or None,
+        default=False,
+        embedded="off",
+    )
+    vae_sample_size: int = row("memory.vae_tile", default=128, embedded="harmless")
+
+    sample_prompts: str | None = row(
+        "sampling.prompts", _of_previews(lambda _: "sample_prompts.txt"), default=None
+    )
+    sample_every_n_epochs: int | None = row(
+        "sampling.every_epochs",
+        _of_previews(lambda r: r.config.sampling.every_epochs),
+        default=None,
+    )
+    sample_at_first: bool = row(
+        "sampling.at_first",
+        _of_previews(lambda r: r.config.sampling.at_first or None),
+        default=False,
+    )
+
+    metadata_title: str | None = row(
+        "metadata.title", lambda r: r.config.metadata.title or r.name, default=None
+    )
+    metadata_author: str | None = row("metadata.author", default=None)
+    metadata_description: str | None = row("metadata.description", default=None)
+    metadata_license: str | None = row("metadata.license", default=None)
+    metadata_tags: str | None = row(
+        "metadata.tags", lambda r: ",".join(r.config.metadata.tags) or None, default=None
+    )
+    training_comment: str | None = row("metadata.comment", default=None, in_lora=True)
+    # Leave the first frame's latent unscaled, as musubi-tuner does in training, where the
+    # published pipelines scale it.
+    i2v_unscaled_condition: bool = row(
+        "training.i2v_unscaled_condition",
+        lambda r: r.config.training.i2v_unscaled_condition if r.config.task.name == "i2v" else None,
+        default=False,
+        own=True,
+    )
+
+
+TABLE: Mapping[str, Row] = {option.name: option.metadata["row"] for option in fields(TrainOptions)}
+
+
+def train_options(rendering: Rendering) -> dict[str, Any]:
+    """The options that train.toml says, in its order."""
+    found = {
+        name: _value(option, rendering)
+        for name, option in TABLE.items()
+        if not option.own or name in rendering.own
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _value(option: Row, rendering: Rendering) -> Any:
+    value = option.instead if option.value is None else option.value
+    if callable(value):
+        return value(rendering)
+    if value is None:
+        return None
+    return attrgetter(value)(replace(rendering.config, memory=rendering.memory))

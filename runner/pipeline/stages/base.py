@@ -1,0 +1,76 @@
+"""What a stage is: how it is planned, and how it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from runner.config.schema import RunConfig
+from runner.core import process
+from runner.engines.base import Engine, Job
+from runner.pipeline.context import Context
+from runner.pipeline.model import Planning, StagePlan, Surroundings
+
+# What stages need of each other: files of the run's folder, and the cached items on either side of
+# the validation split.
+LORA = "lora.safetensors"
+TRAINING_ITEMS = "cached training items"
+HELD_OUT_ITEMS = "cached held-out items"
+
+
+class Stage(Protocol):
+    """One step of a run, with files before it and after it.
+
+    ``needs`` is what it reads of other stages' work, and ``makes`` what it alone can bring: a stage
+    that needs what a skipped one makes is skipped too. What lies in the shared cache is not among
+    it, since it may be there whoever made it; ``runs_when_skipped`` is for stages that still take
+    such finished work into the run's folder.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    runs_when_skipped: bool = False
+
+    def problems(self, config: RunConfig) -> Iterator[str]:
+        """Every rule on its being skipped or forced that ``config`` breaks; pure."""
+        return iter(())
+
+    def refusal(self, config: RunConfig, here: Surroundings) -> str | None:
+        """Why a run can't begin on this machine, though it can be planned; pure."""
+        return None
+
+    def missing_from(self, engine: Engine, job: Job) -> str | None:
+        """What a person should know of an engine that has no such stage; None if it has; pure."""
+        return None
+
+    def plan(self, planning: Planning) -> StagePlan:
+        """What it would do; pure.
+
+        Raises :class:`runner.core.errors.UserError` for what can't be.
+        """
+
+    def run(self, context: Context) -> None:
+        """Do what is to be done.
+
+        Raises :class:`runner.core.errors.StageError` when it fails; what it finished is kept.
+        """
+
+
+def run_commands(
+    context: Context, stage: StagePlan, on_tick: Callable[[], None] | None = None
+) -> None:
+    """Run a stage's commands in the run's folder, their output in the stage's log.
+
+    Raises :class:`runner.core.errors.StageError` when one fails, in the engine's words.
+    """
+    for command in stage.commands:
+        process.run(
+            command.argv,
+            cwd=context.run_dir,
+            env=command.environment(os.environ),
+            log=context.log(stage.name),
+            on_tick=on_tick,
+            explain=context.engine.failure,
+        )

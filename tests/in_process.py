@@ -1,0 +1,63 @@
+"""Runs in this process: the program's own preparing and carrying out, and the embedded engine.
+
+Importing torch and diffusers takes far longer than a tiny training, so that many runs share it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import compose
+
+from runner.config.composed import Composed
+from runner.core import process
+from runner.core.console import Console
+from runner.pipeline import executor
+
+
+def executables_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of the embedded engine are calls of its modules, in the run's folder."""
+
+    def run(
+        argv: tuple[str, ...],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        log: Path,
+        on_tick: Callable[[], None] | None = None,
+        explain: Callable[[Path], str] | None = None,
+    ) -> None:
+        assert argv[1] == "-m"
+        module: Any = import_module(argv[2])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as said, redirect_stdout(said), redirect_stderr(said), chdir(cwd):
+            module.main(list(argv[3:]))
+        if on_tick is not None:
+            on_tick()
+
+    monkeypatch.setattr(process, "run", run)
+
+
+def composed(*overrides: str) -> Composed:
+    """What the command line makes of these overrides."""
+    from omegaconf import OmegaConf
+
+    config = compose(*overrides)
+    resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    return Composed(config, resolved, overrides, {})
+
+
+def run_here(*overrides: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A whole run with these overrides, started in ``folder``; what it said."""
+    # Pytest's own handlers stay.
+    monkeypatch.setattr(executor, "raise_on_signals", lambda: None)
+    out = io.StringIO()
+    console = Console.for_stream(out)
+    executor.execute(executor.prepare(composed(*overrides), console, folder), console, None)
+    return out.getvalue()
