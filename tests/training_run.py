@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 import torch
 
+from runner.config.latent_frames import latent_frames
 from runner.engines.diffusers import make_weights, models
 from runner.formats import cache, dataset_toml
 from runner.formats.frames import Crop, FrameExtraction
@@ -76,7 +77,7 @@ def write_item(
         return torch.randn(shape, generator=stream)
 
     width, height = SIZE[0] // 16, SIZE[1] // 16
-    latents = normal(32, (frames - 1) // 4 + 1, height, width)
+    latents = normal(32, latent_frames(frames), height, width)
     condition = siglip = None
     if i2v:
         condition = torch.zeros(33, *latents.shape[1:])

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.config.schema import RunConfig, options
+from runner.config.latent_frames import nearest_frames, valid_frames
+from runner.config.schema import Bounds, Option, RunConfig, SourceConfig, options
 from runner.core.text import did_you_mean
 
 
@@ -24,22 +25,19 @@ def value_of(config: Any, key: str) -> Any:
     return config
 
 
-def nearest_frames(frames: int) -> tuple[int, int]:
-    """The two counts of the form 4N+1 around ``frames``."""
-    below = max(1, (frames - 1) // 4 * 4 + 1)
-    return below, below + 4
+def _values(config: RunConfig) -> Iterator[tuple[Option, str, Any]]:
+    """Every option with its key and value, and what sources have of their own of the dataset's."""
+    for option in options():
+        yield option, option.key, value_of(config, option.key)
+        group, _, name = option.key.rpartition(".")
+        for n, source in enumerate(config.dataset.sources if group == "dataset" else []):
+            yield option, f"dataset.sources[{n}].{name}", getattr(source, name, None)
 
 
 def _choices(config: RunConfig) -> Iterator[str]:
-    for option in options():
-        if not option.choices:
-            continue
-        yield from _choice(option.key, value_of(config, option.key), option.choices)
-        # What a source has of its own is one of the dataset's choices.
-        group, _, name = option.key.rpartition(".")
-        for n, source in enumerate(config.dataset.sources if group == "dataset" else []):
-            value = getattr(source, name, None)
-            yield from _choice(f"dataset.sources[{n}].{name}", value, option.choices)
+    for option, key, value in _values(config):
+        if option.choices:
+            yield from _choice(key, value, option.choices)
 
 
 def _choice(key: str, value: Any, choices: tuple[str, ...]) -> Iterator[str]:
@@ -69,79 +67,31 @@ def _texts(config: RunConfig) -> Iterator[str]:
             )
 
 
-# What a source may have of its own, and is at least 1.
-_MEDIA_COUNTS = ("batch_size", "num_repeats", "frame_stride", "frame_sample", "max_frames")
-
-
 def _numbers(config: RunConfig) -> Iterator[str]:
-    at_least: tuple[tuple[str, float], ...] = (
-        ("network.rank", 1),
-        ("training.epochs", 1),
-        ("training.max_steps", 1),
-        ("training.gradient_accumulation_steps", 1),
-        ("training.max_grad_norm", 0),
-        ("training.save_every_epochs", 1),
-        ("training.save_every_steps", 1),
-        ("training.keep_last", 1),
-        ("training.seed", -1),
-        ("training.data_workers", 0),
-        ("scheduler.warmup_steps", 0),
-        ("scheduler.num_cycles", 1),
-        ("scheduler.power", 0),
-        ("memory.blocks_to_swap", 0),
-        ("memory.vae_tile", 0),
-        ("memory.text_batch_size", 1),
-        ("sampling.steps", 1),
-        ("sampling.every_epochs", 1),
-        ("sampling.seed", 0),
-    )
-    for key, low in at_least:
-        yield from _at_least(key, value_of(config, key), low)
-    media: list[tuple[str, Any]] = [("dataset", config.dataset)]
-    media += [(f"dataset.sources[{n}]", s) for n, s in enumerate(config.dataset.sources)]
-    for key, part in media:
-        for name in _MEDIA_COUNTS:
-            yield from _at_least(f"{key}.{name}", getattr(part, name), 1)
-        yield from _above_zero(f"{key}.source_fps", part.source_fps)
-    above_zero = (
-        "network.alpha",
-        "optimizer.learning_rate",
-        "training.discrete_flow_shift",
-        "training.sigmoid_scale",
-        "dataset.max_archive_gb",
-    )
-    for key in above_zero:
-        yield from _above_zero(key, value_of(config, key))
-    if config.sampling.seed >= 2**64:
-        yield f"sampling.seed={config.sampling.seed} must be below {2**64}."
-    if not 0 <= config.dataset.validation_fraction < 1:
+    for option, key, value in _values(config):
+        if value is not None:
+            yield from _out_of_bounds(option.bounds, key, value)
+    low, high = config.training.min_timestep, config.training.max_timestep
+    if not 0 <= (low or 0) < (1000 if high is None else high) <= 1000:
         yield (
-            f"dataset.validation_fraction={config.dataset.validation_fraction} must be "
-            "at least 0 and below 1."
-        )
-    dropout = config.network.dropout
-    if dropout is not None and not 0 <= dropout < 1:
-        yield f"network.dropout={dropout} must be at least 0 and below 1."
-    low_t, high_t = config.training.min_timestep, config.training.max_timestep
-    if not 0 <= (low_t or 0) < (1000 if high_t is None else high_t) <= 1000:
-        yield (
-            f"training.min_timestep={low_t} and training.max_timestep={high_t} must satisfy "
+            f"training.min_timestep={low} and training.max_timestep={high} must satisfy "
             "0 <= min < max <= 1000."
         )
 
 
-def _at_least(key: str, value: float | None, low: float) -> Iterator[str]:
-    if value is None:
-        return
-    if not math.isfinite(value):
+def _out_of_bounds(bounds: Bounds, key: str, value: Any) -> Iterator[str]:
+    low, below = bounds.at_least, bounds.below
+    if bounds.above is not None and not (value > bounds.above and math.isfinite(value)):
+        yield f"{key}={value} must be a number above {bounds.above:g}."
+    elif low is not None and below is not None and isinstance(value, float):
+        if not low <= value < below:
+            yield f"{key}={value} must be at least {low:g} and below {below:g}."
+    elif low is not None and not math.isfinite(value):
         yield f"{key}={value} must be a number, at least {low:g}."
-    elif value < low:
+    elif low is not None and value < low:
         yield f"{key}={value} is too small: it must be at least {low:g}."
-
-
-def _above_zero(key: str, value: float | None) -> Iterator[str]:
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        yield f"{key}={value} must be a number above 0."
+    elif below is not None and value >= below:
+        yield f"{key}={value} must be below {below}."
 
 
 def _resolution(key: str, resolution: list[int] | None) -> Iterator[str]:
@@ -162,7 +112,7 @@ def _target_frames(key: str, values: list[int] | None) -> Iterator[str]:
     if not values:
         yield f"{key} is empty: name at least one frame count, for example [1,13,25]."
     for frames in values:
-        if frames < 1 or frames % 4 != 1:
+        if frames < 1 or frames != valid_frames(frames):
             below, above = nearest_frames(frames)
             yield f"{key}: {frames} is not of the form 4N+1 (nearest: {below} or {above})."
 
@@ -193,6 +143,9 @@ def _frames(config: RunConfig) -> Iterator[str]:
             yield "sampling=prompts with task=i2v needs sampling.image_path, the first frame."
 
 
+_WEIGHT = next(option for option in options(SourceConfig) if option.key == "weight")
+
+
 def _regularisation(config: RunConfig) -> Iterator[str]:
     sources = config.dataset.sources
     for n, source in enumerate(sources):
@@ -204,9 +157,8 @@ def _regularisation(config: RunConfig) -> Iterator[str]:
             )
         if source.regularisation and source.num_repeats is not None:
             yield f"{key}: regularisation sets get their repeats from weight: drop num_repeats."
-        weight = 1.0 if source.weight is None else source.weight
-        if not (weight > 0 and math.isfinite(weight)):
-            yield f"{key}.weight={weight} must be a number above 0."
+        if source.weight is not None:
+            yield from _out_of_bounds(_WEIGHT.bounds, f"{key}.weight", source.weight)
     if sources and all(source.regularisation for source in sources):
         yield "dataset.sources holds regularisation sets only: add what is to be learned."
 

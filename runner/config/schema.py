@@ -8,15 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), path: bool = False) -> Any:
-    """A dataclass field with its meaning, and for a text option the values it takes.
+@dataclass(frozen=True)
+class Bounds:
+    """Between what a number must be; None for no bound."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    path: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning, and the values it takes: choices of a text, or bounds.
 
     ``path`` marks values that are file-system paths, which are taken literally from the shell.
     """
-    metadata = {"help": help, "choices": choices, "path": path}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "path": path,
+        "bounds": Bounds(at_least, above, below),
+    }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -27,6 +50,9 @@ def part(cls: type) -> Any:
     return field(default_factory=cls)
 
 
+# What a source of media can be; auto tells it from the path.
+SourceKind = Literal["zip", "folder", "jsonl", "hub", "sample"]
+SOURCE_KINDS = ("auto", *get_args(SourceKind))
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "sigma", "logsnr")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -81,11 +107,7 @@ class SourceConfig:
     """One of several datasets; what it leaves out it takes from ``dataset``."""
 
     path: str = option("", "Zip, folder or JSONL file; owner/name with hub.", path=True)
-    kind: str = option(
-        "auto",
-        "What the path is.",
-        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
-    )
+    kind: str = option("auto", "What the path is.", choices=SOURCE_KINDS)
     revision: str | None = None
     trigger_word: str | None = None
     default_caption: str | None = None
@@ -109,6 +131,7 @@ class SourceConfig:
         None,
         "Regularisation samples in an epoch for each sample of the other sources (default 1). "
         "Repeats, or a part of the set, are chosen to come nearest.",
+        above=0,
     )
 
 
@@ -117,7 +140,7 @@ class DatasetConfig:
     kind: str = option(
         "auto",
         "What the path is; auto tells it from the path, hub is a dataset of the Hugging Face hub.",
-        choices=("auto", "zip", "folder", "jsonl", "hub", "sample"),
+        choices=SOURCE_KINDS,
     )
     path: str = option(
         "data", "Zip, folder or JSONL file of pictures and clips; owner/name with hub.", path=True
@@ -133,22 +156,26 @@ class DatasetConfig:
         "error", "What to do about media with no caption.", choices=("error", "skip")
     )
     resolution: list[int] = option([544, 960], "Width and height, pixels; buckets keep the area.")
-    batch_size: int = option(1, "Items in a batch.")
-    num_repeats: int = option(1, "How often each item is seen in an epoch.")
+    batch_size: int = option(1, "Items in a batch.", at_least=1)
+    num_repeats: int = option(1, "How often each item is seen in an epoch.", at_least=1)
     target_frames: list[int] = option([1, 13, 25], "Frames to train on, each 4N+1 (clips).")
     frame_extraction: str = option(
         "head", "Which frames of a clip are taken.", choices=FRAME_EXTRACTIONS
     )
-    frame_stride: int = option(1, "Frames between two windows (slide).")
-    frame_sample: int = option(1, "Windows in a clip (uniform).")
-    max_frames: int = option(129, "Most frames of a clip (full).")
+    frame_stride: int = option(1, "Frames between two windows (slide).", at_least=1)
+    frame_sample: int = option(1, "Windows in a clip (uniform).", at_least=1)
+    max_frames: int = option(129, "Most frames of a clip (full).", at_least=1)
     source_fps: float | None = option(
-        None, "Frame rate of the clips, to bring them to 24 a second; null keeps every frame."
+        None,
+        "Frame rate of the clips, to bring them to 24 a second; null keeps every frame.",
+        above=0,
     )
     enable_bucket: bool = option(True, "Keep aspect ratios by sorting into buckets.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture to its bucket.")
-    validation_fraction: float = option(0.0, "Share of items held out for eval/loss.")
-    max_archive_gb: float = option(100.0, "Refuse a zip that unpacks to more than this.")
+    validation_fraction: float = option(
+        0.0, "Share of items held out for eval/loss.", at_least=0, below=1
+    )
+    max_archive_gb: float = option(100.0, "Refuse a zip that unpacks to more than this.", above=0)
     sources: list[SourceConfig] = field(
         default_factory=list,
         metadata={
@@ -163,9 +190,11 @@ class DatasetConfig:
 @dataclass
 class NetworkConfig:
     name: str = option("lora", "Kind of adapter.", choices=("lora", "loha", "lokr"))
-    rank: int = option(32, "Rank (network_dim).")
-    alpha: float = option("${.rank}", "Scale is alpha / rank; follows the rank unless set.")
-    dropout: float | None = option(None, "Dropout inside the adapter.")
+    rank: int = option(32, "Rank (network_dim).", at_least=1)
+    alpha: float = option(
+        "${.rank}", "Scale is alpha / rank; follows the rank unless set.", above=0
+    )
+    dropout: float | None = option(None, "Dropout inside the adapter.", at_least=0, below=1)
     weights: str | None = option(
         None, "A LoRA of an earlier run to start from (its lora.safetensors).", path=True
     )
@@ -179,16 +208,18 @@ class OptimizerConfig:
     name: str = option("adamw8bit", "Optimizer.")
     # "???" is OmegaConf for a value that must be given.
     type: str = option("???", "Its name or class path for the trainer.")
-    learning_rate: float = option(1e-4, "Learning rate; belongs to the optimizer.")
+    learning_rate: float = option(1e-4, "Learning rate; belongs to the optimizer.", above=0)
     args: dict[str, Any] = option({}, "The optimizer's own arguments.")
 
 
 @dataclass
 class SchedulerConfig:
     name: str = option("constant", "Learning-rate schedule.")
-    warmup_steps: int = option(0, "Steps over which the rate climbs.")
-    num_cycles: int = option(1, "Cycles of cosine_with_restarts and cosine_with_min_lr.")
-    power: float = option(1.0, "Exponent (polynomial).")
+    warmup_steps: int = option(0, "Steps over which the rate climbs.", at_least=0)
+    num_cycles: int = option(
+        1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
+    )
+    power: float = option(1.0, "Exponent (polynomial).", at_least=0)
     min_lr_ratio: float | None = option(None, "Final share of the rate (cosine_with_min_lr, rex).")
 
 
@@ -204,35 +235,41 @@ class PrecisionConfig:
 @dataclass
 class MemoryConfig:
     name: str = option("auto", "Memory tier; auto is told from the card.")
-    blocks_to_swap: int | None = option(None, "Transformer blocks kept in main memory.")
+    blocks_to_swap: int | None = option(None, "Transformer blocks kept in main memory.", at_least=0)
     checkpointing: str | None = option(
         None, "Gradient checkpointing.", choices=("none", "full", "offload")
     )
-    vae_tile: int | None = option(None, "VAE tile, pixels; 0 encodes whole frames.")
+    vae_tile: int | None = option(None, "VAE tile, pixels; 0 encodes whole frames.", at_least=0)
     fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.")
-    text_batch_size: int | None = option(None, "Captions encoded at once.")
+    text_batch_size: int | None = option(None, "Captions encoded at once.", at_least=1)
     pinned: bool | None = option(None, "Pin main memory for block swap.")
     h2d_only: bool | None = option(None, "Swap blocks in one direction only.")
 
 
 @dataclass
 class TrainingConfig:
-    epochs: int = option(10, "Passes over the dataset.")
-    max_steps: int | None = option(None, "Steps instead of epochs.")
-    seed: int = option(42, "Random seed; -1 draws one and records it.")
-    gradient_accumulation_steps: int = option(1, "Batches in one optimizer step.")
-    max_grad_norm: float = option(1.0, "Gradient clipping; 0 is none.")
+    epochs: int = option(10, "Passes over the dataset.", at_least=1)
+    max_steps: int | None = option(None, "Steps instead of epochs.", at_least=1)
+    seed: int = option(42, "Random seed; -1 draws one and records it.", at_least=-1)
+    gradient_accumulation_steps: int = option(1, "Batches in one optimizer step.", at_least=1)
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 is none.", at_least=0)
     attention: str = option("sdpa", "Attention code.", choices=("sdpa", "flash", "xformers"))
     compile: str = option("auto", "torch.compile.", choices=("auto", "always", "none"))
     timestep_sampling: str = option("shift", "How timesteps are drawn.", choices=TIMESTEP_SAMPLINGS)
-    discrete_flow_shift: float = option(2.0, "Timestep shift.")
-    sigmoid_scale: float = option(1.0, "Spread of the timesteps (shift, sigmoid).")
+    discrete_flow_shift: float = option(2.0, "Timestep shift.", above=0)
+    sigmoid_scale: float = option(1.0, "Spread of the timesteps (shift, sigmoid).", above=0)
     weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
     max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
-    save_every_epochs: int | None = option(1, "Epochs between checkpoints; null for none.")
-    save_every_steps: int | None = option(None, "Steps between checkpoints, besides those.")
-    keep_last: int | None = option(None, "Checkpoints kept of each kind; null keeps all.")
+    save_every_epochs: int | None = option(
+        1, "Epochs between checkpoints; null for none.", at_least=1
+    )
+    save_every_steps: int | None = option(
+        None, "Steps between checkpoints, besides those.", at_least=1
+    )
+    keep_last: int | None = option(
+        None, "Checkpoints kept of each kind; null keeps all.", at_least=1
+    )
     save_state: bool = option(
         False, "Save the optimizer's state with each checkpoint, for training.resume_from."
     )
@@ -243,7 +280,7 @@ class TrainingConfig:
         path=True,
     )
     save_precision: str = option("bf16", "Type of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
-    data_workers: int = option(2, "Processes that read the cache.")
+    data_workers: int = option(2, "Processes that read the cache.", at_least=0)
     i2v_unscaled_condition: bool = option(
         False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
     )
@@ -261,15 +298,15 @@ class SamplingConfig:
     prompts: list[str] = option([], "One preview for each prompt.")
     negative_prompt: str = option("", "What previews should not show.")
     image_path: str | None = option(None, "First frame of the previews (i2v).", path=True)
-    every_epochs: int = option(1, "Epochs between previews.")
+    every_epochs: int = option(1, "Epochs between previews.", at_least=1)
     at_first: bool = option(False, "Also before training.")
     width: int = option(544, "Preview width, pixels, a multiple of 16.")
     height: int = option(960, "Preview height, pixels, a multiple of 16.")
     frames: int = option(25, "Preview frames, 4N+1.")
-    steps: int = option(20, "Sampling steps.")
+    steps: int = option(20, "Sampling steps.", at_least=1)
     guidance_scale: float = option(6.0, "Classifier-free guidance; 1 is none.")
     flow_shift: float = option(7.0, "Timestep shift in sampling.")
-    seed: int = option(42, "Seed of the previews.")
+    seed: int = option(42, "Seed of the previews.", at_least=0, below=2**64)
 
 
 @dataclass
@@ -330,6 +367,7 @@ class Option:
     help: str
     choices: tuple[str, ...]
     path: bool
+    bounds: Bounds
 
 
 def options(cls: type = RunConfig, prefix: str = "") -> Iterator[Option]:
@@ -355,6 +393,7 @@ def options(cls: type = RunConfig, prefix: str = "") -> Iterator[Option]:
             item.metadata.get("help", ""),
             item.metadata.get("choices", ()),
             item.metadata.get("path", False),
+            item.metadata.get("bounds", Bounds()),
         )
 
 

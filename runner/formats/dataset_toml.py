@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from runner.config.schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 from runner.formats.bucket import Size
-from runner.formats.frames import EXTRACTIONS, FrameExtraction
+from runner.formats.frames import FrameExtraction
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,15 @@ def _table(entry: DatasetEntry) -> dict[str, Any]:
     }
     if entry.extraction is not None:
         extraction = entry.extraction
-        table |= {
-            "target_frames": list(extraction.target_frames),
-            "frame_extraction": extraction.mode,
-            "frame_stride": extraction.stride,
-            "frame_sample": extraction.sample,
-            "max_frames": extraction.max_frames,
-        }
-        # musubi takes a float only, and an absent key for "keep every frame".
-        if extraction.source_fps is not None:
-            table["source_fps"] = float(extraction.source_fps)
+        values = {key: getattr(extraction, name) for key, (name, _) in _EXTRACTION.items()}
+        # musubi takes a list, not a tuple; of rates a float only, and an absent key for "keep
+        # every frame".
+        values["target_frames"] = list(extraction.target_frames)
+        if extraction.source_fps is None:
+            del values["source_fps"]
+        else:
+            values["source_fps"] = float(extraction.source_fps)
+        table |= values
     return table
 
 
@@ -129,8 +129,8 @@ def _lengths(value: Any) -> tuple[int, ...]:
 
 
 def _mode(value: Any) -> str:
-    if value not in EXTRACTIONS:
-        raise ValueError(f"one of {', '.join(EXTRACTIONS)}")
+    if value not in FRAME_EXTRACTIONS:
+        raise ValueError(f"one of {', '.join(FRAME_EXTRACTIONS)}")
     return _text(value)
 
 
@@ -150,6 +150,15 @@ _SHARED: dict[str, _Reader] = {
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
 }
+# Keys of a clip's frames, with the names that FrameExtraction has for them.
+_EXTRACTION: dict[str, tuple[str, _Reader]] = {
+    "target_frames": ("target_frames", _lengths),
+    "frame_extraction": ("mode", _mode),
+    "frame_stride": ("stride", _whole),
+    "frame_sample": ("sample", _whole),
+    "max_frames": ("max_frames", _whole),
+    "source_fps": ("source_fps", _rate),
+}
 _IMAGE: dict[str, _Reader] = {
     "image_directory": _text,
     "image_jsonl_file": _text,
@@ -159,12 +168,7 @@ _VIDEO: dict[str, _Reader] = {
     "video_directory": _text,
     "video_jsonl_file": _text,
     "cache_directory": _text,
-    "target_frames": _lengths,
-    "frame_extraction": _mode,
-    "frame_stride": _whole,
-    "frame_sample": _whole,
-    "max_frames": _whole,
-    "source_fps": _rate,
+    **{key: reader for key, (_, reader) in _EXTRACTION.items()},
 }
 # DatasetEntry's default for buckets is the runner's; a file that leaves the key out means off.
 _MUSUBI_DEFAULTS: dict[str, Any] = {"resolution": (960, 544), "enable_bucket": False}
@@ -227,15 +231,7 @@ def _entry(table: Any, shared: Mapping[str, Any], number: int) -> DatasetEntry:
         values["cache_directory"] = directory
     extraction = None
     if kind == "video":
-        names = {
-            "target_frames": "target_frames",
-            "frame_extraction": "mode",
-            "frame_stride": "stride",
-            "frame_sample": "sample",
-            "max_frames": "max_frames",
-            "source_fps": "source_fps",
-        }
-        given = {name: values.pop(key) for key, name in names.items() if key in values}
+        given = {name: values.pop(key) for key, (name, _) in _EXTRACTION.items() if key in values}
         extraction = FrameExtraction(**given)
     return DatasetEntry(
         kind=kind, jsonl=jsonl, directory=directory, extraction=extraction, **values

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
+from runner.config.latent_frames import valid_frames
+from runner.config.schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 
 MODEL_FPS = 24.0
-EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
-
-# The VAE joins four frames in one latent frame, after a first frame of its own.
-_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,9 @@ class FrameExtraction:
     """How crops are cut from a clip; names and defaults are musubi's.
 
     target_frames: lengths of the crops, in frames, each 4N+1 (others are cut down to that).
-    mode: one of EXTRACTIONS. head: from the first frame; chunk: one after the other; slide: every
-        `stride` frames; uniform: `sample` positions spread evenly; full: one crop, the whole clip.
+    mode: one of FRAME_EXTRACTIONS. head: from the first frame; chunk: one after the other; slide:
+        every `stride` frames; uniform: `sample` positions spread evenly; full: one crop, the whole
+        clip.
     max_frames: the most frames of a "full" crop.
     source_fps: frames a second of the clips; None keeps every decoded frame.
     """
@@ -45,11 +44,6 @@ class Crop:
 
     position: int
     frames: int
-
-
-def valid_frames(frames: int) -> int:
-    """The largest 4N+1 that is not above `frames` (at least 1)."""
-    return (frames - 1) // _STRIDE * _STRIDE + 1
 
 
 def _positions(source_fps: float | None) -> Iterator[int]:
@@ -113,9 +107,9 @@ def crops(frame_count: int, extraction: FrameExtraction) -> list[Crop]:
     Raises UserError for an unknown mode.
     """
     mode = extraction.mode
-    if mode not in EXTRACTIONS:
+    if mode not in FRAME_EXTRACTIONS:
         raise UserError(
-            f"frame_extraction {mode!r} is unknown: use one of {', '.join(EXTRACTIONS)}"
+            f"frame_extraction {mode!r} is unknown: use one of {', '.join(FRAME_EXTRACTIONS)}"
         )
     if frame_count < 1:
         return []

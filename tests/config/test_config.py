@@ -8,7 +8,7 @@ import pytest
 from conftest import compose, problems_of, run_program
 
 from runner.config.groups import conf_folder, groups
-from runner.config.schema import options
+from runner.config.schema import DatasetConfig, options
 
 CHOICES = [
     f"{group}={name}"
@@ -150,10 +150,12 @@ def test_limits_are_allowed() -> None:
     assert list(problems_of(compose(*at_limit))) == []
 
 
+# What a source may have of its own, and is at least 1.
+COUNTS = [option.key for option in options(DatasetConfig) if option.bounds.at_least == 1]
 SOURCE = {
     **{
         f"{key}: {value}": f"{key}={value} is too small: it must be at least 1."
-        for key in ("num_repeats", "batch_size", "frame_stride", "frame_sample", "max_frames")
+        for key in COUNTS
         for value in (0, -1)
     },
     **{

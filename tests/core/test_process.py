@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,14 @@ from conftest import TOP
 from runner.core import process
 from runner.core.command import Command
 from runner.core.errors import StageError
-from runner.core.process import Stopped, last_error, raise_on_signals, run, signals_deferred
+from runner.core.process import (
+    SIGNALS,
+    Stopped,
+    last_error,
+    raise_on_signals,
+    run,
+    signals_deferred,
+)
 
 
 def python(code: str, log: Path, on_tick: Callable[[], None] | None = None) -> None:
@@ -180,12 +188,23 @@ def test_a_killed_command_is_told_as_such(tmp_path: Path) -> None:
         python("import os; os.kill(os.getpid(), 9)", tmp_path / "stage.log")
 
 
+@contextmanager
+def ended_at_last(log: Path) -> Iterator[None]:
+    """Leave no command behind whose number is the first line of its log, nor a signal's handler."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for line in log.read_text().splitlines()[:1] if log.exists() else ():
+            with suppress(ProcessLookupError):
+                os.killpg(int(line), signal.SIGKILL)
+
+
 # A second signal while a command is being ended does not leave it running.
 def test_a_second_signal_does_not_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    raise_on_signals()
     log = tmp_path / "log"
-
     asked: list[float] = []
 
     def now() -> float:
@@ -194,6 +213,7 @@ def test_a_second_signal_does_not_orphan(tmp_path: Path, monkeypatch: pytest.Mon
         return asked[-1]
 
     monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+    # What it was asked comes after it has sent the second signal, so that both were there.
     code = (
         "import os, signal, time\n"
         "def end(*_):\n"
@@ -201,21 +221,21 @@ def test_a_second_signal_does_not_orphan(tmp_path: Path, monkeypatch: pytest.Mon
         "    print('asked', flush=True)\n"
         "signal.signal(signal.SIGTERM, end)\n"
         "print(os.getpid(), flush=True)\n"
-        "while True: time.sleep(1)\n"
+        "time.sleep(30)\n"
+        "print('ended by itself', flush=True)\n"
     )
 
     def stop_when_started() -> None:
         if log.exists() and log.read_text().strip():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    try:
+    with ended_at_last(log):
+        raise_on_signals()
         with pytest.raises(Stopped):
             python(code, log, stop_when_started)
-        assert not psutil.pid_exists(int(log.read_text().split()[0]))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        kill(log)
+        number, *said = log.read_text().split()
+        assert said == ["asked"]
+        assert not psutil.pid_exists(int(number))
 
 
 # When the runner is killed outright, the command it was running ends too.

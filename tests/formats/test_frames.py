@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from runner.config.schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 from runner.formats.frames import (
-    EXTRACTIONS,
     Crop,
     FrameExtraction,
     choose,
@@ -26,7 +26,7 @@ def test_frames_are_dropped_to_24_a_second() -> None:
 
 # No crop reaches beyond its clip, and its length is 4N+1, whatever is asked.
 def test_crops_lie_inside_the_clip() -> None:
-    for mode in EXTRACTIONS:
+    for mode in FRAME_EXTRACTIONS:
         for count in (0, 1, 4, 5, 30, 131):
             for targets in ((1,), (13, 14), (5, 200)):
                 asked = FrameExtraction(targets, mode, stride=3, sample=4)
@@ -75,7 +75,7 @@ def test_choosing_ends() -> None:
     assert all(next(chunk) for _ in range(1000))
 
 
-# A mode that is not there is named.
-def test_wrong_modes_are_named() -> None:
+# A way to cut clips that is unknown is named.
+def test_unknown_extraction_is_named() -> None:
     with pytest.raises(UserError, match=r"'middle' is unknown.*head"):
         crops(9, FrameExtraction(mode="middle"))

@@ -95,7 +95,7 @@ def test_dashed_values_survive() -> None:
     )
 
 
-# Which options are required was recorded too.
+# The record says which options are required.
 def test_required_options_are_known() -> None:
     assert [o.name for o in options(TEXT).values() if o.required] == [
         "byt5",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from difflib import unified_diff
 from typing import Any
 
 import pytest
 from conftest import compose, fake_facts, fake_item, plan_of, report_of
+from plan_text import difference, rendered
 
 from runner.cli.page import page
 from runner.config.groups import conf_folder, groups
@@ -19,16 +19,6 @@ from runner.pipeline.plan import commands_sh
 
 MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
 CARD = Machine("NVIDIA H100", 80.0, (9, 0))
-
-
-def rendered(plan: Plan) -> str:
-    """Everything an engine is given, as one text."""
-    parts = [f"== {name}\n{text}" for name, text in plan.files]
-    for stage in plan.stages:
-        parts += [f"== {stage.name}: {stage.state}, {stage.summary}\n"]
-        parts += [f"{command.shell()}\n" for command in stage.commands]
-        parts += [f"-- {name}\n{text}" for name, text in stage.files]
-    return "\n".join(parts)
 
 
 BASES = {
@@ -45,15 +35,32 @@ NEEDED = {
 }
 
 
-# What an engine is given for a mixed dataset is what the golden files show, whole.
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-@pytest.mark.parametrize("engine", BASES)
-def test_whole_plan_is_golden(engine: str, task: str, golden: Callable[[str, str], None]) -> None:
-    config = compose(
-        *BASES[engine], f"task={task}", "memory=24gb" if engine == "musubi" else "memory=cpu"
-    )
-    facts = fake_facts(config, MEDIA, machine=CARD)
-    golden(f"{engine}-{task}.txt", rendered(plan_of(config, facts)))
+def planned(*overrides: str) -> Plan:
+    config = compose(*overrides)
+    return plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+
+
+WHOLE = ["memory=24gb"]
+
+
+# What an engine is given for a mixed dataset is what the golden file shows, whole.
+def test_whole_plan_is_golden(golden: Callable[[str, str], None]) -> None:
+    golden("musubi-t2v.txt", rendered(planned(*WHOLE)))
+
+
+# Further plans, and what each is compared with.
+OTHERS = {
+    "musubi-i2v": ([*WHOLE, "task=i2v"], WHOLE),
+    "diffusers-t2v": ([*BASES["diffusers"], "memory=cpu"], BASES["diffusers"]),
+    "diffusers-i2v": ([*BASES["diffusers"], "memory=cpu", "task=i2v"], BASES["diffusers"]),
+}
+
+
+# The other task and the other engine are given what the golden files show otherwise.
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_plans_are_golden(name: str, golden: Callable[[str, str], None]) -> None:
+    overrides, base = OTHERS[name]
+    golden(f"{name}.diff", difference(planned(*base), planned(*overrides)))
 
 
 # With source_fps the trainer reads as far as its longest target says, so none may be left out
@@ -124,24 +131,20 @@ def test_8_bit_needs_a_card() -> None:
         plan_of(config, fake_facts(config, MEDIA))
 
 
-# Each choice of each group changes what the engine is given as its golden files show: train.toml is
-# in one, and the other has what differs from the engine's default plan in datasets and commands.
+# Each choice of each group changes what its engine is given by default as its golden file shows; an
+# engine's default is shown by what it has otherwise than the whole plan.
 @pytest.mark.parametrize("choice", VARIANTS)
 def test_every_choice_is_golden(choice: str, golden: Callable[[str, str], None]) -> None:
-    def planned(*overrides: str) -> tuple[Plan, list[str]]:
-        config = compose(*overrides)
-        plan = plan_of(config, fake_facts(config, MEDIA, machine=CARD))
-        apart = ("train.toml", "corrected.py", "accelerate.yaml")
-        kept = tuple((name, text) for name, text in plan.files if name not in apart)
-        return plan, rendered(replace(plan, files=kept)).splitlines()
+    plan = planned(*NEEDED.get(choice, []), choice)
+    engine = "musubi" if "corrected.py" in dict(plan.files) else "diffusers"
+    base = WHOLE if choice.startswith("engine=") else BASES[engine]
+    golden(f"choices/{choice}.diff", difference(planned(*base), plan))
 
-    plan, lines = planned(*NEEDED.get(choice, []), choice)
-    files = dict(plan.files)
-    if "train.toml" in files:
-        golden(f"choices/{choice}.toml", files["train.toml"])
-    _, default = planned(*BASES["musubi" if "corrected.py" in files else "diffusers"])
-    difference = unified_diff(default, lines, "default", choice, n=1, lineterm="")
-    golden(f"choices/{choice}.diff", "".join(f"{line}\n" for line in difference))
+
+# The very plans that choices are compared with are those that the engines' choices show.
+def test_defaults_are_the_engines_choices() -> None:
+    for engine, base in BASES.items():
+        assert rendered(planned(*base)) == rendered(planned(*base, f"engine={engine}"))
 
 
 # The dry run is a page a person reads; its text is kept whole.

@@ -6,12 +6,14 @@ import difflib
 import os
 from pathlib import Path
 
+from runner.config.schema import SOURCE_KINDS
 from runner.core.errors import UserError
 from runner.data.sources.archive import open_archive
 from runner.data.sources.entries import files_of
 from runner.formats.media_types import media_kind
 
-KINDS = ("auto", "zip", "folder", "jsonl", "sample")
+# A dataset of the hub is downloaded before, and then of another kind.
+KINDS = tuple(kind for kind in SOURCE_KINDS if kind != "hub")
 SAMPLE = Path(__file__).resolve().parents[1] / "sample"
 
 
@@ -63,7 +65,7 @@ def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
 def _told_by_content(
     path: str, folder: Path, archives: list[Path], lists: list[Path]
 ) -> tuple[str, Path]:
-    """The folder where it has media, else the only archive or list in it."""
+    """The folder itself where media lie in it and no archive, else the only archive or list."""
     media = next((name for name in sorted(files_of(folder)) if media_kind(name)), None)
     if not archives:
         if media is not None:

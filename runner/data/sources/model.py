@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
+from runner.config.schema import SourceKind
 from runner.core.file_identity import Identity
 from runner.formats.bucket import Size
 from runner.formats.media_types import MediaKind
-
-Kind = Literal["zip", "folder", "jsonl", "sample", "hub"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Item:
 class Scan:
     """What a source holds: items sorted by name, and media left out as (name, why)."""
 
-    kind: Kind
+    kind: SourceKind
     path: Path
     items: tuple[Item, ...]
     ignored: tuple[tuple[str, str], ...]

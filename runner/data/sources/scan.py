@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
+from runner.config.schema import SourceKind
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
 from runner.data.sources.entries import Entry, Listing, listed
 from runner.data.sources.look import Keeper, Looker
 from runner.data.sources.memo import Memo
-from runner.data.sources.model import Item, Kind, Scan
+from runner.data.sources.model import Item, Scan
 
 Progress = Callable[[int, int], None]
 # Given the entries of a source, what a real run does with them beyond looking: keeps those of an
@@ -64,7 +65,7 @@ def scan(
         why = f"; {ignored[0][0]}: {ignored[0][1]}" if ignored else ""
         raise UserError(f"{path} holds no picture or clip that can be read{why}")
     items.sort(key=lambda item: item.name)
-    return Scan(cast(Kind, kind), path, tuple(items), tuple(ignored))
+    return Scan(cast(SourceKind, kind), path, tuple(items), tuple(ignored))
 
 
 def _look_at_all(

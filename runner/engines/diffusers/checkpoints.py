@@ -15,20 +15,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from runner.core.atomic import write_bytes
 from runner.engines.diffusers.data import Dataset
 from runner.engines.diffusers.networks import Network
+from runner.formats.dtypes import torch_dtype
 from runner.formats.lora import sshs_hashes
 from runner.formats.train_options import TABLE, TrainOptions
 
 BASE_MODEL_VERSION = "hunyuan_video_1_5"
 ARCHITECTURE = "hunyuan-video-1.5/lora"
 IMPLEMENTATION = "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5"
-_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Checkpoints:
@@ -49,7 +48,7 @@ class Checkpoints:
         self._options = options
         self._folder = Path(options.output_dir)
         self._epochs = epochs
-        self._dtype = _PRECISIONS.get(options.save_precision or "", torch.float32)
+        self._dtype = torch_dtype(options.save_precision)
         self._metadata = _metadata(options, datasets, optimizer, seed, steps, epochs, batches)
 
     def save_epoch(self, network: Network, *, epoch: int, step: int) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.core.errors import UserError
+from runner.formats.dtypes import HALF, LONG, SHORT
 from runner.formats.train_options import TABLE, Embedded, TrainOptions
 from runner.formats.trainer_options import (
     TRAIN,
@@ -117,9 +118,9 @@ def _checked(key: str, value: Any) -> Any:
 def _check(chosen: TrainOptions) -> None:
     one_of = {
         "task": ("t2v", "i2v"),
-        "mixed_precision": ("no", "bf16", "fp16"),
-        "dit_dtype": (None, "bfloat16", "float16", "float32", "bf16", "fp16", "fp32"),
-        "save_precision": (None, "float", "fp32", "fp16", "bf16"),
+        "mixed_precision": ("no", *HALF),
+        "dit_dtype": (None, *LONG, *SHORT),
+        "save_precision": (None, "float", *reversed(SHORT)),
         "log_with": ("tensorboard",),
         # The other schemes weigh only sampled sigmas, and no supported sampling draws those.
         "weighting_scheme": ("none", "logit_normal", "mode"),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from runner.config.latent_frames import latent_frames, valid_frames
 from runner.core.atomic import whole
 from runner.core.errors import UserError
 from runner.engines.diffusers import flow, models, text_encoding
@@ -95,7 +96,7 @@ def parse_prompts(text: str) -> list[Prompt]:
                 prompt,
                 width=prompt.width // 16 * 16,
                 height=prompt.height // 16 * 16,
-                frames=(prompt.frames - 1) // 4 * 4 + 1,
+                frames=valid_frames(prompt.frames),
             )
         )
     if not prompts:
@@ -203,7 +204,7 @@ class Previewer:
             if text not in known:
                 pair = text_encoding.encode_prompt(tokenizer, encoder, byt5_tokenizer, byt5, text)
                 known[text] = (pair[0].cpu(), pair[1].cpu())
-            frames = (prompt.frames - 1) // 4 + 1
+            frames = latent_frames(prompt.frames)
             latents = torch.zeros(32, frames, prompt.height // 16, prompt.width // 16)
             condition = vision = None
             if first is not None:

@@ -40,10 +40,8 @@ from runner.engines.diffusers import (
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
+from runner.formats.dtypes import torch_dtype
 from runner.formats.train_options import TrainOptions
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_LONG_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ class Device:
         """The GPU if there is one; the CPU computes in fp32 whatever the file says."""
         if not torch.cuda.is_available():
             return cls("cpu", torch.float32, torch.float32)
-        compute = weights = _DTYPES.get(chosen.mixed_precision, torch.float32)
+        compute = weights = torch_dtype(chosen.mixed_precision)
         if chosen.dit_dtype is not None:
-            weights = _DTYPES[_LONG_DTYPES.get(chosen.dit_dtype, chosen.dit_dtype)]
+            weights = torch_dtype(chosen.dit_dtype)
         if compute == torch.float32 and weights != torch.float32:
             raise UserError(
                 f"train.toml: dit_dtype={chosen.dit_dtype!r} needs mixed_precision bf16 or fp16"

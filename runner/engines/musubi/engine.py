@@ -159,10 +159,10 @@ class MusubiEngine:
 
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
         folder = files("runner.engines.musubi")
-        texts = {name: (folder / name).read_text(encoding="utf-8") for name in _FILES}
+        own = {name: (folder / name).read_text(encoding="utf-8") for name in _FILES}
         if job.config.engine.arguments == "file":
-            texts = {"train.toml": render(options), **texts}
-        return texts
+            return {"train.toml": render(options), **own}
+        return own
 
     def failure(self, log: Path) -> str:
         return failure(log)

@@ -15,9 +15,8 @@ from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.text import did_you_mean
 from runner.engines.musubi import rules_optimizer as rules_musubi_optimizer
 from runner.engines.musubi.rules_arguments import extra_arguments, gives
+from runner.formats.dtypes import LONG
 from runner.formats.transformer_keys import BLOCK_LINEARS
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 _NETWORK_ARGS = {
     "lora": ("rank_dropout", "module_dropout", "loraplus_lr_ratio", "verbose"),
@@ -125,8 +124,8 @@ def _own(source: Any, dataset: Any, key: str) -> Any:
 def _precision(config: RunConfig) -> Iterator[str]:
     precision, file = config.precision, config.model.transformer
     mixed, dtype = precision.mixed_precision, precision.dit_dtype
-    if dtype is not None and dtype not in DTYPES:
-        yield f"precision.dit_dtype={dtype} is not a choice.{did_you_mean(dtype, DTYPES)}"
+    if dtype is not None and dtype not in LONG:
+        yield f"precision.dit_dtype={dtype} is not a choice.{did_you_mean(dtype, LONG)}"
     if precision.fp8_base and mixed == "no":
         yield "precision.fp8_base=true needs precision.mixed_precision=bf16 or fp16."
     elif mixed == "no" and dtype != "float32":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig
+from runner.formats.dtypes import LONG, SHORT
 from runner.formats.train_options import FOLDERS, TABLE
 from runner.formats.trainer_options import TRAIN, parse
 
@@ -38,7 +39,6 @@ _AT_LEAST_ONE = (
     *("block_swap_ring_size", "sample_every_n_steps", "compile_cache_size_limit"),
     *("save_last_n_epochs_state", "save_last_n_steps_state", "num_timestep_buckets"),
 )
-_VAE_DTYPES = ("bfloat16", "float16", "float32", "bf16", "fp16", "fp32")
 
 
 def extra_arguments(config: RunConfig) -> Iterator[str]:
@@ -85,7 +85,7 @@ def _values(values: dict[str, Any]) -> Iterator[str]:
                 f"--lr_scheduler_args {pair!r}: musubi-tuner reads the value as Python, and it "
                 "must be a number, a list, True, False, None or a text in quotes."
             )
-    if values.get("vae_dtype", "float16") not in _VAE_DTYPES:
+    if values.get("vae_dtype", "float16") not in (*LONG, *SHORT):
         yield f"--vae_dtype can't be {values['vae_dtype']!r}: take float16, bfloat16 or float32."
     size = values.get("metadata_reso")
     if size is not None and not re.fullmatch(r"\d+(,\d+)?", size):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cache_process import context_of
+from other_processes import pictures
 from training_run import inside, write_item, write_run
 
-from runner.core.errors import UserError
+from runner.core.command import Command
+from runner.core.console import Console
+from runner.core.errors import StageError, UserError
 from runner.engines.diffusers import evaluate, train
+from runner.pipeline.context import Context
+from runner.pipeline.stages.evaluate import EVALUATE
+from runner.tracking.metrics import Point
+from runner.tracking.mlflow_run import NullWriter
 
 
 def figures(folder: Path, lora: str = "checkpoints/lora.safetensors") -> dict[str, Any]:
@@ -86,3 +98,64 @@ def test_bad_lora(tmp_path: Path) -> None:
     write_item(folder / "images", "lost", 5, text=False)
     with pytest.raises(UserError, match="'lost'"):
         figures(folder, "bad.safetensors")
+
+
+class Writer(NullWriter):
+    """Remembers what MLflow would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[Point] = []
+        self.tags: dict[str, object] = {}
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        self.points += points
+
+    def set_tags(self, tags: Any) -> None:
+        self.tags.update(tags)
+
+
+def evaluated(tmp_path: Path, result: dict[str, Any] | None, *overrides: str) -> Writer:
+    """The stage with an engine that gives this result at once; what it told MLflow."""
+    writer, console = Writer(), Console.for_stream(io.StringIO())
+    outputs, media = tmp_path / "out", pictures(tmp_path / "media", 12)
+    context: Context = context_of(outputs, media, "engine=diffusers", *overrides, console=console)
+    code = (
+        "pass" if result is None else f"open('evaluation.json', 'w').write({json.dumps(result)!r})"
+    )
+    command = Command((sys.executable, "-I", "-c", code))
+    stages = tuple(
+        dataclasses.replace(stage, commands=(command,)) if stage.name == "evaluate" else stage
+        for stage in context.plan.stages
+    )
+    context.plan = dataclasses.replace(context.plan, stages=stages)
+    context.writer = writer
+    EVALUATE.run(context)
+    return writer
+
+
+# The gain is by how much the LoRA lowers the loss: more than zero where it is better than nothing,
+# less where it is worse. All three are at step 0 alone, as bars side by side.
+@pytest.mark.parametrize(("loss", "gain"), [(0.25, 0.5), (1.0, -0.25)])
+def test_the_gain_is_what_the_lora_lowers(tmp_path: Path, loss: float, gain: float) -> None:
+    writer = evaluated(tmp_path, {"loss": loss, "base_loss": 0.75, "items": 12})
+    assert {point.key: point.value for point in writer.points} == {
+        "eval/loss": loss,
+        "eval/base_loss": 0.75,
+        "eval/gain": gain,
+    }
+    assert [point.step for point in writer.points] == [0, 0, 0]
+    assert writer.tags == {"eval.items": "12 training items"}
+
+
+# Of what the losses are is told: of the items that were held out when there are any.
+def test_held_out_items_are_told(tmp_path: Path) -> None:
+    result = {"loss": 1.0, "base_loss": 1.0, "items": 5}
+    writer = evaluated(tmp_path, result, "dataset.validation_fraction=0.5")
+    assert writer.tags == {"eval.items": "5 held-out items"}
+
+
+# An engine that ends well and writes no figures has failed, and tells MLflow nothing.
+def test_an_engine_without_figures_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"without writing .*evaluation\.json \(log: "):
+        evaluated(tmp_path, None)
