@@ -25,12 +25,8 @@ def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source
     """
     if not any(source.options.regularisation for source in sources):
         return tuple(sources), selection
-    others = sum(
-        _samples(item) * sources[item.source].options.num_repeats
-        for item in selection.items
-        if not item.held_out and not sources[item.source].options.regularisation
-    )
     held_out = {item.media.sha256 for item in selection.items if item.held_out}
+    others = _ordinary_samples(sources, selection)
     if not others and held_out:
         raise UserError(
             "dataset.validation_fraction holds out all items but those of regularisation sets: "
@@ -40,27 +36,41 @@ def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source
         raise UserError(
             "Only regularisation sets have media to train on: give a source that is none."
         )
-    weighed, dropped, notices = list(sources), set[str](), list(selection.notices)
+    weighed, notices = list(sources), list(selection.notices)
+    kept = [item for item in selection.items if not _is_regularisation(sources, item)]
     for index, source in enumerate(sources):
-        if not source.options.regularisation:
-            continue
-        found = [item for item in selection.items if item.source == index]
         # What another source holds out must not be trained on by this way.
-        items = [item for item in found if item.media.sha256 not in held_out]
-        dropped |= {item.id for item in found} - {item.id for item in items}
-        if not items:
+        items = [
+            item
+            for item in selection.items
+            if item.source == index and item.media.sha256 not in held_out
+        ]
+        if not source.options.regularisation or not items:
             continue
-        wanted = source.options.weight * others
-        taken, repeats = _choose(items, wanted)
-        dropped |= {item.id for item in items} - {item.id for item in taken}
+        taken, repeats = _choose(items, source.options.weight * others)
+        kept += taken
         weighed[index] = replace(source, options=replace(source.options, num_repeats=repeats))
         samples = repeats * sum(_samples(item) for item in taken)
         notices.append(
             f"regularisation: {source.path}, {len(taken)} of {counted(len(items), 'item')} "
             f"x{repeats} = {counted(samples, 'sample')} beside {others}."
         )
-    kept = tuple(item for item in selection.items if item.id not in dropped)
-    return tuple(weighed), Selection(kept, tuple(notices))
+    ids = {item.id for item in kept}
+    in_order = tuple(item for item in selection.items if item.id in ids)
+    return tuple(weighed), Selection(in_order, tuple(notices))
+
+
+def _is_regularisation(sources: Sequence[Source], item: SelectedItem) -> bool:
+    return sources[item.source].options.regularisation
+
+
+def _ordinary_samples(sources: Sequence[Source], selection: Selection) -> int:
+    """The samples of an epoch that are of no regularisation set."""
+    return sum(
+        _samples(item) * sources[item.source].options.num_repeats
+        for item in selection.items
+        if not item.held_out and not _is_regularisation(sources, item)
+    )
 
 
 def _samples(item: SelectedItem) -> int:

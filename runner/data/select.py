@@ -188,29 +188,39 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
             left = _clips_only(left, notices)
         chosen += _place(index, source, left, task, validation_fraction, notices)
     if not chosen:
-        where = ", ".join(source.path for source in sources)
-        found = [item.kind for source in sources for item in source.items]
-        if task == "i2v" and found and "video" not in found:
-            have = "has" if len(sources) == 1 else "have"
-            raise UserError(
-                f"task=i2v learns motion from clips, and {where} {have} pictures alone "
-                f"({len(found)}): add clips, or take task=t2v."
-            )
-        why = f" {' '.join(notices)}" if notices else ""
-        raise UserError(f"Nothing to train on in {where}.{why}")
+        raise UserError(_nothing_left(sources, task, notices))
     ordinary = [item for item in chosen if not sources[item.source].options.regularisation]
+    notices += _about_the_split(ordinary, validation_fraction)
+    return Selection(tuple(sorted(chosen, key=lambda item: (item.source, item.id))), tuple(notices))
+
+
+def _nothing_left(sources: Sequence[Source], task: str, notices: Sequence[str]) -> str:
+    """Why there is nothing to train on."""
+    where = ", ".join(source.path for source in sources)
+    found = [item.kind for source in sources for item in source.items]
+    if task == "i2v" and found and "video" not in found:
+        have = "has" if len(sources) == 1 else "have"
+        return (
+            f"task=i2v learns motion from clips, and {where} {have} pictures alone "
+            f"({len(found)}): add clips, or take task=t2v."
+        )
+    why = f" {' '.join(notices)}" if notices else ""
+    return f"Nothing to train on in {where}.{why}"
+
+
+def _about_the_split(ordinary: Sequence[SelectedItem], fraction: float) -> Iterator[str]:
+    """What is to be said of the split; UserError where it leaves nothing to train on."""
     held_out = sum(item.held_out for item in ordinary)
     if ordinary and held_out == len(ordinary):
         raise UserError(
-            f"dataset.validation_fraction={validation_fraction:g} holds out all "
-            f"{len(ordinary)} items: lower it."
+            f"dataset.validation_fraction={fraction:g} holds out all {len(ordinary)} items: "
+            "lower it."
         )
-    if validation_fraction and ordinary and not held_out:
-        notices.append(
-            f"dataset.validation_fraction={validation_fraction:g} holds out none of the "
-            f"{len(ordinary)} items, which is chance with few: raise it."
+    if fraction and ordinary and not held_out:
+        yield (
+            f"dataset.validation_fraction={fraction:g} holds out none of the {len(ordinary)} "
+            "items, which is chance with few: raise it."
         )
-    return Selection(tuple(sorted(chosen, key=lambda item: (item.source, item.id))), tuple(notices))
 
 
 def _unreadable(source: Source) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from runner.core.text import counted, named
 from runner.data.report.alike import groups, nearest
 from runner.data.report.model import Case, Finding, Medium, Tokens
-from runner.data.select import Source
+from runner.data.select import Kind, Source
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
 from runner.formats.frames import kept_frames
 
@@ -81,39 +81,70 @@ def _many(media: Sequence[Medium]) -> str:
 
 
 def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
-    by_bytes: dict[str, list[int]] = defaultdict(list)
+    """What is there more than once, as it is or nearly so."""
+    copies: dict[str, list[int]] = defaultdict(list)
     for index, medium in enumerate(media):
-        by_bytes[medium.item.media.sha256].append(index)
-    alike_groups: list[tuple[int, ...]] = []
+        copies[medium.item.media.sha256].append(index)
+    first_of_each = [indices[0] for indices in copies.values()]
+    alike: list[tuple[int, ...]] = []
     leaks: list[tuple[int, int]] = []
     for kind in ("image", "video"):
-        # One of each content; a flat or dark picture has no pattern to compare.
-        seen = [
-            (medium.item.held_out, indices[0], medium.look.hash)
-            for indices in by_bytes.values()
-            if (medium := media[indices[0]]).item.kind == kind
-            if medium.look is not None and not (medium.look.flat or medium.look.dark)
-        ]
-        trained = [(i, value) for held_out, i, value in seen if not held_out]
-        hashes = [value for _, value in trained]
-        alike_groups += [tuple(trained[n][0] for n in group) for group in groups(hashes)]
-        for held_out, index, value in seen:
-            if held_out and (twin := nearest(value, hashes)) is not None:
-                leaks.append((index, trained[twin][0]))
+        trained = _patterns(media, first_of_each, kind, held_out=False)
+        hashes = list(trained.values())
+        indices = list(trained)
+        alike += [tuple(indices[number] for number in group) for group in groups(hashes)]
+        for index, value in _patterns(media, first_of_each, kind, held_out=True).items():
+            if (twin := nearest(value, hashes)) is not None:
+                leaks.append((index, indices[twin]))
     yield from _leaks(media, leaks)
-    same = [tuple(indices) for indices in by_bytes.values() if len(indices) > 1]
-    again = [group for group in same if len({media[i].item.caption for i in group}) == 1]
-    captioned = [group for group in same if len({media[i].item.caption for i in group}) > 1]
-    for kind, found, text, serious in (
-        ("equal", again, "equal media with one caption", True),
-        ("captioned", captioned, "equal media with different captions (all are trained on)", False),
-        ("alike", alike_groups, "media that look alike", False),
-    ):
-        if found:
-            cases = tuple(Case(group) for group in found)
-            names = [f"({named([media[i].name for i in group], 2)})" for group in found]
-            what = f"{counted(len(found), 'group')} of {text}"
-            yield Finding(kind, what, named(names, 3), serious, cases)
+    same = [tuple(indices) for indices in copies.values() if len(indices) > 1]
+    yield from _groups(
+        media,
+        "equal",
+        [group for group in same if _captioned_alike(media, group)],
+        "equal media with one caption",
+        serious=True,
+    )
+    yield from _groups(
+        media,
+        "captioned",
+        [group for group in same if not _captioned_alike(media, group)],
+        "equal media with different captions (all are trained on)",
+        serious=False,
+    )
+    yield from _groups(media, "alike", alike, "media that look alike", serious=False)
+
+
+def _patterns(
+    media: Sequence[Medium], which: Sequence[int], kind: Kind, *, held_out: bool
+) -> dict[int, int]:
+    """The hash of each of these media; a flat or dark one has no pattern to compare."""
+    return {
+        index: look.hash
+        for index in which
+        if (media[index].item.kind, media[index].item.held_out) == (kind, held_out)
+        if (look := media[index].look) is not None and not (look.flat or look.dark)
+    }
+
+
+def _captioned_alike(media: Sequence[Medium], group: Sequence[int]) -> bool:
+    return len({media[index].item.caption for index in group}) == 1
+
+
+def _groups(
+    media: Sequence[Medium],
+    kind: str,
+    found: Sequence[tuple[int, ...]],
+    text: str,
+    *,
+    serious: bool,
+) -> Iterator[Finding]:
+    """One finding about groups of media that belong together."""
+    if not found:
+        return
+    names = [f"({named([media[i].name for i in group], 2)})" for group in found]
+    what = f"{counted(len(found), 'group')} of {text}"
+    yield Finding(kind, what, named(names, 3), serious, tuple(Case(group) for group in found))
 
 
 def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:

@@ -54,23 +54,29 @@ def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
         return "folder", folder
     shown = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
     of_kind = {k: [p for p in shown if p.suffix.lower() == f".{k}"] for k in ("zip", "jsonl")}
-    if kind != "auto":
-        if len(of_kind[kind]) == 1:
-            return kind, of_kind[kind][0]
-        names = ", ".join(p.name for p in of_kind[kind]) or "none"
-        raise UserError(f"{path} must hold one .{kind} file for dataset={kind}; it holds {names}")
-    archives = of_kind["zip"]
+    if kind == "auto":
+        return _told_by_content(path, folder, of_kind["zip"], of_kind["jsonl"])
+    if len(of_kind[kind]) == 1:
+        return kind, of_kind[kind][0]
+    names = ", ".join(p.name for p in of_kind[kind]) or "none"
+    raise UserError(f"{path} must hold one .{kind} file for dataset={kind}; it holds {names}")
+
+
+def _told_by_content(
+    path: str, folder: Path, archives: list[Path], lists: list[Path]
+) -> tuple[str, Path]:
+    """The folder itself where media lie in it and no archive, else the only archive or list."""
     media = next((name for name in sorted(files_of(folder)) if media_kind(name)), None)
-    if media is None and not archives and len(of_kind["jsonl"]) == 1:
-        return "jsonl", of_kind["jsonl"][0]
-    if media is None and len(archives) == 1:
-        return "zip", archives[0]
-    if media is not None and not archives:
-        return "folder", folder
     if not archives:
+        if media is not None:
+            return "folder", folder
+        if len(lists) == 1:
+            return "jsonl", lists[0]
         raise UserError(
             f"{path} holds no zip and no picture or clip: put some there, or set dataset.path"
         )
+    if media is None and len(archives) == 1:
+        return "zip", archives[0]
     also = f" and media such as {media}" if media is not None else ""
     names = ", ".join(p.name for p in archives)
     raise UserError(f"{path} holds {names}{also}: say which with dataset.path={path}/<name>")
