@@ -6,6 +6,8 @@ The encoder stands in for musubi-tuner's two cache scripts and is run by its rea
 musubi-tuner does, it writes into whatever lies at a file's place, and deletes all else from its
 cache folder. It appends a line to LOG for each item. FAKE_FAILS is after how many it fails;
 FAKE_GATE is a file that it waits for after its first, FAKE_END one that a run waits for at its end.
+FAKE_WRITER is a file of Python that may define `write(place, data, done)`, by which the latent
+number `done` is written, and `end()`, which is called when the last was.
 """
 
 from __future__ import annotations
@@ -31,6 +33,15 @@ ENCODER = """
 import json, os, sys, time, tomllib
 from pathlib import Path
 
+def write(place, data, done):
+    place.write_bytes(data)
+
+def end():
+    pass
+
+if "FAKE_WRITER" in os.environ:
+    exec(Path(os.environ["FAKE_WRITER"]).read_text())
+
 def encode(what, names):
     given = sys.argv[sys.argv.index("--dataset_config") + 1]
     with open(given, "rb") as file:
@@ -49,7 +60,10 @@ def encode(what, names):
             header = json.dumps({"x": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}})
             header += " " * (-len(header) % 8)
             data = len(header).to_bytes(8, "little") + header.encode() + os.urandom(8)
-            place.write_bytes(data)
+            if what == "latents":
+                write(place, data, done)
+            else:
+                place.write_bytes(data)
             kept.add(place)
             with open(os.environ["FAKE_LOG"], "a") as log:
                 log.write(f"{what} {line['caption']}\\n")
@@ -60,6 +74,8 @@ def encode(what, names):
             if other not in kept:
                 other.write_bytes(b"overwritten")
                 other.unlink()
+    if what == "latents":
+        end()
 """
 SCRIPTS = {
     "hv_1_5_cache_latents": ("latents", "_0064x0048_hv15.safetensors"),

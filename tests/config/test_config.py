@@ -8,7 +8,7 @@ import pytest
 from conftest import compose, problems_of, run_program
 
 from runner.config.groups import conf_folder, groups
-from runner.config.schema import DatasetConfig, options
+from runner.config.schema import DatasetConfig, RunConfig, options
 
 CHOICES = [
     f"{group}={name}"
@@ -24,7 +24,7 @@ OPTIMIZERS = groups(conf_folder())["optimizer"]
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes(choice: str) -> None:
     extra = ["optimizer.type=torch.optim.RMSprop"] if choice == "optimizer=custom" else []
-    compose(choice, *extra)
+    assert isinstance(compose(choice, *extra), RunConfig)
 
 
 # A group's file says by which name it was chosen, which is what MLflow shows.

@@ -262,6 +262,7 @@ def test_a_killed_runner_takes_its_command_along(tmp_path: Path) -> None:
         runner.kill()
         runner.wait()
         child.wait(timeout=60)
+        assert not child.is_running()
     finally:
         runner.kill()
         kill(log)

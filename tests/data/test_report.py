@@ -335,29 +335,17 @@ def test_a_dry_run_shows_the_report(tmp_path: Path) -> None:
 
 # A real run has the whole report in its folder, and the worst of it as notes on the console.
 def test_a_run_has_the_report_and_its_notes(folder: Path, tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    from conftest import plan_of
+    from cache_process import context_of
 
     from runner.core.console import Console
     from runner.pipeline.stages.dataset import write_report
-    from runner.tracking.mlflow_run import NullWriter
 
     out = io.StringIO()
-    config = compose(*BASE, "dataset.resolution=[512,512]")
-    facts = fake_facts(config, scan("folder", folder, max_bytes=10**9).items)
-    facts = replace(facts, root=tmp_path / "outputs")
-    context: Any = SimpleNamespace(
-        inputs=facts,
-        console=Console.for_stream(out),
-        run_dir=tmp_path,
-        writer=NullWriter(),
-        plan=plan_of(config, facts),
-    )
+    options = (*BASE, "dataset.resolution=[512,512]")
+    context = context_of(tmp_path / "out", folder, *options, console=Console.for_stream(out))
     write_report(context)
     notes = out.getvalue().splitlines()
     assert "note: 1 group of equal media with one caption: (coffee.jpg, copy.jpg)." in notes
     assert len(notes) == 4
     assert notes[-1].endswith(" more in dataset_report.html.")
-    assert "blurred.jpg" in (tmp_path / "dataset_report.html").read_text("utf-8")
-    assert {path.name for path in tmp_path.iterdir()} == {"dataset_report.html", "outputs"}
+    assert "blurred.jpg" in (context.run_dir / "dataset_report.html").read_text("utf-8")

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -76,6 +77,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FAKE_LOG", str(folder / "log"))
     fake_musubi(folder / "musubi")
     return folder
+
+
+def writes(monkeypatch: pytest.MonkeyPatch, here: Path, code: str) -> None:
+    """Have the encoder write by this code, see cache_process.py."""
+    (here / "writer.py").write_text(textwrap.dedent(code))
+    monkeypatch.setenv("FAKE_WRITER", str(here / "writer.py"))
 
 
 def told(outputs: Path, media: Path, *overrides: str, into: Path | None = None) -> tuple[Any, str]:
@@ -524,19 +531,26 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
     from runner.storage.store import Store
 
     media, out, over = pictures(here / "media", 3), here / "out", here / "over"
-    script = fake_musubi(here / "musubi") / "src" / "musubi_tuner" / "hv_1_5_cache_latents.py"
     # The first is whole and old, the second whole and new, the third old and cut, until the first
     # was seen in the store and some time more has gone by.
-    written = (
-        "place.write_bytes(data[:-7] if done == 2 else data)\n"
-        "            done == 1 or os.utime(place, (1, 1))\n"
-        "            while done == 2 and not list(Path(STORE).glob('latents/*/*.safetensors')):\n"
-        "                time.sleep(0.02)\n"
-        "            done == 2 and (time.sleep(0.5), OVER.touch(), place.write_bytes(data))\n"
+    writes(
+        monkeypatch,
+        here,
+        f"""
+        STORE, OVER = Path({str(out / "cache")!r}), Path({str(over)!r})
+
+        def write(place, data, done):
+            place.write_bytes(data[:-7] if done == 2 else data)
+            if done != 1:
+                os.utime(place, (1, 1))
+            if done == 2:
+                while not list(STORE.glob("latents/*/*.safetensors")):
+                    time.sleep(0.02)
+                time.sleep(0.5)
+                OVER.touch()
+                place.write_bytes(data)
+        """,
     )
-    names = f"from pathlib import Path\nSTORE, OVER = {str(out / 'cache')!r}, Path({str(over)!r})\n"
-    script.write_text(names + script.read_text().replace("place.write_bytes(data)\n", written))
-    monkeypatch.setattr("cache_process.fake_musubi", lambda folder: folder)
     monkeypatch.setattr(encoding, "_KEEP_SECONDS", 0.0)
     monkeypatch.setattr(encoding, "_SETTLED_SECONDS", 3600.0)
     kept: list[bool] = []
@@ -555,12 +569,14 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
 # A file that a person changes while it is encoded is not cached under what it was before.
 def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 2), here / "out"
-    script = "from pathlib import Path\n"
-    script += f"changed = Path({str(media / 'p000.png')!r})\n"
-    script += "if changed.stat().st_size != 1: changed.write_bytes(b'x')\n"
-    musubi = fake_musubi(here / "musubi") / "src" / "musubi_tuner" / "hv_1_5_cache_latents.py"
-    musubi.write_text(musubi.read_text() + script)
-    monkeypatch.setattr("cache_process.fake_musubi", lambda folder: folder)
+    writes(
+        monkeypatch,
+        here,
+        f"""
+        def end():
+            Path({str(media / "p000.png")!r}).write_bytes(b"x")
+        """,
+    )
     with pytest.raises(UserError, match=r"p000\.png has changed since it was looked at"):
         told(out, media)
     assert len(of_shelf(out, "latents")) <= 1
@@ -569,19 +585,20 @@ def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) 
 # What the engine left half-written when it died is no entry.
 def test_half_written_files_are_not_kept(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 4), here / "out"
-    script = here / "musubi" / "src" / "musubi_tuner" / "hv_1_5_cache_latents.py"
-    whole = script.read_text()
-    dies = "len(data) - (7 if done == 2 else 0)"
-    script.write_text(
-        whole.replace("write_bytes(data)", f"write_bytes(data[: {dies}])").replace(
-            "done += 1", "done += 1\n            done == 3 and os._exit(9)"
-        )
+    writes(
+        monkeypatch,
+        here,
+        """
+        def write(place, data, done):
+            place.write_bytes(data[:-7] if done == 2 else data)
+            if done == 2:
+                os._exit(9)
+        """,
     )
-    monkeypatch.setattr("cache_process.fake_musubi", lambda folder: folder)
     with pytest.raises(StageError, match="exit code 9"):
         told(out, media)
     assert len(of_shelf(out, "latents")) == 2
-    script.write_text(whole)
+    monkeypatch.delenv("FAKE_WRITER")
     assert "encoded 2/2" in told(out, media)[1]
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,20 @@ def parse_prompts(text: str) -> list[Prompt]:
     return prompts
 
 
+def euler(
+    velocity: Callable[[Tensor, float], Tensor], noise: Tensor, *, steps: int, shift: float
+) -> Tensor:
+    """Follow a flow from noise at time 1 to its end at 0 by Euler's method.
+
+    ``velocity`` is given where it is and the time, and has the shape of ``noise``.
+    """
+    latents = noise
+    times = flow.shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for now, then in pairwise(times):
+        latents = latents - (now - then) * velocity(latents, now)
+    return latents
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What the network is told of one prompt, as batches of one; `negative` only if guided."""
@@ -163,15 +178,16 @@ class Previewer:
         prompt = conditions.prompt
         shape = conditions.positive.latents.shape
         generator = torch.Generator().manual_seed(prompt.seed)
-        latents = torch.randn(shape, generator=generator).to(self._device)
-        times = flow.shift_time(torch.linspace(1, 0, prompt.steps + 1), prompt.shift)
-        for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-            velocity = self._velocity(model, latents, now, conditions.positive)
-            if conditions.negative is not None:
-                plain = self._velocity(model, latents, now, conditions.negative)
-                velocity = plain + prompt.guidance * (velocity - plain)
-            latents = latents - (now - then) * velocity
-        return latents
+        noise = torch.randn(shape, generator=generator).to(self._device)
+
+        def velocity(latents: Tensor, time: float) -> Tensor:
+            wanted = self._velocity(model, latents, time, conditions.positive)
+            if conditions.negative is None:
+                return wanted
+            plain = self._velocity(model, latents, time, conditions.negative)
+            return plain + prompt.guidance * (wanted - plain)
+
+        return euler(velocity, noise, steps=prompt.steps, shift=prompt.shift)
 
     def _velocity(
         self, model: nn.Module, latents: Tensor, time: float, batch: flow.Batch

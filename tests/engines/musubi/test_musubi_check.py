@@ -72,7 +72,7 @@ def test_nothing_is_missing(tmp_path: Path, optimizer: str) -> None:
     overrides = [f"optimizer={optimizer}", "training.attention=flash"]
     if optimizer == "custom":
         overrides.append("optimizer.type=schedulefree.AdamWScheduleFree")
-    check_environment(compose(*overrides), command(tmp_path), None)
+    assert "torch" in check_environment(compose(*overrides), command(tmp_path), None)
 
 
 # A missing package is told in one line: what asked for it, and the command that installs it.
@@ -173,7 +173,8 @@ def test_torch_must_see_the_card(tmp_path: Path) -> None:
 # A run that only fills the caches needs no optimizer.
 def test_skipped_training_needs_nothing(tmp_path: Path) -> None:
     config = compose("stages.skip=[train]", "optimizer=prodigy")
-    check_environment(config, command(tmp_path, "prodigyopt"), None, trains=False)
+    asked = command(tmp_path, "prodigyopt")
+    assert "torch" in check_environment(config, asked, None, trains=False)
 
 
 # The default optimizer is in what is asked for, whatever its case.
