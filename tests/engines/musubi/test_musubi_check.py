@@ -72,7 +72,8 @@ def test_nothing_is_missing(tmp_path: Path, optimizer: str) -> None:
     overrides = [f"optimizer={optimizer}", "training.attention=flash"]
     if optimizer == "custom":
         overrides.append("optimizer.type=schedulefree.AdamWScheduleFree")
-    assert "torch" in check_environment(compose(*overrides), command(tmp_path), None)
+    # No version is known of packages that were not installed.
+    assert check_environment(compose(*overrides), command(tmp_path), None) == ""
 
 
 # A missing package is told in one line: what asked for it, and the command that installs it.
@@ -174,7 +175,7 @@ def test_torch_must_see_the_card(tmp_path: Path) -> None:
 def test_skipped_training_needs_nothing(tmp_path: Path) -> None:
     config = compose("stages.skip=[train]", "optimizer=prodigy")
     asked = command(tmp_path, "prodigyopt")
-    assert "torch" in check_environment(config, asked, None, trains=False)
+    assert check_environment(config, asked, None, trains=False) == ""
 
 
 # The default optimizer is in what is asked for, whatever its case.
