@@ -15,7 +15,7 @@ from typing import Any
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.engines.base import Engine, EngineFacts, Job, Machine
-from runner.engines.registry import register
+from runner.engines.registry import ENGINES
 from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import WeightFacts
 
@@ -133,5 +133,5 @@ def third_engine() -> Engine:
 if __name__ == "__main__":
     from runner.cli.main import main
 
-    register("third", third_engine)
+    ENGINES["third"] = third_engine
     main()

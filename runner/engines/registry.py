@@ -21,16 +21,12 @@ def _diffusers() -> Engine:
     return DiffusersEngine()
 
 
-_ENGINES: dict[str, Callable[[], Engine]] = {"musubi": _musubi, "diffusers": _diffusers}
-
-
-def register(name: str, make: Callable[[], Engine]) -> None:
-    """Make an engine known as ``engine.name=NAME``."""
-    _ENGINES[name] = make
+# Each is made when it is asked for, so that the others are not imported.
+ENGINES: dict[str, Callable[[], Engine]] = {"musubi": _musubi, "diffusers": _diffusers}
 
 
 def engine_named(name: str) -> Engine:
     """The engine of that name. Raises :class:`UserError` with the nearest for an unknown one."""
-    if name not in _ENGINES:
-        raise UserError(f"engine.name={name} is not a choice.{did_you_mean(name, _ENGINES)}")
-    return _ENGINES[name]()
+    if name not in ENGINES:
+        raise UserError(f"engine.name={name} is not a choice.{did_you_mean(name, ENGINES)}")
+    return ENGINES[name]()

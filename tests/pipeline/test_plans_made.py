@@ -12,7 +12,7 @@ from in_process import run_here
 from other_processes import pictures
 from third_engine import ThirdEngine, third_engine
 
-from runner.engines import registry
+from runner.engines.registry import ENGINES
 from runner.pipeline import executor
 from runner.storage.store import Store
 
@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     count(executor, "make_plan")
     count(Store, "names")
     count(ThirdEngine, "weights")
-    registry.register("third", third_engine)
+    monkeypatch.setitem(ENGINES, "third", third_engine)
     return made
 
 

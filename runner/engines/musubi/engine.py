@@ -30,6 +30,7 @@ from runner.engines.musubi.failure import failure
 from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
 from runner.formats.train_toml import render
+from runner.formats.trainer_options import TRAIN, check_table
 from runner.hub.weights import WeightFacts, hub_weights
 
 # Written into the run's folder, where every command runs, so that they can be repeated by hand.
@@ -133,6 +134,9 @@ class MusubiEngine:
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
         config = job.config
+        # It takes a wrong type, choice or name from a file without a word.
+        for problem in check_table(TRAIN, options):
+            raise UserError(f"train.toml: {problem}")
         given = ["--config_file", "train.toml"]
         if config.engine.arguments == "command_line":
             given = command_line(options)

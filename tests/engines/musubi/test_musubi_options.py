@@ -15,6 +15,7 @@ from runner.core.command import Command
 from runner.core.errors import UserError
 from runner.engines.base import Machine
 from runner.engines.musubi import packages
+from runner.engines.musubi.engine import MusubiEngine
 from runner.engines.musubi.rules_arguments import OWNED, REFUSED
 from runner.engines.musubi.rules_optimizer import SCHEDULERS
 from runner.formats.train_options import Rendering, train_options
@@ -199,3 +200,11 @@ def test_owned_options_are_those_the_runner_writes() -> None:
     # A default that engine.extra_args may change: the command line goes over train.toml.
     assert written - {"compile_cache_size_limit"} == set(OWNED)
     assert set(OWNED) | set(REFUSED) <= set(options(TRAIN))
+
+
+# What the trainer would misread in its file ends the plan in a line, whoever rendered it.
+def test_a_wrong_train_toml_is_refused() -> None:
+    config = compose()
+    job = fake_facts(config, MEDIA, machine=CARD).job
+    with pytest.raises(UserError, match=r"^train\.toml: seed='7' must be a whole number\.$"):
+        MusubiEngine().train(job, {"seed": "7"})
