@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_media import make_bad_media
-from conftest import compose, fake_facts, fake_item, report_of, run_program
+from conftest import compose, fake_facts, fake_item, report_of, run_program, tree
 
 from runner.data.report import looks as looking
 from runner.data.report.html import html
@@ -343,9 +343,11 @@ def test_a_run_has_the_report_and_its_notes(folder: Path, tmp_path: Path) -> Non
     out = io.StringIO()
     options = (*BASE, "dataset.resolution=[512,512]")
     context = context_of(tmp_path / "out", folder, *options, console=Console.for_stream(out))
+    before = tree(context.run_dir).keys()
     write_report(context)
     notes = out.getvalue().splitlines()
     assert "note: 1 group of equal media with one caption: (coffee.jpg, copy.jpg)." in notes
     assert len(notes) == 4
     assert notes[-1].endswith(" more in dataset_report.html.")
     assert "blurred.jpg" in (context.run_dir / "dataset_report.html").read_text("utf-8")
+    assert tree(context.run_dir).keys() - before == {"dataset_report.html"}
