@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_media import make_bad_media
-from conftest import compose, fake_facts, fake_item, report_of, run_program, tree
+from conftest import compose, fake_facts, fake_item, report_of, tree
+from in_process import program_here
 
 from runner.data.report import looks as looking
 from runner.data.report.html import html
@@ -325,7 +326,7 @@ def test_the_section_is_golden(golden: Callable[[str, str], None]) -> None:
 
 # The dry run shows the section and touches nothing.
 def test_a_dry_run_shows_the_report(tmp_path: Path) -> None:
-    done = run_program("experiment=rehearsal", "dry_run=true", cwd=tmp_path)
+    done = program_here("experiment=rehearsal", "dry_run=true", cwd=tmp_path)
     assert done.code == 0, done.err
     section = done.out[done.out.index("\nDataset\n") : done.out.index("\nStages\n")]
     assert "  frames     6 crops of 1, 5, 9 frames use 22% of 82 frames\n" in section
