@@ -1,23 +1,28 @@
 """Runs in this process: the program's own preparing and carrying out, and the embedded engine.
 
-Importing torch and diffusers takes far longer than a tiny training, so that many runs share it.
+Importing torch and diffusers takes far longer than a tiny training, so that many runs share it;
+starting Python and importing Hydra takes longer than a dry run.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from contextlib import chdir, redirect_stderr, redirect_stdout
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import compose
+from conftest import Finished, compose
 
+from runner.cli import main
 from runner.config.composed import Composed
 from runner.core import process
 from runner.core.console import Console
+from runner.core.process import SIGNALS
 from runner.pipeline import executor
 
 
@@ -61,3 +66,39 @@ def run_here(*overrides: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     console = Console.for_stream(out)
     executor.execute(executor.prepare(composed(*overrides), console, folder), console, None)
     return out.getvalue()
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Set the signals' handlers back, which a run sets."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def program_here(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Finished:
+    """What ``python -m runner`` says to these arguments, its command line read as the program does.
+
+    For what it refuses or plans: ``env`` doesn't reach what read the environment when it was
+    imported, such as the hub's client.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        handlers_kept(),
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        # What the program leaves behind for its one call of it.
+        patch.setenv("HYDRA_FULL_ERROR", "1")
+        patch.setattr(sys, "argv", ["runner"])
+        patch.setattr(main, "_codes", [])
+        patch.setattr(main, "_sweep", None)
+        code = main.run(list(arguments))
+    return Finished(code, out.getvalue(), err.getvalue())

@@ -6,17 +6,14 @@ files of a byte, which no stage here loads.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from in_process import composed
+from in_process import composed, handlers_kept
 
 from runner.core.console import Console
-from runner.core.process import SIGNALS
 from runner.engines.diffusers.make_weights import PARTS
 from runner.engines.diffusers.weights import TINY_VERSION
 from runner.pipeline.executor import execute, prepare
@@ -46,17 +43,6 @@ def weights_there(outputs: Path) -> None:
         file = outputs / "cache" / "weights" / f"tiny-{TINY_VERSION}" / part
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"w")
-
-
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """Set the signals' handlers back, which a run sets."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def carry_out(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import compose, problems_of, run_program
+from in_process import program_here
 
 from runner.config.groups import conf_folder, groups
 from runner.config.schema import DatasetConfig, RunConfig, options
@@ -211,6 +212,13 @@ SAID = {
 # A wrong option or value ends with exit code 2 and one line that names the nearest right one.
 @pytest.mark.parametrize("arguments", SAID, ids=" ".join)
 def test_wrong_arguments_name_the_nearest(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = run_program(*arguments, cwd=tmp_path)
+    done = program_here(*arguments, cwd=tmp_path)
     assert (done.code, done.err) == (2, f"error: {SAID[arguments]}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# The same as a person meets it: the process ends with that code, with no word more on its streams.
+@pytest.mark.parametrize("arguments", [("optimiser=adamw",), ("network.rank=three",)], ids=" ".join)
+def test_a_wrong_argument_ends_the_process(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = run_program(*arguments, cwd=tmp_path)
+    assert (done.code, done.out, done.err) == (2, "", f"error: {SAID[arguments]}\n")

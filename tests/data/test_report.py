@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_media import make_bad_media
-from conftest import compose, fake_facts, fake_item, report_of, run_program
+from conftest import compose, fake_facts, fake_item, report_of, tree
+from in_process import program_here
 
 from runner.data.report import looks as looking
 from runner.data.report.html import html
@@ -325,7 +326,7 @@ def test_the_section_is_golden(golden: Callable[[str, str], None]) -> None:
 
 # The dry run shows the section and touches nothing.
 def test_a_dry_run_shows_the_report(tmp_path: Path) -> None:
-    done = run_program("experiment=rehearsal", "dry_run=true", cwd=tmp_path)
+    done = program_here("experiment=rehearsal", "dry_run=true", cwd=tmp_path)
     assert done.code == 0, done.err
     section = done.out[done.out.index("\nDataset\n") : done.out.index("\nStages\n")]
     assert "  frames     6 crops of 1, 5, 9 frames use 22% of 82 frames\n" in section
@@ -343,9 +344,11 @@ def test_a_run_has_the_report_and_its_notes(folder: Path, tmp_path: Path) -> Non
     out = io.StringIO()
     options = (*BASE, "dataset.resolution=[512,512]")
     context = context_of(tmp_path / "out", folder, *options, console=Console.for_stream(out))
+    before = tree(context.run_dir).keys()
     write_report(context)
     notes = out.getvalue().splitlines()
     assert "note: 1 group of equal media with one caption: (coffee.jpg, copy.jpg)." in notes
     assert len(notes) == 4
     assert notes[-1].endswith(" more in dataset_report.html.")
     assert "blurred.jpg" in (context.run_dir / "dataset_report.html").read_text("utf-8")
+    assert tree(context.run_dir).keys() - before == {"dataset_report.html"}

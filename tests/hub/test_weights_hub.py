@@ -179,8 +179,12 @@ def test_killed_run_goes_on(hub: Hub, tmp_path: Path) -> None:
 def test_hub_without_ranges(hub: Hub, tmp_path: Path) -> None:
     hub.no_ranges = True
     hub.cuts["sub/big.safetensors"] = [1_000_000]
-    fetch(tmp_path)
+    found = fetch(tmp_path)
     whole(tmp_path)
+    assert [file.sha256 for file in found if file.file == "sub/big.safetensors"] == [
+        hashlib.sha256(BIG).hexdigest()
+    ]
+    assert hub.sent("big.safetensors") == 1_000_000 + len(BIG)
 
 
 # Wrong bytes of the right size are found and fetched again; wrong twice, nothing of them is kept.

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from cache_process import context_of, fake_musubi, prepare, with_musubi
-from conftest import run_program
+from in_process import program_here
 from other_processes import ended, none_left, pictures, said, start, zipped
 
 from runner.core.console import Console
@@ -348,7 +348,7 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
     flip(flipped)
     before = sums(out)
     asked = ["engine=diffusers", "model=tiny", "memory=cpu", "optimizer=adamw", "precision=fp32"]
-    done = run_program(
+    done = program_here(
         *asked, "dry_run=true", f"output_dir={out}", f"dataset.path={media}",
         "dataset.resolution=[64,48]", cwd=here,
     )  # fmt: skip

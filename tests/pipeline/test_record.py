@@ -21,7 +21,6 @@ from runner.core.console import Console
 from runner.core.errors import StageError
 from runner.core.process import Stopped
 from runner.pipeline import record
-from runner.pipeline.executor import _named
 from runner.pipeline.record import code_version, parameters
 from runner.tracking.mlflow_run import NullWriter
 
@@ -57,7 +56,7 @@ def ends(
     media, outputs = pictures(tmp_path / "media", 2), tmp_path / "out"
     console = Console.for_stream(out)
     stages: Stages = dict.fromkeys(("dataset", "latents", "text"), lambda _: None)
-    with pytest.raises(type(why)) as caught:
+    with pytest.raises((type(why), StageError)) as caught:
         carry_out(console, outputs, media, stages={**stages, "train": train}, writer=writer)
     if isinstance(caught.value, StageError):
         console.error(str(caught.value))
@@ -65,13 +64,20 @@ def ends(
 
 
 # A full disk names no file when it is written to, so the run's folder is told.
-def test_a_full_disk_is_told_with_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(StageError) as caught, _named("stage dataset", tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(caught.value) == f"stage dataset failed: No space left on device: {tmp_path}"
-    with pytest.raises(StageError) as caught, _named("stage dataset", tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "No such file", "a.png")
-    assert str(caught.value) == "stage dataset failed: No such file: a.png"
+@pytest.mark.parametrize(
+    ("why", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: {folder}"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "No such file: a.png"),
+    ],
+)
+def test_a_full_disk_is_told_with_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], why: OSError, told: str
+) -> None:
+    folder = ends(tmp_path, io.StringIO(), Writer(), why)
+    line = f"stage train failed: {told.format(folder=folder)}"
+    assert capsys.readouterr().err == f"error: {line}\n"
+    assert json.loads((folder / "run.json").read_text())["error"] == line
 
 
 # A trainer that ends well and writes no LoRA is told with its log, as other failures are.

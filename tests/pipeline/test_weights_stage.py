@@ -83,11 +83,15 @@ DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
 
 def run(config: RunConfig, tmp_path: Path) -> tuple[Path, Any, Plan]:
-    """A run of the weights stage alone, as ``python -m runner`` does it; its folder and tags."""
+    """A run of the weights stage alone, as ``python -m runner`` does it; its folder and tags.
+
+    The clip is not looked at, and musubi-tuner is not asked whether it is whole.
+    """
     from omegaconf import OmegaConf
 
     from runner.config.composed import Composed
-    from runner.pipeline.executor import Prepared, _Run
+    from runner.engines.musubi.engine import MusubiEngine
+    from runner.pipeline.executor import Prepared, execute
     from runner.pipeline.plan import make_plan
     from runner.tracking.mlflow_run import NullWriter
 
@@ -101,8 +105,8 @@ def run(config: RunConfig, tmp_path: Path) -> tuple[Path, Any, Plan]:
     tags: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NullWriter, "set_tags", lambda _, values: tags.update(values))
-        composed = Composed(config, resolved, (), {})
-        _Run(Prepared(composed, facts, engine, plan), out, None).through()
+        patch.setattr(MusubiEngine, "check", lambda *_, **__: "engine 1")
+        execute(Prepared(Composed(config, resolved, (), {}), facts, engine, plan), out, None)
     (folder,) = sorted((tmp_path / "outputs" / "runs").glob("*/*"))[-1:]
     return folder, tags, plan
 

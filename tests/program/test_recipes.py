@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from cache_process import fake_musubi
-from conftest import PICTURES_ALONE, TOP, run_program
-from in_process import executables_here, run_here
+from conftest import PICTURES_ALONE, TOP
+from in_process import executables_here, program_here, run_here
 
 RECIPES = sorted(file.stem for file in (TOP / "conf" / "experiment").glob("*.yaml"))
 # What a recipe is run for here when it is not t2v; the dry run takes both tasks of each.
@@ -69,7 +69,7 @@ def test_every_recipe_dry_runs(recipe: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     tasks = "t2v" if recipe in PICTURES_ALONE else "t2v,i2v"
-    done = run_program(
+    done = program_here(
         *("-m", f"experiment={recipe}", "dataset=sample", f"task={tasks}", "dry_run=true"),
         *(f"engine.path={musubi}", f"engine.python={sys.executable}"),
         cwd=work,
@@ -84,7 +84,7 @@ def test_every_recipe_dry_runs(recipe: str, tmp_path: Path) -> None:
 # A recipe for pictures alone refuses the task that learns from clips, in one line.
 @pytest.mark.parametrize("recipe", PICTURES_ALONE)
 def test_pictures_alone_teach_no_motion(recipe: str, tmp_path: Path) -> None:
-    done = run_program(f"experiment={recipe}", "task=i2v", "dataset=sample", cwd=tmp_path)
+    done = program_here(f"experiment={recipe}", "task=i2v", "dataset=sample", cwd=tmp_path)
     assert done.code == 2
     assert re.fullmatch(
         r"error: task=i2v .*\[1\] would learn to copy its first frame: .*\n", done.err

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 from cache_process import context_of, fake_musubi, with_musubi
 from conftest import TOP, compose, run_program
+from in_process import program_here
 from media_factory import make_clip, make_image
 
 PAGES = sorted([TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")])
@@ -132,11 +133,15 @@ def planned(arguments: list[str], place: Path, given: dict[str, str]) -> None:
         done = run_program(*arguments, cwd=place / "here", env=environment(place, given))
         assert done.code == 0, done.err
         return
-    if "dataset=hub" in arguments:
-        given = {**given, "HF_HUB_OFFLINE": "1"}
     before = sorted(place.rglob("*"))
     dry = [*arguments, *(["dry_run=true"] if "dry_run=true" not in arguments else [])]
-    done = run_program(*dry, cwd=place / "here", env=environment(place, given))
+    if "dataset=hub" in arguments:
+        env = environment(place, {**given, "HF_HUB_OFFLINE": "1"})
+        done = run_program(*dry, cwd=place / "here", env=env)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hf" / "hub"))
+            done = program_here(*dry, cwd=place / "here", env=environment(place, given))
     if "dataset=hub" in arguments:
         assert done.err.startswith("error: HF_HUB_OFFLINE is set and the dataset user/name"), done
     else:

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -22,10 +24,19 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["conftest_mlflow"]
 
+Client = TypeVar("Client")
+
 
 def start(store: Store, **options: Any) -> RunWriter:
     options = {"name": "a run", "params": {}, "tags": {}, **options}
     return RunWriter.start(store.uri, "tests", outputs=store.outputs, **options)
+
+
+def start_with(store: Store, make: Callable[[Any], Client]) -> tuple[RunWriter, Client]:
+    """A run that is written through a client of the test's, which has the true one inside."""
+    run = store.client.get_run(start(store).run_id).info
+    client: Any = make(store.client)
+    return RunWriter(client, store.uri, run.run_id, run.experiment_id, store.outputs), client
 
 
 def points(count: int, key: str = "loss/current") -> list[Point]:
@@ -130,9 +141,9 @@ class Flaky:
 
 # Points of a failed call are sent by the next one, once each, also when the server had taken
 # them; the caller sees no exception, and the problem is one line without secrets.
-def test_failed_sends_are_sent_again(store: Store) -> None:
-    writer = start(store)
-    writer._client = Flaky(writer._client, ["before", "after", "works"])  # type: ignore[assignment]
+def test_failed_sends_are_sent_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
+    writer, _ = start_with(store, partial(Flaky, fail=["before", "after", "works"]))
     for point in points(4):
         writer.log_points([point])
     writer.set_tags({"kept": "yes"})
@@ -143,9 +154,11 @@ def test_failed_sends_are_sent_again(store: Store) -> None:
 
 
 # If the server stays away, the run still gets its true status, and the loss is said.
-def test_the_status_is_set_even_if_points_are_lost(store: Store) -> None:
-    writer = start(store)
-    writer._client = Flaky(writer._client, ["before"] * 99)  # type: ignore[assignment]
+def test_the_status_is_set_even_if_points_are_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
+    writer, _ = start_with(store, partial(Flaky, fail=["before"] * 99))
     writer.log_points(points(3))
     writer.finish("FAILED")
     assert store.client.get_run(writer.run_id).info.status == "FAILED"
@@ -187,9 +200,7 @@ def test_a_server_that_is_away_is_asked_seldom(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
-    writer = start(store)
-    client: Any = Away(writer._client)
-    writer._client = client
+    writer, client = start_with(store, Away)
     for point in points(5):
         writer.log_points([point])
     assert client.asked == ["log_batch"]
@@ -205,9 +216,7 @@ def test_all_is_sent_when_the_server_is_back(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: float
 ) -> None:
     monkeypatch.setattr("runner.tracking.mlflow_run.REST_SECONDS", rest)
-    writer = start(store)
-    client: Any = Away(writer._client)
-    writer._client = client
+    writer, client = start_with(store, Away)
     writer.log_points(points(3))
     client.away = False
     time.sleep(0.01)
@@ -257,15 +266,28 @@ def test_a_refused_parameter_leaves_the_others(store: Store) -> None:
     assert len(writer.problems) == 1 and writer.problems[0].startswith("parameters not taken")
 
 
+class Signalled:
+    """A client whose process gets a signal while it sends metrics."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def log_batch(self, *args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0)
+        self._client.log_batch(*args, **options)
+
+
 # A signal ends the run as KILLED, even in the middle of a call, and what a `finally` says
 # afterwards does not change that.
 def test_a_killed_run_ends_as_killed(store: Store) -> None:
-    writer = start(store)
+    writer, _ = start_with(store, Signalled)
     before = signal.signal(signal.SIGUSR1, lambda *_: writer.finish("KILLED"))
     try:
-        with writer._lock:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0)
+        writer.log_points(points(1))
     finally:
         signal.signal(signal.SIGUSR1, before)
         writer.finish("FINISHED")
@@ -344,9 +366,7 @@ class Refusing:
     ],
 )
 def test_a_refused_artifact_is_sent_again(store: Store, status: int, later: bool) -> None:
-    writer = start(store)
-    client: Any = Refusing(writer._client, status)
-    writer._client = client
+    writer, _ = start_with(store, partial(Refusing, status=status))
     file = store.outputs / "lora.safetensors"
     file.write_bytes(b"weights")
     writer.log_artifact(file)

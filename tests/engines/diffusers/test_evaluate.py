@@ -6,11 +6,13 @@ import dataclasses
 import io
 import json
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from cache_process import context_of
 from other_processes import pictures
@@ -66,9 +68,10 @@ def test_base_loss_is_the_datasets_own(tmp_path: Path) -> None:
     folder = trained(
         tmp_path / "b", max_train_epochs=1, seed=9, network_dim=2, timestep_sampling="uniform"
     )
-    dataset = (folder / "dataset.toml").read_text("utf-8")
-    dataset = dataset.replace("num_repeats = 1", "num_repeats = 4")
-    (folder / "dataset.toml").write_text(dataset.replace("batch_size = 2", "batch_size = 1"))
+    dataset = tomllib.loads((folder / "dataset.toml").read_text("utf-8"))
+    for table in dataset["datasets"]:
+        table |= {"num_repeats": 4, "batch_size": 1}
+    (folder / "dataset.toml").write_text(tomli_w.dumps(dataset), "utf-8")
     for path in list((folder / "images").iterdir()):
         # Other names, other order.
         path.rename(path.with_name(path.name.replace("picture0", "zebra")))

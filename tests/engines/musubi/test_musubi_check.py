@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import compose, run_program
+from conftest import compose
+from in_process import program_here
 
 from runner.config.groups import conf_folder, groups
 from runner.core.command import Command
@@ -268,11 +269,11 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
     arguments = [f"engine.path={tmp_path}", f"engine.python={made.argv[0]}", "dry_run=true"]
     arguments += ["memory=80gb"]
     env = {"PATH": str(tool.parent)}
-    done = run_program(*arguments, "dataset=sample", cwd=tmp_path, env=env)
+    done = program_here(*arguments, "dataset=sample", cwd=tmp_path, env=env)
     assert done.code == 0, done.err
     note = "torch.compile is off: there is no C compiler, with which Triton builds"
     assert note in " ".join(done.out.split()), done.out
-    done = run_program(
+    done = program_here(
         *arguments, "dataset=sample", "training.compile=always", cwd=tmp_path, env=env
     )
     assert done.code == 2

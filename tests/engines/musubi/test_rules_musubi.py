@@ -325,29 +325,6 @@ def test_what_is_right_passes(overrides: tuple[str, ...]) -> None:
     assert list(problems_of(compose(*overrides))) == []
 
 
-# Every choice and every recipe with every optimizer obeys the rules, for both tasks.
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-def test_choices_and_recipes_obey_the_rules(task: str) -> None:
-    extra = {
-        "optimizer=custom": ["optimizer.type=torch.optim.RMSprop"],
-        "sampling=prompts": ["sampling.prompts=[a cat]", "sampling.image_path=/a.png"],
-    }
-    choices = [
-        f"{group}={name}"
-        for group, names in GROUPS.items()
-        for name in names
-        if group != "engine" and (group, name) != ("model", "tiny")
-    ]
-    for choice in choices:
-        config = compose(f"task={task}", choice, *extra.get(choice, []))
-        assert list(problems_of(config)) == [], choice
-    for recipe in GROUPS["experiment"]:
-        for name in GROUPS["optimizer"]:
-            overrides = [f"experiment={recipe}", f"optimizer={name}", f"task={task}"]
-            config = compose(*overrides, *extra.get(f"optimizer={name}", []))
-            assert list(problems_of(config)) == [], overrides
-
-
 # The argument lists of optimizers are those of the libraries, where they are installed here.
 def test_optimizer_arguments_are_the_libraries_own() -> None:
     import prodigyopt
