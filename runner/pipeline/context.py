@@ -33,20 +33,21 @@ class Context:
     use: Use
     make_plan: Callable[[Inputs], Plan]
     _told: set[str] = field(default_factory=set)
+    _stale: bool = False
 
     def look(self) -> Plan:
         """Look at what the plan counts on; where that changed, the plan is made anew.
 
-        What the plan counts on is kept from being pruned before it is looked at. What has come
-        since it was made is taken as there, and needs no other plan.
+        What the plan counts on is kept from being pruned before it is looked at.
         """
 
         def faults(stored: Collection[str]) -> dict[str, Fault]:
             self.use.hold(stored)
             return verify.read_through(self.store, stored, self.console)
 
-        settled = verify.settle(self.inputs, self.make_plan, faults, self.plan)
-        self.inputs, self.plan = settled.inputs, settled.plan
+        known = None if self._stale else self.plan
+        settled = verify.settle(self.inputs, self.make_plan, faults, known)
+        self.inputs, self.plan, self._stale = settled.inputs, settled.plan, False
         new = [one for one in settled.found if one.entry.stored not in self._told]
         for line in verify.notices(new):
             self.console.notice(line)
@@ -54,12 +55,17 @@ class Context:
         return self.plan
 
     def look_at_weights(self) -> WeightFacts:
-        """Look where the weights are, after some were brought; the plan follows."""
+        """Look where the weights are, after some were brought; the next look plans with them."""
         weights = self.engine.weights(self.inputs.config, self.inputs.root)
         if weights != self.inputs.weights:
-            self.inputs = replace(self.inputs, weights=weights)
-            self.plan = self.make_plan(self.inputs)
+            # What entries are called is known only now, and others may have made some meanwhile.
+            self.inputs = replace(self.inputs, weights=weights, cached=self.store.names())
+            self._stale = True
         return weights
+
+    def made(self, stored: Collection[str]) -> None:
+        """These entries (``shelf/name``) were made as the plan wants them, which so stays true."""
+        self.inputs = replace(self.inputs, cached=self.inputs.cached.union(stored))
 
     def log(self, stage: str) -> Path:
         """The log of one stage."""

@@ -55,7 +55,7 @@ class Prepared:
 
 def check(config: RunConfig, engine: Engine) -> None:
     """Raise :class:`UserError` for the first rule that ``config`` breaks."""
-    for problem in chain(rules.problems(config), stages.problems(config), engine.problems(config)):
+    for problem in chain(rules.problems(config), engine.problems(config), stages.problems(config)):
         raise UserError(problem)
 
 
@@ -229,11 +229,10 @@ class _Run:
             with _named(f"stage {stage.name}", context.run_dir):
                 # Commands, paths and cache keys become final only when the weights are there, and
                 # what is damaged in the cache is found when it is read.
-                plan = context.look()
-                if plan is not written:
-                    self._write_plan(context.run_dir, plan)
-                    written = plan
-            now = plan.stage(stage.name)
+                if stage.looks and context.look() is not written:
+                    written = context.plan
+                    self._write_plan(context.run_dir, written)
+            now = context.plan.stage(stage.name)
             self.console.stage(number, len(todo), stage.name, _summary(now))
             if now.state == "skipped" and not stage.runs_when_skipped:
                 continue

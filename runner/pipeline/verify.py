@@ -44,7 +44,7 @@ def settle(
     faults: Callable[[Collection[str]], dict[str, Fault]],
     plan: Plan | None = None,
 ) -> Settled:
-    """``plan``, or where that counts on what is not there, the first that does not.
+    """``plan``, or the first that counts on just what is there.
 
     ``faults`` tells which of the entries (``shelf/name``) that a plan counts on are wrong. A plan
     made without those may count on others, which are then looked at too.
@@ -56,11 +56,11 @@ def settle(
         wanted = {entry.stored: (stage, entry) for stage in plan.stages for entry in stage.entries}
         wrong = faults(wanted)
         found |= {one: Found(*wanted[one], fault) for one, fault in wrong.items()}
-        lost = wrong.keys() & inputs.cached
-        inputs = replace(inputs, cached=inputs.cached.union(wanted).difference(wrong))
-        if not lost:
+        there = inputs.cached.union(wanted).difference(wrong)
+        if there == inputs.cached:
             return Settled(inputs, plan, tuple(found.values()))
-        plan = None
+        # Something was lost, or another run has made what this one was to make.
+        inputs, plan = replace(inputs, cached=there), None
 
 
 def read_through(store: Store, stored: Collection[str], console: Console) -> dict[str, Fault]:

@@ -78,11 +78,17 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def _clear_leftovers(self) -> None:
         """Remove what processes left behind that were killed."""
+        dead: list[Path] = []
         with self._ledger.guard():
             living = self._ledger.claimed()
-            for folder in scan(self.folder.parent):
-                if folder.is_dir() and f"{_FOLDER}/{folder.name}" not in living:
-                    shutil.rmtree(folder.path, ignore_errors=True)
+            for found in scan(self.folder.parent):
+                if found.is_dir() and f"{_FOLDER}/{found.name}" not in living:
+                    # Nobody's from here on; gigabytes are deleted when others need not wait for it.
+                    hidden = Path(found.path).with_name(f".{key_of({'of': found.name})[:16]}")
+                    dead.append(hidden.with_suffix(f".{os.getpid()}.tmp"))
+                    Path(found.path).rename(dead[-1])
+        for folder in dead:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def claim(self, name: str) -> bool:
         """Whether the entry is to be made, by who asks: it is not there and no one else makes it.

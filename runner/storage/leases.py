@@ -7,8 +7,9 @@ when the process dies, however it dies, and the claim is then void.
 One file a process, and not one an entry: thousands of open lock files pass the limit on open files,
 and locks shared by several entries would make runs on different datasets wait for each other. The
 files are read and written under one more lock, the guard, which is held for milliseconds and never
-while waiting for a claim. Nobody waits while holding a claim either, so that no two processes can
-wait for each other.
+while waiting for a claim. Nobody waits for an entry while holding a claim on one, so that no two
+processes can wait for each other; a turn to unpack, which is waited for in between, is named by the
+very entries that are claimed, or taken before any is.
 """
 
 from __future__ import annotations

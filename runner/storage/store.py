@@ -141,27 +141,28 @@ class Store:
         An entry that is there already stays, unless it is to be replaced: whoever reads it then
         has the old file or the new one, whole, at any moment. So it is after a power cut.
         """
-        wanted: list[Arrival] = []
-        for one in arrivals:
-            if one.replace or not self.has(shelf, one.name):
-                _write_note(one)
-                one.file.chmod(0o444)
-                wanted.append(one)
-            else:
-                one.file.unlink()
-        for one in wanted:
-            sync(one.file)
-            sync(note_of(one.file))
-        folders = set[Path]()
-        for one in wanted:
-            place = self.path(shelf, one.name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            # The note comes first: an entry without its note was never finished.
-            _move(note_of(one.file), note_of(place))
-            _move(one.file, place)
-            folders.add(place.parent)
-        for folder in folders:
-            sync(folder)
+        wanted: list[tuple[Arrival, Path, Path]] = []
+        try:
+            for one in arrivals:
+                if one.replace or not self.has(shelf, one.name):
+                    place = self.path(shelf, one.name)
+                    note = _write_note(one, place)
+                    wanted.append((one, place, note))
+                    one.file.chmod(0o444)
+                else:
+                    one.file.unlink()
+            for one, _, note in wanted:
+                sync(one.file)
+                sync(note)
+            for one, place, note in wanted:
+                # The note comes first: an entry without its note was never finished.
+                note.replace(note_of(place))
+                _move(one.file, place)
+            for folder in {place.parent for _, place, _ in wanted}:
+                sync(folder)
+        finally:
+            for _, _, note in wanted:
+                note.unlink(missing_ok=True)
 
     def faults(
         self,
@@ -263,15 +264,21 @@ def note_of(place: Path) -> Path:
     return place.with_name(place.name + ".json")
 
 
-def _write_note(arrival: Arrival) -> None:
-    """Write the note of a file beside it, to be moved with it."""
+def _write_note(arrival: Arrival, place: Path) -> Path:
+    """Write a file's note, under a hidden name beside the place where that will lie.
+
+    Not beside the file: an engine that is still at work deletes there what it does not know.
+    """
     note = {
         "bytes": arrival.file.stat().st_size,
         "made_of": arrival.made_of,
         "sha256": arrival.sha256 or digest_of(arrival.file),
     }
     text = json.dumps(note, sort_keys=True, indent=1, ensure_ascii=False)
-    note_of(arrival.file).write_text(text, encoding="utf-8")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    hidden = place.with_name(f".{note_of(place).name}.{os.getpid()}.tmp")
+    hidden.write_text(text, encoding="utf-8")
+    return hidden
 
 
 def _move(file: Path, place: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ from in_process import run_here
 from other_processes import pictures
 from third_engine import ThirdEngine, third_engine
 
+from runner.config.schema import RunConfig
 from runner.engines.registry import ENGINES
+from runner.hub.weights import WeightFacts
 from runner.pipeline import executor
+from runner.pipeline.context import Context
+from runner.pipeline.stages.train import TRAIN
+from runner.pipeline.stages.weights import WEIGHTS
 from runner.storage.store import Store
 
 Calls = Counter[str]
@@ -41,12 +47,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+def run(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs the third engine on three pictures; what it said."""
     media = pictures(tmp_path / "media", 3)
     overrides = ["engine.name=third", "tracking=none", "dataset.resolution=[64,48]"]
     overrides += [f"output_dir={tmp_path / 'outputs'}", f"dataset.path={media}"]
-    return lambda: run_here(*overrides, folder=tmp_path, monkeypatch=monkeypatch)
+    return lambda *more: run_here(*overrides, *more, folder=tmp_path, monkeypatch=monkeypatch)
 
 
 # A run whose weights are there makes one plan, however much it encodes, lists the store once and
@@ -69,3 +75,71 @@ def test_a_plan_more_for_damage(tmp_path: Path, run: Callable[[], str], calls: C
     calls.clear()
     assert "encoded 1/1" in run()
     assert calls == {"make_plan": 2, "names": 1, "weights": 1}
+
+
+def entry(folder: Path) -> Path:
+    """One of the latents in the cache."""
+    return next((folder / "outputs/cache/latents").glob("*/*.safetensors"))
+
+
+# Once it trains a run needs the cache no more: what is lost or damaged then neither ends it nor is
+# said to be made again, and its script stays what was run.
+@pytest.mark.parametrize("skip", ["[]", "[latents]"])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_loss_after_the_encoding_ends_no_run(
+    tmp_path: Path,
+    run: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    skip: str,
+    lost: bool,
+) -> None:
+    run()
+    train = TRAIN.run
+
+    def loses(context: Context) -> None:
+        train(context)
+        file = entry(tmp_path)
+        file.chmod(0o644)
+        if lost:
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+    monkeypatch.setattr(TRAIN, "run", loses)
+    said = run(f"stages.skip={skip}")
+    assert "made again" not in said
+    newest = max((tmp_path / "outputs/runs").glob("*/*"), key=lambda path: path.stat().st_mtime_ns)
+    assert (newest / "lora_comfyui.safetensors").is_file()
+    assert "to encode" not in (newest / "commands.sh").read_text()
+
+
+# Weights that come late give entries their names: what is in the cache under these by then counts,
+# also what another run made meanwhile, and the plan that is shown is the one that holds.
+@pytest.mark.parametrize("skip", ["[]", "[latents]"])
+def test_entries_that_came_with_the_weights_count(
+    tmp_path: Path,
+    run: Callable[..., str],
+    calls: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    skip: str,
+) -> None:
+    run()
+    kept, away = tmp_path / "outputs/cache/latents", tmp_path / "latents"
+    kept.rename(away)
+    found = ThirdEngine.weights
+
+    def absent(engine: ThirdEngine, config: RunConfig, root: Path) -> WeightFacts:
+        facts = found(engine, config, root)
+        return facts if kept.exists() else replace(facts, digests=None)
+
+    def bring(context: Context) -> None:
+        away.rename(kept)
+        assert context.look_at_weights().present
+
+    monkeypatch.setattr(ThirdEngine, "weights", absent)
+    monkeypatch.setattr(WEIGHTS, "run", bring)
+    calls.clear()
+    said = run(f"stages.skip={skip}")
+    assert "encoded" not in said
+    assert skip != "[]" or "3 latents (done already)" in said
+    assert calls["names"] == 2

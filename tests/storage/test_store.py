@@ -16,6 +16,7 @@ import pytest
 
 import runner.storage.store
 from runner.core.atomic import write_text
+from runner.storage import store as store_module
 from runner.storage.store import Arrival, Shelf, Store, key_of, link, note_of
 
 
@@ -300,3 +301,28 @@ def test_entries_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(runner.storage.store, "digest_of", waiting)
     assert Store(tmp_path / "cache").faults(names, read=True) == {}
+
+
+# Nothing but the file itself ever lies where it was made: an engine that is still at work there
+# deletes what it does not know, and a commit must not fail by it.
+def test_a_commit_leaves_the_engines_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "staging" / "made.safetensors"
+    made.parent.mkdir()
+    made.write_bytes(b"made")
+    seen: list[list[str]] = []
+    real = store_module.sync
+
+    def noted(path: Path) -> None:
+        seen.append([file.name for file in made.parent.iterdir()])
+        real(path)
+
+    monkeypatch.setattr(store_module, "sync", noted)
+    store = Store(tmp_path / "cache")
+    store.commit("text", "ab", made, {})
+    assert seen == [[made.name], [made.name], []]
+    assert sorted(file.name for file in store.path("text", "ab").parent.iterdir()) == [
+        "ab",
+        "ab.json",
+    ]

@@ -25,13 +25,15 @@ class Stage(Protocol):
     ``needs`` is what it reads of other stages' work, and ``makes`` what it alone can bring: a stage
     that needs what a skipped one makes is skipped too. What lies in the shared cache is not among
     it, since it may be there whoever made it; ``runs_when_skipped`` is for stages that still take
-    such finished work into the run's folder.
+    such finished work into the run's folder. Before a stage that ``looks`` all that the plan counts
+    on is looked at; the encoding stages do so themselves, and later ones have all they need.
     """
 
     name: str
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     runs_when_skipped: bool = False
+    looks: bool = False
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         """Every rule on its being skipped or forced that ``config`` breaks; pure."""

@@ -33,6 +33,7 @@ _READERS = {"latents", "text", "train"}
 
 class Dataset(Stage):
     name = "dataset"
+    looks = True
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         if self.name in config.stages.skip and not set(config.stages.skip) >= _READERS:

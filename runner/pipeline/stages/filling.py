@@ -39,6 +39,7 @@ def fill(context: Context, name: str, work: Work, make: Callable[[frozenset[str]
             if todo:
                 make(todo)
                 made |= todo
+                context.made(todo)
         if not mine:
             _say(context, work, [claim for claim in others if claim.id not in told], lacking)
             told.update(claim.id for claim in others)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 class Weights(Stage):
     name = "weights"
+    looks = True
 
     def refusal(self, config: RunConfig, here: Surroundings) -> str | None:
         if self.name in config.stages.skip and not here.weights.present:
