@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import runner.storage.store
-from runner.core.atomic import write_text
+from runner.core.atomic import sync, write_text
 from runner.storage import store as store_module
 from runner.storage.store import Arrival, Shelf, Store, key_of, link, note_of
 
@@ -312,11 +312,10 @@ def test_a_commit_leaves_the_engines_folder_alone(
     made.parent.mkdir()
     made.write_bytes(b"made")
     seen: list[list[str]] = []
-    real = store_module.sync
 
     def noted(path: Path) -> None:
         seen.append([file.name for file in made.parent.iterdir()])
-        real(path)
+        sync(path)
 
     monkeypatch.setattr(store_module, "sync", noted)
     store = Store(tmp_path / "cache")
