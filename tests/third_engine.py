@@ -70,6 +70,9 @@ class ThirdEngine:
     def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
         yield f"the third engine counts {steps} steps."
 
+    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+        return config
+
     def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
         return EngineFacts(sys.executable, "third 1")
 

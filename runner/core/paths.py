@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from runner.core.errors import UserError
+
 
 def absolute(path: str, cwd: Path) -> Path:
     """``path`` with ``~`` expanded, from ``cwd`` when it is relative."""
@@ -21,3 +23,11 @@ def shortest(path: Path) -> str:
     """A path as one would type it here: relative below the working folder, else absolute."""
     cwd = Path.cwd()
     return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
+
+
+def given_file(key: str, given: str, cwd: Path) -> Path:
+    """The file that an option names, absolute. Raises :class:`UserError` if it is not there."""
+    path = absolute(given, cwd)
+    if not path.is_file():
+        raise UserError(f"{key}={given}: there is no such file.")
+    return path

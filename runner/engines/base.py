@@ -87,6 +87,12 @@ class Engine(Protocol):
     def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
         """What goes through but is hardly what was meant; pure."""
 
+    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+        """``config`` with the paths absolute that only it takes, from ``cwd``. Reads only.
+
+        Raises :class:`runner.core.errors.UserError` for one that is not what it must be.
+        """
+
     def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
         """Where it lies, and why it cannot run if it can't. Reads only."""
 
@@ -135,15 +141,15 @@ class Engine(Protocol):
     def cache_text(self, job: Job, dataset_toml: str) -> Command: ...
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
-        """The trainer's command; ``options`` are those of train.toml."""
+        """The trainer's command; ``options`` are those of train.toml; pure."""
 
     def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
         """The command that writes ``evaluation.json``, if it has one."""
 
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
-        """Files that its commands read in the run's folder besides datasets, by name.
+        """Files that its commands read in the run's folder besides datasets, by name; pure.
 
-        ``options`` are those of train.toml.
+        ``options`` are those of train.toml. Files of the package are as its code.
         """
 
     def failure(self, log: Path) -> str:

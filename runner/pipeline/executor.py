@@ -68,7 +68,7 @@ def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
     """
     engine = engine_named(composed.config.engine.name)
     check(composed.config, engine)
-    config = settle(composed.config, cwd)
+    config = settle(composed.config, engine, cwd)
     raise_on_signals()
     check_tracking(config)
     here = look_around(config, cwd, engine)

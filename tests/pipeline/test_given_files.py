@@ -9,12 +9,18 @@ import torch
 from conftest import compose
 from safetensors.torch import save_file
 
+from runner.config.schema import RunConfig
 from runner.core.errors import UserError
+from runner.engines.musubi.engine import MusubiEngine
 from runner.formats.lora import to_comfyui
-from runner.pipeline.given_files import settle
+from runner.pipeline import given_files
 
 NAME = "lora_unet_double_blocks_0_img_attn_q"
 STEM = "lora_unet_double_blocks_0_"
+
+
+def settle(config: RunConfig, cwd: Path) -> RunConfig:
+    return given_files.settle(config, MusubiEngine(), cwd)
 
 
 def lora(rank: int = 4, alpha: float = 2.0) -> dict[str, torch.Tensor]:

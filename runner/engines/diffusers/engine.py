@@ -48,6 +48,9 @@ class DiffusersEngine:
     def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
         return iter(())
 
+    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+        return config
+
     def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
         return EngineFacts(sys.executable, f"runner {__version__}", checkout())
 

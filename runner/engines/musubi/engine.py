@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from runner.engines.base import (
     text_arguments,
 )
 from runner.engines.memory import filled, largest_tier
-from runner.engines.musubi import rules
+from runner.engines.musubi import given_files, rules
 from runner.engines.musubi.check import cannot_compile, check_environment
 from runner.engines.musubi.failure import failure
 from runner.engines.musubi.location import located
@@ -37,6 +38,11 @@ from runner.hub.weights import WeightFacts, hub_weights
 # accelerate reads the first instead of the user's own default file, which could ask for several
 # cards, and every module is run through the second.
 _FILES = ("accelerate.yaml", "corrected.py")
+
+
+@cache
+def _package_file(name: str) -> str:
+    return (files("runner.engines.musubi") / name).read_text(encoding="utf-8")
 
 
 def _corrected(script: str) -> tuple[str, ...]:
@@ -80,6 +86,9 @@ class MusubiEngine:
 
     def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
         return rules.plan_notices(job.config, steps=steps)
+
+    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+        return given_files.settle(config, cwd)
 
     def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
         return located(config, cwd)
@@ -162,8 +171,7 @@ class MusubiEngine:
         return None
 
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
-        folder = files("runner.engines.musubi")
-        own = {name: (folder / name).read_text(encoding="utf-8") for name in _FILES}
+        own = {name: _package_file(name) for name in _FILES}
         if job.config.engine.arguments == "file":
             return {"train.toml": render(options), **own}
         return own

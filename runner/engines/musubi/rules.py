@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.text import did_you_mean
-from runner.engines.musubi import rules_optimizer as rules_musubi_optimizer
+from runner.engines.musubi import rules_optimizer
 from runner.engines.musubi.rules_arguments import extra_arguments, gives
 from runner.formats.dtypes import LONG
 from runner.formats.transformer_keys import BLOCK_LINEARS
@@ -29,9 +29,9 @@ def problems(config: RunConfig) -> Iterator[str]:
     """Every rule that ``config`` breaks, one line each."""
     for rule in (
         _model,
-        rules_musubi_optimizer.optimizer,
-        rules_musubi_optimizer.optimizer_args,
-        rules_musubi_optimizer.schedule,
+        rules_optimizer.optimizer,
+        rules_optimizer.optimizer_args,
+        rules_optimizer.schedule,
         _precision,
         _memory,
         _network,
@@ -96,7 +96,7 @@ def plan_notices(config: RunConfig, *, steps: int) -> Iterator[str]:
             "training.resume_from gives the trainer weights, optimizer and schedule; musubi-tuner "
             f"counts from 0 again and trains {steps} steps more."
         )
-    if rules_musubi_optimizer.ignores_learning_rate(config):
+    if rules_optimizer.ignores_learning_rate(config):
         yield (
             f"optimizer.learning_rate={config.optimizer.learning_rate:g} does nothing: Adafactor "
             "sets its own rate, unless optimizer.args.relative_step=false and "
@@ -222,7 +222,7 @@ def _network_args(config: RunConfig) -> Iterator[str]:
         elif key == "loraplus_lr_ratio":
             if not _number(value) or not value > 0:
                 yield f"network.args.{key}={value} must be a number above 0."
-            elif value != 1 and rules_musubi_optimizer.is_prodigy(config):
+            elif value != 1 and rules_optimizer.is_prodigy(config):
                 yield (
                     f"network.args.{key}={value} makes two learning rates, and Prodigy takes one: "
                     "leave it out, or take another optimizer."

@@ -26,7 +26,9 @@ def problems(config: RunConfig) -> Iterator[str]:
             if name not in names:
                 yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, names)}"
     for stage in STAGES:
-        yield from stage.problems(config)
+        others = (other for other in STAGES if other.name not in config.stages.skip)
+        readers = [other.name for other in others if set(other.needs) & set(stage.makes)]
+        yield from stage.problems(config, readers)
 
 
 def skipped(config: RunConfig) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 from runner.config.schema import RunConfig
@@ -15,6 +15,7 @@ from runner.pipeline.model import Planning, StagePlan, Surroundings
 # What stages need of each other: files of the run's folder, and the cached items on either side of
 # the validation split.
 LORA = "lora.safetensors"
+MEDIA = "media in the run's folder"
 TRAINING_ITEMS = "cached training items"
 HELD_OUT_ITEMS = "cached held-out items"
 
@@ -35,8 +36,11 @@ class Stage(Protocol):
     runs_when_skipped: bool = False
     looks: bool = False
 
-    def problems(self, config: RunConfig) -> Iterator[str]:
-        """Every rule on its being skipped or forced that ``config`` breaks; pure."""
+    def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
+        """Every rule on its being skipped or forced that ``config`` breaks; pure.
+
+        ``readers`` are the stages that need what it makes and are not named as skipped.
+        """
         return iter(())
 
     def refusal(self, config: RunConfig, here: Surroundings) -> str | None:

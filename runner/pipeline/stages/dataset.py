@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from runner.config.schema import RunConfig
@@ -18,7 +18,7 @@ from runner.data.sources import check_archive, check_unchanged, unpack
 from runner.formats import jsonl
 from runner.pipeline.context import Context
 from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
-from runner.pipeline.stages.base import Stage
+from runner.pipeline.stages.base import MEDIA, Stage
 from runner.pipeline.stages.encoding import add_link
 from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
 from runner.pipeline.tables import folder, groups
@@ -27,16 +27,14 @@ from runner.storage.store import link
 
 REPORT = "dataset_report.html"
 
-# Stages that have no media to work on without this one.
-_READERS = {"latents", "text", "train"}
-
 
 class Dataset(Stage):
     name = "dataset"
+    makes = (MEDIA,)
     looks = True
 
-    def problems(self, config: RunConfig) -> Iterator[str]:
-        if self.name in config.stages.skip and not set(config.stages.skip) >= _READERS:
+    def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
+        if self.name in config.stages.skip and readers:
             yield (
                 "stages.skip=[dataset] would leave the later stages without media: leave it "
                 "out, finished work is recognised."

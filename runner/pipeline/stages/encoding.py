@@ -24,7 +24,7 @@ from runner.formats.dataset_toml import DatasetEntry
 from runner.formats.dataset_toml import render as render_dataset
 from runner.pipeline.context import Context
 from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
-from runner.pipeline.stages.base import HELD_OUT_ITEMS, TRAINING_ITEMS, Stage, run_commands
+from runner.pipeline.stages.base import HELD_OUT_ITEMS, MEDIA, TRAINING_ITEMS, Stage, run_commands
 from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
 
 # How often finished entries are moved into the store while the engine goes on, and how long a file
@@ -49,6 +49,7 @@ class Encodings:
 class Encoding(Stage, Protocol):
     """A stage whose results are cache files, each named by what goes into it."""
 
+    needs: tuple[str, ...] = (MEDIA,)
     runs_when_skipped: bool = True
     work: Work
     # What is made, as a person is told of it.

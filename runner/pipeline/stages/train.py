@@ -11,7 +11,7 @@ from runner.core.text import counted
 from runner.data.select import shapes
 from runner.pipeline.context import Context
 from runner.pipeline.model import Planning, StagePlan
-from runner.pipeline.stages.base import LORA, TRAINING_ITEMS, Stage, run_commands
+from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
 from runner.storage.store import link
 from runner.tracking.metrics import Point
 
@@ -20,7 +20,7 @@ _FINAL = "checkpoints/lora.safetensors"
 
 class Train(Stage):
     name = "train"
-    needs = (TRAINING_ITEMS,)
+    needs = (MEDIA, TRAINING_ITEMS)
     makes = (LORA,)
 
     def plan(self, planning: Planning) -> StagePlan:
