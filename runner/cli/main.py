@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
+import io
 import os
-import shutil
 import sys
-import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 
     from runner.config.composed import Composed
     from runner.core.console import Console
-    from runner.tracking.multirun import Sweep
-
-_codes: list[int] = []
-_sweep: Sweep | None = None
+    from runner.tracking.multirun import Job
 
 
 def main() -> None:
@@ -39,52 +37,62 @@ def run(arguments: list[str]) -> int:
         return 0
     import hydra
 
-    from runner.cli.overrides import quote_paths
+    from runner.cli.overrides import hide_passwords, quote_paths
+    from runner.cli.sweep import end_sweep
     from runner.core.console import Console
+    from runner.core.process import raise_on_signals
 
-    _register()
+    run_config.register()
+    console = Console.for_stream(sys.stdout)
     # argparse takes flags before or after all overrides, not between them.
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    multirun = bool(flags)
     rest = [argument for argument in arguments if argument not in flags]
-    sys.argv = [sys.argv[0], *flags, *quote_paths(rest, multirun=multirun)]
+    if wrong := _wrong_flags(rest) or _wrong_additions(rest):
+        return _refuse(wrong, console)
+    overrides = hide_passwords(quote_paths(rest, multirun=bool(flags)), os.environ)
+    sys.argv = [sys.argv[0], *flags, *overrides]
     # Hydra would print its own traceback and end with 1; raised, the error can be told better.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
-    wrong = _wrong_flags(rest) or _wrong_additions(rest)
-    if wrong:
-        Console.for_stream(sys.stdout).error(wrong)
-        return 2
-    if multirun:
-        _begin_sweep(arguments)
+    raise_on_signals()
+    shows = any(argument.partition("=")[0] in _SHOWING for argument in rest)
+    code = _code_of(compose(_job), rest, console, shows=shows)
+    return end_sweep(code, console)
+
+
+def _code_of(call: Callable[[], Any], arguments: list[str], console: Console, *, shows: bool) -> int:
+    """Call Hydra; returns the exit code of a single run, and of a sweep what its process knows."""
+    from runner.core.process import Stopped
+    from runner.tracking.client import safe
+
+    shown = io.StringIO()
     try:
-        compose(_job)()
+        if shows:
+            with redirect_stdout(shown):
+                call()
+        else:
+            call()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except Stopped as stopped:
+        return stopped.exit_code
     except Exception as error:
-        _codes.append(_explain(error, arguments))
-    except BaseException as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        _codes.append(code)
+        return _explain(error, arguments, console)
     finally:
-        if _sweep is not None:
-            _close_sweep(_sweep)
-    return next((code for code in _codes if code >= 128), max(_codes, default=0))
+        print(safe(shown.getvalue()), end="")
+    return 0
 
 
-def _register() -> None:
-    from omegaconf import OmegaConf
+def _refuse(line: str, console: Console) -> int:
+    """Say in one line, without a secret, what is wrong with the input."""
+    from runner.tracking.client import safe
 
-    run_config.register()
-    OmegaConf.register_new_resolver("runner_sweep_dir", _hydra_sweep_dir, replace=True)
+    console.error(safe(line))
+    return 2
 
 
-def _hydra_sweep_dir(dry_run: bool, output_dir: str) -> str:
-    """Hydra insists on writing a multirun.yaml; the runner keeps its own records."""
-    folder = tempfile.mkdtemp(prefix="runner-sweep-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
+# Hydra's flags that print the config.
+_SHOWING = ("--cfg", "-c", "--info", "-i")
 
 # Hydra's flags; --help and --multirun are taken before they are looked at.
 _FLAGS = (
@@ -114,70 +122,82 @@ def _wrong_additions(arguments: list[str]) -> str | None:
     return diagnose(added, groups(conf_folder())) if added else None
 
 
-def _close_sweep(sweep: Sweep) -> None:
-    """End the parent run, whatever signal comes meanwhile."""
-    from runner.core.console import Console
-    from runner.core.process import signals_deferred
+def _job(cfg: DictConfig) -> int:
+    """One run, in a process of its own, the launcher's, or one after the other in this one.
 
-    try:
-        with signals_deferred():
-            sweep.close(_codes)
-    except UserError as error:
-        Console.for_stream(sys.stdout).notice(f"MLflow: the sweep could not be closed: {error}")
+    A single run's exit code ends the process. A sweep's job has it in its record, and whatever
+    happens the launcher sees no exception: Hydra prints of one what it likes.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-
-def _begin_sweep(arguments: list[str]) -> None:
-    global _sweep
+    from runner.core.process import SIGNALS, Stopped
     from runner.tracking.multirun import Sweep
 
-    _sweep = Sweep.begin(arguments)
+    hydra_config = HydraConfig.get()
+    if OmegaConf.is_missing(hydra_config.job, "num"):
+        sys.exit(_run(cfg, None))
+    sweep = Sweep.read(Path(hydra_config.sweep.dir))
+    with sweep.job(hydra_config.job.num, list(hydra_config.overrides.task)) as job:
+        code = _run(cfg, job)
+        job.note(exit_code=code)
+    if code - 128 in SIGNALS and sweep.is_here:
+        raise Stopped(code - 128)  # the signal was for the sweep
+    return code
 
 
-def _job(cfg: DictConfig) -> None:
-    """One run. Failures become exit codes here, so that a sweep goes on to its next run."""
+def _run(cfg: DictConfig, job: Job | None) -> int:
+    """Plan a run, and show it or carry it out; returns the exit code."""
+    from runner.core.console import Console
+    from runner.core.process import Stopped
+    from runner.pipeline.executor import execute, prepare
+    from runner.tracking.client import safe
+
+    console = Console.for_stream(sys.stdout)
+    try:
+        composed = _composed(cfg)
+        prepared = prepare(composed, console, Path.cwd())
+        if not composed.config.dry_run:
+            execute(prepared, console, job)
+            return 0
+        from runner.cli.page import show_plan
+        from runner.pipeline.stages.dataset import report_on
+
+        show_plan(console, prepared.plan, prepared.inputs, report_on(prepared.inputs, console))
+        return 0
+    except (UserError, StageError) as error:
+        console.error(safe(str(error)))
+        if job is not None:
+            job.note(error=safe(str(error)))
+        return 2 if isinstance(error, UserError) else 1
+    except Stopped as stopped:
+        return stopped.exit_code
+    except Exception:
+        # A mistake of the runner's own. Python would print the same, with what is secret in it.
+        print(safe(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
+
+
+def _composed(cfg: DictConfig) -> Composed:
+    """What Hydra composed, as the one value that travels. Raises UserError for a wrong value."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from runner.cli.overrides import readable
     from runner.config.composed import Composed
-    from runner.core.console import Console
+    from runner.tracking.passwords import remember
 
     hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
-    choices = {str(k): v for k, v in hydra_config.runtime.choices.items()}
-    console = Console.for_stream(sys.stdout)
     try:
-        try:
-            resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            config = OmegaConf.to_object(cfg)
-        except OmegaConfBaseException as error:
-            raise UserError(_missing(error) or readable(error)) from error
-        assert isinstance(config, run_config.RunConfig)
-        code = _run(Composed(config, resolved, tuple(overrides), choices), console)
-    except UserError as error:
-        console.error(str(error))
-        code = 2
-    except StageError as error:
-        console.error(str(error))
-        code = 1
-    _codes.append(code)
-
-
-def _run(composed: Composed, console: Console) -> int:
-    """Plan a run, and show it or carry it out; returns the exit code."""
-    from runner.pipeline.executor import execute, prepare
-    from runner.tracking.multirun import Sweep
-
-    prepared = prepare(composed, console, Path.cwd())
-    if composed.config.dry_run:
-        from runner.cli.page import show_plan
-        from runner.pipeline.stages.dataset import report_on
-
-        show_plan(console, prepared.plan, prepared.inputs, report_on(prepared.inputs, console))
-        return 0
-    execute(prepared, console, _sweep or Sweep.from_environment(composed.overrides))
-    return 0
+        resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(_missing(error) or readable(error)) from error
+    assert isinstance(config, run_config.RunConfig)
+    remember(resolved, os.environ)
+    choices = {str(k): v for k, v in hydra_config.runtime.choices.items()}
+    return Composed(config, resolved, tuple(hydra_config.overrides.task), choices)
 
 
 def _missing(error: Exception) -> str | None:
@@ -189,19 +209,25 @@ def _missing(error: Exception) -> str | None:
     return f"{key} has no value: set it, for example {key}=torch.optim.RMSprop."
 
 
-def _explain(error: Exception, arguments: list[str]) -> int:
-    """Print one line for what went wrong in composition; other errors are bugs and raise."""
+def _explain(error: Exception, arguments: list[str], console: Console) -> int:
+    """Say what went wrong in composition or in a launcher; returns the exit code."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from runner.cli.overrides import diagnose, readable
+    from runner.cli.sweep import has_begun
     from runner.config.groups import groups
-    from runner.core.console import Console
+    from runner.tracking.client import first_line, safe
 
-    line = diagnose(arguments, groups(conf_folder()))
-    if line is None:
-        if not isinstance(error, HydraException | OmegaConfBaseException):
-            raise error
-        line = readable(error)
-    Console.for_stream(sys.stdout).error(line)
-    return 2
+    if line := diagnose(arguments, groups(conf_folder())):
+        return _refuse(line, console)
+    if isinstance(error, UserError):
+        return _refuse(str(error), console)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _refuse(readable(error), console)
+    if has_begun():
+        # No job raises: it is the launcher's, which may have lost a process or its cluster.
+        console.error(f"The launcher ended the sweep: {type(error).__name__}: {first_line(error)}")
+        return 1
+    print(safe("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    return 1

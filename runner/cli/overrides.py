@@ -7,9 +7,10 @@ shell may well contain, and its errors speak of structs and config groups. Both 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from runner.config.schema import SourceConfig, options
 from runner.core.text import did_you_mean, nearest
@@ -69,11 +70,59 @@ def _is_quoted(value: str) -> bool:
 
 def quote(value: str) -> str:
     """A string that Hydra's grammar reads back as ``value``, without interpolation."""
+    # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
+    return _quoted(value.replace("${", "\\${"))
+
+
+def _quoted(value: str) -> str:
     # A run of backslashes is halved by the grammar only before a quote, and the end is one.
     escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
     escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
-    # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
-    return "'" + escaped.replace("${", "\\${") + "'"
+    return f"'{escaped}'"
+
+
+def hide_passwords(arguments: Sequence[str], environment: MutableMapping[str, str]) -> list[str]:
+    """The arguments with passwords of addresses moved to variables, which the values then name.
+
+    Hydra writes and prints what it is given, in several forms; so it is given no password.
+    """
+    return [_hide_password(argument, environment) for argument in arguments]
+
+
+def _hide_password(argument: str, environment: MutableMapping[str, str]) -> str:
+    from runner.tracking.passwords import hidden, remember
+
+    key, equals, value = argument.partition("=")
+    if not equals or not ("@" in value or "hf_" in value):
+        return argument
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        # It is refused soon, in words that may quote it.
+        remember([value, value.strip("'\"")], environment)
+        return argument
+    before = _value_text(parsed, str)
+    after = _value_text(parsed, lambda text: hidden(text, environment))
+    return argument if after == before else f"{key}={after}"
+
+
+def _value_text(value: Any, change: Callable[[str], str]) -> str:
+    """A parsed value in Hydra's grammar, with every string in it changed."""
+    from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+
+    if isinstance(value, ChoiceSweep):
+        return ",".join(_value_text(item, change) for item in value.list)
+    if isinstance(value, list):
+        return "[" + ",".join(_value_text(item, change) for item in value) + "]"
+    if isinstance(value, dict):
+        items = (f"{key}:{_value_text(item, change)}" for key, item in value.items())
+        return "{" + ",".join(items) + "}"
+    if isinstance(value, QuotedString | str):
+        return _quoted(change(value.text if isinstance(value, QuotedString) else value))
+    return "null" if value is None else str(value).lower()
 
 
 def diagnose(arguments: Iterable[str], choices: dict[str, list[str]]) -> str | None:

@@ -30,6 +30,9 @@ class Stopped(BaseException):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
+        return Stopped, (self.number,)  # what a launcher brings back from another process
+
     @property
     def exit_code(self) -> int:
         """128 plus the signal's number, as a shell reports it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from runner.pipeline.given_files import settle
 from runner.pipeline.inputs import gather, look_around, refusal
 from runner.pipeline.model import Inputs, Plan, StagePlan
 from runner.pipeline.plan import commands_sh, make_plan
-from runner.pipeline.record import Recorder, Status, check_tracking
+from runner.pipeline.record import Recorder, Status, check_tracking, how_to_compare
 from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.base import LORA
 from runner.pipeline.stages.convert import COMFYUI_LORA
@@ -40,7 +40,8 @@ from runner.pipeline.stages.evaluate import EVALUATION
 from runner.storage.leases import Use
 from runner.storage.store import Store
 from runner.tracking.client import safe
-from runner.tracking.multirun import Sweep
+from runner.tracking.multirun import Job
+from runner.tracking.secrets import redact_mapping, secret_values
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
     return Prepared(replace(composed, config=config), settled.inputs, engine, settled.plan)
 
 
-def execute(prepared: Prepared, console: Console, sweep: Sweep | None) -> None:
-    """Run what was prepared.
+def execute(prepared: Prepared, console: Console, job: Job | None) -> None:
+    """Run what was prepared, as the job of a sweep if there is one.
 
     Raises :class:`UserError` before it begins, :class:`StageError` after a stage failed, and
     :class:`runner.core.process.Stopped` when a signal ended the run.
@@ -90,7 +91,7 @@ def execute(prepared: Prepared, console: Console, sweep: Sweep | None) -> None:
         raise UserError(why)
     version = engine.check(inputs.job, inputs.machine, trains=stages.trains(inputs.config))
     inputs = replace(inputs, engine=replace(inputs.engine, version=version))
-    _Run(replace(prepared, inputs=inputs), console, sweep).through()
+    _Run(replace(prepared, inputs=inputs), console, job).through()
 
 
 def _planner(engine: Engine) -> Callable[[Inputs], Plan]:
@@ -130,10 +131,10 @@ def run_folder(root: Path, name: str) -> Path:
 class _Run:
     """One run from its folder to its end."""
 
-    def __init__(self, prepared: Prepared, console: Console, sweep: Sweep | None) -> None:
+    def __init__(self, prepared: Prepared, console: Console, job: Job | None) -> None:
         self.composed, self.inputs = prepared.composed, prepared.inputs
         self.engine, self.plan = prepared.engine, prepared.plan
-        self.console, self.sweep = console, sweep
+        self.console, self.job = console, job
         self.started = time.time()
 
     def through(self) -> None:
@@ -191,7 +192,7 @@ class _Run:
         """The run's record; when there can be none, the folder goes and so does the run."""
         try:
             return Recorder.open(
-                self.composed, self.inputs, self.engine, self.plan, folder, self.sweep
+                self.composed, self.inputs, self.engine, self.plan, folder, self.job
             )
         except UserError:
             shutil.rmtree(folder, ignore_errors=True)
@@ -202,7 +203,9 @@ class _Run:
 
         resolved = {**self.composed.resolved}
         resolved["training"] = {**resolved["training"], "seed": self.inputs.seed}
-        write_text(folder / "config.yaml", safe(OmegaConf.to_yaml(OmegaConf.create(resolved))))
+        # Before it is YAML, which would quote and fold a password.
+        shown = redact_mapping(resolved, secret_values(os.environ))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(shown)))
         overrides = "".join(f"{override}\n" for override in self.composed.overrides)
         write_text(folder / "overrides.txt", safe(overrides))
         self._write_plan(folder, self.plan)
@@ -243,17 +246,6 @@ class _Run:
             finally:
                 recorder.stage(stage.name, time.monotonic() - began)
 
-    def _how_to_compare(self, recorder: Recorder) -> str:
-        """The command or the address that shows this run beside the others."""
-        config = self.composed.config
-        tracking, outputs = config.tracking, config.output_dir
-        if tracking.name == "server":
-            return recorder.writer.url_hint
-        if tracking.uri:
-            return f"python -m runner.ui --tracking-uri {shlex.quote(safe(tracking.uri))}"
-        option = "" if outputs == "outputs" else f" --outputs {shlex.quote(outputs)}"
-        return f"python -m runner.ui{option}"
-
     def _closing_words(self, context: Context, recorder: Recorder) -> None:
         console, folder = self.console, context.run_dir
         console.heading(f"{self.plan.name} finished in {duration(time.time() - self.started)}")
@@ -274,7 +266,10 @@ class _Run:
         for problem in recorder.problems:
             console.notice(problem)
         if recorder.writer.run_id:
-            console.line(f"  Compare the runs: {self._how_to_compare(recorder)}")
+            config, page = self.composed.config, recorder.writer.url_hint
+            tracking = config.tracking
+            how = how_to_compare(tracking.name, tracking.uri, config.output_dir, page)
+            console.line(f"  Compare the runs: {how}")
 
 
 @contextmanager

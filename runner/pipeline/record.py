@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from runner.tracking.secrets import secret_values
 
 if TYPE_CHECKING:
     from runner.tracking.mlflow_run import NullWriter, RunWriter
-    from runner.tracking.multirun import Sweep
+    from runner.tracking.multirun import Job
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -67,6 +68,23 @@ def _server_uri(tracking: TrackingConfig) -> str:
     return uri
 
 
+def how_to_compare(name: str, uri: str | None, output_dir: str, page: str) -> str:
+    """The command or the address that shows a run beside the others.
+
+    Args:
+        name: The option ``tracking.name``.
+        uri: The option ``tracking.uri``.
+        output_dir: The option ``output_dir``, as it was typed.
+        page: The run's page on a server.
+    """
+    if name == "server":
+        return page
+    if uri:
+        return f"python -m runner.ui --tracking-uri {shlex.quote(safe(uri))}"
+    option = "" if output_dir == "outputs" else f" --outputs {shlex.quote(output_dir)}"
+    return f"python -m runner.ui{option}"
+
+
 def check_tracking(config: RunConfig) -> None:
     """Refuses a server that can't be used before media are read, which may take long."""
     if config.tracking.name == "server" and not config.dry_run:
@@ -103,7 +121,7 @@ class Recorder:
         engine: Engine,
         plan: Plan,
         run_dir: Path,
-        sweep: Sweep | None,
+        job: Job | None,
     ) -> Recorder:
         """Start the MLflow run, under its sweep's parent when there is one."""
         from runner.tracking import mlflow_run, mlflow_store
@@ -113,6 +131,8 @@ class Recorder:
         fingerprint = config_fingerprint(resolved)
         uri = tracking_uri(config.tracking, inputs.root)
         if uri is None:
+            if job is not None:
+                job.note(run_folder=str(run_dir))
             return cls(mlflow_run.NullWriter(), run_dir, fingerprint)
         experiment = config.tracking.experiment
         mlflow_store.initialise(uri, inputs.root)
@@ -121,22 +141,21 @@ class Recorder:
             "config.fingerprint": fingerprint,
             "run.folder": str(run_dir),
         }
-        parent = None
-        if sweep is not None:
-            sweep.outputs, sweep.uri = inputs.root, uri
+        name, parent = plan.name, None
+        if job is not None:
+            sweep = job.sweep
             parent = open_parent(
                 uri,
                 experiment,
                 outputs=inputs.root,
+                folder=sweep.folder,
                 sweep_id=sweep.id,
                 name="sweep " + " ".join(sweep.swept or sweep.overrides),
                 tags={"sweep.overrides": " ".join(sweep.overrides)},
             )
             tags |= child_tags(parent, sweep.id)
-        name = plan.name
-        if sweep is not None and sweep.swept:
             values = [f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept]
-            name = f"{name} {' '.join(values)}"
+            name = " ".join([name, *values])
         writer = mlflow_run.RunWriter.start(
             uri,
             experiment,
@@ -146,6 +165,8 @@ class Recorder:
             tags=tags,
             parent_id=parent,
         )
+        if job is not None:
+            job.note(run_folder=str(run_dir), mlflow_run_id=writer.run_id)
         return cls(writer, run_dir, fingerprint)
 
     def files(self) -> None:

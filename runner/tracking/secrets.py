@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Collection, Mapping
+from urllib.parse import quote, unquote
 
 HIDDEN = "***"
 
@@ -13,6 +16,11 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
+# Variables of this name and a number hold the passwords that runner.tracking.passwords keeps.
+PASSWORD_VARIABLE = "RUNNER_PASSWORD_"
+# A shorter password of an address may be a word of the text, as in mlflow:mlflow@host/mlflow: it
+# is hidden in addresses alone.
+_LONG = 8
 
 # A key whose last word is one of these holds a secret: `hub.token`, `HF_TOKEN`, `db-password`.
 # `max_token_length` and `tokenizer` do not.
@@ -31,13 +39,16 @@ _YAML_LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 # Where a URI's password begins; up to a slash, a number behind the host of http is its port.
+# Hydra writes colons and spaces with a backslash before them.
 _PASSWORD_START = re.compile(
-    r"(?:(?<=https)|(?<=http))://[^\s/:@]*:(?!\d{1,5}[/?#])"
-    r"|(?<=[\w+.\-])(?<!http)(?<!https)://[^\s/:@]*:"
+    r"(?:(?<=https)|(?<=http))\\?://[^\s/:@]*:(?!\d{1,5}[/?#])"
+    r"|(?<=[\w+.\-])(?<!http)(?<!https)\\?://[^\s/:@]*:"
 )
-_WORD = re.compile(r"[^\s\"<>]+")
+_WORD = re.compile(r"(?:\\[ \t]|[^\s\"<>])+")
+_VARIABLE = re.compile(rf"\$\{{oc\.env:{PASSWORD_VARIABLE}\d+\}}")
+_ADDRESS = re.compile(r"[A-Za-z][\w+.\-]*://")
 _BEARER = re.compile(r"(?P<before>\b(?:Bearer|Authorization: *Basic) +)[A-Za-z0-9._~+/\-]{8,}=*")
-_HUB_TOKEN = re.compile(
+HUB_TOKEN = re.compile(
     r"\b(?:hf_(?:oauth|jwt)_[\w.\-]{7,}[\w\-]|hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,})"
 )
 # "the secret: a garden" is a caption's sentence: an article before the bare word, and after it
@@ -47,9 +58,48 @@ _SENTENCE = re.compile(r"(?:token|password|secret): [a-z]{1,6} [a-z]+\b", re.IGN
 
 
 def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The values of the variables in `SECRET_VARIABLES` that are set, longest first."""
+    """What must not be seen of the environment, longest first.
+
+    Args:
+        environment: Variables with their values.
+
+    Returns:
+        The values of `SECRET_VARIABLES` that are set, and the passwords of addresses in any
+        variable, such as a proxy's; each also as Hydra, a shell, JSON, YAML and a URI write it.
+    """
     values = {environment.get(name, "").strip() for name in SECRET_VARIABLES}
-    return tuple(sorted(values - {""}, key=lambda value: (-len(value), value)))
+    for name, value in environment.items():
+        span = password_span(value)
+        password = value if name.startswith(PASSWORD_VARIABLE) else value[slice(*span or (0, 0))]
+        if len(password) >= _LONG:
+            values.add(password)
+    forms = {form for value in values for form in _forms(value)}
+    return tuple(sorted(forms - {""}, key=lambda form: (-len(form), form)))
+
+
+def password_span(value: str) -> tuple[int, int] | None:
+    """Where the password is in a value that is an address, whatever characters it has, or None."""
+    end = value.rfind("@")
+    if end < 0 or not _ADDRESS.match(value):
+        return None
+    start = _PASSWORD_START.search(value, 0, end)
+    return None if start is None or start.end() == end else (start.end(), end)
+
+
+def _forms(secret: str) -> set[str]:
+    """A secret as it may stand in a text: escaped, quoted, or with percent signs."""
+    forms = {secret, unquote(secret), quote(secret, safe="", errors="surrogateescape")}
+    for plain in tuple(forms):
+        forms |= {
+            re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", plain),  # Hydra's grammar, unquoted
+            re.sub(r"(\\*)'", r"\1\1\\'", plain),  # its grammar in single quotes
+            shlex.quote(plain)[1:-1] if shlex.quote(plain) != plain else plain,
+            json.dumps(plain)[1:-1],
+            json.dumps(plain, ensure_ascii=False)[1:-1],
+            repr(plain)[1:-1],
+            plain.replace("'", "''"),  # YAML
+        }
+    return forms
 
 
 def redact(text: str, secrets: Collection[str] = ()) -> str:
@@ -67,7 +117,7 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
             text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     if "://" in text and "@" in text:
         text = _WORD.sub(_hide_password, text)
-    text = _HUB_TOKEN.sub(HIDDEN, text)
+    text = HUB_TOKEN.sub(HIDDEN, text)
     text = _BEARER.sub(rf"\g<before>{HIDDEN}", text)
     text = _YAML_LINE.sub(rf"\g<before>{HIDDEN}", text)
     return _ASSIGNED.sub(_hide_value, text)
@@ -78,7 +128,9 @@ def _hide_password(match: re.Match[str]) -> str:
     word = match[0]
     end = word.rfind("@")
     start = _PASSWORD_START.search(word, 0, end) if end > 0 else None
-    return f"{word[: start.end()]}{HIDDEN}{word[end:]}" if start else word
+    if start is None or _VARIABLE.fullmatch(word, start.end(), end):
+        return word
+    return f"{word[: start.end()]}{HIDDEN}{word[end:]}"
 
 
 def _hide_value(match: re.Match[str]) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.tracking.client import connect, first_line, safe
+from runner.tracking.client import connect, first_line
 from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
-from runner.tracking.secrets import HIDDEN
+from runner.tracking.passwords import hidden, revealed
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -33,19 +33,18 @@ def open_parent(
     experiment: str,
     *,
     outputs: Path,
+    folder: Path,
     sweep_id: str,
     name: str,
     tags: Mapping[str, str],
 ) -> str:
-    """The id of the parent run of sweep `sweep_id`; whichever child asks first makes it.
+    """The id of the parent run of a sweep; whichever child asks first makes it.
 
-    All children, in this process or others, get the same one: a file lock guards
-    `outputs/sweeps/<sweep_id>/parent.json`. The store must be initialised. Raises UserError if
-    it refuses.
+    All children, in this process or others, get the same one: a file lock guards `parent.json` in
+    the sweep's folder. The store must be initialised. Raises UserError if it refuses.
     """
     from filelock import FileLock
 
-    folder = _folder(outputs, sweep_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder / "parent.lock")):
@@ -60,7 +59,11 @@ def open_parent(
                 params={},
                 tags={**tags, SWEEP_TAG: sweep_id},
             )
-            record = {"run_id": writer.run_id, "uri": safe(uri)}
+            record = {
+                "run_id": writer.run_id,
+                "uri": hidden(uri, os.environ),
+                "outputs": str(outputs),
+            }
             write_text(folder / "parent.json", json.dumps(record, indent=2) + "\n")
             return writer.run_id
     except OSError as error:
@@ -68,38 +71,46 @@ def open_parent(
 
 
 def close_parent(
-    outputs: Path, sweep_id: str, status: Status, *, uri: str | None = None
-) -> Status | None:
-    """Ends the parent run and stores a table of its children (`sweep.csv`, `sweep.json`).
+    folder: Path, status: Status, *, killed: Collection[str] = ()
+) -> tuple[Status, str] | None:
+    """End the parent run, and store a table of its children in it (`sweep.csv`, `sweep.json`).
 
     It ends as `status`, except that FINISHED needs children that all finished: one that was
-    killed makes it KILLED, one that failed, or never ended, FAILED. `uri` is needed only if it
-    holds a password, which is not written to disk.
+    killed makes it KILLED, one that failed, or never ended, FAILED.
 
-    Returns the status it ended with, None if no parent was opened. Raises UserError if the store
-    cannot be read.
+    Args:
+        folder: The sweep's folder.
+        status: How its jobs ended.
+        killed: Ids of children whose processes died: nobody else can end these.
+
+    Returns:
+        The status it ended with and where a person finds it; None if no parent was opened.
+
+    Raises:
+        UserError: The store cannot be read.
     """
-    record = _recorded(_folder(outputs, sweep_id))
-    run_id = record.get("run_id")
-    uri = uri or cast("str | None", record.get("uri"))
-    if not isinstance(run_id, str) or not uri:
+    record = _recorded(folder)
+    run_id, uri, outputs = (record.get(key) for key in ("run_id", "uri", "outputs"))
+    if not isinstance(run_id, str) or not isinstance(uri, str):
         return None
-    if HIDDEN in uri:
-        raise UserError(f"cannot close sweep {sweep_id}: its tracking URI holds a password")
-    client = connect(uri)
+    address = revealed(uri, os.environ)
+    if address is None:
+        raise UserError(f"the password of {uri} is not known to this process")
+    client = connect(address)
     try:
+        for child in killed:
+            client.set_terminated(child, "KILLED")
         parent = client.get_run(run_id)
         children = _children(client, parent)
     except Exception as error:
-        message = first_line(error)
-        raise UserError(f"cannot close sweep {sweep_id}: {message}") from error
-    writer = RunWriter(client, uri, run_id, parent.info.experiment_id, outputs)
+        raise UserError(first_line(error)) from error
+    writer = RunWriter(client, address, run_id, parent.info.experiment_id, Path(str(outputs)))
     rows = summary(children)
     writer.log_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", "sweep.json")
     writer.log_text(_csv(rows), "sweep.csv")
     true_status = _true_status(status, [child.info.status for child in children])
     writer.finish(true_status)
-    return true_status
+    return true_status, writer.url_hint
 
 
 def summary(children: Sequence[Run]) -> list[dict[str, Any]]:
@@ -180,11 +191,6 @@ def _is_open(uri: str, run_id: str) -> bool:
             return False
         raise UserError(f"cannot read the sweep: {first_line(error)}") from error
     return True
-
-
-def _folder(outputs: Path, sweep_id: str) -> Path:
-    name = re.sub(r"[^\w.\-]", "_", sweep_id).lstrip(".") or "sweep"
-    return outputs.resolve() / "sweeps" / name
 
 
 def _recorded(folder: Path) -> dict[str, object]:

@@ -1,0 +1,213 @@
+"""A sweep's beginning and end; what lies between is its jobs', in whatever processes they run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+from runner.cli.overrides import quote
+from runner.core.console import Console
+from runner.core.errors import UserError
+from runner.core.paths import absolute, shortest
+from runner.core.process import GRACE_SECONDS, signals_deferred
+from runner.core.text import counted
+from runner.tracking.multirun import KILLED_CODE, JobRecord, Sweep
+from runner.tracking.passwords import hidden, remember
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from runner.tracking.mlflow_run import Status
+
+# How the process that starts a sweep finds its folder again when Hydra is done.
+FOLDER_VARIABLE = "RUNNER_SWEEP_FOLDER"
+_BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+class Beginning(Callback):
+    """What Hydra calls when a sweep is composed and before any sweeper or launcher has it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make the sweep's folder, name it to every job, and take passwords out of the config.
+
+        Hydra composes each job anew from the overrides, which carry the folder to any process; the
+        config here is only written down and passed on.
+        """
+        from omegaconf import OmegaConf, open_dict, read_write
+
+        _hide_passwords(config)
+        sweeper = config.hydra.sweeper
+        folder = _new_folder(config)
+        os.environ[FOLDER_VARIABLE] = str(folder)
+        Sweep.begin(
+            folder,
+            OmegaConf.to_container(config.hydra.overrides.task),  # type: ignore[arg-type]
+            counted=sweeper.get("_target_") == _BASIC_SWEEPER and not sweeper.get("params"),
+            dry_run=bool(config.dry_run),
+            output_dir=config.output_dir,
+            tracking=OmegaConf.to_container(config.tracking),  # type: ignore[arg-type]
+        )
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = str(folder)
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(str(folder))}")
+
+
+def _new_folder(config: DictConfig) -> Path:
+    if config.dry_run:
+        return Path(tempfile.mkdtemp(prefix="runner-sweep-"))
+    now = time.localtime()
+    name = f"{time.strftime('%H-%M-%S', now)}-{secrets.token_hex(2)}"
+    return absolute(config.hydra.sweep.dir, Path.cwd()) / time.strftime("%Y-%m-%d", now) / name
+
+
+def _hide_passwords(config: DictConfig) -> None:
+    """Move the passwords of addresses that stand in files of the config to variables."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for key, value in _leaves(OmegaConf.to_container(config), ""):
+        if isinstance(value, str) and (safe := hidden(value, os.environ)) != value:
+            OmegaConf.update(config, key, safe)
+    # The address may be an interpolation; the parent run is ended there, by this process.
+    with suppress(OmegaConfBaseException):
+        remember(config.tracking.uri, os.environ)
+
+
+def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        parts = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+    elif isinstance(value, list):
+        parts = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return [(key, value)]
+    # Hydra's own part says what the command line gives, which has no password any more.
+    return [leaf for name, item in parts if name != "hydra" for leaf in _leaves(item, name)]
+
+
+def has_begun() -> bool:
+    """Whether this process has a sweep that is not ended."""
+    return FOLDER_VARIABLE in os.environ
+
+
+def end_sweep(code: int, console: Console) -> int:
+    """End what :class:`Beginning` began: its jobs, its parent run, and say what became of it.
+
+    Args:
+        code: How it looks from this process, which knows of a job only what a launcher tells.
+        console: Where to say it.
+
+    Returns:
+        The sweep's exit code: 128 + n when a signal ended it or one of its jobs, else the worst.
+    """
+    folder = os.environ.pop(FOLDER_VARIABLE, None)
+    if folder is None:
+        return code
+    with signals_deferred():
+        sweep = Sweep.read(Path(folder))
+        try:
+            return _End(sweep, _ended_jobs(sweep), code, console).told()
+        finally:
+            if sweep.dry_run:
+                shutil.rmtree(sweep.folder, ignore_errors=True)
+
+
+def _ended_jobs(sweep: Sweep) -> list[JobRecord]:
+    """The jobs when none of them runs: those of this host that still do are ended first."""
+    asked = False
+    deadline = time.monotonic() + GRACE_SECONDS + 5
+    while True:
+        jobs = sweep.records()
+        running = [job for job in jobs if job.alive and job.said.get("host") == socket.gethostname()]
+        if not running or time.monotonic() > deadline:
+            return jobs
+        if not asked:
+            for job in running:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(job.said["pid"]), signal.SIGTERM)
+        asked = True
+        time.sleep(0.1)
+
+
+class _End:
+    """What is said and done at a sweep's end."""
+
+    def __init__(self, sweep: Sweep, jobs: list[JobRecord], code: int, console: Console) -> None:
+        self.sweep, self.jobs, self.console = sweep, jobs, console
+        self.killed = [job for job in jobs if job.exit_code is None and not job.alive]
+        self.running = [job for job in jobs if job.exit_code is None and job.alive]
+        self.never = 0 if sweep.jobs is None else max(0, sweep.jobs - len(jobs))
+        codes = [KILLED_CODE if job.exit_code is None else job.exit_code for job in jobs]
+        codes += [code, 1 if self.never else 0]
+        self.code = next((one for one in codes if one >= 128), max(codes))
+
+    def told(self) -> int:
+        if not self.jobs and self.code == 2:
+            self._remove()  # Hydra refused the values of a job: nothing was begun
+            return self.code
+        for job in self.killed:
+            self.console.error(f"{self._named(job)} was killed: it could not say how it ended.")
+        for job in self.running:
+            where = f"process {job.said.get('pid')} on {job.said.get('host')}"
+            self.console.error(f"{self._named(job)} still runs ({where}).")
+        if self.never:
+            self.console.error(f"{counted(self.never, 'job')} of the sweep never began.")
+        if not self.sweep.dry_run:
+            self._summary()
+        return self.code
+
+    def _named(self, job: JobRecord) -> str:
+        folder = job.said.get("run_folder")
+        where = f" in {shortest(Path(str(folder)))}" if folder else ""
+        return f"{job.words(self.sweep.swept)}{where}"
+
+    def _summary(self) -> None:
+        good = sum(job.exit_code == 0 for job in self.jobs)
+        total = self.sweep.jobs or len(self.jobs)
+        self.console.heading(
+            f"sweep ended: {good} of {counted(total, 'job')} finished, "
+            f"in {shortest(self.sweep.folder)}"
+        )
+        for job in self.jobs:
+            if job.exit_code:
+                why = f": {job.said['error']}" if job.said.get("error") else ""
+                words = f"{self._named(job)} ended with exit code {job.exit_code}{why}"
+                self.console.line(f"  {words}")
+        if page := self._close_parent():
+            from runner.pipeline.record import how_to_compare
+
+            tracking, output_dir = self.sweep.tracking, self.sweep.output_dir
+            how = how_to_compare(tracking["name"], tracking["uri"], output_dir, page)
+            self.console.line(f"  Compare the runs: {how}")
+
+    def _close_parent(self) -> str | None:
+        """End the parent run with what truly came of the sweep; where it is found."""
+        from runner.tracking.sweep import close_parent
+
+        status: Status = "KILLED" if self.code >= 128 else "FAILED" if self.code else "FINISHED"
+        killed = [str(job.said["mlflow_run_id"]) for job in self.killed if job.said["mlflow_run_id"]]
+        try:
+            closed = close_parent(self.sweep.folder, status, killed=killed)
+        except UserError as error:
+            self.console.notice(f"MLflow: the sweep's parent run could not be ended: {error}")
+            return None
+        return closed[1] if closed else None
+
+    def _remove(self) -> None:
+        folder = self.sweep.folder
+        for name in ("sweep.json", "multirun.yaml"):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: there are other sweeps
+            for place in (folder, *folder.parents):
+                place.rmdir()
+                if str(place) == self.sweep.made:
+                    break

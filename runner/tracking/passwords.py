@@ -1,0 +1,59 @@
+"""Passwords of addresses, kept in environment variables and out of every text.
+
+An address with a password, ``http://ann:PASSWORD@host``, is turned into one that names a variable,
+``http://ann:${oc.env:RUNNER_PASSWORD_1}@host``, before Hydra or a file gets it. OmegaConf reads that
+back wherever the config is resolved, and jobs in other processes inherit the variable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+
+from runner.tracking.secrets import HUB_TOKEN, PASSWORD_VARIABLE, password_span
+
+_REFERENCE = re.compile(rf"\$\{{oc\.env:({PASSWORD_VARIABLE}\d+)\}}")
+_INTERPOLATION = re.compile(r"\$\{[^}]*\}")
+
+
+def hidden(value: str, environment: MutableMapping[str, str]) -> str:
+    """The value with the password of an address, or a hub token, moved to a variable.
+
+    Args:
+        value: The whole value of an option, such as an address.
+        environment: Where the variable is looked for, and set when no variable has the password.
+    """
+    span = password_span(value)
+    # What is an interpolation already is none of the user's secrets.
+    if span is not None and not _INTERPOLATION.search(value, *span):
+        start, end = span
+        return f"{value[:start]}{_reference(value[start:end], environment)}{value[end:]}"
+    return HUB_TOKEN.sub(lambda token: _reference(token[0], environment), value)
+
+
+def revealed(value: str, environment: Mapping[str, str]) -> str | None:
+    """What :func:`hidden` was given; None when a variable is not set here."""
+    if any(name not in environment for name in _REFERENCE.findall(value)):
+        return None
+    return _REFERENCE.sub(lambda reference: environment[reference[1]], value)
+
+
+def remember(value: object, environment: MutableMapping[str, str]) -> None:
+    """Make the passwords in a resolved config known, so that they are hidden from here on."""
+    if isinstance(value, str):
+        if span := password_span(value):
+            _reference(value[slice(*span)], environment)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            remember(item, environment)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            remember(item, environment)
+
+
+def _reference(password: str, environment: MutableMapping[str, str]) -> str:
+    number = 1
+    while environment.get(f"{PASSWORD_VARIABLE}{number}", password) != password:
+        number += 1
+    environment[f"{PASSWORD_VARIABLE}{number}"] = password
+    return f"${{oc.env:{PASSWORD_VARIABLE}{number}}}"
