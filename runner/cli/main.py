@@ -73,6 +73,8 @@ def _code_of(call: Callable[[], Any], arguments: list[str], console: Console, *,
         else:
             call()
     except SystemExit as ended:
+        if isinstance(ended.__cause__, Exception):  # a sweep that could not begin
+            return _explain(ended.__cause__, arguments, console)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except Stopped as stopped:
         return stopped.exit_code

@@ -17,9 +17,9 @@ from hydra.experimental.callback import Callback
 
 from runner.cli.overrides import quote
 from runner.core.console import Console
-from runner.core.errors import UserError
+from runner.core.errors import UserError, describe_os_error
 from runner.core.paths import absolute, shortest
-from runner.core.process import GRACE_SECONDS, signals_deferred
+from runner.core.process import GRACE_SECONDS, Stopped, signals_deferred
 from runner.core.text import counted
 from runner.tracking.multirun import KILLED_CODE, JobRecord, Sweep
 from runner.tracking.passwords import hidden, remember
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # How the process that starts a sweep finds its folder again when Hydra is done.
 FOLDER_VARIABLE = "RUNNER_SWEEP_FOLDER"
+# Ctrl-C reaches the jobs as well, which then end by themselves and say what ended them.
+_PATIENCE_SECONDS = 3.0
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
@@ -43,12 +45,20 @@ class Beginning(Callback):
         Hydra composes each job anew from the overrides, which carry the folder to any process; the
         config here is only written down and passed on.
         """
-        from omegaconf import OmegaConf, open_dict, read_write
+        try:
+            _begin(config)
+        except Exception as error:
+            # Of an Exception Hydra makes a warning, and goes on to write the config down.
+            raise SystemExit(1) from error
 
-        _hide_passwords(config)
-        sweeper = config.hydra.sweeper
-        folder = _new_folder(config)
-        os.environ[FOLDER_VARIABLE] = str(folder)
+
+def _begin(config: DictConfig) -> None:
+    from omegaconf import OmegaConf, open_dict, read_write
+
+    _hide_passwords(config)
+    sweeper = config.hydra.sweeper
+    folder = _new_folder(config)
+    try:
         Sweep.begin(
             folder,
             OmegaConf.to_container(config.hydra.overrides.task),  # type: ignore[arg-type]
@@ -57,9 +67,14 @@ class Beginning(Callback):
             output_dir=config.output_dir,
             tracking=OmegaConf.to_container(config.tracking),  # type: ignore[arg-type]
         )
-        with read_write(config), open_dict(config):
-            config.hydra.sweep.dir = str(folder)
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(str(folder))}")
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be written ({describe_os_error(error)}): name another output_dir."
+        ) from error
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = str(folder)
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(str(folder))}")
 
 
 def _new_folder(config: DictConfig) -> Path:
@@ -112,29 +127,35 @@ def end_sweep(code: int, console: Console) -> int:
     folder = os.environ.pop(FOLDER_VARIABLE, None)
     if folder is None:
         return code
-    with signals_deferred():
-        sweep = Sweep.read(Path(folder))
-        try:
-            return _End(sweep, _ended_jobs(sweep), code, console).told()
-        finally:
+    try:
+        with signals_deferred():
+            sweep = Sweep.read(Path(folder))
+            code = _End(sweep, _ended_jobs(sweep), code, console).told()
             if sweep.dry_run:
                 shutil.rmtree(sweep.folder, ignore_errors=True)
+    except Stopped as stopped:
+        return stopped.exit_code
+    except UserError as error:
+        console.error(str(error))
+        return code or 1
+    return code
 
 
 def _ended_jobs(sweep: Sweep) -> list[JobRecord]:
-    """The jobs when none of them runs: those of this host that still do are ended first."""
-    asked = False
-    deadline = time.monotonic() + GRACE_SECONDS + 5
+    """The jobs when none of them runs on this host: those that still do are told to end."""
+    began = time.monotonic()
+    told = False
     while True:
         jobs = sweep.records()
         running = [job for job in jobs if job.alive and job.said.get("host") == socket.gethostname()]
-        if not running or time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if not running or waited > _PATIENCE_SECONDS + GRACE_SECONDS + 5:
             return jobs
-        if not asked:
+        if waited > _PATIENCE_SECONDS and not told:
+            told = True
             for job in running:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(int(job.said["pid"]), signal.SIGTERM)
-        asked = True
         time.sleep(0.1)
 
 
@@ -147,7 +168,7 @@ class _End:
         self.running = [job for job in jobs if job.exit_code is None and job.alive]
         self.never = 0 if sweep.jobs is None else max(0, sweep.jobs - len(jobs))
         codes = [KILLED_CODE if job.exit_code is None else job.exit_code for job in jobs]
-        codes += [code, 1 if self.never else 0]
+        codes = [code, *codes, 1 if self.never else 0]
         self.code = next((one for one in codes if one >= 128), max(codes))
 
     def told(self) -> int:
