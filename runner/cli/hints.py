@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from runner.cli.overrides import OPEN_ENDED, by_last_part, diagnose, exists, quote
 from runner.config.schema import Option, options
+from runner.core.paths import command_here
 from runner.core.text import nearest
 
 # Hydra's flags; --help, --version and --multirun are taken before they are looked at.
@@ -62,7 +63,8 @@ def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> st
 
 def command(arguments: Sequence[str], *, multirun: bool = False) -> str:
     """The command with these arguments, as a shell takes it."""
-    return shlex.join(["python", "-m", "runner", *(["-m"] if multirun else []), *arguments])
+    flags = ["-m"] if multirun else []
+    return f"{command_here('runner')} {shlex.join([*flags, *arguments])}".rstrip()
 
 
 def _first(args: list[str], choices: Choices, multirun: bool) -> _Found | None:
