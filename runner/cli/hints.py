@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import unquote
 
 from runner.cli.overrides import OPEN_ENDED, by_last_part, diagnose, exists, quote
@@ -59,6 +60,17 @@ def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> st
         described = described or what
         multirun, args = multirun or right == args, right
     return f"{described}: {command(args, multirun=multirun)}" if described else None
+
+
+def undecodable(texts: Iterable[str]) -> str | None:
+    """Describe the first text that has bytes which are no letters here, if one has."""
+    encoding = sys.getfilesystemencoding()
+    for text in texts:
+        if any("\udc80" <= letter <= "\udcff" for letter in text):
+            shown = text.encode("utf-8", "backslashreplace").decode()
+            remedy = "rename it" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            return f"{shown!r} is not in {encoding}, in which names are read here: {remedy}."
+    return None
 
 
 def command(arguments: Sequence[str], *, multirun: bool = False) -> str:

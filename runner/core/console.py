@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Callable
@@ -33,6 +34,9 @@ class Console:
         """A console for ``stream``: fancy when that is a terminal."""
         from rich.console import Console as RichConsole
 
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal may have no letters for a path's name, and a name need not be UTF-8.
+            stream.reconfigure(errors="backslashreplace")
         # Rich would wrap a file's lines at 80; there every line stays whole.
         width = None if stream.isatty() else 10_000
         no_color = bool(os.environ.get("NO_COLOR"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import compose
+from conftest import TOP, compose
 from in_process import program_here
 
 from runner import __version__
@@ -148,3 +150,46 @@ def test_commands_work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/runner"])
     assert command_here("runner") == "runner"
     assert command_here("runner.ui") == "python -m runner.ui"
+
+
+# A name with bytes that are no letters is refused before anything is made of it, in a language
+# environment that knows fewer letters too; nothing that is printed can fail for want of letters.
+@pytest.mark.parametrize(
+    ("env", "argument", "line"),
+    [
+        ({"LC_ALL": "C.UTF-8"}, b"dataset.path=\xff.zip", "rename it."),
+        (
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            "dataset.path=é.zip".encode(),
+            "set PYTHONUTF8=1.",
+        ),
+        ({"PYTHONIOENCODING": "ascii"}, "dataset.path=é.zip".encode(), ": set dataset.path"),
+    ],
+)
+def test_names_that_are_not_text(
+    env: dict[str, str], argument: bytes, line: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", argument],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOP), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(line + "\n")
+
+
+# What is printed has letters of the terminal's.
+def test_a_path_on_a_terminal_without_its_letters(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "experiment=rehearsal", "dry_run=true", "output_dir=é"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOP), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"/\\xe9/runs/<date>" in done.stdout
