@@ -49,12 +49,9 @@ def _composed(overrides: tuple[str, ...]) -> RunConfig:
 
 @cache
 def _register() -> None:
-    from omegaconf import OmegaConf
-
     from runner.config import schema
 
     schema.register()
-    OmegaConf.register_new_resolver("runner_sweep_dir", lambda *_: "unused", replace=True)
 
 
 @dataclass(frozen=True)

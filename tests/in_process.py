@@ -98,7 +98,5 @@ def program_here(*arguments: str, cwd: Path, env: Mapping[str, str] | None = Non
         # What the program leaves behind for its one call of it.
         patch.setenv("HYDRA_FULL_ERROR", "1")
         patch.setattr(sys, "argv", ["runner"])
-        patch.setattr(main, "_codes", [])
-        patch.setattr(main, "_sweep", None)
         code = main.run(list(arguments))
     return Finished(code, out.getvalue(), err.getvalue())

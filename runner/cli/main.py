@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import __version__
 from runner.config import schema as run_config
 from runner.config.groups import conf_folder
 from runner.core.errors import StageError, UserError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from runner.config.composed import Composed
     from runner.core.console import Console
     from runner.tracking.multirun import Job
+
+# Hydra's flags that print the config.
+_SHOWING = ("--cfg", "-c", "--info", "-i")
 
 
 def main() -> None:
@@ -35,10 +39,15 @@ def run(arguments: list[str]) -> int:
 
         print(help_page.text(conf_folder()), end="")
         return 0
+    if "--version" in arguments:
+        print(f"runner {__version__}")
+        return 0
     import hydra
 
+    from runner.cli.hints import mistake, undecodable
     from runner.cli.overrides import hide_passwords, quote_paths
     from runner.cli.sweep import end_sweep
+    from runner.config.groups import groups
     from runner.core.console import Console
     from runner.core.process import raise_on_signals
 
@@ -47,7 +56,10 @@ def run(arguments: list[str]) -> int:
     # argparse takes flags before or after all overrides, not between them.
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
     rest = [argument for argument in arguments if argument not in flags]
-    if wrong := _wrong_flags(rest) or _wrong_additions(rest):
+    wrong = undecodable([*rest, str(Path.cwd())]) or mistake(
+        rest, groups(conf_folder()), multirun=bool(flags)
+    )
+    if wrong:
         return _refuse(wrong, console)
     overrides = hide_passwords(quote_paths(rest, multirun=bool(flags)), os.environ)
     sys.argv = [sys.argv[0], *flags, *overrides]
@@ -60,7 +72,9 @@ def run(arguments: list[str]) -> int:
     return end_sweep(code, console)
 
 
-def _code_of(call: Callable[[], Any], arguments: list[str], console: Console, *, shows: bool) -> int:
+def _code_of(
+    call: Callable[[], Any], arguments: list[str], console: Console, *, shows: bool
+) -> int:
     """Call Hydra; returns the exit code of a single run, and of a sweep what its process knows."""
     from runner.core.process import Stopped
     from runner.tracking.client import safe
@@ -91,37 +105,6 @@ def _refuse(line: str, console: Console) -> int:
 
     console.error(safe(line))
     return 2
-
-
-# Hydra's flags that print the config.
-_SHOWING = ("--cfg", "-c", "--info", "-i")
-
-# Hydra's flags; --help and --multirun are taken before they are looked at.
-_FLAGS = (
-    *("--hydra-help", "--version", "--resolve", "--run", "-r", "--cfg", "-c", "--package", "-p"),
-    *("--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
-    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
-)
-
-
-def _wrong_flags(arguments: list[str]) -> str | None:
-    """A line for the first flag that Hydra does not know."""
-    from runner.core.text import did_you_mean
-
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if name.startswith("-") and name not in _FLAGS:
-            return f"There is no flag {name}.{did_you_mean(name, [*_FLAGS, '--help', '-m'])}"
-    return None
-
-
-def _wrong_additions(arguments: list[str]) -> str | None:
-    """A line for the first ``+key=value`` with no such option: Hydra would add and ignore it."""
-    from runner.cli.overrides import diagnose
-    from runner.config.groups import groups
-
-    added = [argument for argument in arguments if argument.startswith("+")]
-    return diagnose(added, groups(conf_folder())) if added else None
 
 
 def _job(cfg: DictConfig) -> int:

@@ -147,7 +147,9 @@ def _ended_jobs(sweep: Sweep) -> list[JobRecord]:
     told = False
     while True:
         jobs = sweep.records()
-        running = [job for job in jobs if job.alive and job.said.get("host") == socket.gethostname()]
+        running = [
+            job for job in jobs if job.alive and job.said.get("host") == socket.gethostname()
+        ]
         waited = time.monotonic() - began
         if not running or waited > _PATIENCE_SECONDS + GRACE_SECONDS + 5:
             return jobs
@@ -215,7 +217,9 @@ class _End:
         from runner.tracking.sweep import close_parent
 
         status: Status = "KILLED" if self.code >= 128 else "FAILED" if self.code else "FINISHED"
-        killed = [str(job.said["mlflow_run_id"]) for job in self.killed if job.said["mlflow_run_id"]]
+        killed = [
+            str(job.said["mlflow_run_id"]) for job in self.killed if job.said["mlflow_run_id"]
+        ]
         try:
             closed = close_parent(self.sweep.folder, status, killed=killed)
         except UserError as error:

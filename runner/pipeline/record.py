@@ -17,7 +17,7 @@ from runner.config.composed import Composed
 from runner.config.schema import RunConfig, TrackingConfig
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.core.paths import checkout
+from runner.core.paths import checkout, command_here
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
 from runner.pipeline.plan import config_fingerprint
@@ -80,9 +80,9 @@ def how_to_compare(name: str, uri: str | None, output_dir: str, page: str) -> st
     if name == "server":
         return page
     if uri:
-        return f"python -m runner.ui --tracking-uri {shlex.quote(safe(uri))}"
+        return f"{command_here('runner.ui')} --tracking-uri {shlex.quote(safe(uri))}"
     option = "" if output_dir == "outputs" else f" --outputs {shlex.quote(output_dir)}"
-    return f"python -m runner.ui{option}"
+    return f"{command_here('runner.ui')}{option}"
 
 
 def check_tracking(config: RunConfig) -> None:

@@ -98,7 +98,8 @@ class Sweep:
     @property
     def swept(self) -> tuple[str, ...]:
         """Keys that have several values."""
-        return tuple(o.key_or_group for o in _parsed(self.overrides) if o.is_sweep_override())
+        keys = [one.key_or_group for one in _parsed(self.overrides) if one.is_sweep_override()]
+        return tuple(dict.fromkeys(keys))
 
     @property
     def is_here(self) -> bool:

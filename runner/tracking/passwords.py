@@ -1,7 +1,7 @@
 """Passwords of addresses, kept in environment variables and out of every text.
 
 An address with a password, ``http://ann:PASSWORD@host``, is turned into one that names a variable,
-``http://ann:${oc.env:RUNNER_PASSWORD_1}@host``, before Hydra or a file gets it. OmegaConf reads that
+``http://ann:${oc.env:RUNNER_PASSWORD_1}@host``, before Hydra or a file gets it. OmegaConf reads it
 back wherever the config is resolved, and jobs in other processes inherit the variable.
 """
 

@@ -2,39 +2,58 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from conftest import TOP
 
+from runner.core.errors import UserError
 from runner.tracking import sweep
 from runner.tracking.metrics import Point
 from runner.tracking.mlflow_run import RunWriter, Status
 from runner.tracking.multirun import Sweep
+from runner.tracking.passwords import hidden, revealed
 
 if TYPE_CHECKING:
     from conftest_mlflow import Store
 
 pytest_plugins = ["conftest_mlflow"]
 
-ID = "2026-11-23/05 12"
+ID = "2026-11-23-05-12-aaaa"
 
 JOB = f"""
 import sys
 from pathlib import Path
 from runner.tracking import sweep
-print(sweep.open_parent(sys.argv[1], "tests", outputs=Path(sys.argv[2]), sweep_id={ID!r},
-                        name="a sweep", tags={{}}))
+outputs = Path(sys.argv[2])
+print(sweep.open_parent(sys.argv[1], "tests", outputs=outputs, folder=outputs / "sweep",
+                        sweep_id={ID!r}, name="a sweep", tags={{}}))
 """
 
 
 def open_parent(store: Store) -> str:
     return sweep.open_parent(
-        store.uri, "tests", outputs=store.outputs, sweep_id=ID, name="a sweep", tags={"who": "me"}
+        store.uri,
+        "tests",
+        outputs=store.outputs,
+        folder=store.outputs / "sweep",
+        sweep_id=ID,
+        name="a sweep",
+        tags={"who": "me"},
     )
+
+
+def close_parent(
+    store: Store, status: Status, killed: Collection[str] = ()
+) -> tuple[Status, str] | None:
+    return sweep.close_parent(store.outputs / "sweep", status, killed=killed)
 
 
 def child(store: Store, parent: str, rank: int, loss: float | None, status: Status) -> str:
@@ -87,7 +106,8 @@ def test_the_parent_ends_with_the_true_status(
     for rank, ended in enumerate(children):
         run_id = child(store, parent, rank, 0.5, "FINISHED")
         store.client.update_run(run_id, status=ended)
-    assert sweep.close_parent(store.outputs, ID, asked) == status
+    closed = close_parent(store, asked)
+    assert closed is not None and closed[0] == status
     run = store.client.get_run(parent)
     assert run.info.status == status and run.info.end_time
 
@@ -99,7 +119,7 @@ def test_the_parent_holds_a_summary(store: Store) -> None:
         rank: child(store, parent, rank, loss, "FINISHED")
         for rank, loss in [(8, 0.3), (16, 0.1), (32, float("nan")), (64, None)]
     }
-    sweep.close_parent(store.outputs, ID, "FINISHED")
+    close_parent(store, "FINISHED")
     [table] = store.outputs.glob("mlartifacts/*/artifacts/sweep.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -117,28 +137,82 @@ def test_the_parent_holds_a_summary(store: Store) -> None:
 # A sweep that goes on after its end has the same parent, running again; one whose store was
 # removed gets a new parent; closing what was never opened does nothing.
 def test_a_sweep_can_go_on(store: Store) -> None:
-    assert sweep.close_parent(store.outputs, ID, "FINISHED") is None
+    assert close_parent(store, "FINISHED") is None
     parent = open_parent(store)
-    sweep.close_parent(store.outputs, ID, "FAILED")
+    close_parent(store, "FAILED")
     assert open_parent(store) == parent
     assert store.client.get_run(parent).info.status == "RUNNING"
     store.client.delete_run(parent)
     assert open_parent(store) != parent
 
 
-# What a sweep's runs are named by is what has several values: no list or table with commas in it.
-def test_swept_keys() -> None:
-    told = Sweep(
-        "id",
-        (
-            "network.rank=2,4",
-            "optimizer=adamw,adafactor",
-            "dataset.target_frames=[1,5]",
-            "dataset.target_frames=[1,5],[9]",
-            "optimizer.args={a:1,b:2}",
-            "name='a,b'",
-            "training.seed=range(1,4)",
-            "task=i2v",
-        ),
+# A child whose process died is ended as killed by the sweep, since nobody else can, and the parent
+# with it.
+def test_a_child_that_died_is_ended(store: Store) -> None:
+    parent = open_parent(store)
+    died = child(store, parent, 8, None, "FINISHED")
+    store.client.update_run(died, status="RUNNING")
+    closed = close_parent(store, "FINISHED", killed=[died])
+    assert closed is not None and closed[0] == "KILLED"
+    assert store.client.get_run(died).info.status == "KILLED"
+
+
+# A parent at an address with a password is ended by a process that only has the sweep's files and
+# the variables it passed on; the files do not have the password.
+def test_the_address_is_read_back(tmp_path: Path) -> None:
+    uri = "http://ann:p@ss/w:rd 'x'@localhost:1"
+    variables = {"RUNNER_PASSWORD_1": "another"}
+    text = hidden(uri, variables)
+    (tmp_path / "parent.json").write_text(json.dumps({"run_id": "r", "uri": text, "outputs": "o"}))
+    assert "p@ss" not in text and revealed(text, variables) == uri
+    assert hidden(uri, variables) == text and set(variables.values()) == {"another", "p@ss/w:rd 'x'"}
+    with pytest.raises(UserError, match="password"):
+        sweep.close_parent(tmp_path, "FINISHED")
+
+
+# What a sweep's runs are named by is what has several values: no list or table with commas in it;
+# and its jobs are counted as Hydra makes them, unless only Hydra can.
+def test_swept_keys(tmp_path: Path) -> None:
+    overrides = [
+        "network.rank=2,4",
+        "network.rank=2,4,8",
+        "optimizer=adamw,adafactor",
+        "dataset.target_frames=[1,5]",
+        "dataset.target_frames=[1,5],[9]",
+        "optimizer.args={a:1,b:2}",
+        "name='a,b'",
+        "training.seed=range(1,4)",
+        "task=i2v",
+    ]
+    begun = begin(tmp_path, overrides)
+    swept = ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
+    assert begun.swept == swept
+    assert begun.jobs == 3 * 2 * 2 * 3
+    assert Sweep.read(tmp_path) == begun
+    assert begin(tmp_path, ["task=glob(*)"]).jobs is None
+
+
+def begin(folder: Path, overrides: list[str]) -> Sweep:
+    return Sweep.begin(
+        folder, overrides, counted=True, dry_run=False, output_dir="outputs", tracking={}
     )
-    assert told.swept == ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
+
+
+# A job's record tells one that ended from one whose process is gone, whatever process asks.
+def test_a_job_that_dies_is_seen(tmp_path: Path) -> None:
+    begun = begin(tmp_path, ["network.rank=2,4"])
+    with begun.job(0, ["network.rank=2"]) as job:
+        [record] = begun.records()
+        assert record.alive and record.exit_code is None
+        job.note(exit_code=0)
+    code = f"""
+import os, signal
+from pathlib import Path
+from runner.tracking.multirun import Sweep
+with Sweep.read(Path({str(tmp_path)!r})).job(1, ["network.rank=4"]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=TOP).returncode == -signal.SIGKILL
+    first, second = begun.records()
+    assert (first.exit_code, second.exit_code, second.alive) == (0, None, False)
+    assert second.words(begun.swept) == "job 1 (network.rank=4)"

@@ -1,0 +1,300 @@
+"""Sweeps by the real program, their jobs in one process or in others, and no password of theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TOP, Finished
+
+from runner.cli.overrides import quote
+
+LAUNCHERS = ["basic", "processes"]
+PYTHON_PATH = os.pathsep.join([str(TOP), str(TOP / "tests" / "launcher")])
+BASE = ["-m", "experiment=rehearsal", "dataset=sample"]
+# A job that has a folder, files and an MLflow run, and trains nothing.
+NO_WORK = "stages.skip=[latents,text,train,convert,evaluate]"
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep as its files and MLflow have it."""
+
+    folder: Path
+
+    @property
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        files = sorted((self.folder / "jobs").glob("*.json"))
+        return {file.stem: json.loads(file.read_text()) for file in files}
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [job["exit_code"] for job in self.jobs.values()]
+
+    def mlflow(self) -> tuple[str, list[str]]:
+        """The status of the parent, and those of its children."""
+        from runner.tracking.client import connect
+
+        parent = json.loads((self.folder / "parent.json").read_text())
+        client = connect(parent["uri"])
+        run = client.get_run(parent["run_id"])
+        found = client.search_runs([run.info.experiment_id])
+        children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parent["run_id"]]
+        return run.info.status, sorted(child.info.status for child in children)
+
+
+def start(cwd: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "runner", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Finished:
+    out, err = process.communicate(timeout=300)
+    return Finished(process.returncode, out, err)
+
+
+def run(cwd: Path, *arguments: str, **env: str) -> Finished:
+    return finish(start(cwd, *arguments, **env))
+
+
+def sweeps(cwd: Path) -> list[Swept]:
+    return [Swept(file.parent) for file in sorted(cwd.glob("outputs/sweeps/*/*/sweep.json"))]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose cache has all that the tiny model's training on the sample needs."""
+    cwd = tmp_path_factory.mktemp("sweeps")
+    done = run(cwd, *BASE[1:], "stages.skip=[train,convert,evaluate]", "tracking=none")
+    assert done.code == 0, done.err
+    return cwd
+
+
+# The exit code, the records, the parent's end and the address that is printed are the same whether
+# jobs run in the sweep's process or in others; one that is refused does not stop the others.
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_ends_as_its_jobs_did(made: Path, launcher: str) -> None:
+    before = len(sweeps(made))
+    done = run(made, *BASE, f"hydra/launcher={launcher}", NO_WORK, "network.rank=0,2")
+    assert done.code == 2, done.err
+    assert "error: network.rank=0 is too small" in done.err
+    *_, swept = sweeps(made)
+    assert len(sweeps(made)) == before + 1
+    assert swept.codes == [2, 0]
+    assert "network.rank=0 is too small" in swept.jobs["0"]["error"]
+    assert (Path(swept.jobs["1"]["run_folder"]) / "run.json").is_file()
+    assert swept.mlflow() == ("FAILED", ["FINISHED"])
+    words = done.out.split("sweep ended: ")[1]
+    assert words.startswith(f"1 of 2 jobs finished, in {swept.folder.relative_to(made)}\n")
+    assert "job 0 (network.rank=0) ended with exit code 2" in words
+    assert words.rstrip().endswith("-m runner.ui")
+
+
+# All well is 0 and FINISHED, in either way.
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_that_went_well(made: Path, launcher: str) -> None:
+    done = run(made, *BASE, f"hydra/launcher={launcher}", NO_WORK, "network.rank=2,4")
+    assert done.code == 0, done.err
+    *_, swept = sweeps(made)
+    assert swept.codes == [0, 0]
+    assert swept.mlflow() == ("FINISHED", ["FINISHED", "FINISHED"])
+
+
+def begin_long(cwd: Path, launcher: str, epochs: str) -> tuple[subprocess.Popen[str], Swept]:
+    before = {swept.folder for swept in sweeps(cwd)}
+    options = [f"training.epochs={epochs}", "training.save_every_epochs=100000"]
+    process = start(cwd, *BASE, f"hydra/launcher={launcher}", *options)
+    deadline = time.monotonic() + 120
+    while not (new := [s for s in sweeps(cwd) if s.folder not in before]):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    return process, new[0]
+
+
+def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def trains(swept: Swept, number: str) -> bool:
+    folder = swept.jobs.get(number, {}).get("run_folder")
+    return bool(folder and list(Path(folder).rglob("events.*")))
+
+
+# A job that is killed outright can write nothing down: the sweep says so, ends its MLflow run and
+# tells by its exit code; the other job is as it was.
+def test_a_job_that_is_killed(made: Path) -> None:
+    process, swept = begin_long(made, "processes", "1,100000")
+    wait_for(process, lambda: trains(swept, "1") and swept.jobs["0"]["exit_code"] is not None)
+    os.kill(swept.jobs["1"]["pid"], signal.SIGKILL)
+    done = finish(process)
+    assert done.code == 137
+    assert "error: The launcher ended the sweep: RuntimeError: a worker died" in done.err
+    assert "error: job 1 (training.epochs=100000) in outputs/runs/" in done.err
+    assert "was killed: it could not say how it ended." in done.err
+    assert swept.codes == [0, None]
+    assert swept.mlflow() == ("KILLED", ["FINISHED", "KILLED"])
+
+
+# Ctrl-C, which reaches every process, and SIGTERM to the sweep's alone end all its jobs: nothing
+# runs on, and parent and children are KILLED.
+@pytest.mark.parametrize(
+    ("launcher", "number", "to_all"),
+    [
+        ("basic", signal.SIGINT, True),
+        ("processes", signal.SIGINT, True),
+        ("processes", signal.SIGTERM, False),
+    ],
+)
+def test_a_signal_ends_the_sweep(
+    made: Path, launcher: str, number: signal.Signals, to_all: bool
+) -> None:
+    import psutil
+
+    process, swept = begin_long(made, launcher, "90000,100000")
+    working = ["0"] if launcher == "basic" else ["0", "1"]
+    wait_for(process, lambda: all(trains(swept, job) for job in working))
+    children = psutil.Process(process.pid).children(recursive=True)
+    if to_all:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    done = finish(process)
+    assert done.code == 128 + number, done.err
+    assert swept.codes == [128 + number] * len(working)
+    assert swept.mlflow() == ("KILLED", ["KILLED"] * len(working))
+    assert ("1 job of the sweep never began" in done.err) == (launcher == "basic")
+    psutil.wait_procs(children, timeout=10)
+    assert not any(child.is_running() for child in children)
+
+
+# A sweep whose values Hydra refuses, or that is a dry run, leaves nothing in its folder.
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["network.rank=2,x"], 2), (["network.rank=0,2", "dry_run=true"], 2)]
+)
+def test_nothing_is_left(tmp_path: Path, launcher: str, arguments: list[str], code: int) -> None:
+    done = run(tmp_path, *BASE, f"hydra/launcher={launcher}", *arguments, TMPDIR=str(tmp_path))
+    assert done.code == code, done.err
+    assert done.err.startswith("error: network.rank=") and done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where the folder can't be made, one line says so before anything runs.
+def test_a_sweep_without_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    done = run(tmp_path, *BASE, "network.rank=2,4")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "name another output_dir" in done.err
+
+
+# Whatever stands between these two in an escaped, quoted or encoded form, they are found.
+PARTS = ("gEh3iMnI5", "qX9vLk2wZ")
+PASSWORD = PARTS[0] + r""":a/s@s,w'o"r\d (x)[y]{z}=%41 é<t>&;|#!~`^*?""" + PARTS[1]
+ADDRESS = f"http://ann:{PASSWORD}@localhost:1"
+TOKEN = "hf_" + "".join(PARTS) + "abc"
+
+
+def assert_hidden(cwd: Path, done: Finished) -> None:
+    """No part of the password is in what was printed, or in any byte below the folder."""
+    for part in PARTS:
+        assert part not in done.out + done.err
+        for file in cwd.rglob("*"):
+            if file.is_file() and file.name != "mine.yaml":
+                assert part.encode() not in file.read_bytes(), file
+
+
+def in_a_file(cwd: Path) -> list[str]:
+    (cwd / "mine" / "experiment").mkdir(parents=True)
+    text = f"# @package _global_\ndefaults: [rehearsal]\ntracking: {{uri: {json.dumps(ADDRESS)}}}\n"
+    (cwd / "mine" / "experiment" / "mine.yaml").write_text(text)
+    return ["--config-dir", "mine", "experiment=mine"]
+
+
+SPELLINGS: dict[str, Callable[[Path], list[str]]] = {
+    "quoted": lambda _: [f"tracking.uri={quote(ADDRESS)}"],
+    "two quotes": lambda _: [f"tracking.uri={quote(ADDRESS, chr(34))}"],
+    "escaped": lambda _: [rf"tracking.uri=http\://ann\:{PARTS[0]}\:\,\\\=\ x{PARTS[1]}@localhost:1"],
+    "plain": lambda _: [f"tracking.uri=http://ann:{PARTS[0]}%40{PARTS[1]}@localhost:1"],
+    "variable": lambda _: ["tracking.uri=${oc.env:ADDRESS}"],
+    "part": lambda _: ["tracking.uri=http://ann:${oc.env:PASSWORD}@localhost:1"],
+    "file": in_a_file,
+    "token": lambda _: [f"metadata.author={TOKEN}"],
+    "path": lambda _: [f"engine.path={ADDRESS}"],
+    "several": lambda _: [f"tracking.uri={quote(ADDRESS)},{quote(ADDRESS + '/x')}"],
+}
+
+
+# A password or token, whatever characters it has and wherever it comes from, is in no file of a
+# sweep, in nothing of the MLflow store and in nothing that is printed, by the runner or by Hydra.
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_password_in_a_sweep(made: Path, tmp_path: Path, spelling: str) -> None:
+    arguments = SPELLINGS[spelling](tmp_path)
+    store = f"sqlite:///{made}/{spelling.replace(' ', '-')}.db"
+    tracking = ["tracking=sqlite"] if spelling in ("token", "path") else ["tracking=none"]
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "cache").symlink_to(made / "outputs" / "cache")
+    done = run(
+        tmp_path,
+        *BASE,
+        *("hydra/launcher=processes", "hydra/job_logging=default", "hydra.verbose=true"),
+        *(NO_WORK, "network.rank=0,2", *tracking, *arguments),
+        ADDRESS=ADDRESS,
+        PASSWORD=PASSWORD,
+        MLFLOW_TRACKING_URI=store,
+    )
+    assert done.code == 2, done.err
+    assert list(tmp_path.glob("outputs/runs/*/*/overrides.txt")), done.err
+    assert_hidden(tmp_path, done)
+
+
+# Nor is it in an error: an interpolation that fails, a value that can't be read, a server that is
+# away, a wrong option; in one run and in a sweep.
+@pytest.mark.parametrize("sweep", [[], ["-m", "network.rank=2,4"]], ids=["single", "sweep"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["training.epochs=${oc.env:NOPE}"],
+        ["training.epochs=x"],
+        ["tracking=server"],
+        ["training.epoch=1"],
+        [f"tracking.uri=http://ann:{PASSWORD}@localhost:1"],
+    ],
+    ids=["interpolation", "value", "server", "option", "grammar"],
+)
+def test_no_password_in_an_error(tmp_path: Path, wrong: list[str], sweep: list[str]) -> None:
+    done = run(tmp_path, *sweep, *BASE[1:], f"tracking.uri={quote(ADDRESS)}", *wrong)
+    assert done.code == 2, done.err
+    assert "Traceback" not in done.err and "Error executing job" not in done.err
+    assert_hidden(tmp_path, done)
+
+
+# What Hydra prints of a config at request has no password either.
+@pytest.mark.parametrize(
+    "flags", [["--cfg", "all"], ["--cfg", "job", "--resolve"], ["--info", "all"]], ids=" ".join
+)
+@pytest.mark.parametrize("spelling", ["quoted", "file", "variable"])
+def test_no_password_in_a_printed_config(tmp_path: Path, flags: list[str], spelling: str) -> None:
+    arguments = SPELLINGS[spelling](tmp_path)
+    done = run(tmp_path, *BASE[1:], *arguments, *flags, ADDRESS=ADDRESS)
+    assert done.code == 0, done.err
+    assert "ann" in done.out or spelling == "variable"
+    assert_hidden(tmp_path, done)
