@@ -17,6 +17,7 @@ from runner.config.groups import conf_folder
 from runner.core.errors import StageError, UserError
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
     from runner.config.composed import Composed
@@ -55,14 +56,14 @@ def run(arguments: list[str]) -> int:
     console = Console.for_stream(sys.stdout)
     # argparse takes flags before or after all overrides, not between them.
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    rest = [argument for argument in arguments if argument not in flags]
+    given = [argument for argument in arguments if argument not in flags]
+    rest = hide_passwords(given, os.environ, multirun=bool(flags))
     wrong = undecodable([*rest, str(Path.cwd())]) or mistake(
         rest, groups(conf_folder()), multirun=bool(flags)
     )
     if wrong:
         return _refuse(wrong, console)
-    overrides = hide_passwords(quote_paths(rest, multirun=bool(flags)), os.environ)
-    sys.argv = [sys.argv[0], *flags, *overrides]
+    sys.argv = [sys.argv[0], *flags, *quote_paths(rest, multirun=bool(flags))]
     # Hydra would print its own traceback and end with 1; raised, the error can be told better.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
@@ -123,7 +124,7 @@ def _job(cfg: DictConfig) -> int:
     if OmegaConf.is_missing(hydra_config.job, "num"):
         sys.exit(_run(cfg, None))
     sweep = Sweep.read(Path(hydra_config.sweep.dir))
-    with sweep.job(hydra_config.job.num, list(hydra_config.overrides.task)) as job:
+    with sweep.job(hydra_config.job.num, _overrides(hydra_config)) as job:
         code = _run(cfg, job)
         job.note(exit_code=code)
     if code - 128 in SIGNALS and sweep.is_here:
@@ -182,7 +183,16 @@ def _composed(cfg: DictConfig) -> Composed:
     assert isinstance(config, run_config.RunConfig)
     remember(resolved, os.environ)
     choices = {str(k): v for k, v in hydra_config.runtime.choices.items()}
-    return Composed(config, resolved, tuple(hydra_config.overrides.task), choices)
+    return Composed(config, resolved, tuple(_overrides(hydra_config)), choices)
+
+
+def _overrides(hydra_config: HydraConf) -> list[str]:
+    """The overrides as they were given: read one by one, their interpolations would be resolved."""
+    from omegaconf import OmegaConf
+
+    words = OmegaConf.to_container(hydra_config.overrides.task)  # type: ignore[arg-type]
+    assert isinstance(words, list)
+    return words
 
 
 def _missing(error: Exception) -> str | None:

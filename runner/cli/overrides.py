@@ -86,16 +86,24 @@ def _quoted(value: str, mark: str = "'") -> str:
     return mark + escaped + mark
 
 
-def hide_passwords(arguments: Sequence[str], environment: MutableMapping[str, str]) -> list[str]:
+def hide_passwords(
+    arguments: Sequence[str], environment: MutableMapping[str, str], *, multirun: bool
+) -> list[str]:
     """The arguments with passwords of addresses moved to variables, which the values then name.
 
-    Hydra writes and prints what it is given, in several forms; so it is given no password.
+    Hydra writes and prints what it is given, in several forms; so it is given no password. An
+    address with characters that mean something to its grammar is taken as it was typed.
+
+    Args:
+        arguments: The words of the command line.
+        environment: Where the variables are set.
+        multirun: Whether a value with commas is several.
     """
-    return [_hide_password(argument, environment) for argument in arguments]
+    return [_hide_password(argument, environment, multirun) for argument in arguments]
 
 
-def _hide_password(argument: str, environment: MutableMapping[str, str]) -> str:
-    from runner.tracking.passwords import hidden, remember
+def _hide_password(argument: str, environment: MutableMapping[str, str], multirun: bool) -> str:
+    from runner.tracking.passwords import hidden
 
     key, equals, value = argument.partition("=")
     if not equals or not ("@" in value or "hf_" in value):
@@ -104,11 +112,10 @@ def _hide_password(argument: str, environment: MutableMapping[str, str]) -> str:
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_override(argument).value()
+        override = OverridesParser.create().parse_override(argument)
+        parsed = value if override.is_sweep_override() and not multirun else override.value()
     except HydraException:
-        # It is refused soon, in words that may quote it.
-        remember([value, value.strip("'\"")], environment)
-        return argument
+        parsed = value
     before = _value_text(parsed, str)
     after = _value_text(parsed, lambda text: hidden(text, environment))
     return argument if after == before else f"{key}={after}"

@@ -40,7 +40,11 @@ def _reach(uri: str) -> None:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise UserError(f"{shown} is no address ({error}); {_CORRECT}") from error
+        # What Python says of it quotes a part, which may be of the password.
+        raise UserError(
+            f"{shown} is no address; write a password's special characters as %40 for @, %2F for /, "
+            f"and {_CORRECT}"
+        ) from error
     if not host:
         raise UserError(f"{shown} names no host; {_CORRECT}")
     # Behind a proxy, only the proxy knows the host.

@@ -223,10 +223,10 @@ def assert_hidden(cwd: Path, done: Finished) -> None:
 
 
 def in_a_file(cwd: Path) -> list[str]:
-    (cwd / "mine" / "experiment").mkdir(parents=True)
-    text = f"# @package _global_\ndefaults: [rehearsal]\ntracking: {{uri: {json.dumps(ADDRESS)}}}\n"
-    (cwd / "mine" / "experiment" / "mine.yaml").write_text(text)
-    return ["--config-dir", "mine", "experiment=mine"]
+    (cwd / "conf" / "tracking").mkdir(parents=True)
+    text = f"defaults: [none]\nuri: {json.dumps(ADDRESS)}\n"
+    (cwd / "conf" / "tracking" / "mine.yaml").write_text(text)
+    return ["tracking=mine", "--config-dir=conf"]
 
 
 SPELLINGS: dict[str, Callable[[Path], list[str]]] = {
@@ -249,14 +249,14 @@ SPELLINGS: dict[str, Callable[[Path], list[str]]] = {
 def test_no_password_in_a_sweep(made: Path, tmp_path: Path, spelling: str) -> None:
     arguments = SPELLINGS[spelling](tmp_path)
     store = f"sqlite:///{made}/{spelling.replace(' ', '-')}.db"
-    tracking = ["tracking=sqlite"] if spelling in ("token", "path") else ["tracking=none"]
+    tracking = {"token": ["tracking=sqlite"], "path": ["tracking=sqlite"], "file": []}
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "cache").symlink_to(made / "outputs" / "cache")
     done = run(
         tmp_path,
         *BASE,
         *("hydra/launcher=processes", "hydra/job_logging=default", "hydra.verbose=true"),
-        *(NO_WORK, "network.rank=0,2", *tracking, *arguments),
+        *(NO_WORK, "network.rank=0,2", *tracking.get(spelling, ["tracking=none"]), *arguments),
         ADDRESS=ADDRESS,
         PASSWORD=PASSWORD,
         MLFLOW_TRACKING_URI=store,
