@@ -172,9 +172,10 @@ def _composed(cfg: DictConfig) -> Composed:
 
     from runner.cli.overrides import readable
     from runner.config.composed import Composed
-    from runner.tracking.passwords import remember
+    from runner.tracking.passwords import hide_in_config, remember
 
     hydra_config = HydraConfig.get()
+    hide_in_config(cfg, os.environ)  # a launcher may write it down, with what the job returns
     try:
         resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(cfg)

@@ -18,6 +18,9 @@ from runner.core.text import did_you_mean, nearest
 # Tables whose keys are not the runner's: what an optimizer or a network takes.
 OPEN_ENDED = ("optimizer.args.", "network.args.")
 
+# What Hydra's grammar takes literally after a backslash, outside quotes.
+_ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+
 
 def path_keys() -> frozenset[str]:
     """Options whose values are paths."""
@@ -104,6 +107,7 @@ def hide_passwords(
 
 def _hide_password(argument: str, environment: MutableMapping[str, str], multirun: bool) -> str:
     from runner.tracking.passwords import hidden
+    from runner.tracking.secrets import password_span
 
     key, equals, value = argument.partition("=")
     if not equals or not ("@" in value or "hf_" in value):
@@ -115,7 +119,7 @@ def _hide_password(argument: str, environment: MutableMapping[str, str], multiru
         override = OverridesParser.create().parse_override(argument)
         parsed = value if override.is_sweep_override() and not multirun else override.value()
     except HydraException:
-        parsed = value
+        parsed = value if password_span(value) else _ESCAPED.sub(r"\1", value)
     before = _value_text(parsed, str)
     after = _value_text(parsed, lambda text: hidden(text, environment))
     return argument if after == before else f"{key}={after}"

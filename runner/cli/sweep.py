@@ -22,7 +22,7 @@ from runner.core.paths import absolute, shortest
 from runner.core.process import GRACE_SECONDS, Stopped, signals_deferred
 from runner.core.text import counted
 from runner.tracking.multirun import KILLED_CODE, JobRecord, Sweep
-from runner.tracking.passwords import hidden, remember
+from runner.tracking.passwords import hide_in_config, remember
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,8 +54,13 @@ class Beginning(Callback):
 
 def _begin(config: DictConfig) -> None:
     from omegaconf import OmegaConf, open_dict, read_write
+    from omegaconf.errors import OmegaConfBaseException
 
-    _hide_passwords(config)
+    hide_in_config(config, os.environ)
+    # The address may be an interpolation; the parent run is ended there, by this process.
+    remember(os.environ.get("MLFLOW_TRACKING_URI"), os.environ)
+    with suppress(OmegaConfBaseException):
+        remember(config.tracking.uri, os.environ)
     sweeper = config.hydra.sweeper
     folder = _new_folder(config)
     try:
@@ -83,30 +88,6 @@ def _new_folder(config: DictConfig) -> Path:
     now = time.localtime()
     name = f"{time.strftime('%H-%M-%S', now)}-{secrets.token_hex(2)}"
     return absolute(config.hydra.sweep.dir, Path.cwd()) / time.strftime("%Y-%m-%d", now) / name
-
-
-def _hide_passwords(config: DictConfig) -> None:
-    """Move the passwords of addresses that stand in files of the config to variables."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for key, value in _leaves(OmegaConf.to_container(config), ""):
-        if isinstance(value, str) and (safe := hidden(value, os.environ)) != value:
-            OmegaConf.update(config, key, safe)
-    # The address may be an interpolation; the parent run is ended there, by this process.
-    with suppress(OmegaConfBaseException):
-        remember(config.tracking.uri, os.environ)
-
-
-def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        parts = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
-    elif isinstance(value, list):
-        parts = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
-    else:
-        return [(key, value)]
-    # Hydra's own part says what the command line gives, which has no password any more.
-    return [leaf for name, item in parts if name != "hydra" for leaf in _leaves(item, name)]
 
 
 def has_begun() -> bool:

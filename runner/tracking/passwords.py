@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 from runner.tracking.secrets import HUB_TOKEN, PASSWORD_VARIABLE, password_span
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _REFERENCE = re.compile(rf"\$\{{oc\.env:({PASSWORD_VARIABLE}\d+)\}}")
 _INTERPOLATION = re.compile(r"\$\{[^}]*\}")
@@ -49,6 +53,26 @@ def remember(value: object, environment: MutableMapping[str, str]) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             remember(item, environment)
+
+
+def hide_in_config(config: DictConfig, environment: MutableMapping[str, str]) -> None:
+    """Change a config's addresses as :func:`hidden` does, also those that stand in its files."""
+    from omegaconf import OmegaConf
+
+    for key, value in _leaves(OmegaConf.to_container(config), ""):
+        if isinstance(value, str) and (changed := hidden(value, environment)) != value:
+            OmegaConf.update(config, key, changed)
+
+
+def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        parts = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+    elif isinstance(value, list):
+        parts = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return [(key, value)]
+    # Hydra's own part says what the command line gives, which has no password any more.
+    return [leaf for name, item in parts if name != "hydra" for leaf in _leaves(item, name)]
 
 
 def _reference(password: str, environment: MutableMapping[str, str]) -> str:

@@ -39,10 +39,10 @@ _YAML_LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 # Where a URI's password begins; up to a slash, a number behind the host of http is its port.
-# Hydra writes colons and spaces with a backslash before them.
+# Hydra writes colons and spaces with a backslash before them, and Python doubles that.
 _PASSWORD_START = re.compile(
-    r"(?:(?<=https)|(?<=http))\\?://[^\s/:@]*:(?!\d{1,5}[/?#])"
-    r"|(?<=[\w+.\-])(?<!http)(?<!https)\\?://[^\s/:@]*:"
+    r"(?:(?<=https)|(?<=http))\\*://[^\s/:@]*:(?!\d{1,5}[/?#])"
+    r"|(?<=[\w+.\-])(?<!http)(?<!https)\\*://[^\s/:@]*:"
 )
 _WORD = re.compile(r"(?:\\[ \t]|[^\s\"<>])+")
 _VARIABLE = re.compile(rf"\$\{{oc\.env:{PASSWORD_VARIABLE}\d+\}}")
@@ -92,7 +92,8 @@ def _forms(secret: str) -> set[str]:
     for plain in tuple(forms):
         forms |= {
             re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", plain),  # Hydra's grammar, unquoted
-            re.sub(r"(\\*)'", r"\1\1\\'", plain),  # its grammar in single quotes
+            re.sub(r"(\\*)'", r"\1\1\\'", plain),  # its grammar in quotes of either kind
+            re.sub(r'(\\*)"', r'\1\1\\"', plain),
             shlex.quote(plain)[1:-1] if shlex.quote(plain) != plain else plain,
             json.dumps(plain)[1:-1],
             json.dumps(plain, ensure_ascii=False)[1:-1],

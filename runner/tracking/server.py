@@ -42,8 +42,8 @@ def _reach(uri: str) -> None:
     except ValueError as error:
         # What Python says of it quotes a part, which may be of the password.
         raise UserError(
-            f"{shown} is no address; write a password's special characters as %40 for @, %2F for /, "
-            f"and {_CORRECT}"
+            f"{shown} is no address: in a password write %40 for @, %2F for / and the like; "
+            f"{_CORRECT}"
         ) from error
     if not host:
         raise UserError(f"{shown} names no host; {_CORRECT}")

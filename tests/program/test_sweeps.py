@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TOP, Finished
+from hydra._internal.grammar.utils import escape_special_characters
 
 from runner.cli.overrides import quote
 
@@ -209,61 +215,120 @@ def test_a_sweep_without_a_folder(tmp_path: Path) -> None:
 # Whatever stands between these two in an escaped, quoted or encoded form, they are found.
 PARTS = ("gEh3iMnI5", "qX9vLk2wZ")
 PASSWORD = PARTS[0] + r""":a/s@s,w'o"r\d (x)[y]{z}=%41 é<t>&;|#!~`^*?""" + PARTS[1]
-ADDRESS = f"http://ann:{PASSWORD}@localhost:1"
 TOKEN = "hf_" + "".join(PARTS) + "abc"
 
 
-def assert_hidden(cwd: Path, done: Finished) -> None:
-    """No part of the password is in what was printed, or in any byte below the folder."""
+def address(port: int, *, encoded: bool = False) -> str:
+    """An address with the password: as MLflow takes it, or as a person may type it."""
+    password = PARTS[0] + urllib.parse.quote(PASSWORD, safe="'") + PARTS[1]
+    return f"http://ann:{password if encoded else PASSWORD}@localhost:{port}"
+
+
+def assert_hidden(done: Finished, *folders: Path) -> None:
+    """No part of the password is in what was printed, or in any byte below the folders."""
     for part in PARTS:
         assert part not in done.out + done.err
-        for file in cwd.rglob("*"):
+        for file in (file for folder in folders for file in folder.rglob("*")):
             if file.is_file() and file.name != "mine.yaml":
                 assert part.encode() not in file.read_bytes(), file
 
 
-def in_a_file(cwd: Path) -> list[str]:
+def in_a_file(cwd: Path, place: str) -> list[str]:
     (cwd / "conf" / "tracking").mkdir(parents=True)
-    text = f"defaults: [none]\nuri: {json.dumps(ADDRESS)}\n"
+    text = f"defaults: [server]\nuri: {json.dumps(place)}\n"
     (cwd / "conf" / "tracking" / "mine.yaml").write_text(text)
     return ["tracking=mine", "--config-dir=conf"]
 
 
-SPELLINGS: dict[str, Callable[[Path], list[str]]] = {
-    "quoted": lambda _: [f"tracking.uri={quote(ADDRESS)}"],
-    "two quotes": lambda _: [f"tracking.uri={quote(ADDRESS, chr(34))}"],
-    "escaped": lambda _: [rf"tracking.uri=http\://ann\:{PARTS[0]}\:\,\\\=\ x{PARTS[1]}@localhost:1"],
-    "plain": lambda _: [f"tracking.uri=http://ann:{PARTS[0]}%40{PARTS[1]}@localhost:1"],
-    "variable": lambda _: ["tracking.uri=${oc.env:ADDRESS}"],
-    "part": lambda _: ["tracking.uri=http://ann:${oc.env:PASSWORD}@localhost:1"],
+def escaped(place: str) -> str:
+    """An address as Hydra itself writes it, without what its grammar has no escape for."""
+    return escape_special_characters(re.sub("['~]", "", place))
+
+
+# How an address gets into a config: words of the command line for a folder and an address.
+SPELLINGS: dict[str, Callable[[Path, str], list[str]]] = {
+    "typed": lambda _, place: [f"tracking.uri={place}"],
+    "quoted": lambda _, place: [f"tracking.uri={quote(place)}"],
+    "two quotes": lambda _, place: [f"tracking.uri={quote(place, chr(34))}"],
+    "escaped": lambda _, place: [
+        f"tracking.uri={escape_special_characters(place.replace(chr(39), ''))}"
+    ],
+    "option's variable": lambda *_: ["tracking.uri=${oc.env:ADDRESS}"],
+    "part's variable": lambda *_: [
+        "tracking.uri=${oc.env:BEFORE}${oc.env:PASSWORD}${oc.env:AFTER}"
+    ],
+    "MLflow's variable": lambda *_: [],
     "file": in_a_file,
-    "token": lambda _: [f"metadata.author={TOKEN}"],
-    "path": lambda _: [f"engine.path={ADDRESS}"],
-    "several": lambda _: [f"tracking.uri={quote(ADDRESS)},{quote(ADDRESS + '/x')}"],
 }
 
 
-# A password or token, whatever characters it has and wherever it comes from, is in no file of a
-# sweep, in nothing of the MLflow store and in nothing that is printed, by the runner or by Hydra.
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """The port and the folder of an MLflow server."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    places = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db"]
+    places += [f"--artifacts-destination={folder}/artifacts"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *places, f"--port={port}", "--workers=1"],
+        cwd=folder,
+        env={
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.3)
+        yield port, folder
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+# A password, whatever characters it has and wherever it comes from, is in no file of a sweep, in
+# nothing of the MLflow store and in nothing that is printed, by the runner, by Hydra or a launcher.
+# The sweep's parent is found and ended there.
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_no_password_in_a_sweep(made: Path, tmp_path: Path, spelling: str) -> None:
-    arguments = SPELLINGS[spelling](tmp_path)
-    store = f"sqlite:///{made}/{spelling.replace(' ', '-')}.db"
-    tracking = {"token": ["tracking=sqlite"], "path": ["tracking=sqlite"], "file": []}
+def test_no_password_in_a_sweep(
+    made: Path, server: tuple[int, Path], tmp_path: Path, spelling: str, launcher: str
+) -> None:
+    port, store = server
+    place = address(port, encoded=True)
+    before, password, after = place.partition(place[len("http://ann:") : place.rindex("@")])
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "cache").symlink_to(made / "outputs" / "cache")
     done = run(
         tmp_path,
         *BASE,
-        *("hydra/launcher=processes", "hydra/job_logging=default", "hydra.verbose=true"),
-        *(NO_WORK, "network.rank=0,2", *tracking.get(spelling, ["tracking=none"]), *arguments),
-        ADDRESS=ADDRESS,
-        PASSWORD=PASSWORD,
-        MLFLOW_TRACKING_URI=store,
+        *(f"hydra/launcher={launcher}", "hydra/job_logging=default", "hydra.verbose=[hydra]"),
+        *(NO_WORK, "network.rank=0,2", "tracking=server"),
+        *SPELLINGS[spelling](tmp_path, place),
+        **{"MLFLOW_TRACKING_URI" if spelling == "MLflow's variable" else "ADDRESS": place},
+        **{"BEFORE": before, "PASSWORD": password, "AFTER": after},
     )
     assert done.code == 2, done.err
-    assert list(tmp_path.glob("outputs/runs/*/*/overrides.txt")), done.err
-    assert_hidden(tmp_path, done)
+    assert_hidden(done, tmp_path, store)
+    [swept] = sweeps(tmp_path)
+    assert swept.codes == [2, 0], done.err
+    assert (Path(swept.jobs["1"]["run_folder"]) / "overrides.txt").is_file()
+    assert f"http://ann:***@localhost:{port}/#/experiments/" in done.out.splitlines()[-1]
+    parent = json.loads((swept.folder / "parent.json").read_text())["run_id"]
+    from runner.tracking.client import connect
+
+    assert connect(f"http://127.0.0.1:{port}").get_run(parent).info.status == "FAILED"
 
 
 # Nor is it in an error: an interpolation that fails, a value that can't be read, a server that is
@@ -276,25 +341,26 @@ def test_no_password_in_a_sweep(made: Path, tmp_path: Path, spelling: str) -> No
         ["training.epochs=x"],
         ["tracking=server"],
         ["training.epoch=1"],
-        [f"tracking.uri=http://ann:{PASSWORD}@localhost:1"],
+        [f"tracking.uri={address(1)}"],
+        [f"tracking.uri={escape_special_characters(address(1))}"],
     ],
-    ids=["interpolation", "value", "server", "option", "grammar"],
+    ids=["interpolation", "value", "server", "option", "grammar", "escapes"],
 )
 def test_no_password_in_an_error(tmp_path: Path, wrong: list[str], sweep: list[str]) -> None:
-    done = run(tmp_path, *sweep, *BASE[1:], f"tracking.uri={quote(ADDRESS)}", *wrong)
+    done = run(tmp_path, *sweep, *BASE[1:], f"tracking.uri={quote(address(1))}", *wrong)
     assert done.code == 2, done.err
     assert "Traceback" not in done.err and "Error executing job" not in done.err
-    assert_hidden(tmp_path, done)
+    assert_hidden(done, tmp_path)
 
 
 # What Hydra prints of a config at request has no password either.
 @pytest.mark.parametrize(
     "flags", [["--cfg", "all"], ["--cfg", "job", "--resolve"], ["--info", "all"]], ids=" ".join
 )
-@pytest.mark.parametrize("spelling", ["quoted", "file", "variable"])
+@pytest.mark.parametrize("spelling", ["typed", "file", "option's variable"])
 def test_no_password_in_a_printed_config(tmp_path: Path, flags: list[str], spelling: str) -> None:
-    arguments = SPELLINGS[spelling](tmp_path)
-    done = run(tmp_path, *BASE[1:], *arguments, *flags, ADDRESS=ADDRESS)
+    arguments = [f"name={TOKEN}", *SPELLINGS[spelling](tmp_path, address(1))]
+    done = run(tmp_path, *BASE[1:], *arguments, *flags, ADDRESS=address(1))
     assert done.code == 0, done.err
-    assert "ann" in done.out or spelling == "variable"
-    assert_hidden(tmp_path, done)
+    assert "uri: http" in done.out or "uri: ${oc.env:ADDRESS}" in done.out or "--info" in flags
+    assert_hidden(done, tmp_path)

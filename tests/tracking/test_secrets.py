@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from urllib.parse import quote
 
 import pytest
+import yaml
+from hydra._internal.grammar.utils import escape_special_characters
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from runner.tracking.secrets import redact, redact_mapping, secret_values
 
@@ -23,6 +28,8 @@ HUB_TOKEN = "hf_" + "aB3dE6gH9" * 4
         ("hf_jwt_eyJhbGciOiJFZERTQSJ9", "eyJhbGciOiJFZERTQSJ9"),
         ("the password: geheim12 of ann", "geheim12"),
         ("the password: geheim", "geheim"),
+        (r"tracking.uri=http\://ann\:geh\ eim@host", r"geh\ eim"),
+        (r"['tracking.uri=http\\://ann\\:geheim@host']", "geheim"),
         ("hub:\n  token: my own words\n  path: x", "my own words"),
         ("HF_TOKEN=abcd1234 python -m runner", "abcd1234"),
         ("runner --hub-token abcd1234 task=i2v", "abcd1234"),
@@ -78,6 +85,30 @@ def test_values_of_the_environment_are_hidden() -> None:
     secrets = secret_values({"HF_TOKEN": "plainlookingvalue", "MLFLOW_TRACKING_PASSWORD": "abc"})
     assert redact("x/plainlookingvalue/y", secrets) == "x/***/y"
     assert redact("abc abcd", secrets) == "*** abcd"
+
+
+# The password of an address in any variable is hidden in each form in which a program may write it;
+# a short one, which may be a word of the text, in addresses alone.
+def test_passwords_of_addresses_are_hidden_in_every_form() -> None:
+    password = r"""p:a/s@s,w'o"r\d (x)[y]é"""
+    secrets = secret_values({"HTTP_PROXY": f"http://ann:{password}@proxy:1", "A": "http://h:80/@"})
+    for text in (
+        *(password, quote(password, safe=""), shlex.quote(password), repr(password)),
+        *(json.dumps(password), json.dumps(password, ensure_ascii=False)),
+        escape_special_characters(password),
+        *(QuotedString(password, mark).with_quotes() for mark in Quote),
+        yaml.safe_dump(password, allow_unicode=True),
+    ):
+        assert "a/s" in text or "a%2Fs" in text
+        assert "***" in redact(text, secrets) and "w" not in redact(text, secrets), text
+    short = secret_values({"RUNNER_PASSWORD_1": "mlflow"})
+    assert redact("mlflow.db of mlflow:mlflow", short) == "mlflow.db of mlflow:mlflow"
+
+
+# What stands for a password that was moved to a variable is no secret.
+def test_references_are_kept() -> None:
+    text = "http://ann:${oc.env:RUNNER_PASSWORD_1}@host"
+    assert redact(text) == text
 
 
 # Mappings are redacted at every depth and keep the types of what is no secret.

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -165,7 +164,10 @@ def test_the_address_is_read_back(tmp_path: Path) -> None:
     text = hidden(uri, variables)
     (tmp_path / "parent.json").write_text(json.dumps({"run_id": "r", "uri": text, "outputs": "o"}))
     assert "p@ss" not in text and revealed(text, variables) == uri
-    assert hidden(uri, variables) == text and set(variables.values()) == {"another", "p@ss/w:rd 'x'"}
+    assert hidden(uri, variables) == text and set(variables.values()) == {
+        "another",
+        "p@ss/w:rd 'x'",
+    }
     with pytest.raises(UserError, match="password"):
         sweep.close_parent(tmp_path, "FINISHED")
 
