@@ -226,7 +226,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
 
 def talk_to(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this process talk to ``hub`` alone, with its cache in ``folder`` and no token."""
+    """Make this process and those it starts talk to ``hub`` alone, with its cache in ``folder`` and
+    no token."""
     from huggingface_hub import constants
 
     from runner.hub import remote
@@ -239,5 +240,12 @@ def talk_to(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    for name, value in (
+        ("HF_ENDPOINT", hub.url),
+        ("HF_HOME", str(folder)),
+        ("HF_HUB_CACHE", str(folder / "hub")),
+        ("HF_TOKEN_PATH", str(folder / "token")),
+    ):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(remote, "PAUSE", 0.01)

@@ -148,6 +148,12 @@ class HubCache:
         commit = self.commit(request.repository, request.revision)
         return commit is not None and commit == self.commit(request.repository, request.branch)
 
+    def unchecked(self, request: Request) -> list[str]:
+        """The files of a request that are here and that nobody has read since they came."""
+        commit = self.commit(request.repository, request.revision)
+        found = {name: self.find(request.repository, commit, name) for name in self.here(request)}
+        return [name for name, one in found.items() if one and not self.known_sha256(one)]
+
     def here(self, request: Request) -> list[str]:
         """The files of a request that are here, the optional ones included."""
         commit = self.commit(request.repository, request.revision)

@@ -9,33 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from runner.core.errors import StageError
 from runner.core.text import counted, readable
 from runner.hub.cache import Cached, HubCache, Request, read_sha256
+from runner.hub.progress import Watcher
 from runner.hub.remote import Remote, RemoteFile, check_access, download, look_up, offline
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Watcher(Protocol):
-    """Is told what happens; see :class:`runner.hub.progress.Shown`."""
-
-    def begin(self, todo: Sequence[tuple[RemoteFile, int]]) -> None:
-        """These files will be brought; so many bytes of each are here already."""
-
-    def bytes(self, file: RemoteFile, done: int) -> None:
-        """A file being brought has so many bytes now."""
-
-    def checking(self, name: str, done: int, size: int) -> None:
-        """A file is being read to see that it is whole."""
-
-    def brought(self, file: RemoteFile) -> None:
-        """A file is here and whole."""
-
-    def line(self, text: str) -> None:
-        """Something worth a line."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,37 @@ def obtain(
         cache.point(request.repository, request.revision, commit)
     for request in requests:
         _point_branch(request, cache, watcher)
-    return [file for request in requests for file in _record(request, cache, watcher)]
+        # Where there are no links, a file has a new place by now.
+        _check_here(request, cache, watcher, again=False)
+    found = recorded(requests, cache)
+    if found is None or any(map(cache.lacking, requests)):
+        raise StageError("files of the hub were changed while they were fetched: start again.")
+    return found
+
+
+def recorded(requests: Sequence[Request], cache: HubCache) -> list[Obtained] | None:
+    """The files of ``requests`` that are here; None unless each was read and found whole."""
+    found = []
+    for request in requests:
+        commit = cache.commit(request.repository, request.revision)
+        for name in cache.here(request):
+            cached = cache.find(request.repository, commit, name)
+            sha256 = cache.known_sha256(cached) if cached else None
+            if cached is None or commit is None or sha256 is None:
+                return None
+            found.append(
+                Obtained(
+                    request.repository,
+                    request.revision,
+                    commit,
+                    name,
+                    _size(cached.blob),
+                    sha256,
+                    request.option,
+                    cached.path,
+                )
+            )
+    return found
 
 
 def _check_here(request: Request, cache: HubCache, watcher: Watcher, *, again: bool) -> None:
@@ -168,10 +179,10 @@ def _bring(jobs: Sequence[_Job], cache: HubCache, watcher: Watcher) -> None:
     if not todo:
         return
     have = [
-        (file, min(file.size, _size(_partial(cache, remote.request.repository, file))))
+        min(file.size, _size(_partial(cache, remote.request.repository, file)))
         for remote, file in todo
     ]
-    lacking = sum(file.size - part for file, part in have)
+    lacking = sum(file.size - part for (_, file), part in zip(todo, have, strict=True))
     free = free_space(cache.folder)
     if lacking > free:
         raise StageError(
@@ -179,10 +190,12 @@ def _bring(jobs: Sequence[_Job], cache: HubCache, watcher: Watcher) -> None:
             f"{readable(free)} are free at {cache.folder}: free some, or put the cache elsewhere "
             "with HF_HOME."
         )
-    watcher.begin(have)
-    for remote, file in todo:
+    watcher.begin(
+        [(file.name, file.size, part) for (_, file), part in zip(todo, have, strict=True)]
+    )
+    for number, (remote, file) in enumerate(todo):
         try:
-            _bring_one(remote, file, cache, watcher)
+            _bring_one(number, remote, file, cache, watcher)
         except OSError as error:
             if error.errno in _FULL:
                 raise StageError(
@@ -205,26 +218,32 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage("/").free
 
 
-def _bring_one(remote: Remote, file: RemoteFile, cache: HubCache, watcher: Watcher) -> None:
+def _bring_one(
+    number: int, remote: Remote, file: RemoteFile, cache: HubCache, watcher: Watcher
+) -> None:
     repository = remote.request.repository
     blob, partial = cache.blob(repository, file.etag), _partial(cache, repository, file)
-    with _locked(cache.lock(repository, file.etag), lambda: _wait(partial, file, watcher)):
+
+    def waits() -> None:
+        watcher.bytes(number, min(file.size, _size(partial)))
+
+    with _locked(cache.lock(repository, file.etag), waits):
         what = f"{file.name} of {repository}"
         # Another run, or another program, may have made it while this one waited.
         if not blob.is_file() or not _is_whole(Cached(blob, blob, file.etag), what, cache, watcher):
-            sha256 = _whole(remote, file, partial, watcher)
+            sha256 = _whole(number, remote, file, partial, watcher)
             with partial.open("rb+") as handle:
                 os.fsync(handle.fileno())
             partial.replace(blob)
             cache.remember(blob, sha256)
     cache.link(repository, remote.commit, file.name, file.etag)
-    watcher.brought(file)
+    watcher.brought(number)
 
 
-def _whole(remote: Remote, file: RemoteFile, partial: Path, watcher: Watcher) -> str:
+def _whole(number: int, remote: Remote, file: RemoteFile, partial: Path, watcher: Watcher) -> str:
     """Download until the bytes are right, twice at most; returns their sha256."""
     for last in (False, True):
-        download(remote, file, partial, lambda done: watcher.bytes(file, done))
+        download(remote, file, partial, lambda done: watcher.bytes(number, done))
         sha256, right = read_sha256(
             partial, file.etag, lambda done: watcher.checking(file.name, done, file.size)
         )
@@ -238,10 +257,6 @@ def _whole(remote: Remote, file: RemoteFile, partial: Path, watcher: Watcher) ->
         f"names ({file.etag[:12]}): nothing of it is kept. Try again later, or another mirror "
         "(HF_ENDPOINT)."
     )
-
-
-def _wait(partial: Path, file: RemoteFile, watcher: Watcher) -> None:
-    watcher.bytes(file, min(file.size, _size(partial)))
 
 
 @contextmanager
@@ -286,27 +301,3 @@ def _point_branch(request: Request, cache: HubCache, watcher: Watcher) -> None:
             f"{request.branch} of {request.repository} in the cache points at {commit[:12]} now "
             f"(before: {str(before)[:12]})."
         )
-
-
-def _record(request: Request, cache: HubCache, watcher: Watcher) -> list[Obtained]:
-    commit = cache.commit(request.repository, request.revision)
-    found = []
-    for name in cache.here(request):
-        cached = cache.find(request.repository, commit, name)
-        if cached is None or commit is None:
-            continue
-        if not _is_whole(cached, f"{name} of {request.repository}", cache, watcher):
-            raise StageError(f"{name} of {request.repository} was damaged: start again.")
-        found.append(
-            Obtained(
-                request.repository,
-                request.revision,
-                commit,
-                name,
-                _size(cached.blob),
-                cache.known_sha256(cached) or "",
-                request.option,
-                cached.path,
-            )
-        )
-    return found

@@ -50,6 +50,13 @@ def offline() -> bool:
     return bool(constants.is_offline_mode())
 
 
+def hush() -> None:
+    """Keep huggingface_hub's warnings (of retries, of rate limits) off the screen."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def look_up(request: Request) -> Remote:
     """The commit of a request and its files with their sizes; no file is touched."""
     from huggingface_hub import HfApi, constants
