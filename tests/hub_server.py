@@ -71,6 +71,10 @@ class Hub:
     # Answer so many requests with this status first.
     failures: list[int] = field(default_factory=list)
     no_ranges: bool = False
+    # Offer large files by Xet too, from a storage that has none of them.
+    xet: bool = False
+    # For a file: the digest that its head names.
+    etags: dict[str, str] = field(default_factory=dict)
     seconds_per_piece: float = 0.0
     piece: int = 1 << 16
     asked: list[Asked] = field(default_factory=list)
@@ -109,6 +113,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(asked)
         if self.hub.failures:
             self._end(self.hub.failures.pop(0))
+        elif "/xet-read-token/" in path:
+            self._end(
+                200,
+                {
+                    "X-Xet-Cas-Url": self.hub.url,
+                    "X-Xet-Access-Token": "xet",
+                    "X-Xet-Token-Expiration": "9999999999",
+                },
+            )
         elif path.startswith("/api/models/"):
             self._info(path.removeprefix("/api/models/"))
         elif path.startswith("/api/datasets/"):
@@ -160,13 +173,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._end(404, {"X-Error-Code": "EntryNotFound"})
         elif repository.is_lfs(file):
             size = self.hub.head_sizes.get(file, len(repository.files[file]))
+            offer = f"<{self.hub.url}/api/models/{name}/xet-read-token/{repository.commit}>"
             self._end(
                 302,
                 {
                     "X-Repo-Commit": repository.commit,
-                    "X-Linked-Etag": f'"{repository.etag(file)}"',
+                    "X-Linked-Etag": f'"{self.hub.etags.get(file, repository.etag(file))}"',
                     "X-Linked-Size": str(size),
                     "X-Xet-Hash": "0" * 64,
+                    **({"Link": f'{offer}; rel="xet-auth"'} if self.hub.xet else {}),
                     "Location": f"http://localhost:{self.hub.port}/cdn/{name}/resolve/{file}?sig=x",
                 },
             )

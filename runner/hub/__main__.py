@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.core.console import Console
-from runner.core.errors import StageError
+from runner.core.errors import StageError, describe_os_error
 from runner.core.process import Stopped, raise_on_signals
 from runner.hub.cache import HubCache, Request
 from runner.hub.fetch import obtain
@@ -47,8 +47,8 @@ def main() -> int:
         with Shown(console, Path(told) if told else None) as shown:
             for file in obtain(requests, cache, shown, force=force):
                 console.line(f"{file.sha256}  {file.path}")
-    except StageError as error:
-        console.error(str(error))
+    except (StageError, OSError) as error:
+        console.error(describe_os_error(error) if isinstance(error, OSError) else str(error))
         return 1
     except Stopped as stopped:
         return stopped.exit_code

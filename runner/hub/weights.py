@@ -117,7 +117,7 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
     if i2v:
         digests["image_encoder"] = digest(encoders, model.image_encoder)
     lacking = sum(len(cache.lacking(request)) for request in requests)
-    unchecked = sum(len(cache.unchecked(request)) for request in requests)
+    unchecked = sum(cache.unchecked(request) for request in requests)
     complete = None not in digests.values() and all(cache.pointed(r) for r in requests)
     number = sum(len(request.files) for request in requests)
     summary = f"{number} files of {model.repository}, its encoders and tokenizers"
