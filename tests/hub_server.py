@@ -70,6 +70,10 @@ class Hub:
     head_sizes: dict[str, int] = field(default_factory=dict)
     # Answer so many requests with this status first.
     failures: list[int] = field(default_factory=list)
+    # Answer so many downloads with this status first.
+    refused: list[int] = field(default_factory=list)
+    # Answer everything with a page for people, as a network does that wants a login first.
+    portal: bool = False
     no_ranges: bool = False
     # Offer large files by Xet too, from a storage that has none of them.
     xet: bool = False
@@ -111,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.headers.get("Host", ""),
         )
         self.hub.asked.append(asked)
-        if self.hub.failures:
+        if self.hub.portal:
+            self._end(200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+        elif self.hub.failures:
             self._end(self.hub.failures.pop(0))
         elif "/xet-read-token/" in path:
             self._end(
@@ -190,6 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, repository: Repository, file: str, asked: Asked) -> None:
         hub, content = self.hub, repository.files[file]
+        if self.command == "GET" and hub.refused:
+            self._end(hub.refused.pop(0))
+            return
         if self.command == "GET" and hub.lies.get(file):
             content = hub.lies[file].pop(0)
         start = 0
