@@ -101,7 +101,7 @@ _SHARES = Argument(
     "two numbers, each at least 0 and below 1, for example [0.9,0.999]",
     _numbers(2, lambda part: 0 <= part < 1),
 )
-_PAIR = Argument("two numbers", _numbers(2, lambda part: part >= 0))
+_PAIR = Argument("two numbers, each at least 0", _numbers(2, lambda part: part >= 0))
 _TRIPLE = Argument("three numbers", _numbers(3))
 _MUON_RATES = (None, "original", "match_rms_adamw")
 _RATE_OF_MUON = Argument(
