@@ -22,8 +22,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--optimizer_args", nargs="*", default=[], help="name=value")
     given = parser.parse_args(arguments)
-    elsewhere = dict.fromkeys(("dit", "dataset_config", "output_dir", "output_name"), "")
-    options = TrainOptions(**elsewhere, **vars(given))
+    options = TrainOptions(dit="", dataset_config="", output_dir="", output_name="", **vars(given))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.nn.Parameter(torch.zeros(64, 64, device=device))
     group = {"params": [matrix], "lr": given.learning_rate}

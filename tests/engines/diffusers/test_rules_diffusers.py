@@ -117,7 +117,7 @@ def test_bitsandbytes_needs_a_gpu(name: str) -> None:
     plan("optimizer=custom", f"optimizer.type={name}")
 
 
-TOLD = {
+TOLD: dict[tuple[str, ...], str] = {
     ("memory.fp8_text_encoder=true",): (
         "memory.fp8_text_encoder=true does nothing with engine=diffusers."
     ),
