@@ -1,3 +1,3 @@
 """Declarative, comparable HunyuanVideo 1.5 LoRA training runs."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

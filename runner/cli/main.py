@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import __version__
 from runner.config import schema as run_config
 from runner.config.groups import conf_folder
 from runner.core.errors import StageError, UserError
@@ -37,9 +38,14 @@ def run(arguments: list[str]) -> int:
 
         print(help_page.text(conf_folder()), end="")
         return 0
+    if "--version" in arguments:
+        print(f"runner {__version__}")
+        return 0
     import hydra
 
+    from runner.cli.hints import mistake, undecodable
     from runner.cli.overrides import quote_paths
+    from runner.config.groups import groups
     from runner.core.console import Console
 
     _register()
@@ -51,7 +57,9 @@ def run(arguments: list[str]) -> int:
     # Hydra would print its own traceback and end with 1; raised, the error can be told better.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
-    wrong = _wrong_flags(rest) or _wrong_additions(rest)
+    wrong = undecodable([*rest, str(Path.cwd())]) or mistake(
+        rest, groups(conf_folder()), multirun=multirun
+    )
     if wrong:
         Console.for_stream(sys.stdout).error(wrong)
         return 2
@@ -84,34 +92,6 @@ def _hydra_sweep_dir(dry_run: bool, output_dir: str) -> str:
     folder = tempfile.mkdtemp(prefix="runner-sweep-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-# Hydra's flags; --help and --multirun are taken before they are looked at.
-_FLAGS = (
-    *("--hydra-help", "--version", "--resolve", "--run", "-r", "--cfg", "-c", "--package", "-p"),
-    *("--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
-    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
-)
-
-
-def _wrong_flags(arguments: list[str]) -> str | None:
-    """A line for the first flag that Hydra does not know."""
-    from runner.core.text import did_you_mean
-
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if name.startswith("-") and name not in _FLAGS:
-            return f"There is no flag {name}.{did_you_mean(name, [*_FLAGS, '--help', '-m'])}"
-    return None
-
-
-def _wrong_additions(arguments: list[str]) -> str | None:
-    """A line for the first ``+key=value`` with no such option: Hydra would add and ignore it."""
-    from runner.cli.overrides import diagnose
-    from runner.config.groups import groups
-
-    added = [argument for argument in arguments if argument.startswith("+")]
-    return diagnose(added, groups(conf_folder())) if added else None
 
 
 def _close_sweep(sweep: Sweep) -> None:

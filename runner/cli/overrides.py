@@ -7,7 +7,7 @@ shell may well contain, and its errors speak of structs and config groups. Both 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -67,16 +67,21 @@ def _is_quoted(value: str) -> bool:
     )
 
 
-def quote(value: str) -> str:
-    """A string that Hydra's grammar reads back as ``value``, without interpolation."""
+def quote(value: str, mark: str = "'") -> str:
+    """A string that Hydra's grammar reads back as ``value``, without interpolation.
+
+    Args:
+        value: any text.
+        mark: the quotation mark around it, single or double.
+    """
     # A run of backslashes is halved by the grammar only before a quote, and the end is one.
-    escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value)
+    escaped = re.sub(rf"(\\*){mark}", lambda m: m.group(1) * 2 + "\\" + mark, value)
     escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
     # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
-    return "'" + escaped.replace("${", "\\${") + "'"
+    return mark + escaped.replace("${", "\\${") + mark
 
 
-def diagnose(arguments: Iterable[str], choices: dict[str, list[str]]) -> str | None:
+def diagnose(arguments: Iterable[str], choices: Mapping[str, Sequence[str]]) -> str | None:
     """What is wrong with the first argument that names no option or choice, or None."""
     known = {option.key for option in options()}
     parts = {key.rsplit(".", 1)[0] for key in known if "." in key}
@@ -103,7 +108,7 @@ def diagnose(arguments: Iterable[str], choices: dict[str, list[str]]) -> str | N
     return None
 
 
-def _unknown_choice(group: str, value: str, names: list[str]) -> str | None:
+def _unknown_choice(group: str, value: str, names: Sequence[str]) -> str | None:
     for name in value.split(","):
         if name.strip("'\"") not in (*names, "null"):
             return f"There is no {group}={name}.{did_you_mean(name, names)}"
@@ -114,11 +119,20 @@ def _example(part: str) -> str:
     return next(option.key for option in options() if option.key.startswith(part + ".")) + "=..."
 
 
-def _option_hint(key: str, value: str, known: set[str], choices: dict[str, list[str]]) -> str:
+def by_last_part(known: Iterable[str]) -> dict[str, str]:
+    """Options by the last part of their key; of several, the one that a person means first."""
+    usual = ("dataset", "training", "network")
+    found: dict[str, str] = {}
+    for key in sorted(known, key=lambda key: (not key.startswith(usual), key)):
+        found.setdefault(key.rpartition(".")[2], key)
+    return found
+
+
+def _option_hint(
+    key: str, value: str, known: set[str], choices: Mapping[str, Sequence[str]]
+) -> str:
     """The nearest option; a bare name is tried against the last part of every key too."""
-    last: dict[str, str] = {}
-    for name in sorted(known):
-        last.setdefault(name.rsplit(".", 1)[-1], name)
+    last = by_last_part(known)
     bare = key.rsplit(".", 1)[-1]
     if bare in last and bare != key:
         return f" Did you mean {last[bare]}?"
@@ -128,9 +142,9 @@ def _option_hint(key: str, value: str, known: set[str], choices: dict[str, list[
             return f" Did you mean {group[0]}={value}?"
         if key in last:
             return f" Did you mean {last[key]}?"
-    near = nearest(key, [*known, *choices])
-    if not near and bare:
-        near = [last[name] for name in nearest(bare, last)]
+    by_key = nearest(key, [*known, *choices])
+    by_part = [last[name] for name in nearest(bare, last)]
+    near = by_key or by_part if "." in key else by_part or by_key
     return f" Did you mean {near[0]}?" if near else " `python -m runner --cfg job` lists them all."
 
 
@@ -161,7 +175,7 @@ def readable(error: BaseException) -> str:
             kind = _KINDS.get(wrong["kind"] or wrong["type"], wrong["kind"] or wrong["type"])
             return f"{where}={wrong['value']} must be {kind}."
         if "is not a ListConfig" in text:
-            return f"{where} must be a list, for example {where}=[1,2]."
+            return f"{where} must be a list, in brackets: {where}=[...]."
         stranger = re.search(r"Key '(\w+)' not in 'SourceConfig'", text)
         if stranger:
             names = [item.name for item in fields(SourceConfig)]

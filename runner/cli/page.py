@@ -15,6 +15,11 @@ from runner.pipeline.model import Inputs, Plan
 def page(plan: Plan, inputs: Inputs, report: Report) -> str:
     """What a dry run prints: the dataset, stages, exact commands, files, steps and epochs."""
     lines = [f"{plan.name}: nothing is run or written (dry_run=true)", ""]
+    if inputs.engine.missing:
+        lines += [
+            *textwrap.wrap(f"Missing: {inputs.engine.missing}", 96, break_on_hyphens=False),
+            "",
+        ]
     lines += _overview(plan, inputs)
     if plan.notices:
         lines += ["", "Notes"]
@@ -65,8 +70,6 @@ def _overview(plan: Plan, inputs: Inputs) -> list[str]:
         ("seed", str(inputs.seed)),
         ("run in", f"{inputs.root}/runs/<date>/<time>-{plan.name}"),
     ]
-    if inputs.engine.missing:
-        rows.append(("missing", inputs.engine.missing))
     return [f"  {name:<10} {value}" for name, value in rows]
 
 

@@ -359,7 +359,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Option:
-    """One leaf of :class:`RunConfig`, for help, checks and the README's table."""
+    """One leaf of :class:`RunConfig`, for help, checks and the table in docs/options.md."""
 
     key: str
     type: str

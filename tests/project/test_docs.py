@@ -19,7 +19,7 @@ from conftest import TOP, compose, run_program
 from in_process import program_here
 from media_factory import make_clip, make_image
 
-PAGES = sorted([TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")])
+PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")])
 
 # What no test can run, and why. A program that is not here and not below is an error: add it to
 # one of the two.
@@ -147,7 +147,7 @@ def planned(arguments: list[str], place: Path, given: dict[str, str]) -> None:
     else:
         assert done.code == 0, done.err
         assert "dry_run=true" in done.out
-        assert "  missing " not in done.out
+        assert "Missing: " not in done.out
     assert sorted(place.rglob("*")) == before
 
 

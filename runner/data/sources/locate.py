@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from runner.config.schema import SOURCE_KINDS
@@ -93,5 +94,13 @@ def _missing(path: str, target: Path) -> str:
         names = []
     lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(wrong.name.lower(), lower, 1)
-    hint = f"; did you mean {wrong.parent / lower[close[0]]}?" if close else ": set dataset.path"
+    if close:
+        hint = f"; did you mean {wrong.parent / lower[close[0]]}?"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        hint = (
+            ": set dataset.path. A dataset of the Hugging Face hub is taken with "
+            f"python -m runner dataset=hub dataset.path={path}"
+        )
+    else:
+        hint = ": set dataset.path"
     return f"{path}: there is no {target}{hint}"

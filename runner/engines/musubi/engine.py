@@ -188,7 +188,7 @@ class MusubiEngine:
         why = _cannot_compile(job, machine)
         if config.training.compile == "auto":
             # With block swap every linear layer stays uncompiled: on an H100 the steps took as long
-            # as without, after half a minute more at the start (docs/musubi-proof.md).
+            # as without, after half a minute more at the start (docs/development/musubi-proof.md).
             if why is None and memory.blocks_to_swap and machine is not None:
                 why = "it gained nothing with block swap (memory.blocks_to_swap)"
                 # 25 frames took 16.8 GB in fp8, compiled: 1.7 s a step; in bf16 with swap 3.1 s.

@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.core.errors import UserError
+from runner.core.paths import shortest
 
 VERSION = "v0.3.4"
-COMMAND = "python -m runner.engines.musubi_install install"
+# A checkout's script makes the runner's own environment too, where that is not there yet.
+_SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "install-musubi"
+_MODULE = "python -m runner.engines.musubi_install install"
+COMMAND = shortest(_SCRIPT) if _SCRIPT.is_file() else _MODULE
 REPOSITORY = "https://github.com/kohya-ss/musubi-tuner.git"
 # What musubi-tuner v0.3.4 says it needs.
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from runner.config.schema import RunConfig
 from runner.core.console import Bar
 from runner.core.errors import StageError
 from runner.core.text import counted
 from runner.data.select import shapes
 from runner.pipeline.context import Context
-from runner.pipeline.model import Planning, StagePlan
+from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
 from runner.storage.store import link
 from runner.tracking.metrics import Point
 
 _FINAL = "checkpoints/lora.safetensors"
+# Where trainers put previews.
+PREVIEWS = "checkpoints/sample"
 
 
 class Train(Stage):
@@ -42,8 +45,9 @@ class Train(Stage):
         folder.mkdir(exist_ok=True)
         inputs = context.inputs
         samples = sum(shapes(inputs.sources, inputs.selection).values())
-        with context.console.bar("steps", context.plan.steps) as bar:
-            view = _View(bar)
+        starting = "starting the trainer"
+        with context.console.bar("steps", context.plan.steps, detail=starting) as bar:
+            view = _View(bar, context.run_dir / PREVIEWS, previews(context.plan, inputs.config))
             follower = MetricsFollower(
                 folder,
                 context.writer,
@@ -53,7 +57,7 @@ class Train(Stage):
             )
             follower.start()
             try:
-                run_commands(context, context.plan.stage(self.name))
+                run_commands(context, context.plan.stage(self.name), view.tick)
             finally:
                 warning = follower.stop()
                 # A full disk must not hide why the trainer failed.
@@ -67,11 +71,17 @@ class Train(Stage):
 
 
 class _View:
-    """The bar's words, from the metrics: loss and speed."""
+    """The bar's words, from the metrics: loss and speed; and a bar for the previews."""
 
-    def __init__(self, bar: Bar) -> None:
-        self.bar = bar
+    def __init__(self, bar: Bar, folder: Path, previews: int) -> None:
+        self.bar, self.folder, self.previews = bar, folder, previews
         self.values: dict[str, float] = {}
+
+    def tick(self) -> None:
+        self.bar.tick()
+        if self.previews:
+            made = sum(1 for _ in _files(self.folder))
+            self.bar.beside("previews", min(made, self.previews), self.previews)
 
     def points(self, points: Sequence[Point]) -> None:
         step = self.bar.done
@@ -102,15 +112,25 @@ def collect_lora(run_dir: Path) -> None:
         link(final, place)
 
 
+def previews(plan: Plan, config: RunConfig) -> int:
+    """How many previews a trainer makes in all of a plan's epochs."""
+    sampling = config.sampling
+    if sampling.name == "none":
+        return 0
+    times = plan.epochs // sampling.every_epochs + sampling.at_first
+    return times * len(sampling.prompts)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+
+
 def _collect_samples(context: Context) -> None:
     """Previews are written below the checkpoints; the run's folder shows them as ``samples``."""
-    made = context.run_dir / "checkpoints" / "sample"
-    if not made.is_dir():
-        return
-    for file in sorted(made.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            link(file.absolute(), context.run_dir / "samples" / file.name)
-            context.writer.log_artifact(file, "samples")
+    for file in sorted(_files(context.run_dir / PREVIEWS)):
+        link(file.absolute(), context.run_dir / "samples" / file.name)
+        context.writer.log_artifact(file, "samples")
 
 
 TRAIN = Train()

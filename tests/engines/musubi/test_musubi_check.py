@@ -150,7 +150,7 @@ def test_no_engine_there(tmp_path: Path) -> None:
 def test_our_own_install_is_mended_by_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mend = "with: python -m runner.engines.musubi_install install"
+    mend = "with: scripts/install-musubi"
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: tmp_path / "a/python")
     assert problem(tmp_path / "a", (), "torch").endswith(f". Mend it {mend}")
     assert problem(tmp_path / "b", (), "toml").endswith("to the Python that has them.")

@@ -1,4 +1,4 @@
-"""The README's tables say what is so; its commands and links are tested in test_docs.py."""
+"""The tables of docs/options.md are those of the code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 
 from conftest import TOP, compose
 
-README = (TOP / "README.md").read_text(encoding="utf-8")
+PAGE = (TOP / "docs" / "options.md").read_text(encoding="utf-8")
 
 
-# The README's tables are those of the code.
+# The page's tables are those of the code.
 def test_tables_are_current() -> None:
     done = subprocess.run(
-        [sys.executable, str(TOP / "scripts" / "readme-tables"), "--check"],
+        [sys.executable, str(TOP / "scripts" / "options-page"), "--check"],
         capture_output=True,
         text=True,
     )
@@ -23,7 +23,7 @@ def test_tables_are_current() -> None:
 
 # Every old flag's replacement is an option.
 def test_replacements_of_old_flags_exist() -> None:
-    table = README.split("## From the old script's flags")[1].split("##")[0]
+    table = PAGE.split("## From the old script's flags")[1].split("##")[0]
     replacements = re.findall(r"^\| `--[^|]*\| `([\w.]+=[^`]*)`", table, re.M)
     assert len(replacements) == 10
     for text in replacements:
