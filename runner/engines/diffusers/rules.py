@@ -49,6 +49,9 @@ def plan_notices(
             f"precision={config.precision.name} does nothing without a GPU: on the CPU everything "
             "is computed in fp32."
         )
+    for key in ("path", "python"):
+        if getattr(config.engine, key) is not None:
+            yield f"engine.{key} does nothing with engine=diffusers, which is the runner's own."
     for key in ("fp8_text_encoder", "pinned", "h2d_only"):
         if getattr(config.memory, key):
             yield f"memory.{key}=true does nothing with engine=diffusers."
@@ -132,8 +135,5 @@ def _of_musubi(config: RunConfig) -> Iterator[str]:
     engine = config.engine
     if engine.arguments != "file":
         yield "engine.arguments=command_line needs engine=musubi."
-    for key in ("path", "python"):
-        if getattr(engine, key) is not None:
-            yield f"engine.{key} is of musubi-tuner: it needs engine=musubi."
     if engine.extra_args:
         yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."

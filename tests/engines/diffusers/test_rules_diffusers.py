@@ -73,8 +73,6 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.weighting_scheme=cosmap needs engine=musubi; engine=diffusers takes none."
     ),
     ("engine.arguments=command_line",): "engine.arguments=command_line needs engine=musubi.",
-    ("engine.path=a",): "engine.path is of musubi-tuner: it needs engine=musubi.",
-    ("engine.python=a",): "engine.python is of musubi-tuner: it needs engine=musubi.",
     ("engine.extra_args=[--save_state]",): (
         "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
     ),
@@ -123,6 +121,12 @@ TOLD: dict[tuple[str, ...], str] = {
     ),
     ("memory.pinned=true",): "memory.pinned=true does nothing with engine=diffusers.",
     ("memory.h2d_only=true",): "memory.h2d_only=true does nothing with engine=diffusers.",
+    ("engine.path=a",): (
+        "engine.path does nothing with engine=diffusers, which is the runner's own."
+    ),
+    ("engine.python=a",): (
+        "engine.python does nothing with engine=diffusers, which is the runner's own."
+    ),
     ("training.data_workers=4",): (
         "training.data_workers=4 does nothing with engine=diffusers, which reads ahead in one "
         "thread."
