@@ -70,7 +70,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     stages = tuple(_as_asked(config, stage.plan(planning), left_out) for stage in offered)
     notices = [
         *inputs.selection.notices,
-        *engine.plan_notices(job, steps=total),
+        *engine.plan_notices(job, inputs.machine, steps=total, clips=clips),
         *(note for note in (inputs.memory_note, compile_note) if note),
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),

@@ -18,7 +18,7 @@ from runner.engines.base import Machine
 from runner.engines.musubi import packages
 from runner.engines.musubi.engine import MusubiEngine
 from runner.engines.musubi.rules_arguments import OWNED, REFUSED
-from runner.engines.musubi.rules_optimizer import SCHEDULERS
+from runner.engines.rules_optimizer import SCHEDULERS
 from runner.formats.train_options import Rendering, train_options
 from runner.formats.train_toml import WeightPaths
 from runner.formats.trainer_options import (
