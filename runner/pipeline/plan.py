@@ -123,8 +123,10 @@ def commands_sh(plan: Plan) -> str:
     lines.append('cd "$(dirname "$0")"')
     for stage in plan.stages:
         lines += ["", f"# {stage.name}: {stage.summary} ({stage.state})"]
+        if stage.without_commands:
+            lines.append(f"# The runner itself {stage.without_commands}.")
         if stage.to_run:
-            lines += [*(command.shell() for command in stage.commands), *stage.by_hand]
+            lines += [command.shell() for command in stage.commands]
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,9 +192,17 @@ class Recorder:
             "pid": os.getpid(),
         }
         file = self.run_dir / "run.json"
-        # A full disk must neither hide why a run failed nor keep its end from MLflow.
-        try:
+        with self.tolerant(file):
             write_text(file, json.dumps(record, indent=1) + "\n")
+
+    @contextmanager
+    def tolerant(self, file: Path) -> Iterator[None]:
+        """Inside, that ``file`` can't be written is a problem to be told of at the end, no failure.
+
+        A full disk must neither hide why a run failed nor keep its end from MLflow.
+        """
+        try:
+            yield
         except OSError as error:
             self._problem(f"{file} could not be written ({error.strerror or error})")
 

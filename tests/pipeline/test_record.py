@@ -80,14 +80,6 @@ def test_a_full_disk_is_told_with_its_folder(
     assert json.loads((folder / "run.json").read_text())["error"] == line
 
 
-# A trainer that ends well and writes no LoRA is told with its log, as other failures are.
-def test_a_missing_lora_names_the_log(tmp_path: Path) -> None:
-    from runner.pipeline.stages.train import collect_lora
-
-    with pytest.raises(StageError, match=rf"without writing .* \(log: {tmp_path}/logs/train.log"):
-        collect_lora(tmp_path)
-
-
 # When the disk is full while a run fails, MLflow still has its end, and the trainer's error is
 # the one error told; that run.json could not be written, and what MLflow lacks, comes after it.
 def test_a_full_disk_hides_no_error(
