@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import unquote
 
 from runner.cli.overrides import OPEN_ENDED, by_last_part, diagnose, exists, quote
 from runner.config.schema import Option, options
+from runner.core.paths import command_here
 from runner.core.text import nearest
 
 # Hydra's flags; --help, --version and --multirun are taken before they are looked at.
@@ -60,9 +62,21 @@ def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> st
     return f"{described}: {command(args, multirun=multirun)}" if described else None
 
 
+def undecodable(texts: Iterable[str]) -> str | None:
+    """Describe the first text that has bytes which are no letters here, if one has."""
+    encoding = sys.getfilesystemencoding()
+    for text in texts:
+        if any("\udc80" <= letter <= "\udcff" for letter in text):
+            shown = text.encode("utf-8", "backslashreplace").decode()
+            remedy = "rename it" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            return f"{shown!r} is not in {encoding}, in which names are read here: {remedy}."
+    return None
+
+
 def command(arguments: Sequence[str], *, multirun: bool = False) -> str:
     """The command with these arguments, as a shell takes it."""
-    return shlex.join(["python", "-m", "runner", *(["-m"] if multirun else []), *arguments])
+    flags = ["-m"] if multirun else []
+    return f"{command_here('runner')} {shlex.join([*flags, *arguments])}".rstrip()
 
 
 def _first(args: list[str], choices: Choices, multirun: bool) -> _Found | None:

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         return 0
     import hydra
 
-    from runner.cli.hints import mistake
+    from runner.cli.hints import mistake, undecodable
     from runner.cli.overrides import quote_paths
     from runner.config.groups import groups
     from runner.core.console import Console
@@ -57,7 +57,9 @@ def run(arguments: list[str]) -> int:
     # Hydra would print its own traceback and end with 1; raised, the error can be told better.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
-    wrong = mistake(rest, groups(conf_folder()), multirun=multirun)
+    wrong = undecodable([*rest, str(Path.cwd())]) or mistake(
+        rest, groups(conf_folder()), multirun=multirun
+    )
     if wrong:
         Console.for_stream(sys.stdout).error(wrong)
         return 2

@@ -57,16 +57,25 @@ def scan_sources(
     ]
     for place in places:
         options, task = place.options, config.task.name
+        unpacked: list[int] = []
         scanned = scan(
             place.kind,
             place.path,
             max_bytes=limit,
             progress=_report(reading.progress, place.shown),
             memos=store.root / "scans",
-            keep=_keep(store, options, task, reading) if reading.keep else None,
+            keep=_keep(store, options, task, reading, unpacked.append) if reading.keep else None,
         )
         found.append(
-            Source(options, place.kind, place.shown, scanned.items, scanned.ignored, place.commit)
+            Source(
+                options,
+                place.kind,
+                place.shown,
+                scanned.items,
+                scanned.ignored,
+                place.commit,
+                sum(unpacked),
+            )
         )
     return tuple(found)
 
@@ -122,7 +131,11 @@ def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] 
 
 
 def _keep(
-    store: Store, options: SourceOptions, task: str, reading: Reading
+    store: Store,
+    options: SourceOptions,
+    task: str,
+    reading: Reading,
+    unpacked: Callable[[int], None],
 ) -> Callable[[Sequence[Entry]], AbstractContextManager[Keeper | None] | None]:
     def keep(entries: Sequence[Entry]) -> AbstractContextManager[Keeper | None] | None:
         # What will be refused leaves no trace.
@@ -130,17 +143,15 @@ def _keep(
             return None
         if entries[0].archive is None:
             return nullcontext()
-        return _unpacking(store, entries[0].archive, options, task, reading)
+        return unpacking(entries[0].archive)
+
+    @contextmanager
+    def unpacking(archive: Path) -> Iterator[Keeper]:
+        from runner.data.sources.look import Keeper
+        from runner.storage.bulk_writer import BulkWriter
+
+        with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
+            yield Keeper(writer, lambda item: is_used(item, options, task))
+        unpacked(writer.added)
 
     return keep
-
-
-@contextmanager
-def _unpacking(
-    store: Store, archive: Path, options: SourceOptions, task: str, reading: Reading
-) -> Iterator[Keeper]:
-    from runner.data.sources.look import Keeper
-    from runner.storage.bulk_writer import BulkWriter
-
-    with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
-        yield Keeper(writer, lambda item: is_used(item, options, task))

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +52,10 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """One source: its options and what a scan of it found; ``commit`` is that of a hub's."""
+    """One source: its options and what a scan of it found.
+
+    ``commit`` is that of a hub's, ``unpacked`` the media that this run took out of its archive.
+    """
 
     options: SourceOptions
     kind: str
@@ -60,6 +63,7 @@ class Source:
     items: tuple[Item, ...]
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
+    unpacked: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,8 @@ class TrainOptions:
         embedded="harmless",
     )
     # With torch's limit of 8, graphs for the third shape and on were left out of compiling in a
-    # run of 12 shapes with block swap (docs/development/musubi-proof.md); 32 is what musubi-tuner advises. It
-    # is a default that engine.extra_args may change: the command line goes over train.toml.
+    # run of 12 shapes with block swap (docs/development/musubi-proof.md); 32 is what musubi-tuner
+    # advises. engine.extra_args may change it: the command line goes over train.toml.
     compile_cache_size_limit: int | None = row(
         None, lambda r: 32 if r.compile_blocks else None, default=None, embedded="harmless"
     )

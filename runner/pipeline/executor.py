@@ -21,7 +21,7 @@ from runner.core.atomic import write_text
 from runner.core.command import Command
 from runner.core.console import Console
 from runner.core.errors import StageError, UserError, describe_os_error
-from runner.core.paths import shortest
+from runner.core.paths import command_here, shortest
 from runner.core.process import Stopped, raise_on_signals, signals_deferred
 from runner.core.text import counted, duration
 from runner.engines.base import Engine
@@ -266,9 +266,9 @@ class _Run:
         if tracking.name == "server":
             return recorder.writer.url_hint
         if tracking.uri:
-            return f"python -m runner.ui --tracking-uri {shlex.quote(safe(tracking.uri))}"
+            return f"{command_here('runner.ui')} --tracking-uri {shlex.quote(safe(tracking.uri))}"
         option = "" if outputs == "outputs" else f" --outputs {shlex.quote(outputs)}"
-        return f"python -m runner.ui{option}"
+        return f"{command_here('runner.ui')}{option}"
 
     def _closing_words(self, context: Context, recorder: Recorder) -> None:
         console, folder = self.console, context.run_dir

@@ -40,6 +40,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     name: of what is taken in, so that those who take in the same wait for each other, and no others
     do. waiting: called when another process has it. anew: entries to make though they are there.
+    added: how many it took.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         self._claimed: set[str] = set()
         self._arrivals: list[Arrival] = []
         self._bytes = 0
+        self.added = 0
         self._mutex = threading.Lock()
         self._numbers = itertools.count()
         self._committer = ThreadPoolExecutor(1)
@@ -143,6 +145,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
             replace = name in self.anew
             self._arrivals.append(Arrival(name, file, made_of, sha256, replace))
             self._bytes += size
+            self.added += 1
             if self._bytes >= BATCH_BYTES:
                 self._hand_over()
 

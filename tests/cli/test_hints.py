@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import compose
+from conftest import TOP, compose
 from in_process import program_here
 
 from runner import __version__
 from runner.cli.hints import mistake
 from runner.cli.overrides import quote_paths
 from runner.config.groups import conf_folder, groups
+from runner.core.paths import command_here
 
-# What was typed, and what follows ``python -m runner`` in the answer.
+# What was typed, and what follows ``-m runner`` in the answer.
 MISTAKES = {
     "network.rank=2,4": "-m network.rank=2,4",
     "task=t2v,i2v": "-m task=t2v,i2v",
@@ -58,7 +62,7 @@ def test_mistakes(typed: str) -> None:
     # As a person types, but for the backslashes of Windows.
     line = answer(typed.split(" "))
     assert line is not None and "\n" not in line
-    command = line.partition("python -m runner")[2].strip()
+    command = line.partition("-m runner")[2].strip()
     assert command == MISTAKES[typed]
     assert answer(shlex.split(command)) is None
 
@@ -68,7 +72,7 @@ def test_a_text_with_a_comma() -> None:
     line = answer(["sampling.negative_prompt=blur, noise"])
     assert line is not None
     assert "-m, for a sweep" in line
-    assert line.endswith("python -m runner 'sampling.negative_prompt=\"blur, noise\"'")
+    assert line.endswith("-m runner 'sampling.negative_prompt=\"blur, noise\"'")
 
 
 # What is right is let through: quoted, bracketed and swept values, and Hydra's own flags.
@@ -97,7 +101,7 @@ def test_no_mistake(typed: str) -> None:
 def test_quoted_texts(text: str) -> None:
     line = answer([f"name={text}", "more"])
     assert line is not None
-    (argument,) = shlex.split(line.partition("python -m runner ")[2])
+    (argument,) = shlex.split(line.partition("-m runner ")[2])
     assert compose(*quote_paths([argument], multirun=False)).name == f"{text} more"
 
 
@@ -127,8 +131,65 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
 def test_the_program_says_so(tmp_path: Path) -> None:
     done = program_here("--epochs", "5", cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
-    assert done.err == (
-        "error: Options are written without dashes: python -m runner training.epochs=5\n"
-    )
+    assert done.err == ("error: Options are written without dashes: runner training.epochs=5\n")
     done = program_here("--version", cwd=tmp_path)
     assert (done.code, done.out) == (0, f"runner {__version__}\n")
+
+
+# The command works in the shell it is typed into: the environment's Python by its path, unless the
+# environment is activated; and the installed program by its name.
+def test_commands_work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = tmp_path / "my env" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(environment / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert command_here("runner.ui") == "'my env/bin/python' -m runner.ui"
+    monkeypatch.setenv("PATH", str(environment), prepend=":")
+    assert command_here("runner.ui") == "python -m runner.ui"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/runner"])
+    assert command_here("runner") == "runner"
+    assert command_here("runner.ui") == "python -m runner.ui"
+
+
+# A name with bytes that are no letters is refused before anything is made of it, in a language
+# environment that knows fewer letters too; nothing that is printed can fail for want of letters.
+@pytest.mark.parametrize(
+    ("env", "argument", "line"),
+    [
+        ({"LC_ALL": "C.UTF-8"}, b"dataset.path=\xff.zip", "rename it."),
+        (
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            "dataset.path=é.zip".encode(),
+            "set PYTHONUTF8=1.",
+        ),
+        ({"PYTHONIOENCODING": "ascii"}, "dataset.path=é.zip".encode(), ": set dataset.path"),
+    ],
+)
+def test_names_that_are_not_text(
+    env: dict[str, str], argument: bytes, line: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", argument],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOP), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(line + "\n")
+
+
+# What is printed has letters of the terminal's.
+def test_a_path_on_a_terminal_without_its_letters(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "experiment=rehearsal", "dry_run=true", "output_dir=é"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOP), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"/\\xe9/runs/<date>" in done.stdout

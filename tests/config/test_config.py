@@ -195,7 +195,7 @@ SAID = {
         "optimizer.type has no value: set it, for example optimizer.type=torch.optim.RMSprop."
     ),
     ("dataset.resolution=5",): (
-        "dataset.resolution is a list, in brackets: python -m runner 'dataset.resolution=[5,5]'"
+        "dataset.resolution is a list, in brackets: runner 'dataset.resolution=[5,5]'"
     ),
     ("name=[a b",): (
         "'name=[a b' can't be read: no viable alternative at input '[a b'. Quote values with "

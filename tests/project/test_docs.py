@@ -19,9 +19,7 @@ from conftest import TOP, compose, run_program
 from in_process import program_here
 from media_factory import make_clip, make_image
 
-PAGES = sorted(
-    [TOP / "README.md", TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", *(TOP / "docs").rglob("*.md")]
-)
+PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")])
 
 # What no test can run, and why. A program that is not here and not below is an error: add it to
 # one of the two.

@@ -1,4 +1,4 @@
-"""The tables of docs/options.md say what is so; its commands and links are tested in test_docs.py."""
+"""The tables of docs/options.md are those of the code."""
 
 from __future__ import annotations
 

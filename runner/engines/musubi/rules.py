@@ -1,7 +1,8 @@
 """Rules of musubi-tuner v0.3.4 on options, checked before anything is read or written; pure.
 
 Each is a condition under which it would end with an error, often hours into a run, or take an
-option for something else without a word. docs/development/musubi-rules.md lists where each comes from.
+option for something else without a word. docs/development/musubi-rules.md lists where each comes
+from.
 """
 
 from __future__ import annotations

@@ -57,12 +57,16 @@ class Dataset(Stage):
         missing = [e for e in wanted.values() if force or e.stored not in inputs.cached]
         pictures = sum(item.kind == "image" for item in items)
         summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
+        unpacked = sum(source.unpacked for source in inputs.sources)
+        if unpacked:
+            summary += f", {unpacked} unpacked"
         if missing:
             summary += f", {len(missing)} to unpack"
         return StagePlan(
             self.name,
             summary,
-            "to run" if missing else "done",
+            # What lies in a folder is linked into each run's own.
+            "done" if wanted and not missing and not unpacked else "to run",
             files=tuple(files),
             entries=tuple(wanted.values()),
             missing=len(missing),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from runner.config.schema import RunConfig
 from runner.core.command import Command
 from runner.core.console import Bar
 from runner.core.errors import StageError
@@ -13,7 +14,7 @@ from runner.core.process import log_lines
 from runner.core.text import counted
 from runner.data.select import shapes
 from runner.pipeline.context import Context
-from runner.pipeline.model import Planning, StagePlan
+from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
 from runner.storage.store import link
 from runner.tracking.metrics import Point
@@ -22,6 +23,8 @@ _FINAL = "checkpoints/lora.safetensors"
 # A second name of the trainer's file, or a copy where the file system has no such thing. The place
 # may be a name of it already, which ln and cp would refuse.
 _KEEP = Command(("sh", "-c", f"f={LORA}; rm -f $f; ln checkpoints/$f . || cp checkpoints/$f ."))
+# Where trainers put previews.
+PREVIEWS = "checkpoints/sample"
 
 
 class Train(Stage):
@@ -48,8 +51,9 @@ class Train(Stage):
         samples = sum(shapes(inputs.sources, inputs.selection).values())
         stage = context.plan.stage(self.name)
         *training, keeping = stage.commands
-        with context.console.bar("steps", context.plan.steps) as bar:
-            view = _View(bar)
+        starting = "starting the trainer"
+        with context.console.bar("steps", context.plan.steps, detail=starting) as bar:
+            view = _View(bar, context.run_dir / PREVIEWS, previews(context.plan, inputs.config))
             follower = MetricsFollower(
                 folder,
                 context.writer,
@@ -59,7 +63,7 @@ class Train(Stage):
             )
             follower.start()
             try:
-                run_commands(context, replace(stage, commands=tuple(training)))
+                run_commands(context, replace(stage, commands=tuple(training)), view.tick)
             finally:
                 warning = follower.stop()
                 # A full disk must not hide why the trainer failed.
@@ -81,11 +85,17 @@ def _last_line(log: Path) -> str:
 
 
 class _View:
-    """The bar's words, from the metrics: loss and speed."""
+    """The bar's words, from the metrics: loss and speed; and a bar for the previews."""
 
-    def __init__(self, bar: Bar) -> None:
-        self.bar = bar
+    def __init__(self, bar: Bar, folder: Path, previews: int) -> None:
+        self.bar, self.folder, self.previews = bar, folder, previews
         self.values: dict[str, float] = {}
+
+    def tick(self) -> None:
+        self.bar.tick()
+        if self.previews:
+            made = sum(1 for _ in _files(self.folder))
+            self.bar.beside("previews", min(made, self.previews), self.previews)
 
     def points(self, points: Sequence[Point]) -> None:
         step = self.bar.done
@@ -100,17 +110,3 @@ class _View:
         if seconds:
             words.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
         self.bar.update(step, "  ".join(words), self.values.get("time/seconds_left"))
-
-
-def _collect_samples(context: Context) -> None:
-    """Previews are written below the checkpoints; the run's folder shows them as ``samples``."""
-    made = context.run_dir / "checkpoints" / "sample"
-    if not made.is_dir():
-        return
-    for file in sorted(made.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            link(file.absolute(), context.run_dir / "samples" / file.name)
-            context.writer.log_artifact(file, "samples")
-
-
-TRAIN = Train()
