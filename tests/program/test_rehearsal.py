@@ -32,7 +32,8 @@ import json, os, sys
 def watch(event, given):
     if event == "subprocess.Popen":
         _, argv, cwd, env = given
-        line = {"argv": list(argv), "cwd": str(cwd), "env": dict(os.environ if env is None else env)}
+        env = dict(os.environ if env is None else env)
+        line = {"argv": list(argv), "cwd": str(cwd), "env": env}
         with open(os.environ["LAUNCHED"], "a") as log:
             log.write(json.dumps(line) + "\\n")
 

@@ -110,3 +110,27 @@ class _View:
         if seconds:
             words.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
         self.bar.update(step, "  ".join(words), self.values.get("time/seconds_left"))
+
+
+def previews(plan: Plan, config: RunConfig) -> int:
+    """How many previews a trainer makes in all of a plan's epochs."""
+    sampling = config.sampling
+    if sampling.name == "none":
+        return 0
+    times = plan.epochs // sampling.every_epochs + sampling.at_first
+    return times * len(sampling.prompts)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+
+
+def _collect_samples(context: Context) -> None:
+    """Previews are written below the checkpoints; the run's folder shows them as ``samples``."""
+    for file in sorted(_files(context.run_dir / PREVIEWS)):
+        link(file.absolute(), context.run_dir / "samples" / file.name)
+        context.writer.log_artifact(file, "samples")
+
+
+TRAIN = Train()
