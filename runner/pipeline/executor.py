@@ -246,6 +246,7 @@ class _Run:
                 if stage.looks and context.look() is not written:
                     written = context.plan
                     self._write_plan(context.run_dir, written, context.launched)
+            recorder.result_of(context.inputs, context.plan, self.engine)
             now = self.begun[stage.name] = context.plan.stage(stage.name)
             self.console.stage(number, len(todo), stage.name, _summary(now))
             if now.state == "skipped" and not stage.runs_when_skipped:
