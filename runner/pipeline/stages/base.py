@@ -76,10 +76,18 @@ def run_commands(
 ) -> None:
     """Run a stage's commands in the run's folder, their output in the stage's log.
 
-    ``variables`` are set for them besides. Raises :class:`runner.core.errors.StageError` when one
-    fails, in the words that ``explain``, or else the engine, has for its log.
+    Args:
+        context: what the run works with.
+        stage: the plan of the stage.
+        on_tick: called a few times a second.
+        variables: environment variables that are set besides.
+        explain: makes a line of the log of one that failed; the engine does, unless given.
+
+    Raises:
+        StageError: one failed.
     """
     for command in stage.commands:
+        context.launched.setdefault(stage.name, []).append(command)
         process.run(
             command.argv,
             cwd=context.run_dir,
