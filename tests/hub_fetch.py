@@ -13,7 +13,6 @@ from hub_server import Hub, Repository, serve, talk_to
 
 from runner.hub.cache import HubCache, Request
 from runner.hub.fetch import Obtained, obtain
-from runner.hub.remote import RemoteFile
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 BIG = random.Random(1).randbytes(3_000_000)
@@ -31,23 +30,23 @@ class Notes:
     """Takes down what a watcher is told."""
 
     def __init__(self) -> None:
-        self.todo: list[tuple[str, int]] = []
+        self.todo: list[tuple[str, int, int]] = []
         self.lines: list[str] = []
         self.files: list[str] = []
         self.read: list[str] = []
 
-    def begin(self, todo: Sequence[tuple[RemoteFile, int]]) -> None:
-        self.todo = [(file.name, part) for file, part in todo]
+    def begin(self, todo: Sequence[tuple[str, int, int]]) -> None:
+        self.todo = list(todo)
 
-    def bytes(self, file: RemoteFile, done: int) -> None:
-        assert 0 <= done <= file.size
+    def bytes(self, number: int, done: int) -> None:
+        assert 0 <= done <= self.todo[number][1]
 
     def checking(self, name: str, done: int, total: int) -> None:
         if done == total:
             self.read.append(name)
 
-    def brought(self, file: RemoteFile) -> None:
-        self.files.append(file.name)
+    def brought(self, number: int) -> None:
+        self.files.append(self.todo[number][0])
 
     def line(self, text: str) -> None:
         self.lines.append(text)

@@ -70,7 +70,15 @@ class Hub:
     head_sizes: dict[str, int] = field(default_factory=dict)
     # Answer so many requests with this status first.
     failures: list[int] = field(default_factory=list)
+    # Answer so many downloads with this status first.
+    refused: list[int] = field(default_factory=list)
+    # Answer everything with a page for people, as a network does that wants a login first.
+    portal: bool = False
     no_ranges: bool = False
+    # Offer large files by Xet too, from a storage that has none of them.
+    xet: bool = False
+    # For a file: the digest that its head names.
+    etags: dict[str, str] = field(default_factory=dict)
     seconds_per_piece: float = 0.0
     piece: int = 1 << 16
     asked: list[Asked] = field(default_factory=list)
@@ -107,8 +115,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.headers.get("Host", ""),
         )
         self.hub.asked.append(asked)
-        if self.hub.failures:
+        if self.hub.portal:
+            self._end(200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+        elif self.hub.failures:
             self._end(self.hub.failures.pop(0))
+        elif "/xet-read-token/" in path:
+            self._end(
+                200,
+                {
+                    "X-Xet-Cas-Url": self.hub.url,
+                    "X-Xet-Access-Token": "xet",
+                    "X-Xet-Token-Expiration": "9999999999",
+                },
+            )
         elif path.startswith("/api/models/"):
             self._info(path.removeprefix("/api/models/"))
         elif path.startswith("/api/datasets/"):
@@ -160,13 +179,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._end(404, {"X-Error-Code": "EntryNotFound"})
         elif repository.is_lfs(file):
             size = self.hub.head_sizes.get(file, len(repository.files[file]))
+            offer = f"<{self.hub.url}/api/models/{name}/xet-read-token/{repository.commit}>"
             self._end(
                 302,
                 {
                     "X-Repo-Commit": repository.commit,
-                    "X-Linked-Etag": f'"{repository.etag(file)}"',
+                    "X-Linked-Etag": f'"{self.hub.etags.get(file, repository.etag(file))}"',
                     "X-Linked-Size": str(size),
                     "X-Xet-Hash": "0" * 64,
+                    **({"Link": f'{offer}; rel="xet-auth"'} if self.hub.xet else {}),
                     "Location": f"http://localhost:{self.hub.port}/cdn/{name}/resolve/{file}?sig=x",
                 },
             )
@@ -175,6 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, repository: Repository, file: str, asked: Asked) -> None:
         hub, content = self.hub, repository.files[file]
+        if self.command == "GET" and hub.refused:
+            self._end(hub.refused.pop(0))
+            return
         if self.command == "GET" and hub.lies.get(file):
             content = hub.lies[file].pop(0)
         start = 0
@@ -226,7 +250,8 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
 
 def talk_to(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this process talk to ``hub`` alone, with its cache in ``folder`` and no token."""
+    """Make this process and those it starts talk to ``hub`` alone, with its cache in ``folder`` and
+    no token."""
     from huggingface_hub import constants
 
     from runner.hub import remote
@@ -239,5 +264,12 @@ def talk_to(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    for name, value in (
+        ("HF_ENDPOINT", hub.url),
+        ("HF_HOME", str(folder)),
+        ("HF_HUB_CACHE", str(folder / "hub")),
+        ("HF_TOKEN_PATH", str(folder / "token")),
+    ):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(remote, "PAUSE", 0.01)

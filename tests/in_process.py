@@ -27,7 +27,8 @@ from runner.pipeline import executor
 
 
 def executables_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands of the embedded engine are calls of its modules, in the run's folder."""
+    """Commands of the runner's own modules are calls of these, in the run's folder."""
+    start = process.run
 
     def run(
         argv: tuple[str, ...],
@@ -38,7 +39,9 @@ def executables_here(monkeypatch: pytest.MonkeyPatch) -> None:
         on_tick: Callable[[], None] | None = None,
         explain: Callable[[Path], str] | None = None,
     ) -> None:
-        assert argv[1] == "-m"
+        if argv[1] != "-m" or not argv[2].startswith("runner."):
+            start(argv, cwd=cwd, env=env, log=log, on_tick=on_tick, explain=explain)
+            return
         module: Any = import_module(argv[2])
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as said, redirect_stdout(said), redirect_stderr(said), chdir(cwd):

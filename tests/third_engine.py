@@ -67,7 +67,9 @@ class ThirdEngine:
         if clips:
             yield "the third engine takes no clips."
 
-    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
+    def plan_notices(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
         yield f"the third engine counts {steps} steps."
 
     def settle(self, config: RunConfig, cwd: Path) -> RunConfig:

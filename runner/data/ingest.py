@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from runner.storage.store import Store
 if TYPE_CHECKING:
     from runner.data.sources.entries import Entry
     from runner.data.sources.look import Keeper
-    from runner.hub.fetch import Watcher
+    from runner.hub.progress import Watcher
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,17 +97,17 @@ def _place(options: SourceOptions, cwd: Path, store: Store, reading: Reading) ->
         kind, path = locate(options.path, options.kind, cwd=cwd)
         return _Place(options, kind, path, str(path))
     from runner.hub.dataset import HubDatasets
-    from runner.hub.log import hub_log
+    from runner.hub.remote import hush
 
+    hush()
     datasets = HubDatasets(store.root)
-    with hub_log(Path(os.devnull)):
-        if reading.keep:
-            with reading.watch() as watcher:
-                here = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
-        else:
-            if reading.refused and datasets.find(options.path, options.revision) is None:
-                raise UserError(reading.refused)
-            here = datasets.planned(options.path, options.revision)
+    if reading.keep:
+        with reading.watch() as watcher:
+            here = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
+    else:
+        if reading.refused and datasets.find(options.path, options.revision) is None:
+            raise UserError(reading.refused)
+        here = datasets.planned(options.path, options.revision)
     kind, path = locate(str(here.folder), "auto", cwd=cwd)
     return _Place(options, kind, path, str(here), here.commit)
 

@@ -84,8 +84,10 @@ class Engine(Protocol):
         ``steps`` is the number of optimizer steps, and ``clips`` says whether there are any.
         """
 
-    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
-        """What goes through but is hardly what was meant; pure."""
+    def plan_notices(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
+        """What goes through but is hardly what was meant, or does nothing; pure."""
 
     def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
         """``config`` with the paths absolute that only it takes, from ``cwd``. Reads only.

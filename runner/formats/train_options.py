@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal
 
-from runner.config.schema import MemoryConfig, RunConfig
+from runner.config.schema import MemoryConfig, OptimizerConfig, RunConfig
 from runner.formats.train_toml import WeightPaths
 
 NETWORK_MODULES = {
@@ -107,8 +107,9 @@ def _network_args(r: Rendering) -> list[str] | None:
     return args + [f"{key}={value}" for key, value in network.args.items()] or None
 
 
-def _optimizer_args(r: Rendering) -> list[str] | None:
-    return [f"{key}={value!r}" for key, value in r.config.optimizer.args.items()] or None
+def optimizer_args(optimizer: OptimizerConfig) -> list[str]:
+    """The optimizer's own arguments as the trainers read them: a name and a Python literal."""
+    return [f"{key}={value!r}" for key, value in optimizer.args.items()]
 
 
 def _of_schedules(names: tuple[str, ...], key: str) -> Callable[[Rendering], Any]:
@@ -260,7 +261,9 @@ class TrainOptions:
     network_weights: str | None = row("network.weights", default=None)
     network_dropout: float | None = row("network.dropout", default=None, in_lora=True)
     network_args: list[str] = row("network.args", _network_args, default=[])
-    optimizer_args: list[str] = row("optimizer.args", _optimizer_args, default=[])
+    optimizer_args: list[str] = row(
+        "optimizer.args", lambda r: optimizer_args(r.config.optimizer) or None, default=[]
+    )
     lr_warmup_steps: int | float = row(
         "scheduler.warmup_steps",
         lambda r: r.config.scheduler.warmup_steps or None,

@@ -148,24 +148,33 @@ class HubCache:
         commit = self.commit(request.repository, request.revision)
         return commit is not None and commit == self.commit(request.repository, request.branch)
 
-    def here(self, request: Request) -> list[str]:
+    def here(self, request: Request) -> dict[str, Cached]:
         """The files of a request that are here, the optional ones included."""
         commit = self.commit(request.repository, request.revision)
         if commit is None:
-            return []
-        top = self.of(request.repository) / "snapshots" / commit
-        names = {f for f in request.files if self.find(request.repository, commit, f)}
+            return {}
+        top = self.place(request.repository, commit, "")
+        names = {*request.files}
         for pattern in request.patterns:
-            names |= {p.relative_to(top).as_posix() for p in top.glob(pattern) if p.is_file()}
-        return sorted(names)
+            names.update(path.relative_to(top).as_posix() for path in top.glob(pattern))
+        found = {name: self.find(request.repository, commit, name) for name in sorted(names)}
+        return {name: cached for name, cached in found.items() if cached is not None}
+
+    def unchecked(self, request: Request) -> int:
+        """How many files of a request are here and were not read since they came."""
+        return sum(self.known_sha256(cached) is None for cached in self.here(request).values())
 
     def link(self, repository: str, commit: str, file: str, etag: str) -> None:
         """Put a blob into a snapshot."""
+        from huggingface_hub import constants
+
         place, blob = self.place(repository, commit, file), self.blob(repository, etag)
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
         try:
+            if constants.HF_HUB_DISABLE_SYMLINKS:
+                raise OSError("no links are wanted")
             temporary.symlink_to(os.path.relpath(blob, place.parent))
         except OSError:  # No links here: then the bytes themselves lie in the snapshot.
             blob.replace(place)

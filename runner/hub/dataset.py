@@ -22,7 +22,7 @@ from runner.formats.media_types import hidden, media_kind
 from runner.hub.cache import HubCache, Request
 
 if TYPE_CHECKING:
-    from runner.hub.fetch import Watcher
+    from runner.hub.progress import Watcher
     from runner.hub.remote import Remote
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")

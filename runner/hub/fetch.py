@@ -7,35 +7,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from runner.core.errors import StageError
 from runner.core.text import counted, readable
 from runner.hub.cache import Cached, HubCache, Request, read_sha256
+from runner.hub.progress import Watcher
 from runner.hub.remote import Remote, RemoteFile, check_access, download, look_up, offline
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Watcher(Protocol):
-    """Is told what happens; see :class:`runner.hub.progress.Shown`."""
-
-    def begin(self, todo: Sequence[tuple[RemoteFile, int]]) -> None:
-        """These files will be brought; so many bytes of each are here already."""
-
-    def bytes(self, file: RemoteFile, done: int) -> None:
-        """A file being brought has so many bytes now."""
-
-    def checking(self, name: str, done: int, size: int) -> None:
-        """A file is being read to see that it is whole."""
-
-    def brought(self, file: RemoteFile) -> None:
-        """A file is here and whole."""
-
-    def line(self, text: str) -> None:
-        """Something worth a line."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +33,29 @@ class Obtained:
     path: Path
 
 
-@dataclass
-class _Job:
-    """What has to be done for one request."""
+@dataclass(frozen=True)
+class _Missing:
+    """A file to bring: where its bytes will lie, and where they grow until they are whole.
+
+    Older versions of huggingface_hub resume from this name as well.
+    """
 
     remote: Remote
-    missing: list[RemoteFile] = field(default_factory=list)
+    file: RemoteFile
+    blob: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.blob.with_name(self.blob.name + ".incomplete")
+
+    @property
+    def what(self) -> str:
+        return f"{self.file.name} of {self.remote.request.repository}"
+
+    @property
+    def have(self) -> int:
+        """The bytes of it that are here."""
+        return min(self.file.size, _size(self.partial))
 
 
 def obtain(
@@ -73,35 +71,56 @@ def obtain(
     for request in requests:
         _check_here(request, cache, watcher, again=force)
     lacking = [request for request in requests if cache.lacking(request)]
-    if offline():
-        if lacking:
-            raise StageError(_lacking_offline(lacking, cache))
-        jobs = []
-    else:
-        jobs = [
-            _job(look_up(request), cache, watcher) for request in (requests if force else lacking)
-        ]
-    for job in jobs:
-        if job.missing:
-            check_access(job.remote, job.missing[0])
-    _bring(jobs, cache, watcher)
-    for job in jobs:
-        request, commit = job.remote.request, job.remote.commit
-        for file in job.remote.files:
-            if cache.find(request.repository, commit, file.name) is None:
-                cache.link(request.repository, commit, file.name, file.etag)
-        cache.point(request.repository, request.revision, commit)
+    if not offline():
+        _fetch([look_up(one) for one in (requests if force else lacking)], cache, watcher)
+    elif lacking:
+        raise StageError(_lacking_offline(lacking, cache))
     for request in requests:
         _point_branch(request, cache, watcher)
-    return [file for request in requests for file in _record(request, cache, watcher)]
+        # Where there are no links, a file has a new place by now.
+        _check_here(request, cache, watcher, again=False)
+    found = recorded(requests, cache)
+    if found is None or any(map(cache.lacking, requests)):
+        raise StageError("files of the hub were changed while they were fetched: start again.")
+    return found
+
+
+def recorded(requests: Sequence[Request], cache: HubCache) -> list[Obtained] | None:
+    """The files of ``requests`` that are here; None unless each was read and found whole."""
+    found = []
+    for request in requests:
+        repository, revision = request.repository, request.revision
+        commit = cache.commit(repository, revision) or ""
+        for name, one in cache.here(request).items():
+            sha256, size = cache.known_sha256(one), _size(one.blob)
+            if sha256 is None:
+                return None
+            found.append(
+                Obtained(repository, revision, commit, name, size, sha256, request.option, one.path)
+            )
+    return found
+
+
+def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: Watcher) -> None:
+    """Bring what is missing of ``remotes``, and let their revisions point at it."""
+    todo = []
+    for remote in remotes:
+        missing = _missing(remote, cache, watcher)
+        if missing:
+            check_access(remote, missing[0].file)
+        todo += missing
+    _bring(todo, cache, watcher)
+    for remote in remotes:
+        repository = remote.request.repository
+        for file in remote.files:
+            if cache.find(repository, remote.commit, file.name) is None:
+                cache.link(repository, remote.commit, file.name, file.etag)
+        cache.point(repository, remote.request.revision, remote.commit)
 
 
 def _check_here(request: Request, cache: HubCache, watcher: Watcher, *, again: bool) -> None:
-    commit = cache.commit(request.repository, request.revision)
-    for name in cache.here(request):
-        cached = cache.find(request.repository, commit, name)
-        if cached is not None:
-            _is_whole(cached, f"{name} of {request.repository}", cache, watcher, again=again)
+    for name, cached in cache.here(request).items():
+        _is_whole(cached, f"{name} of {request.repository}", cache, watcher, again=again)
 
 
 def _is_whole(
@@ -136,24 +155,20 @@ def _lacking_offline(requests: Sequence[Request], cache: HubCache) -> str:
     )
 
 
-def _job(remote: Remote, cache: HubCache, watcher: Watcher) -> _Job:
-    job = _Job(remote)
+def _missing(remote: Remote, cache: HubCache, watcher: Watcher) -> list[_Missing]:
     repository = remote.request.repository
-    for file in remote.files:
-        if cache.find(repository, remote.commit, file.name) is not None:
-            continue
-        # The same bytes can be here for another revision.
-        blob = cache.blob(repository, file.etag)
-        what = f"{file.name} of {repository}"
-        if not blob.is_file() or not _is_whole(Cached(blob, blob, file.etag), what, cache, watcher):
-            job.missing.append(file)
-    return job
+    files = [
+        _Missing(remote, file, cache.blob(repository, file.etag))
+        for file in remote.files
+        if cache.find(repository, remote.commit, file.name) is None
+    ]
+    # The same bytes can be here for another revision.
+    return [one for one in files if not _has_blob(one, cache, watcher)]
 
 
-def _partial(cache: HubCache, repository: str, file: RemoteFile) -> Path:
-    """Where a file grows. Older versions of huggingface_hub resume from this name as well."""
-    blob = cache.blob(repository, file.etag)
-    return blob.with_name(blob.name + ".incomplete")
+def _has_blob(one: _Missing, cache: HubCache, watcher: Watcher) -> bool:
+    cached = Cached(one.blob, one.blob, one.file.etag)
+    return one.blob.is_file() and _is_whole(cached, one.what, cache, watcher)
 
 
 def _size(path: Path) -> int:
@@ -163,15 +178,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _bring(jobs: Sequence[_Job], cache: HubCache, watcher: Watcher) -> None:
-    todo = [(job.remote, file) for job in jobs for file in job.missing]
+def _bring(todo: Sequence[_Missing], cache: HubCache, watcher: Watcher) -> None:
     if not todo:
         return
-    have = [
-        (file, min(file.size, _size(_partial(cache, remote.request.repository, file))))
-        for remote, file in todo
-    ]
-    lacking = sum(file.size - part for file, part in have)
+    lacking = sum(one.file.size - one.have for one in todo)
     free = free_space(cache.folder)
     if lacking > free:
         raise StageError(
@@ -179,10 +189,10 @@ def _bring(jobs: Sequence[_Job], cache: HubCache, watcher: Watcher) -> None:
             f"{readable(free)} are free at {cache.folder}: free some, or put the cache elsewhere "
             "with HF_HOME."
         )
-    watcher.begin(have)
-    for remote, file in todo:
+    watcher.begin([(one.file.name, one.file.size, one.have) for one in todo])
+    for number, one in enumerate(todo):
         try:
-            _bring_one(remote, file, cache, watcher)
+            _bring_one(number, one, cache, watcher)
         except OSError as error:
             if error.errno in _FULL:
                 raise StageError(
@@ -205,43 +215,38 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage("/").free
 
 
-def _bring_one(remote: Remote, file: RemoteFile, cache: HubCache, watcher: Watcher) -> None:
-    repository = remote.request.repository
-    blob, partial = cache.blob(repository, file.etag), _partial(cache, repository, file)
-    with _locked(cache.lock(repository, file.etag), lambda: _wait(partial, file, watcher)):
-        what = f"{file.name} of {repository}"
+def _bring_one(number: int, one: _Missing, cache: HubCache, watcher: Watcher) -> None:
+    repository, etag = one.remote.request.repository, one.file.etag
+    lock = cache.lock(repository, etag)
+    with _locked(lock, on_wait=lambda: watcher.bytes(number, one.have)):
         # Another run, or another program, may have made it while this one waited.
-        if not blob.is_file() or not _is_whole(Cached(blob, blob, file.etag), what, cache, watcher):
-            sha256 = _whole(remote, file, partial, watcher)
-            with partial.open("rb+") as handle:
+        if not _has_blob(one, cache, watcher):
+            sha256 = _whole(number, one, watcher)
+            with one.partial.open("rb+") as handle:
                 os.fsync(handle.fileno())
-            partial.replace(blob)
-            cache.remember(blob, sha256)
-    cache.link(repository, remote.commit, file.name, file.etag)
-    watcher.brought(file)
+            one.partial.replace(one.blob)
+            cache.remember(one.blob, sha256)
+    cache.link(repository, one.remote.commit, one.file.name, etag)
+    watcher.brought(number)
 
 
-def _whole(remote: Remote, file: RemoteFile, partial: Path, watcher: Watcher) -> str:
+def _whole(number: int, one: _Missing, watcher: Watcher) -> str:
     """Download until the bytes are right, twice at most; returns their sha256."""
+    name, size = one.file.name, one.file.size
     for last in (False, True):
-        download(remote, file, partial, lambda done: watcher.bytes(file, done))
+        download(one.remote, one.file, one.partial, lambda done: watcher.bytes(number, done))
         sha256, right = read_sha256(
-            partial, file.etag, lambda done: watcher.checking(file.name, done, file.size)
+            one.partial, one.file.etag, lambda done: watcher.checking(name, done, size)
         )
         if right:
             return sha256
-        partial.unlink()
+        one.partial.unlink()
         if not last:
-            watcher.line(f"{file.name} arrived damaged and is fetched again.")
+            watcher.line(f"{name} arrived damaged and is fetched again.")
     raise StageError(
-        f"{file.name} of {remote.request.repository} arrived twice with other bytes than the hub "
-        f"names ({file.etag[:12]}): nothing of it is kept. Try again later, or another mirror "
-        "(HF_ENDPOINT)."
+        f"{one.what} arrived twice with other bytes than the hub names ({one.file.etag[:12]}): "
+        "nothing of it is kept. Try again later, or another mirror (HF_ENDPOINT)."
     )
-
-
-def _wait(partial: Path, file: RemoteFile, watcher: Watcher) -> None:
-    watcher.bytes(file, min(file.size, _size(partial)))
 
 
 @contextmanager
@@ -286,27 +291,3 @@ def _point_branch(request: Request, cache: HubCache, watcher: Watcher) -> None:
             f"{request.branch} of {request.repository} in the cache points at {commit[:12]} now "
             f"(before: {str(before)[:12]})."
         )
-
-
-def _record(request: Request, cache: HubCache, watcher: Watcher) -> list[Obtained]:
-    commit = cache.commit(request.repository, request.revision)
-    found = []
-    for name in cache.here(request):
-        cached = cache.find(request.repository, commit, name)
-        if cached is None or commit is None:
-            continue
-        if not _is_whole(cached, f"{name} of {request.repository}", cache, watcher):
-            raise StageError(f"{name} of {request.repository} was damaged: start again.")
-        found.append(
-            Obtained(
-                request.repository,
-                request.revision,
-                commit,
-                name,
-                _size(cached.blob),
-                cache.known_sha256(cached) or "",
-                request.option,
-                cached.path,
-            )
-        )
-    return found

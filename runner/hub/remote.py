@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,6 +49,13 @@ def offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
+
+
+def hush() -> None:
+    """Keep huggingface_hub's warnings (of retries, of rate limits) off the screen."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def look_up(request: Request) -> Remote:
@@ -210,6 +218,7 @@ def _url(remote: Remote, file: RemoteFile) -> str:
 def _patiently(request: Request, call: Callable[[], T]) -> T:
     """``call()``, again after failures that pass."""
     import httpx2
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     for attempt in range(ATTEMPTS):
@@ -219,7 +228,12 @@ def _patiently(request: Request, call: Callable[[], T]) -> T:
             if not _passing(error) or attempt == ATTEMPTS - 1:
                 raise StageError(told(error, request)) from error
             time.sleep(PAUSE * 2**attempt)
-        except ValueError as error:  # An answer that is no JSON, or a name that is none.
+        except JSONDecodeError as error:
+            raise StageError(
+                f"{constants.ENDPOINT} answers with something else than a hub does: check "
+                "HF_ENDPOINT, and whether this network wants you to log in first."
+            ) from error
+        except ValueError as error:  # A name that is none.
             raise StageError(f"{request.repository} can't be looked up: {_words(error)}") from error
     raise AssertionError("unreachable")
 

@@ -19,9 +19,9 @@ from runner.hub.cache import HubCache, Request
 class WeightFacts:
     """Where the weights are or will be, and the digest of each once they are there.
 
-    ``commands`` bring them by hand. ``tokenizer`` is the folder of the text encoder's, where it is
-    on this machine. ``requests`` are the files of the hub among them; weights that need none are
-    made by the commands.
+    ``commands`` bring them. ``tokenizer`` is the folder of the text encoder's, where it is on this
+    machine. ``requests`` are the files of the hub among them. ``checked``: all that is here was
+    read, and found whole.
     """
 
     paths: WeightPaths
@@ -30,6 +30,7 @@ class WeightFacts:
     summary: str
     tokenizer: Path | None = None
     requests: tuple[Request, ...] = ()
+    checked: bool = True
 
     @property
     def present(self) -> bool:
@@ -116,11 +117,14 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
     if i2v:
         digests["image_encoder"] = digest(encoders, model.image_encoder)
     lacking = sum(len(cache.lacking(request)) for request in requests)
+    unchecked = sum(cache.unchecked(request) for request in requests)
     complete = None not in digests.values() and all(cache.pointed(r) for r in requests)
     number = sum(len(request.files) for request in requests)
     summary = f"{number} files of {model.repository}, its encoders and tokenizers"
     if lacking:
         summary += f", {lacking} to fetch"
+    if unchecked:
+        summary += f", {unchecked} to check"
     return WeightFacts(
         WeightPaths(
             transformer=path(hub, model.transformer),
@@ -130,10 +134,11 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
             image_encoder=path(encoders, model.image_encoder) if i2v else "",
         ),
         {part: value for part, value in digests.items() if value} if complete else None,
-        tuple(_by_hand(request, cache, root) for request in requests),
+        (_command(requests, cache, root, force="weights" in config.stages.force),),
         summary,
         find_tokenizer(model, root),
         requests,
+        checked=not unchecked,
     )
 
 
@@ -159,15 +164,21 @@ def _joined(parts: Iterable[str | None]) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def _by_hand(request: Request, cache: HubCache, root: Path) -> Command:
-    """The command that does for one repository what the stage does, at the commit if known."""
-    commit = cache.commit(request.repository, request.revision)
-    argv = [sys.executable, "-m", "runner.hub", request.repository]
-    argv += ["--revision", commit or request.revision]
-    for pattern in request.patterns:
-        argv += ["--include", pattern]
-    if request.branch is not None:
-        argv += ["--branch", request.branch]
-    argv += ["--checked", str(root / "cache" / "weights" / "checked"), "--", *request.files]
+def _command(requests: Iterable[Request], cache: HubCache, root: Path, *, force: bool) -> Command:
+    """What fetches them, at their commits where those are known; all are asked for together, so
+    that one that can't be had is told before the first is fetched."""
+    argv = [sys.executable, "-m", "runner.hub"]
+    for number, request in enumerate(requests):
+        commit = cache.commit(request.repository, request.revision)
+        argv += ["--and"] * (number > 0) + [request.repository]
+        argv += ["--revision", commit or request.revision, "--named", request.option]
+        for pattern in request.patterns:
+            argv += ["--include", pattern]
+        if request.branch is not None:
+            argv += ["--branch", request.branch]
+        if number == 0:
+            argv += ["--checked", str(root / "cache" / "weights" / "checked")]
+            argv += ["--force"] * force
+        argv += ["--", *request.files]
     path = checkout()
     return Command(tuple(argv), set_env=(("PYTHONPATH", path),) if path else ())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runner.core.command import Command
 from runner.core.console import Console
 from runner.engines.base import Engine
 from runner.hub.weights import WeightFacts
@@ -20,7 +21,8 @@ from runner.tracking.mlflow_run import Writer
 class Context:
     """A run at work: its folder, its plan as of now, and where it writes what happens.
 
-    ``make_plan`` makes the plan of other inputs.
+    ``make_plan`` makes the plan of other inputs. ``launched`` are the commands that were started of
+    each stage, in their order.
     """
 
     inputs: Inputs
@@ -32,6 +34,7 @@ class Context:
     plan: Plan
     use: Use
     make_plan: Callable[[Inputs], Plan]
+    launched: dict[str, list[Command]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
     _stale: bool = False
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from runner.config import rules
 from runner.config.composed import Composed
 from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
+from runner.core.command import Command
 from runner.core.console import Console
 from runner.core.errors import StageError, UserError, describe_os_error
 from runner.core.paths import shortest
@@ -42,6 +43,9 @@ from runner.storage.store import Store
 from runner.tracking.client import safe
 from runner.tracking.multirun import Job
 from runner.tracking.secrets import redact_mapping, secret_values
+
+# The commands that were started of each stage.
+Launched = Mapping[str, Sequence[Command]]
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class _Run:
         self.engine, self.plan = prepared.engine, prepared.plan
         self.console, self.job = console, job
         self.started = time.time()
+        # Of each stage that has begun, its plan as it was then.
+        self.begun: dict[str, StagePlan] = {}
 
     def through(self) -> None:
         """Run every stage; the run's status is settled whatever happens."""
@@ -208,21 +214,29 @@ class _Run:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(shown)))
         overrides = "".join(f"{override}\n" for override in self.composed.overrides)
         write_text(folder / "overrides.txt", safe(overrides))
-        self._write_plan(folder, self.plan)
+        self._write_plan(folder, self.plan, {})
 
-    def _write_plan(self, folder: Path, plan: Plan) -> None:
+    def _write_plan(self, folder: Path, plan: Plan, launched: Launched) -> None:
         """Write what the commands read, and the script of the commands."""
         for name, text in plan.files:
             write_text(folder / name, text)
-        # What ran stays in the script though it is done by now, with the commits that its
-        # branches turned out to be. Damage that was found since makes more to run.
-        before = self.plan
-        stages = tuple(
-            s if s.to_run else replace(s, state=before.stage(s.name).state) for s in plan.stages
-        )
+        self._write_script(folder, plan, launched)
+
+    def _write_script(self, folder: Path, plan: Plan, launched: Launched) -> None:
+        """Write ``commands.sh``: what ran of the stages so far, and what is planned of others."""
+        stages = tuple(self._as_run(stage, launched.get(stage.name)) for stage in plan.stages)
         script = folder / "commands.sh"
         write_text(script, commands_sh(replace(plan, stages=stages)))
         script.chmod(0o755)
+
+    def _as_run(self, stage: StagePlan, ran: Sequence[Command] | None) -> StagePlan:
+        begun = self.begun.get(stage.name, stage)
+        if ran is None:
+            # Work that is done by now stays in the script, with the commits that its branches
+            # turned out to be.
+            return stage if stage.to_run else replace(stage, state=begun.state)
+        without = "done" if begun.to_run else begun.state
+        return replace(begun, commands=tuple(ran), state="to run" if ran else without)
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
         planned = {stage.name for stage in self.plan.stages}
@@ -234,8 +248,9 @@ class _Run:
                 # what is damaged in the cache is found when it is read.
                 if stage.looks and context.look() is not written:
                     written = context.plan
-                    self._write_plan(context.run_dir, written)
-            now = context.plan.stage(stage.name)
+                    self._write_plan(context.run_dir, written, context.launched)
+            recorder.result_of(context.inputs, context.plan, self.engine)
+            now = self.begun[stage.name] = context.plan.stage(stage.name)
             self.console.stage(number, len(todo), stage.name, _summary(now))
             if now.state == "skipped" and not stage.runs_when_skipped:
                 continue
@@ -244,6 +259,8 @@ class _Run:
                 with _named(f"stage {stage.name}", context.run_dir):
                     stage.run(context)
             finally:
+                with recorder.tolerant(context.run_dir / "commands.sh"):
+                    self._write_script(context.run_dir, context.plan, context.launched)
                 recorder.stage(stage.name, time.monotonic() - began)
 
     def _closing_words(self, context: Context, recorder: Recorder) -> None:

@@ -83,8 +83,8 @@ class Entry:
 class StagePlan:
     """One stage of a plan.
 
-    ``files`` are written into the run's folder before ``commands`` are run; ``by_hand`` are lines
-    of shell that do what the runner itself does after them.
+    ``files`` are written into the run's folder before ``commands`` are run. ``without_commands`` is
+    what the runner's own process does beside them, as ``commands.sh`` has it.
     """
 
     name: str
@@ -96,7 +96,7 @@ class StagePlan:
     missing: int = 0
     outputs: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
-    by_hand: tuple[str, ...] = ()
+    without_commands: str = ""
 
     @property
     def to_run(self) -> bool:

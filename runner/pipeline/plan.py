@@ -7,7 +7,6 @@ very object that a real run executes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,6 @@ from runner.formats.train_options import Rendering, train_options
 from runner.pipeline.model import Inputs, Plan, Planning, StagePlan
 from runner.pipeline.stages import STAGES, skipped
 from runner.pipeline.tables import tables
-from runner.storage.store import key_of
 
 
 def default_name(config: RunConfig) -> str:
@@ -70,7 +68,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     stages = tuple(_as_asked(config, stage.plan(planning), left_out) for stage in offered)
     notices = [
         *inputs.selection.notices,
-        *engine.plan_notices(job, steps=total),
+        *engine.plan_notices(job, inputs.machine, steps=total, clips=clips),
         *(note for note in (inputs.memory_note, compile_note) if note),
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),
@@ -123,13 +121,8 @@ def commands_sh(plan: Plan) -> str:
     lines.append('cd "$(dirname "$0")"')
     for stage in plan.stages:
         lines += ["", f"# {stage.name}: {stage.summary} ({stage.state})"]
+        if stage.without_commands:
+            lines.append(f"# The runner itself {stage.without_commands}.")
         if stage.to_run:
-            lines += [*(command.shell() for command in stage.commands), *stage.by_hand]
+            lines += [command.shell() for command in stage.commands]
     return "\n".join(lines) + "\n"
-
-
-def config_fingerprint(resolved: Mapping[str, Any]) -> str:
-    """A digest of what decides the result: name, tracking, output_dir and dry_run left out."""
-    kept = {k: v for k, v in resolved.items() if k not in ("name", "tracking", "output_dir")}
-    kept.pop("dry_run", None)
-    return key_of(json.loads(json.dumps(kept, default=str)))[:16]

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +20,8 @@ from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.core.paths import checkout, command_here
 from runner.engines.base import Engine
+from runner.pipeline.digests import fingerprint, resume_key
 from runner.pipeline.model import Inputs, Plan
-from runner.pipeline.plan import config_fingerprint
 from runner.tracking.client import safe
 from runner.tracking.files import hide_values
 from runner.tracking.secrets import secret_values
@@ -96,11 +97,13 @@ def check_tracking(config: RunConfig) -> None:
 class Recorder:
     """Writes down what happens to a run while it happens."""
 
-    def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, fingerprint: str) -> None:
+    def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, key: str) -> None:
+        """``key`` is the run's resume key."""
         self.writer, self.run_dir = writer, run_dir
         self._stages: dict[str, float] = {}
         self._started = time.time()
-        self._fingerprint = fingerprint
+        self._key = key
+        self._fingerprint: str | None = None
         self._problems: list[str] = []
         self._write("RUNNING", "")
 
@@ -128,17 +131,17 @@ class Recorder:
         from runner.tracking.sweep import child_tags, open_parent
 
         config, resolved, choices = composed.config, composed.resolved, composed.choices
-        fingerprint = config_fingerprint(resolved)
+        key = resume_key(inputs)
         uri = tracking_uri(config.tracking, inputs.root)
         if uri is None:
             if job is not None:
                 job.note(run_folder=str(run_dir))
-            return cls(mlflow_run.NullWriter(), run_dir, fingerprint)
+            return cls(mlflow_run.NullWriter(), run_dir, key)
         experiment = config.tracking.experiment
         mlflow_store.initialise(uri, inputs.root)
         tags = {
             **host_tags(inputs, engine, plan),
-            "config.fingerprint": fingerprint,
+            "config.resume_key": key,
             "run.folder": str(run_dir),
         }
         name, parent = plan.name, None
@@ -167,7 +170,15 @@ class Recorder:
         )
         if job is not None:
             job.note(run_folder=str(run_dir), mlflow_run_id=writer.run_id)
-        return cls(writer, run_dir, fingerprint)
+        return cls(writer, run_dir, key)
+
+    def result_of(self, inputs: Inputs, plan: Plan, engine: Engine) -> None:
+        """Note what gives the run's result; again when that has changed, or has become known."""
+        found = fingerprint(inputs, plan, engine)
+        if found not in (None, self._fingerprint):
+            self._fingerprint = found
+            self._write("RUNNING", "")
+            self.writer.set_tags({"config.fingerprint": found})
 
     def files(self) -> None:
         """Send the files that say what the run is; again when they changed."""
@@ -205,6 +216,7 @@ class Recorder:
             "status": status,
             "error": why,
             "config_fingerprint": self._fingerprint,
+            "resume_key": self._key,
             "mlflow_run_id": self.writer.run_id,
             "started": self._started,
             "seconds": round(time.time() - self._started, 3),
@@ -212,9 +224,17 @@ class Recorder:
             "pid": os.getpid(),
         }
         file = self.run_dir / "run.json"
-        # A full disk must neither hide why a run failed nor keep its end from MLflow.
-        try:
+        with self.tolerant(file):
             write_text(file, json.dumps(record, indent=1) + "\n")
+
+    @contextmanager
+    def tolerant(self, file: Path) -> Iterator[None]:
+        """Inside, that ``file`` can't be written is a problem to be told of at the end, no failure.
+
+        A full disk must neither hide why a run failed nor keep its end from MLflow.
+        """
+        try:
+            yield
         except OSError as error:
             self._problem(f"{file} could not be written ({error.strerror or error})")
 

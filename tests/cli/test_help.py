@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 from conftest import TOP, run_program
@@ -85,7 +86,7 @@ def test_completion_in_bash(tmp_path: Path) -> None:
     ], done.stdout + done.stderr
 
 
-# The wheel brings conf/ and the sample along, and runs from any folder.
+# The wheel brings conf/, the sample and the report's page along, and runs from any folder.
 def test_the_wheel_works_anywhere(tmp_path: Path) -> None:
     subprocess.run(
         [
@@ -104,6 +105,8 @@ def test_the_wheel_works_anywhere(tmp_path: Path) -> None:
         capture_output=True,
     )
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "runner/data/report/report.html" in archive.namelist()
     # The environment sees the libraries of this one, but not the checkout.
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)

@@ -289,17 +289,19 @@ def test_a_large_dataset_has_fewer_thumbnails(monkeypatch: pytest.MonkeyPatch) -
 
     items = [fake_item(f"{n:03}.jpg") for n in range(40)]
     random = np.random.default_rng(0)
-    looks = {item.sha256: replace(FINE, hash=int.from_bytes(random.bytes(16))) for item in items}
+    looks = {
+        item.sha256: replace(FINE, hash=int.from_bytes(random.bytes(16)), thumbnail=item.name)
+        for item in items
+    }
     bad = items[-1]
     looks[bad.sha256] = replace(looks[bad.sha256], sharpness=1.0)
     monkeypatch.setattr(pages, "MAX_THUMBNAILS", 10)
-    monkeypatch.setattr(pages, "_thumbnail", lambda medium: f"[thumbnail of {medium.name}]")
     made = report(items, looks=looks)
     assert kinds(made) == {"blurred": {bad.name}}
     written = html(made, "large")
     # Once under the finding, once among all media, which have the rest.
-    assert written.count(f"[thumbnail of {bad.name}]") == 2
-    assert written.count("[thumbnail of ") == 11
+    assert written.count(f"base64,{bad.name}") == 2
+    assert written.count("base64,") == 11
     assert all(f">{item.name}<" in written for item in items)
 
 

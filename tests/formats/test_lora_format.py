@@ -19,7 +19,7 @@ from torch import Tensor
 from runner.core.errors import UserError
 from runner.formats import lora
 from runner.formats.transformer_keys import BLOCK_LINEARS
-from runner.pipeline.stages.convert import convert
+from runner.pipeline.comfyui import convert
 
 HIDDEN = 128  # at rank 32 the file passes 1 MiB, where the legacy hash begins
 METADATA = {"ss_network_dim": "4", "ss_seed": "42", "modelspec.title": "a title"}

@@ -144,7 +144,7 @@ def test_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
     notes = Notes()
     fetch(tmp_path, notes=notes)
     whole(tmp_path)
-    (part,) = [part for name, part in notes.todo if name == "sub/big.safetensors"]
+    (part,) = [part for name, _, part in notes.todo if name == "sub/big.safetensors"]
     assert part == 2_000_000
     assert hub.sent("big.safetensors") - sent == len(BIG) - part
     assert hub.asked[-1].range == f"bytes={part}-"

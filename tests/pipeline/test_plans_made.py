@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import run_here
+from in_process import executables_here, run_here
 from other_processes import pictures
 from third_engine import ThirdEngine, third_engine
 
@@ -18,6 +18,7 @@ from runner.engines.registry import ENGINES
 from runner.hub.weights import WeightFacts
 from runner.pipeline import executor
 from runner.pipeline.context import Context
+from runner.pipeline.stages.dataset import DATASET
 from runner.pipeline.stages.train import TRAIN
 from runner.pipeline.stages.weights import WEIGHTS
 from runner.storage.store import Store
@@ -49,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 @pytest.fixture
 def run(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs the third engine on three pictures; what it said."""
+    executables_here(monkeypatch)
     media = pictures(tmp_path / "media", 3)
     overrides = ["engine.name=third", "tracking=none", "dataset.resolution=[64,48]"]
     overrides += [f"output_dir={tmp_path / 'outputs'}", f"dataset.path={media}"]
@@ -143,3 +145,26 @@ def test_entries_that_came_with_the_weights_count(
     assert "encoded" not in said
     assert skip != "[]" or "3 latents (done already)" in said
     assert calls["names"] == 2
+
+
+# What another run encodes between the plan and the stage is not encoded here, and the script holds
+# what ran: neither the command that was planned nor files that it would not find.
+def test_the_script_leaves_out_what_another_run_made(
+    tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    kept, away = tmp_path / "outputs/cache/latents", tmp_path / "latents"
+    kept.rename(away)
+    fill = DATASET.run
+
+    def meanwhile(context: Context) -> None:
+        fill(context)
+        away.rename(kept)
+
+    monkeypatch.setattr(DATASET, "run", meanwhile)
+    said = run()
+    assert "3 latents to encode" in said and "encoded" not in said
+    folders = sorted((tmp_path / "outputs/runs").glob("*/*"), key=lambda f: f.stat().st_ctime_ns)
+    before, script = ((folder / "commands.sh").read_text() for folder in folders)
+    assert "# latents: 3 latents to encode (to run)" in before and "latents.toml" in before
+    assert "# latents: 3 latents to encode (done)" in script and "latents.toml" not in script

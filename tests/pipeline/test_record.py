@@ -80,14 +80,6 @@ def test_a_full_disk_is_told_with_its_folder(
     assert json.loads((folder / "run.json").read_text())["error"] == line
 
 
-# A trainer that ends well and writes no LoRA is told with its log, as other failures are.
-def test_a_missing_lora_names_the_log(tmp_path: Path) -> None:
-    from runner.pipeline.stages.train import collect_lora
-
-    with pytest.raises(StageError, match=rf"without writing .* \(log: {tmp_path}/logs/train.log"):
-        collect_lora(tmp_path)
-
-
 # When the disk is full while a run fails, MLflow still has its end, and the trainer's error is
 # the one error told; that run.json could not be written, and what MLflow lacks, comes after it.
 def test_a_full_disk_hides_no_error(
@@ -100,7 +92,7 @@ def test_a_full_disk_hides_no_error(
     out, writer = io.StringIO(), Writer()
     writer.problems.append("metrics were not sent")
     folder = ends(tmp_path, out, writer, StageError("OSError: it was full"))
-    assert writer.told == [{"run.error": "stage train failed: OSError: it was full"}, "FAILED"]
+    assert writer.told[-2:] == [{"run.error": "stage train failed: OSError: it was full"}, "FAILED"]
     assert capsys.readouterr().err == "error: stage train failed: OSError: it was full\n"
     assert [line for line in out.getvalue().splitlines() if line.startswith("note:")] == [
         f"note: {folder / 'run.json'} could not be written (No space left on device)",
@@ -126,7 +118,8 @@ def test_the_end_of_a_run_is_written_down(
     written = json.loads((folder / "run.json").read_text())
     assert (written["status"], written["error"]) == (status, told)
     assert written["stages"].keys() == {"weights", "dataset", "latents", "text", "train"}
-    assert writer.told == [{"run.error": told}, status]
+    result = {"config.fingerprint": written["config_fingerprint"]}
+    assert writer.told == [result, {"run.error": told}, status]
     files = {"config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"}
     assert files < {file.name for file in folder.iterdir()}
 

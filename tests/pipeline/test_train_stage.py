@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cache_process import context_of
@@ -15,9 +16,12 @@ from other_processes import pictures
 from runner.core.command import Command
 from runner.core.console import Console
 from runner.core.errors import StageError
-from runner.pipeline.stages.train import TRAIN, collect_lora
+from runner.pipeline.stages.train import TRAIN
 from runner.tracking.metrics import Point
 from runner.tracking.mlflow_run import NullWriter
+
+if TYPE_CHECKING:
+    from runner.pipeline.context import Context
 
 
 class Noting(NullWriter):
@@ -44,6 +48,23 @@ def trained(folder: Path, *seconds: float) -> None:
     writer.close()
 
 
+WRITES = """
+from pathlib import Path
+final = Path("checkpoints/lora.safetensors")
+final.parent.mkdir(exist_ok=True)
+"""
+
+
+def training_as(context: Context, code: str) -> None:
+    """Have the trainer of a plan be this Python."""
+    trainer = Command((sys.executable, "-S", "-c", WRITES + code))
+    stages = (
+        replace(stage, commands=(trainer, *stage.commands[1:])) if stage.name == "train" else stage
+        for stage in context.plan.stages
+    )
+    context.plan = replace(context.plan, stages=tuple(stages))
+
+
 # Samples a second are those of an average step, not of a full one, by the time that it took: five
 # items in batches of two are three steps an epoch, whatever the number of epochs.
 def test_samples_a_second(tmp_path: Path) -> None:
@@ -53,17 +74,7 @@ def test_samples_a_second(tmp_path: Path) -> None:
         tmp_path / "out", pictures(tmp_path / "media", 5), *options, console=silent
     )
     assert (context.plan.steps_per_epoch, context.plan.steps) == (3, 12)
-    code = (
-        "from pathlib import Path\n"
-        "Path('checkpoints').mkdir()\n"
-        "Path('checkpoints/lora.safetensors').write_bytes(b'trained')\n"
-    )
-    trainer = Command((sys.executable, "-S", "-c", code))
-    stages = (
-        replace(stage, commands=(trainer,)) if stage.name == "train" else stage
-        for stage in context.plan.stages
-    )
-    context.plan = replace(context.plan, stages=tuple(stages))
+    training_as(context, "final.write_bytes(b'trained')")
     context.writer = writer = Noting()
     trained(context.run_dir, 0.0, 2.0, 2.5)
     TRAIN.run(context)
@@ -76,17 +87,31 @@ def test_samples_a_second(tmp_path: Path) -> None:
 
 
 # The run's LoRA is the trainer's newest, a file of its own name and no link to another, also in
-# place of what an earlier attempt left there.
-def test_the_newest_lora_is_taken(tmp_path: Path) -> None:
-    final, place = tmp_path / "checkpoints" / "lora.safetensors", tmp_path / "lora.safetensors"
-    final.parent.mkdir()
+# place of what an earlier attempt left there, whether the trainer writes a new file or into the old
+# one; a trainer that ends well and writes none is told with its log.
+@pytest.mark.parametrize("anew", ["final.unlink(missing_ok=True)", "pass"])
+def test_the_newest_lora_is_taken(tmp_path: Path, anew: str) -> None:
+    media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
+    context = context_of(tmp_path / "out", media, "engine=diffusers", console=silent)
+    place = context.run_dir / "lora.safetensors"
     for content in (b"first", b"second"):
-        final.unlink(missing_ok=True)
-        final.write_bytes(content)
-        collect_lora(tmp_path)
+        training_as(context, f"{anew}\nfinal.write_bytes({content!r})")
+        TRAIN.run(context)
         assert place.read_bytes() == content
         assert not place.is_symlink()
-    final.unlink()
+    training_as(context, "final.unlink()")
+    log = context.log("train")
+    with pytest.raises(StageError, match=rf"ended without writing .* \(log: {log}\)$"):
+        TRAIN.run(context)
     assert place.read_bytes() == b"second"
-    with pytest.raises(StageError, match="ended without writing"):
-        collect_lora(tmp_path)
+
+
+# That the file can't be put there is told as such, whatever warnings the trainer printed.
+def test_a_lora_that_cant_be_kept(tmp_path: Path) -> None:
+    media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
+    context = context_of(tmp_path / "out", media, "engine=diffusers", console=silent)
+    (context.run_dir / "lora.safetensors").mkdir(parents=True)
+    warning = "import traceback\ntry: 1 / 0\nexcept ArithmeticError: traceback.print_exc()"
+    training_as(context, f"final.write_bytes(b'x')\n{warning}")
+    with pytest.raises(StageError, match=r"^cp: .*lora\.safetensors.* \(exit code 1; log: "):
+        TRAIN.run(context)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -82,7 +83,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
 
-def run(config: RunConfig, tmp_path: Path) -> tuple[Path, Any, Plan]:
+def run(
+    config: RunConfig, tmp_path: Path, out: io.StringIO | None = None
+) -> tuple[Path, Any, Plan]:
     """A run of the weights stage alone, as ``python -m runner`` does it; its folder and tags.
 
     The clip is not looked at, and musubi-tuner is not asked whether it is whole.
@@ -101,12 +104,12 @@ def run(config: RunConfig, tmp_path: Path) -> tuple[Path, Any, Plan]:
     engine = engine_named(config.engine.name)
     plan = make_plan(facts, engine)
     resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    out = Console.for_stream(io.StringIO())
+    console = Console.for_stream(out or io.StringIO())
     tags: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NullWriter, "set_tags", lambda _, values: tags.update(values))
         patch.setattr(MusubiEngine, "check", lambda *_, **__: "engine 1")
-        execute(Prepared(Composed(config, resolved, (), {}), facts, engine, plan), out, None)
+        execute(Prepared(Composed(config, resolved, (), {}), facts, engine, plan), console, None)
     (folder,) = sorted((tmp_path / "outputs" / "runs").glob("*/*"))[-1:]
     return folder, tags, plan
 
@@ -212,24 +215,79 @@ def test_files_are_renewed_after_the_stage(hub: Hub, tmp_path: Path) -> None:
     assert changed == {"text_encoder"}
 
 
-# commands.sh fetches the same commits by hand, into the same cache.
+# commands.sh has the one command that ran, with the commits that the branches were; by hand it
+# fetches the same, and what it prints is what the stage's log has.
 def test_commands_by_hand(hub: Hub, tmp_path: Path) -> None:
     folder, _, _ = run(compose(), tmp_path)
-    script = (folder / "commands.sh").read_text().replace("\\\n", " ")
-    lines = [line for line in script.splitlines() if " runner.hub " in line]
-    assert len(lines) == 4
-    assert all(commit in line for commit, line in zip(COMMITS.values(), lines, strict=True))
+    script = (folder / "commands.sh").read_text()
+    words = shlex.split(script[script.index("env PYTHONPATH") : script.index("\n\n# dataset")])
+    assert words[3:5] == ["-m", "runner.hub"] and words.count("--and") == 3
+    named = [words[at + 1] for at, word in enumerate(words) if word == "--revision"]
+    assert named == list(COMMITS.values())
     hub.asked.clear()
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "by-hand")}
-    # Only the smallest; each line has the same form.
+    cache = tmp_path / "by-hand"
     done = subprocess.run(
-        ["sh", "-c", lines[-1]], env=environment, capture_output=True, text=True, cwd=tmp_path
+        ["sh", str(folder / "commands.sh")],
+        env={**os.environ, "HF_HUB_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    top = tmp_path / "by-hand/models--google--byt5-small"
-    assert (top / "refs/main").read_text() == COMMITS["google/byt5-small"]
-    assert len(done.stdout.splitlines()) >= 3
-    assert shlex.split(lines[-1])[-2:] == ["config.json", "tokenizer_config.json"]
+    assert (cache / "models--google--byt5-small/refs/main").read_text() == COMMITS[
+        "google/byt5-small"
+    ]
+    log = (folder / "logs" / "weights.log").read_text()
+    files = [line for line in done.stdout.splitlines() if line.endswith("bytes")]
+    assert len(files) > 2 and set(files) <= set(log.splitlines())
+
+
+# While the command runs, the run's console has what the command shows: the bar with sizes, and a
+# line for each file; nothing of it stays in the run's folder but the log.
+def test_progress_of_the_process(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.core.console.PLAIN_SECONDS", 0.0)
+    file = f"transformer/720p_t2v/{DIFFUSERS}"
+    hub.repositories[MODEL].files[file] = bytes(4_000_000)
+    hub.seconds_per_piece = 0.03
+    out = io.StringIO()
+    folder, _, _ = run(compose(), tmp_path, out)
+    shown = out.getvalue()
+    total = sum(asked.sent for asked in hub.downloads())
+    assert f"{len(hub.downloads())} files to fetch, {total / 1e6:.1f} MB" in shown
+    moving = [line for line in shown.splitlines() if "MB/s" in line and line.endswith("left")]
+    assert len(moving) > 2, shown
+    assert f"\n      {file}  4.0 MB\n" in shown
+    assert f"      fetched {total / 1e6:.1f} MB of {total / 1e6:.1f} MB" in shown
+    assert not list(folder.glob("staging/weights*"))
+
+
+# A token is given to the command by the environment, and is in no file of the run.
+def test_the_token_is_not_in_the_command(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_let_me_in_0123456789")
+    hub.repositories[MODEL].gated = True
+    folder, _, _ = run(compose(), tmp_path)
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"hf_let_me_in" not in file.read_bytes()
+
+
+# What another program has put into the cache is to be checked, by the same command; when it was,
+# nothing is left to do and no command is in the script.
+def test_done_is_what_was_checked(hub: Hub, tmp_path: Path) -> None:
+    run(compose(), tmp_path)
+    shutil.rmtree(tmp_path / "outputs" / "cache")
+    hub.asked.clear()
+    checked, _, plan = run(compose(), tmp_path)
+    assert plan.stage("weights").summary.endswith(", 11 to check")
+    assert "runner.hub" in (checked / "commands.sh").read_text()
+    after, _, plan = run(compose(), tmp_path)
+    assert plan.stage("weights").state == "done" and hub.asked == []
+    assert "runner.hub" not in (after / "commands.sh").read_text()
+    assert not (after / "logs" / "weights.log").exists()
+    assert (after / "weights.json").read_text() == (checked / "weights.json").read_text()
+    forced, _, _ = run(compose("stages.force=[weights]"), tmp_path)
+    assert "--force" in (forced / "commands.sh").read_text()
+    assert hub.asked and hub.downloads() == []
 
 
 _LOAD = """

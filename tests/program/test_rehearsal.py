@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,29 @@ import pytest
 from conftest import TOP, Finished, run_program, tree
 
 SAMPLE = TOP / "runner" / "data" / "sample"
+LORAS = ("lora.safetensors", "lora_comfyui.safetensors")
 SHORT = ["training.epochs=2", "training.save_every_epochs=1"]
 
 
-def rehearse(cwd: Path, *arguments: str) -> Finished:
-    return run_program("experiment=rehearsal", *SHORT, *arguments, cwd=cwd)
+# Read by Python when the runner starts: it writes down every process that this starts. The stages'
+# processes don't read it, as their commands say what PYTHONPATH is.
+WATCH = """
+import json, os, sys
+
+def watch(event, given):
+    if event == "subprocess.Popen":
+        _, argv, cwd, env = given
+        env = dict(os.environ if env is None else env)
+        line = {"argv": list(argv), "cwd": str(cwd), "env": env}
+        with open(os.environ["LAUNCHED"], "a") as log:
+            log.write(json.dumps(line) + "\\n")
+
+sys.addaudithook(watch)
+"""
+
+
+def rehearse(cwd: Path, *arguments: str, env: dict[str, str] | None = None) -> Finished:
+    return run_program("experiment=rehearsal", *SHORT, *arguments, cwd=cwd, env=env)
 
 
 def runs(cwd: Path) -> list[Path]:
@@ -64,7 +83,33 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """One whole t2v run from a zip, in a folder whose name holds all that a path may hold."""
     cwd = tmp_path_factory.mktemp("it's [a] folder, ünïcode ~ (1)")
     archive = made_zip(cwd / "my [data] zip's.zip")
-    return cwd, rehearse(cwd, f"dataset.path={archive.name}", "dataset=zip", "name=first")
+    watch = tmp_path_factory.mktemp("watch")
+    (watch / "sitecustomize.py").write_text(WATCH)
+    env = {"PYTHONPATH": f"{watch}{os.pathsep}{TOP}", "LAUNCHED": str(cwd / "launched.jsonl")}
+    return cwd, rehearse(cwd, f"dataset.path={archive.name}", "dataset=zip", "name=first", env=env)
+
+
+def commands_of(script: Path) -> list[tuple[list[str], dict[str, str], set[str]]]:
+    """The commands of a commands.sh: arguments, what is set in the environment, and what unset."""
+    found: list[tuple[list[str], dict[str, str], set[str]]] = []
+    text = script.read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert lines[:2] == ["set -e", 'cd "$(dirname "$0")"']
+    for line in lines[2:]:
+        words = shlex.split(line)
+        given: dict[str, str] = {}
+        unset: set[str] = set()
+        if words[0] == "env":
+            del words[0]
+            while (word := words[0]) == "-u" or "=" in word:
+                del words[0]
+                if word == "-u":
+                    unset.add(words.pop(0))
+                else:
+                    name, _, value = word.partition("=")
+                    given[name] = value
+        found.append((words, given, unset))
+    return found
 
 
 # One command trains a LoRA from a zip of pictures and clips, to a ComfyUI file and an MLflow run.
@@ -105,6 +150,9 @@ def test_the_run_is_in_mlflow(first: tuple[Path, Finished]) -> None:
     tags = record.data.tags
     for key in ("runner.commit", "engine.version", "dataset.fingerprint", "host", "gpu"):
         assert tags[key]
+    # The weights were made by this very run, and what gave the result is known since.
+    assert tags["config.fingerprint"] == recorded(run)["config_fingerprint"]
+    assert tags["config.resume_key"] == recorded(run)["resume_key"]
     assert tags["eval.items"].endswith("training items")
     names = artifacts(cwd, run)
     for name in ("config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"):
@@ -201,6 +249,25 @@ def test_damage_is_mended_in_the_same_run(first: tuple[Path, Finished]) -> None:
     assert not list((cwd / "outputs" / "cache" / "claims").iterdir())
 
 
+# commands.sh is what ran: in every stage the very processes that the runner started in the run's
+# folder, in their order and with their environment, and no others.
+def test_the_script_is_what_ran(first: tuple[Path, Finished]) -> None:
+    cwd, _ = first
+    run = runs(cwd)[0]
+    started = [json.loads(line) for line in (cwd / "launched.jsonl").read_text().splitlines()]
+    launched = [process for process in started if process["cwd"] == str(run)]
+    commands = commands_of(run / "commands.sh")
+    assert [process["argv"] for process in launched] == [argv for argv, _, _ in commands]
+    for process, (_, given, unset) in zip(launched, commands, strict=True):
+        assert given.items() <= process["env"].items()
+        assert not unset & process["env"].keys()
+    names = ["sh" if argv[0] == "sh" else argv[2].rpartition(".")[2] for argv, _, _ in commands]
+    encode = ["cache_latents", "cache_text"]
+    assert names == ["make_weights", *encode, "train", "sh", "convert", "evaluate"]
+    said = (run / "logs/convert.log").read_text()
+    assert re.fullmatch(r"lora\.safetensors -> lora_comfyui\.safetensors: \d+ tensors\n", said)
+
+
 # The commands can be run by hand from the run's folder, and give the same LoRA.
 def test_commands_run_by_hand(first: tuple[Path, Finished]) -> None:
     from safetensors.torch import load_file
@@ -210,13 +277,15 @@ def test_commands_run_by_hand(first: tuple[Path, Finished]) -> None:
     copy = run.parent / "by hand"
     shutil.copytree(run, copy, symlinks=True)
     shutil.rmtree(copy / "checkpoints")
-    (copy / "lora.safetensors").unlink()
+    for file in LORAS:
+        (copy / file).unlink()
     done = subprocess.run(["sh", "./commands.sh"], cwd=copy, capture_output=True, text=True)
     shutil.move(copy, cwd / "by hand")
     assert done.returncode == 0, done.stderr
-    ours, theirs = load_file(run / "lora.safetensors"), load_file(cwd / "by hand/lora.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all((ours[key] == theirs[key]).all() for key in ours)
+    for file in LORAS:
+        ours, theirs = load_file(run / file), load_file(cwd / "by hand" / file)
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
 # Image to video trains on the clips alone, says so, and takes another optimizer in passing.

@@ -22,9 +22,11 @@ from runner.engines.base import (
     text_arguments,
 )
 from runner.engines.diffusers import rules
+from runner.engines.diffusers.check import check_optimizer, is_certain
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.weights import model_weights
 from runner.engines.memory import filled, largest_tier
+from runner.formats.train_options import optimizer_args
 from runner.formats.train_toml import render
 from runner.hub.weights import WeightFacts
 
@@ -43,10 +45,12 @@ class DiffusersEngine:
     def plan_problems(
         self, job: Job, machine: Machine | None, *, steps: int, clips: bool
     ) -> Iterator[str]:
-        return rules.plan_problems(job.config, machine)
+        return rules.plan_problems(job.config, machine, steps=steps)
 
-    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
-        return iter(())
+    def plan_notices(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
+        return rules.plan_notices(job.config, machine, steps=steps, clips=clips)
 
     def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
         return config
@@ -67,6 +71,12 @@ class DiffusersEngine:
         return replace(facts, cannot_compile=without) if machine is None else facts
 
     def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+        optimizer = job.config.optimizer
+        if trains and not is_certain(optimizer):
+            arguments = ["--optimizer_type", optimizer.type]
+            arguments += ["--learning_rate", repr(optimizer.learning_rate)]
+            arguments += ["--optimizer_args", *optimizer_args(optimizer)]
+            check_optimizer(self._command(job, "try_optimizer", *arguments))
         return job.engine.version
 
     def full_version(self, facts: EngineFacts) -> str:
@@ -79,14 +89,14 @@ class DiffusersEngine:
         if config.memory.name != "auto":
             return config.memory, None
         tier, note = ("cpu", None) if machine is None else largest_tier(machine, without)
-        return filled(config.memory, tier), note
+        memory = filled(config.memory, tier)
+        # It swaps no blocks and encodes text as it is, whatever the tier does for the real weights.
+        return replace(memory, blocks_to_swap=0, fp8_text_encoder=False), note
 
     def weights(self, config: RunConfig, root: Path) -> WeightFacts:
         return model_weights(config, root)
 
     def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
-        if job.config.training.compile == "always":
-            return False, "training.compile=always has no effect with engine=diffusers."
         return False, None
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 
 from runner.core.errors import UserError
+from runner.core.text import did_you_mean
 from runner.formats.train_options import TrainOptions
 
 Groups = list[dict[str, Any]]
@@ -123,12 +125,20 @@ def _bitsandbytes(name: str) -> type:
 
 def _import(name: str, home: str, option: str) -> type:
     module, _, leaf = name.rpartition(".")
+    said = f"train.toml: {option}={name!r}"
     try:
-        found = getattr(importlib.import_module(module or home), leaf)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"train.toml: {option}={name!r} cannot be imported: {error}") from None
+        inside = importlib.import_module(module or home)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        # No hint for a module that is missing inside of a package, or that another one wants.
+        lacks = isinstance(error, ModuleNotFoundError) and error.name == package
+        hint = f" (install it with: {sys.executable} -m pip install {package})" if lacks else ""
+        raise UserError(f"{said} cannot be imported: {error}{hint}") from None
+    found = getattr(inside, leaf, None)
     if not isinstance(found, type):
-        raise UserError(f"train.toml: {option}={name!r} is not a class")
+        classes = [key for key, value in vars(inside).items() if isinstance(value, type)]
+        hint = did_you_mean(leaf, classes)
+        raise UserError(f"{said} cannot be imported: {inside.__name__} has no class {leaf}.{hint}")
     return found
 
 

@@ -1,48 +1,139 @@
-"""Rules of the embedded engine on options, checked before anything is read or written; pure."""
+"""Rules of the embedded engine on options, checked before anything is read or written; pure.
+
+Each is a condition under which its executables would refuse a file once everything is cached, or
+leave an option out without a word. What it shares with other engines is in
+:mod:`runner.engines.rules`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runner.config.schema import RunConfig
+from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
+from runner.engines import rules
 from runner.engines.base import Machine
+from runner.engines.diffusers.models import TINY_TRANSFORMER
+from runner.engines.optimizer_classes import class_path
 
 _TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
 
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Every rule that ``config`` breaks, one line each."""
-    model, training = config.model, config.training
+    yield from _model(config)
+    yield from rules.problems(config)
+    yield from _precision(config)
+    yield from _memory(config)
+    yield from _training(config)
+    yield from _of_musubi(config)
+
+
+def plan_problems(config: RunConfig, machine: Machine | None, *, steps: int) -> Iterator[str]:
+    """Rules that need to know the GPU or the data."""
+    yield from rules.plan_problems(config, steps=steps)
+    path = class_path(config.optimizer.type)
+    if machine is None and (path.startswith("bitsandbytes.") or path.lower().endswith("8bit")):
+        yield (
+            f"optimizer={config.optimizer.name} needs an NVIDIA card, and none was found: take "
+            "optimizer=adamw."
+        )
+
+
+def plan_notices(
+    config: RunConfig, machine: Machine | None, *, steps: int, clips: bool
+) -> Iterator[str]:
+    """What goes through but is hardly what was meant, or does nothing here."""
+    yield from rules.plan_notices(config, steps=steps, clips=clips)
+    if machine is None and config.precision.mixed_precision != "no":
+        yield (
+            f"precision={config.precision.name} does nothing without a GPU: on the CPU everything "
+            "is computed in fp32."
+        )
+    for key in ("path", "python"):
+        if getattr(config.engine, key) is not None:
+            yield f"engine.{key} does nothing with engine=diffusers, which is the runner's own."
+    for key in ("fp8_text_encoder", "pinned", "h2d_only"):
+        if getattr(config.memory, key):
+            yield f"memory.{key}=true does nothing with engine=diffusers."
+    workers = config.training.data_workers
+    if workers != TrainingConfig().data_workers:
+        yield (
+            f"training.data_workers={workers} does nothing with engine=diffusers, which reads "
+            "ahead in one thread."
+        )
+    for option in options(ModelConfig, "model."):
+        name = option.key.removeprefix("model.")
+        if name in ("name", "source", "blocks"):
+            continue
+        if config.model.source == "random" and getattr(config.model, name) != option.default:
+            yield (
+                f"{option.key} does nothing with model={config.model.name}, whose weights are "
+                "made at random."
+            )
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model, blocks = config.model, TINY_TRANSFORMER["num_layers"]
     if model.source == "hub":
         yield (
             f"engine=diffusers trains model=tiny only, not model={model.name}: take "
             "engine=musubi for the real weights, or model=tiny for a rehearsal."
         )
-    if (config.memory.vae_tile or 0) % 64:
-        yield f"memory.vae_tile={config.memory.vae_tile} must be 0 or a multiple of 64."
-    if config.precision.fp8_base:
+    elif model.blocks != blocks:
+        yield f"model.blocks={model.blocks} can't be: model={model.name} has {blocks}."
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    precision = config.precision
+    if precision.fp8_base:
         yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
-    if config.memory.blocks_to_swap:
-        yield "memory.blocks_to_swap needs engine=musubi; with engine=diffusers leave it 0."
-    if config.engine.arguments != "file":
-        yield "engine.arguments=command_line needs engine=musubi."
+    if precision.mixed_precision == "no" and precision.dit_dtype not in (None, "float32"):
+        # On a GPU its float32 inputs would meet the network's own type.
+        yield "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
+
+
+def _memory(config: RunConfig) -> Iterator[str]:
+    memory = config.memory
+    if memory.blocks_to_swap:
+        yield (
+            f"memory.blocks_to_swap={memory.blocks_to_swap} needs engine=musubi; with "
+            "engine=diffusers take memory=auto, or memory.blocks_to_swap=0."
+        )
+    if memory.checkpointing == "offload":
+        yield (
+            "memory.checkpointing=offload needs engine=musubi; engine=diffusers takes none or full."
+        )
+
+
+def _training(config: RunConfig) -> Iterator[str]:
+    training = config.training
+    if training.attention != "sdpa":
+        yield (
+            f"training.attention={training.attention} needs engine=musubi; engine=diffusers takes "
+            "sdpa."
+        )
+    if training.compile == "always":
+        yield (
+            "training.compile=always needs engine=musubi; engine=diffusers does not compile: take "
+            "auto or none."
+        )
     if training.save_state or training.resume_from:
         yield "training.save_state and training.resume_from need engine=musubi."
-    if config.engine.extra_args:
-        yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
     if training.timestep_sampling not in _TIMESTEP_SAMPLINGS:
         yield (
             f"training.timestep_sampling={training.timestep_sampling} needs "
             "engine=musubi; engine=diffusers takes shift, sigmoid or uniform."
         )
     if training.weighting_scheme != "none":
-        yield "training.weighting_scheme needs engine=musubi."
-
-
-def plan_problems(config: RunConfig, machine: Machine | None) -> Iterator[str]:
-    """Rules that need to know the card."""
-    if config.optimizer.type.lower().endswith("8bit") and machine is None:
         yield (
-            f"optimizer={config.optimizer.name} needs an NVIDIA card, and none was found: take "
-            "optimizer=adamw."
+            f"training.weighting_scheme={training.weighting_scheme} needs engine=musubi; "
+            "engine=diffusers takes none."
         )
+
+
+def _of_musubi(config: RunConfig) -> Iterator[str]:
+    engine = config.engine
+    if engine.arguments != "file":
+        yield "engine.arguments=command_line needs engine=musubi."
+    if engine.extra_args:
+        yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."

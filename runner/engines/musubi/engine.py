@@ -84,8 +84,10 @@ class MusubiEngine:
     ) -> Iterator[str]:
         return rules.plan_problems(job.config, job.memory, steps=steps, clips=clips)
 
-    def plan_notices(self, job: Job, *, steps: int) -> Iterator[str]:
-        return rules.plan_notices(job.config, steps=steps)
+    def plan_notices(
+        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
+    ) -> Iterator[str]:
+        return rules.plan_notices(job.config, steps=steps, clips=clips)
 
     def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
         return given_files.settle(config, cwd)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from runner.config.schema import RunConfig
@@ -65,18 +67,32 @@ class Stage(Protocol):
 
 
 def run_commands(
-    context: Context, stage: StagePlan, on_tick: Callable[[], None] | None = None
+    context: Context,
+    stage: StagePlan,
+    on_tick: Callable[[], None] | None = None,
+    *,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    explain: Callable[[Path], str] | None = None,
 ) -> None:
     """Run a stage's commands in the run's folder, their output in the stage's log.
 
-    Raises :class:`runner.core.errors.StageError` when one fails, in the engine's words.
+    Args:
+        context: what the run works with.
+        stage: the plan of the stage.
+        on_tick: called a few times a second.
+        variables: environment variables that are set besides.
+        explain: makes a line of the log of one that failed; the engine does, unless given.
+
+    Raises:
+        StageError: one failed.
     """
     for command in stage.commands:
+        context.launched.setdefault(stage.name, []).append(command)
         process.run(
             command.argv,
             cwd=context.run_dir,
-            env=command.environment(os.environ),
+            env={**command.environment(os.environ), **variables},
             log=context.log(stage.name),
             on_tick=on_tick,
-            explain=context.engine.failure,
+            explain=explain or context.engine.failure,
         )

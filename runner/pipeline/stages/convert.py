@@ -1,45 +1,16 @@
-"""The convert stage: the LoRA as ComfyUI loads it.
-
-By hand: ``python -m runner.stages.convert lora.safetensors lora_comfyui.safetensors``, and back
-with ``--reverse`` before the two.
-"""
+"""The convert stage: the LoRA as ComfyUI loads it."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from runner.core.atomic import write_bytes
 from runner.core.command import Command
-from runner.core.errors import StageError, UserError
+from runner.core.process import last_error
 from runner.pipeline.context import Context
 from runner.pipeline.model import Planning, StagePlan
-from runner.pipeline.stages.base import LORA, Stage
+from runner.pipeline.stages.base import LORA, Stage, run_commands
 
 COMFYUI_LORA = "lora_comfyui.safetensors"
-
-_USAGE = "usage: python -m runner.stages.convert [--reverse] FROM.safetensors TO.safetensors"
-
-
-def convert(source: Path, destination: Path, *, reverse: bool = False) -> None:
-    """Write ``source`` as ComfyUI loads it to ``destination``, whole or not at all.
-
-    With ``reverse`` ComfyUI's file is written as musubi-tuner has it.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save
-
-    from runner.formats.lora import from_comfyui, to_comfyui
-
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{source} can't be read as a LoRA file: {error}") from error
-    converted, told = (from_comfyui if reverse else to_comfyui)(state, metadata)
-    # Not `save_file`, whose files only their owner may read.
-    write_bytes(destination, save(converted, told))
 
 
 class Convert(Stage):
@@ -71,30 +42,11 @@ class Convert(Stage):
 
     def run(self, context: Context) -> None:
         """Convert the run's LoRA."""
-        source = context.run_dir / LORA
-        if not source.is_file():
-            raise StageError(f"there is no {source} to convert")
-        try:
-            convert(source, context.run_dir / COMFYUI_LORA)
-        except UserError as error:
-            raise StageError(str(error)) from error
+        run_commands(context, context.plan.stage(self.name), explain=_explain)
+
+
+def _explain(log: Path) -> str:
+    return last_error(log).removeprefix("error: ")
 
 
 CONVERT = Convert()
-
-
-def main() -> None:
-    """The command line."""
-    reverse = sys.argv[1:2] == ["--reverse"]
-    files = [Path(argument) for argument in sys.argv[2 if reverse else 1 :]]
-    if len(files) != 2:
-        sys.exit(_USAGE)
-    try:
-        convert(*files, reverse=reverse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -71,6 +71,7 @@ class Dataset(Stage):
             entries=tuple(wanted.values()),
             missing=len(missing),
             outputs=("dataset",),
+            without_commands="unpacks media into the shared cache, and fills dataset/",
         )
 
     def run(self, context: Context) -> None:

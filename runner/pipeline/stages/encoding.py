@@ -86,6 +86,7 @@ class Encoding(Stage, Protocol):
             entries=tuple(found.wanted.values()),
             missing=missing,
             outputs=("cache",),
+            without_commands="keeps what was encoded in the shared cache, and fills cache/ from it",
         )
 
     def part(self, context: Context, todo: Collection[str]) -> StagePlan:
@@ -127,6 +128,8 @@ class Encoding(Stage, Protocol):
 
         Raises :class:`StageError` when the engine fails or leaves an entry out.
         """
+        # Other runs may make some or all of what was planned here, and damage makes more to do.
+        context.launched[self.name] = []
         fill(context, self.name, self.work, lambda todo: _encode(context, self, todo))
         link_entries(context, context.plan.stage(self.name))
         kept = {context.run_dir / p for entry in context.plan.entries for p in entry.links}

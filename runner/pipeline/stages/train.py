@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from runner.config.schema import RunConfig
+from runner.core.command import Command
 from runner.core.console import Bar
 from runner.core.errors import StageError
+from runner.core.process import log_lines
 from runner.core.text import counted
 from runner.data.select import shapes
 from runner.pipeline.context import Context
@@ -17,6 +20,9 @@ from runner.storage.store import link
 from runner.tracking.metrics import Point
 
 _FINAL = "checkpoints/lora.safetensors"
+# A second name of the trainer's file, or a copy where the file system has no such thing. The place
+# may be a name of it already, which ln and cp would refuse.
+_KEEP = Command(("sh", "-c", f"f={LORA}; rm -f $f; ln checkpoints/$f . || cp checkpoints/$f ."))
 # Where trainers put previews.
 PREVIEWS = "checkpoints/sample"
 
@@ -31,10 +37,8 @@ class Train(Stage):
             self.name,
             counted(planning.steps, "step"),
             "to run",
-            commands=(planning.engine.train(planning.inputs.job, planning.options),),
+            commands=(planning.engine.train(planning.inputs.job, planning.options), _KEEP),
             outputs=(_FINAL, LORA),
-            # The place may be a second name of the very file, which cp would refuse.
-            by_hand=(f"rm -f {LORA}", f"cp {_FINAL} {LORA}"),
         )
 
     def run(self, context: Context) -> None:
@@ -45,6 +49,8 @@ class Train(Stage):
         folder.mkdir(exist_ok=True)
         inputs = context.inputs
         samples = sum(shapes(inputs.sources, inputs.selection).values())
+        stage = context.plan.stage(self.name)
+        *training, keeping = stage.commands
         starting = "starting the trainer"
         with context.console.bar("steps", context.plan.steps, detail=starting) as bar:
             view = _View(bar, context.run_dir / PREVIEWS, previews(context.plan, inputs.config))
@@ -57,7 +63,7 @@ class Train(Stage):
             )
             follower.start()
             try:
-                run_commands(context, context.plan.stage(self.name), view.tick)
+                run_commands(context, replace(stage, commands=tuple(training)), view.tick)
             finally:
                 warning = follower.stop()
                 # A full disk must not hide why the trainer failed.
@@ -67,7 +73,15 @@ class Train(Stage):
                     context.console.notice(f"previews were not kept in samples: {error.strerror}")
         if warning:
             context.console.notice(warning)
-        collect_lora(context.run_dir)
+        final, log = context.run_dir / _FINAL, context.log(self.name)
+        if not final.is_file():
+            raise StageError(f"the trainer ended without writing {final} (log: {log})")
+        run_commands(context, replace(stage, commands=(keeping,)), explain=_last_line)
+
+
+def _last_line(log: Path) -> str:
+    # A traceback further up is of a trainer that ended well.
+    return (log_lines(log) or ["it printed nothing"])[-1]
 
 
 class _View:
@@ -96,20 +110,6 @@ class _View:
         if seconds:
             words.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
         self.bar.update(step, "  ".join(words), self.values.get("time/seconds_left"))
-
-
-def collect_lora(run_dir: Path) -> None:
-    """Put the trainer's final file at the top of the run's folder."""
-    final = run_dir / "checkpoints" / "lora.safetensors"
-    if not final.is_file():
-        log = run_dir / "logs" / "train.log"
-        raise StageError(f"the trainer ended without writing {final} (log: {log})")
-    place = run_dir / "lora.safetensors"
-    place.unlink(missing_ok=True)
-    try:
-        place.hardlink_to(final)
-    except OSError:
-        link(final, place)
 
 
 def previews(plan: Plan, config: RunConfig) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
 from runner.core.errors import StageError
+from runner.core.process import last_error, log_lines
 from runner.hub.weights import checked_cache
 from runner.pipeline.context import Context
 from runner.pipeline.model import Planning, StagePlan, Surroundings
@@ -29,10 +31,12 @@ class Weights(Stage):
 
     def plan(self, planning: Planning) -> StagePlan:
         weights = planning.inputs.weights
+        forced = weights.requests and self.name in planning.inputs.config.stages.force
+        done = weights.present and weights.checked and not forced
         return StagePlan(
             self.name,
             weights.summary,
-            "done" if weights.present else "to run",
+            "done" if done else "to run",
             commands=weights.commands,
             outputs=(weights.paths.transformer,),
         )
@@ -42,27 +46,30 @@ class Weights(Stage):
 
         Raises :class:`StageError` when that fails or leaves the weights incomplete.
         """
-        if context.inputs.weights.requests:
-            self._fetch(context)
-        elif not context.inputs.weights.present:
-            run_commands(context, context.plan.stage(self.name))
-            if not context.look_at_weights().present:
-                raise StageError(f"the weights are still incomplete; see {context.log(self.name)}")
+        from runner.hub.fetch import recorded
+        from runner.hub.progress import Follower
 
-    def _fetch(self, context: Context) -> None:
-        from runner.hub.fetch import obtain
-        from runner.hub.log import hub_log
-        from runner.hub.progress import Shown
+        stage, log = context.plan.stage(self.name), context.log(self.name)
+        if stage.to_run:
+            place = context.run_dir / "staging" / "weights.jsonl"
+            with Follower(place, context.console) as follower:
+                run_commands(
+                    context, stage, follower.update, variables=follower.variables, explain=_why
+                )
+        weights = context.look_at_weights() if stage.to_run else context.inputs.weights
+        found = recorded(weights.requests, checked_cache(context.inputs.root))
+        if not weights.present or found is None:
+            raise StageError(f"the weights are still incomplete: start again, or see {log}")
+        if found:
+            write_text(context.run_dir / "weights.json", weights_json(found))
+            commits = {file.repository: file.commit for file in found}
+            context.writer.set_tags({f"weights.{name}": commit for name, commit in commits.items()})
 
-        inputs = context.inputs
-        force = self.name in inputs.config.stages.force
-        with hub_log(context.log(self.name)), Shown(context.console) as shown:
-            found = obtain(inputs.weights.requests, checked_cache(inputs.root), shown, force=force)
-        if not context.look_at_weights().present:
-            raise StageError("the weights are incomplete though all was fetched: start again.")
-        write_text(context.run_dir / "weights.json", weights_json(found))
-        commits = {file.repository: file.commit for file in found}
-        context.writer.set_tags({f"weights.{name}": commit for name, commit in commits.items()})
+
+def _why(log: Path) -> str:
+    """Why fetching failed: the command's own line, as long as it is."""
+    last = (log_lines(log) or [""])[-1]
+    return last.removeprefix("error: ") if last.startswith("error: ") else last_error(log)
 
 
 def weights_json(found: Sequence[Obtained]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 from plan_text import difference
-from test_musubi_options import script_arguments
+from test_musubi_options import of_musubi, script_arguments
 
 from runner.formats.trainer_options import LATENTS, TEXT, TRAIN, options, parse
 from runner.pipeline.model import Plan
@@ -40,7 +40,7 @@ def lines(*overrides: str) -> dict[str, dict[str, Any]]:
     assert "train.toml" not in dict(plan.files)
     found: dict[str, dict[str, Any]] = {}
     for name in ("latents", "text", "train"):
-        for command in plan.stage(name).commands:
+        for command in of_musubi(plan.stage(name)):
             script, arguments = script_arguments(command.argv) or ("", [])
             values, problems = parse(script, arguments)
             assert problems == []

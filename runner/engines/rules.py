@@ -1,0 +1,234 @@
+"""Rules that the engines share on what train.toml, dataset.toml and the prompts say; pure.
+
+An engine's own rules ask these, and add what it alone refuses. Those that hold whatever the engine
+is are in :mod:`runner.config.rules`; what these need of the formats that one can't import.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from runner.config.schema import RunConfig, TrainingConfig
+from runner.core.text import did_you_mean
+from runner.engines import rules_optimizer
+from runner.engines.optimizer_classes import class_name, finds_its_rate, ignores_learning_rate
+from runner.formats.dtypes import LONG
+from runner.formats.transformer_keys import BLOCK_LINEARS
+
+_DROPOUTS = ("rank_dropout", "module_dropout")
+NETWORK_ARGS = {
+    "lora": (*_DROPOUTS, "loraplus_lr_ratio"),
+    "loha": _DROPOUTS,
+    "lokr": (*_DROPOUTS, "factor"),
+}
+# Options of a dataset that one way of taking frames alone reads, and their defaults.
+_OF_EXTRACTION = (
+    ("frame_stride", "slide", 1),
+    ("frame_sample", "uniform", 1),
+    ("max_frames", "full", 129),
+)
+
+
+def problems(config: RunConfig, *, more_network_args: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every shared rule that ``config`` breaks, one line each.
+
+    ``more_network_args`` are those that the engine knows besides the usual ones.
+    """
+    yield from rules_optimizer.problems(config)
+    yield from _precision(config)
+    yield from _network(config)
+    yield from _network_args(config, more_network_args)
+    yield from _previews(config)
+
+
+def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
+    """Shared rules that need to know the number of optimizer steps."""
+    return rules_optimizer.plan_problems(config, steps=steps)
+
+
+def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
+    """What goes through but is hardly what was meant, once the data are known."""
+    yield from rules_optimizer.notices(config, steps=steps)
+    if config.network.dropout and config.network.name != "lora":
+        yield (
+            f"network.dropout does nothing with network={config.network.name}; "
+            "network.args.rank_dropout and network.args.module_dropout do."
+        )
+    yield from _without_effect(config)
+    if clips:
+        yield from _buckets_of_clips(config)
+
+
+def datasets(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Each source of media with its key; ``dataset`` itself where there are no others."""
+    if not config.dataset.sources:
+        yield "dataset", config.dataset
+    for number, source in enumerate(config.dataset.sources):
+        yield f"dataset.sources[{number}]", source
+
+
+def own(source: Any, dataset: Any, key: str) -> Any:
+    """An option of a source, or the dataset's where it has none of its own."""
+    value = getattr(source, key)
+    return getattr(dataset, key) if value is None else value
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    dtype, tile = config.precision.dit_dtype, config.memory.vae_tile
+    if dtype is not None and dtype not in LONG:
+        yield f"precision.dit_dtype={dtype} is not a choice.{did_you_mean(dtype, LONG)}"
+    if tile and tile % 64:
+        # Tiles overlap by a quarter, and a latent is 16 pixels wide.
+        near = max(64, round(tile / 64) * 64)
+        yield (
+            f"memory.vae_tile={tile} must be a multiple of 64 (nearest: {near}), or 0 for whole "
+            "frames."
+        )
+
+
+def _network(config: RunConfig) -> Iterator[str]:
+    network = config.network
+    try:
+        include = [re.compile(pattern) for pattern in network.include]
+        exclude = [re.compile(pattern) for pattern in network.exclude]
+    except re.error:
+        return  # Told by the rules that hold for every engine.
+    if include and not exclude:
+        yield (
+            "network.include does nothing alone, it adds back what network.exclude leaves out: "
+            "add 'network.exclude=[\".*\"]' to train just those."
+        )
+    names = [f"double_blocks.{n}.{m}" for n in range(config.model.blocks) for m in BLOCK_LINEARS]
+    if not any(
+        any(p.fullmatch(name) for p in include) or not any(p.fullmatch(name) for p in exclude)
+        for name in names
+    ):
+        yield (
+            "network.exclude leaves nothing to train: patterns match whole names such as "
+            "double_blocks.0.img_mod.linear; add some back with network.include."
+        )
+
+
+def _network_args(config: RunConfig, more: tuple[str, ...]) -> Iterator[str]:
+    network = config.network
+    known = (*NETWORK_ARGS.get(network.name, ()), *more)
+    for key, value in network.args.items():
+        if key in ("include_patterns", "exclude_patterns"):
+            yield f"network.args.{key}: set network.{key.removesuffix('_patterns')} instead."
+        elif key not in known:
+            yield f"network={network.name} has no argument {key}.{did_you_mean(key, known)}"
+        elif key in _DROPOUTS:
+            if not _number(value) or not 0 <= value < 1:
+                yield f"network.args.{key}={value} must be at least 0 and below 1."
+        elif key == "loraplus_lr_ratio":
+            yield from _loraplus(config, value)
+        elif key == "factor" and (
+            not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0
+        ):
+            yield f"network.args.factor={value} must be -1 or a whole number above 0."
+
+
+def _loraplus(config: RunConfig, ratio: Any) -> Iterator[str]:
+    kind = config.optimizer.type
+    if not _number(ratio) or not ratio > 0:
+        yield f"network.args.loraplus_lr_ratio={ratio} must be a number above 0."
+    elif ratio != 1 and finds_its_rate(kind):
+        yield (
+            f"network.args.loraplus_lr_ratio={ratio} makes two learning rates, and "
+            f"{class_name(kind)} takes one: leave it out, or take another optimizer."
+        )
+    elif ratio != 1 and ignores_learning_rate(config.optimizer):
+        yield (
+            f"network.args.loraplus_lr_ratio={ratio} does nothing with Adafactor's relative_step, "
+            "which sets its own rate: leave it out, or take optimizer.args.relative_step=false "
+            "and optimizer.args.warmup_init=false."
+        )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _previews(config: RunConfig) -> Iterator[str]:
+    """What would be read otherwise in the file of prompts, a line each with options after it."""
+    sampling = config.sampling
+    if sampling.name != "prompts":
+        return
+    texts = [(f"sampling.prompts[{n}]", text) for n, text in enumerate(sampling.prompts)]
+    for key, text in [*texts, ("sampling.negative_prompt", sampling.negative_prompt)]:
+        yield from _preview_text(key, text)
+    for key, text in texts:
+        if not text.strip():
+            yield f"{key} is empty."
+        elif text.startswith("#"):
+            yield f"{key} begins with #, and would be skipped as a comment."
+    path = sampling.image_path
+    if path is not None:
+        yield from _preview_text("sampling.image_path", path)
+        if path != path.strip():
+            yield f"sampling.image_path={path!r} begins or ends with a space: rename the file."
+    for key in ("guidance_scale", "flow_shift"):
+        value = getattr(sampling, key)
+        # musubi-tuner reads the line's numbers without a sign or an exponent.
+        if not 0.01 <= value <= 1000:
+            yield f"sampling.{key}={value:g} must be between 0.01 and 1000."
+
+
+def _preview_text(key: str, text: str) -> Iterator[str]:
+    if " --" in text:
+        yield f"{key} has ' --' in it, where the trainer would read an option: leave it out."
+    if "\n" in text or "\r" in text:
+        yield f"{key} has a line break, where the trainer would begin another prompt."
+
+
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    training, sampling = config.training, config.sampling
+    drawn = training.timestep_sampling
+    if drawn in ("sigmoid", "uniform") and _set(training, "discrete_flow_shift"):
+        yield (
+            f"training.discrete_flow_shift={training.discrete_flow_shift:g} does nothing with "
+            f"training.timestep_sampling={drawn}; it shifts with training.timestep_sampling=shift."
+        )
+    if drawn == "uniform" and _set(training, "sigmoid_scale"):
+        yield (
+            f"training.sigmoid_scale={training.sigmoid_scale:g} does nothing with "
+            "training.timestep_sampling=uniform."
+        )
+    if training.keep_last and not (training.save_every_epochs or training.save_every_steps):
+        yield (
+            "training.keep_last does nothing without checkpoints: set training.save_every_epochs "
+            "or training.save_every_steps."
+        )
+    if training.i2v_unscaled_condition and config.task.name != "i2v":
+        yield "training.i2v_unscaled_condition does nothing with task=t2v, which has no condition."
+    if sampling.name == "none" and sampling.prompts:
+        yield "sampling.prompts does nothing with sampling=none: add sampling=prompts."
+    if sampling.name == "prompts" and sampling.image_path and config.task.name != "i2v":
+        yield "sampling.image_path does nothing with task=t2v, whose previews begin from noise."
+    yield from _of_extraction(config)
+
+
+def _set(training: TrainingConfig, key: str) -> bool:
+    return bool(getattr(training, key) != getattr(TrainingConfig(), key))
+
+
+def _of_extraction(config: RunConfig) -> Iterator[str]:
+    found = [source for _, source in datasets(config)]
+    taken = {own(source, config.dataset, "frame_extraction") for source in found}
+    for key, extraction, default in _OF_EXTRACTION:
+        values = {own(source, config.dataset, key) for source in found} - {default}
+        if values and extraction not in taken:
+            yield f"dataset.{key} does nothing without dataset.frame_extraction={extraction}."
+
+
+def _buckets_of_clips(config: RunConfig) -> Iterator[str]:
+    for key, source in datasets(config):
+        for flag, right in (("enable_bucket", True), ("bucket_no_upscale", False)):
+            if own(source, config.dataset, flag) is not right:
+                yield (
+                    f"{key}.{flag}={str(not right).lower()} does nothing for clips, which are "
+                    "sorted into buckets and enlarged to them in any case."
+                )

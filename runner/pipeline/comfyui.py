@@ -1,0 +1,82 @@
+"""A LoRA file as ComfyUI loads it, and back: ``python -m runner.stages.convert``.
+
+A process of its own, whose start imports little before torch. That must be: safetensors' numpy
+reader knows no bf16, in which LoRAs are saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from runner.core.atomic import write_bytes
+from runner.core.errors import StageError, UserError
+from runner.core.process import Stopped, raise_on_signals
+
+
+def convert(source: Path, destination: Path, *, reverse: bool = False) -> int:
+    """Write ``source`` as ComfyUI loads it to ``destination``, whole or not at all.
+
+    With ``reverse`` ComfyUI's file is written as musubi-tuner has it.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        UserError: ``source`` can't be read, or is no LoRA of this model.
+        StageError: ``destination`` can't be written.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    from runner.formats.lora import from_comfyui, to_comfyui
+
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{source} can't be read as a LoRA file: {error}") from error
+    converted, described = (from_comfyui if reverse else to_comfyui)(state, metadata)
+    # Not `save_file`, whose files only their owner may read.
+    try:
+        write_bytes(destination, save(converted, described))
+    except OSError as error:
+        raise StageError(f"{destination} can't be written ({error.strerror or error})") from error
+    return len(converted)
+
+
+def main(arguments: list[str]) -> None:
+    """Convert the file that the arguments name.
+
+    Raises:
+        UserError: it can't be converted.
+        StageError: the new file can't be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m runner.stages.convert",
+        description="Write a LoRA file as ComfyUI loads it.",
+    )
+    parser.add_argument("--reverse", action="store_true", help="from ComfyUI's to musubi-tuner's")
+    parser.add_argument("source", type=Path, metavar="FROM.safetensors")
+    parser.add_argument("destination", type=Path, metavar="TO.safetensors")
+    given = parser.parse_args(arguments)
+    number = convert(given.source, given.destination, reverse=given.reverse)
+    print(f"{given.source} -> {given.destination}: {number} tensors")
+
+
+def command_line() -> int:
+    """Convert as the command line says; the exit code.
+
+    2 with one line for a file that can't be converted, 1 with one for a disk that can't be written.
+    """
+    raise_on_signals()
+    try:
+        main(sys.argv[1:])
+    except (UserError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except Stopped as stopped:
+        return stopped.exit_code
+    return 0

@@ -1,0 +1,1 @@
+"""What ``commands.sh`` calls beside the engines' executables."""

@@ -1,0 +1,12 @@
+"""``python -m runner.stages.convert``: a LoRA file as ComfyUI loads it, and back."""
+
+from __future__ import annotations
+
+import sys
+
+from runner.pipeline.comfyui import command_line, main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,227 @@
+"""The embedded engine's own rules: what its executables refuse or leave out is told before work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import compose, fake_facts, fake_item, plan_of, problems_of
+from in_process import program_here
+from other_processes import pictures
+
+from runner.core.errors import UserError
+from runner.engines.base import Machine
+from runner.engines.diffusers import try_optimizer
+from runner.engines.diffusers.engine import DiffusersEngine
+
+EMBEDDED = ("engine=diffusers", "model=tiny", "optimizer=adamw")
+SMALL = Machine("small card", 12.0, (8, 9))
+
+
+def plan(*overrides: str, machine: Machine | None = SMALL) -> Any:
+    config = compose(*EMBEDDED, *overrides)
+    return plan_of(config, fake_facts(config, [fake_item("a.jpg")], machine=machine))
+
+
+BROKEN: dict[tuple[str, ...], str] = {
+    ("model=hunyuan15_480p",): (
+        "engine=diffusers trains model=tiny only, not model=hunyuan15_480p: take engine=musubi for "
+        "the real weights, or model=tiny for a rehearsal."
+    ),
+    ("model.blocks=3",): "model.blocks=3 can't be: model=tiny has 2.",
+    ("+network.args.verbose=true",): (
+        "network=lora has no argument verbose. There are: loraplus_lr_ratio, module_dropout, "
+        "rank_dropout."
+    ),
+    ("network=loha", "+network.args.factor=4"): (
+        "network=loha has no argument factor. There are: module_dropout, rank_dropout."
+    ),
+    ("precision=fp8",): (
+        "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
+    ),
+    ("precision=fp32", "precision.dit_dtype=bfloat16"): (
+        "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
+    ),
+    ("memory=24gb",): (
+        "memory.blocks_to_swap=8 needs engine=musubi; with engine=diffusers take memory=auto, or "
+        "memory.blocks_to_swap=0."
+    ),
+    ("memory.checkpointing=offload",): (
+        "memory.checkpointing=offload needs engine=musubi; engine=diffusers takes none or full."
+    ),
+    ("training.attention=flash",): (
+        "training.attention=flash needs engine=musubi; engine=diffusers takes sdpa."
+    ),
+    ("training.attention=xformers",): (
+        "training.attention=xformers needs engine=musubi; engine=diffusers takes sdpa."
+    ),
+    ("training.compile=always",): (
+        "training.compile=always needs engine=musubi; engine=diffusers does not compile: take auto "
+        "or none."
+    ),
+    ("training.save_state=true",): (
+        "training.save_state and training.resume_from need engine=musubi."
+    ),
+    ("training.resume_from=a",): "training.save_state and training.resume_from need engine=musubi.",
+    ("training.timestep_sampling=logsnr",): (
+        "training.timestep_sampling=logsnr needs engine=musubi; engine=diffusers takes shift, "
+        "sigmoid or uniform."
+    ),
+    ("training.weighting_scheme=cosmap",): (
+        "training.weighting_scheme=cosmap needs engine=musubi; engine=diffusers takes none."
+    ),
+    ("engine.arguments=command_line",): "engine.arguments=command_line needs engine=musubi.",
+    ("engine.extra_args=[--save_state]",): (
+        "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
+    ),
+}
+
+
+# Each broken rule is told in one line that says what is wrong and what would be right.
+@pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
+def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
+    assert problems_of(compose(*EMBEDDED, *overrides)) == [BROKEN[overrides]]
+
+
+# What it takes and musubi-tuner does not passes.
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("precision.mixed_precision=no",),
+        ("precision=fp16",),
+        ("training.compile=none",),
+        ("training.seed=4294967296",),
+        ("network.exclude=['.*(?=attn).*']",),
+        ("optimizer=custom", "optimizer.type=PagedLion8bit"),
+        ("optimizer=custom", "optimizer.type=transformers.optimization.Adafactor"),
+        ("sampling=prompts", "sampling.prompts=['N scale railway']", "sampling.steps=1001"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_right_passes(overrides: tuple[str, ...]) -> None:
+    assert problems_of(compose(*EMBEDDED, *overrides)) == []
+
+
+# Whatever of bitsandbytes is asked for, it needs a GPU.
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedLion8bit", "bitsandbytes.optim.PagedAdamW"])
+def test_bitsandbytes_needs_a_gpu(name: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan("optimizer=custom", f"optimizer.type={name}", machine=None)
+    assert str(error.value) == (
+        "optimizer=custom needs an NVIDIA card, and none was found: take optimizer=adamw."
+    )
+    plan("optimizer=custom", f"optimizer.type={name}")
+
+
+TOLD: dict[tuple[str, ...], str] = {
+    ("memory.fp8_text_encoder=true",): (
+        "memory.fp8_text_encoder=true does nothing with engine=diffusers."
+    ),
+    ("memory.pinned=true",): "memory.pinned=true does nothing with engine=diffusers.",
+    ("memory.h2d_only=true",): "memory.h2d_only=true does nothing with engine=diffusers.",
+    ("engine.path=a",): (
+        "engine.path does nothing with engine=diffusers, which is the runner's own."
+    ),
+    ("engine.python=a",): (
+        "engine.python does nothing with engine=diffusers, which is the runner's own."
+    ),
+    ("training.data_workers=4",): (
+        "training.data_workers=4 does nothing with engine=diffusers, which reads ahead in one "
+        "thread."
+    ),
+    ("model.transformer=mine.safetensors",): (
+        "model.transformer does nothing with model=tiny, whose weights are made at random."
+    ),
+    ("model.revision=v1",): (
+        "model.revision does nothing with model=tiny, whose weights are made at random."
+    ),
+}
+
+
+# What is accepted and does nothing is a notice.
+@pytest.mark.parametrize("overrides", TOLD, ids=" ".join)
+def test_what_does_nothing_is_told(overrides: tuple[str, ...]) -> None:
+    assert not [line for line in plan().notices if "nothing" in line]
+    told = plan(*overrides).notices
+    assert [line for line in told if "nothing" in line] == [TOLD[overrides]]
+
+
+# Without a GPU the precision is what the CPU has, whatever was asked for.
+def test_the_cpu_has_one_precision() -> None:
+    line = "precision=bf16 does nothing without a GPU: on the CPU everything is computed in fp32."
+    assert line in plan(machine=None).notices
+    assert line not in plan().notices
+    assert not [told for told in plan("precision=fp32", machine=None).notices if "CPU" in told]
+
+
+# What a tier of the GPU says for the real weights is not asked of this engine's trainer, which
+# would refuse it once everything is cached.
+def test_the_tier_of_a_small_gpu_swaps_no_blocks() -> None:
+    toml = dict(plan("memory=auto").files)["train.toml"]
+    assert "gradient_checkpointing = true" in toml
+    for name in ("blocks_to_swap", "block_swap", "pinned", "fp8_vl"):
+        assert name not in toml
+
+
+REFUSED = {
+    ("optimizer.type=no_such_library.Sum",): (
+        "optimizer.type='no_such_library.Sum' cannot be imported: No module named "
+        "'no_such_library' (install it with: "
+    ),
+    ("optimizer.type=torch.optim.AdamV",): (
+        "optimizer.type='torch.optim.AdamV' cannot be imported: torch.optim has no class AdamV. "
+        "Did you mean Adam?"
+    ),
+    ("optimizer.type=torch.optim.Adafactor", "+optimizer.args.relative_step=true"): (
+        "optimizer.type='torch.optim.Adafactor' refused its options: "
+    ),
+}
+
+
+# A class that no rule knows is tried out before any stage: what it lacks is said then, and not
+# after everything is cached. Nothing is written.
+@pytest.mark.parametrize("overrides", REFUSED, ids=" ".join)
+def test_an_unknown_optimizer_is_tried_out(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    pictures(tmp_path / "media", 1)
+    done = program_here(
+        *("experiment=rehearsal", "optimizer=custom", "dataset=auto", "dataset.path=media"),
+        *("tracking=none", *overrides),
+        cwd=tmp_path,
+    )
+    assert done.code == 2, done.out
+    assert done.err.startswith(f"error: engine=diffusers: {REFUSED[overrides]}")
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "outputs" / "runs").exists()
+
+
+# One that is right passes, and without a training none is tried.
+def test_a_right_optimizer_passes() -> None:
+    def check(*overrides: str, trains: bool = True) -> str:
+        config = compose(*EMBEDDED, "optimizer=custom", *overrides)
+        job = fake_facts(config, [fake_item("a.jpg")]).job
+        engine = DiffusersEngine()
+        job = replace(job, engine=engine.locate(config, Path("/")))
+        return engine.check(job, None, trains=trains)
+
+    version = check("optimizer.type=torch.optim.Adafactor", "+optimizer.args.d=2.0")
+    assert version.startswith("runner ")
+    assert check("optimizer.type=no.Such", trains=False) == version
+
+
+# What fails in its first step is said by its name, whatever it raises.
+def test_an_optimizer_that_takes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halting.py").write_text(
+        "import torch\n"
+        "class Halts(torch.optim.SGD):\n"
+        "    def step(self):\n"
+        "        raise LookupError('no ground')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as error:
+        try_optimizer.main(["--optimizer_type", "halting.Halts", "--learning_rate", "1e-3"])
+    assert str(error.value) == (
+        "train.toml: optimizer_type='halting.Halts' failed in its first step: LookupError: no "
+        "ground"
+    )

@@ -1,0 +1,73 @@
+"""The convert stage: a process of its own, whose failures are one line, and its log."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_process import context_of
+from conftest import run_program
+from other_processes import pictures
+
+from runner.core.console import Console
+from runner.core.errors import StageError
+from runner.pipeline.context import Context
+from runner.pipeline.stages.convert import CONVERT
+
+
+def converting(tmp_path: Path) -> Context:
+    """A run that has come to its conversion."""
+    media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
+    context = context_of(tmp_path / "out", media, "engine=diffusers", console=silent)
+    context.run_dir.mkdir(parents=True, exist_ok=True)
+    return context
+
+
+# A LoRA that can't be converted is told in one line, which the stage's log has too.
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "can't be read as a LoRA file: No such file"), (b"no tensors", "can't be read as a")],
+)
+def test_a_failure_is_one_line(tmp_path: Path, content: bytes | None, why: str) -> None:
+    context = converting(tmp_path)
+    if content is not None:
+        (context.run_dir / "lora.safetensors").write_bytes(content)
+    with pytest.raises(StageError) as caught:
+        CONVERT.run(context)
+    log = context.run_dir / "logs/convert.log"
+    told = str(caught.value)
+    assert told.startswith(f"lora.safetensors {why}") and "\n" not in told
+    assert told.endswith(f" (exit code 2; log: {log})")
+    assert log.read_text() == f"error: {told.removesuffix(f' (exit code 2; log: {log})')}\n"
+    assert not (context.run_dir / "lora_comfyui.safetensors").exists()
+
+
+# A place that can't be written to is told as a failure, with the file.
+def test_a_place_that_cant_be_written_to(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    leaves = {"lora_down.weight": (1, 2), "lora_up.weight": (2, 1), "alpha": ()}
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{name}.{leaf}": torch.ones(s) for leaf, s in leaves.items()}, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    done = run_program("a", "b", cwd=tmp_path, module="runner.stages.convert")
+    assert (done.code, done.out, done.err) == (
+        1,
+        "",
+        "error: b can't be written (Is a directory)\n",
+    )
+
+
+# What its process starts with before it needs torch is small: no engine, no stage, no Hydra.
+def test_its_start_is_light() -> None:
+    code = (
+        "import sys, runner.stages.convert\n"
+        "heavy = {'torch', 'numpy', 'omegaconf', 'hydra', 'mlflow', 'runner.pipeline.stages'}\n"
+        "sys.exit(str(heavy & sys.modules.keys()) if heavy & sys.modules.keys() else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
