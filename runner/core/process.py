@@ -56,6 +56,8 @@ def signals_deferred() -> Iterator[None]:
     For short work that must not stop half-way, such as opening or closing a run's record.
     """
     received: list[int] = []
+    # Where the block is part of ending for an earlier signal, that one stands.
+    ending = isinstance(sys.exc_info()[1], Stopped)
 
     def remember(number: int, _frame: object) -> None:
         received.append(number)
@@ -66,7 +68,7 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+    if received and not ending:
         raise Stopped(received[0])
 
 
