@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from urllib.parse import unquote
 
 from runner.cli.overrides import OPEN_ENDED, by_last_part, diagnose, exists, quote
@@ -89,6 +90,7 @@ def _first(args: list[str], choices: Choices, multirun: bool) -> _Found | None:
     return None
 
 
+@cache
 def _known() -> dict[str, Option]:
     return {option.key: option for option in options()}
 

@@ -104,6 +104,7 @@ class Recorder:
         self._started = time.time()
         self._key = key
         self._fingerprint: str | None = None
+        self._plan: Plan | None = None
         self._problems: list[str] = []
         self._write("RUNNING", "")
 
@@ -174,6 +175,9 @@ class Recorder:
 
     def result_of(self, inputs: Inputs, plan: Plan, engine: Engine) -> None:
         """Note what gives the run's result; again when that has changed, or has become known."""
+        if plan is self._plan:
+            return
+        self._plan = plan
         found = fingerprint(inputs, plan, engine)
         if found not in (None, self._fingerprint):
             self._fingerprint = found

@@ -313,10 +313,11 @@ def test_named_options_exist(page: Path) -> None:
                 assert key in known or inside, code
 
 
-# The picture of the frames is what the code cuts.
-def test_the_picture_of_frames_is_current() -> None:
+# The picture of the frames is what the code cuts, and the tables of options are those of the code.
+@pytest.mark.parametrize("script", ["draw-frames", "options-page"])
+def test_what_a_script_makes_is_current(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(TOP / "scripts" / "draw-frames"), "--check"],
+        [sys.executable, str(TOP / "scripts" / script), "--check"],
         capture_output=True,
         text=True,
     )

@@ -1,24 +1,12 @@
-"""The tables of docs/options.md are those of the code."""
+"""The old script's flags on docs/options.md; test_docs.py compares its tables with the code."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 from conftest import TOP, compose
 
 PAGE = (TOP / "docs" / "options.md").read_text(encoding="utf-8")
-
-
-# The page's tables are those of the code.
-def test_tables_are_current() -> None:
-    done = subprocess.run(
-        [sys.executable, str(TOP / "scripts" / "options-page"), "--check"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # Every old flag's replacement is an option.

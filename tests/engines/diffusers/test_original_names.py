@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import encoder_inputs as given
 import pytest
 import torch
-from conftest import TOP
+from conftest import recorded_tensors
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import AutoencoderKLHunyuanVideo15
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -24,17 +23,11 @@ from transformers.models.t5.modeling_t5 import T5EncoderModel
 from runner.core.errors import UserError
 from runner.engines.diffusers import original_names as names
 
-FIXTURE = TOP / "tests/fixtures/encoders.safetensors"
+recorded = partial(recorded_tensors, "encoders")
 TOLERANCE = 1e-5
 
 # Threads spend far more time waiting for each other than these small networks take.
 torch.set_num_threads(1)
-
-
-@cache
-def recorded() -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(str(FIXTURE), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def vae(**sizes: Any) -> nn.Module:

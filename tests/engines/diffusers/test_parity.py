@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import partial
 
 import parity_inputs as given
 import pytest
 import torch
-from conftest import TOP
+from conftest import recorded_tensors
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
-from safetensors import safe_open
 from torch import Tensor
 
 from runner.engines.diffusers import flow, networks
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.formats import transformer_keys
 
-FIXTURE = TOP / "tests/fixtures/parity.safetensors"
+recorded = partial(recorded_tensors, "parity")
 TOLERANCE = 1e-5
 
 # Threads spend far more time waiting for each other than this small network takes.
 torch.set_num_threads(1)
-
-
-@cache
-def recorded() -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(str(FIXTURE), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def build_model() -> HunyuanVideo15Transformer3DModel:
