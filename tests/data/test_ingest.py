@@ -71,6 +71,13 @@ def ingest(
     return source
 
 
+# A run knows how many media it took out of an archive, and that an earlier one did.
+def test_what_was_unpacked_is_counted(tmp_path: Path) -> None:
+    zipped(tmp_path / "m.zip", pictures=3, clips=1)
+    assert [ingest(tmp_path).unpacked for _ in range(2)] == [4, 0]
+    assert ingest(tmp_path, dry=True).unpacked == 0
+
+
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Media of archives that are opened from here on."""

@@ -89,6 +89,14 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     return cwd, rehearse(cwd, f"dataset.path={archive.name}", "dataset=zip", "name=first", env=env)
 
 
+# What this run did itself is not said to have been done already.
+def test_a_first_run_says_what_it_did(first: tuple[Path, Finished]) -> None:
+    _, done = first
+    assert done.code == 0, done.err
+    assert "(done already)" not in done.out
+    assert re.search(r"dataset +\d+ pictures?, \d+ clips?, \d+ unpacked\n", done.out), done.out
+
+
 def commands_of(script: Path) -> list[tuple[list[str], dict[str, str], set[str]]]:
     """The commands of a commands.sh: arguments, what is set in the environment, and what unset."""
     found: list[tuple[list[str], dict[str, str], set[str]]] = []
