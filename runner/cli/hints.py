@@ -11,7 +11,8 @@ from functools import cache
 from urllib.parse import unquote
 
 from runner.cli.overrides import OPEN_ENDED, by_last_part, diagnose, exists, quote
-from runner.config.schema import Option, options
+from runner.config.option import Option
+from runner.config.schema import options
 from runner.core.paths import command_here
 from runner.core.text import nearest
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.latent_frames import nearest_frames, valid_frames
-from runner.config.schema import Bounds, Option, RunConfig, SourceConfig, options
+from runner.config.option import Bounds, Option
+from runner.config.schema import RunConfig, SourceConfig, options
 from runner.core.text import did_you_mean
 
 

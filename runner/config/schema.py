@@ -10,45 +10,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-
-@dataclass(frozen=True)
-class Bounds:
-    """Between what a number must be; None for no bound."""
-
-    at_least: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    path: bool = False,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning, and the values it takes: choices of a text, or bounds.
-
-    ``path`` marks values that are file-system paths, which are taken literally from the shell.
-    """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "path": path,
-        "bounds": Bounds(at_least, above, below),
-    }
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def part(cls: type) -> Any:
-    """A nested group of options."""
-    return field(default_factory=cls)
-
+from runner.config.option import Bounds, Counts, Needs, Option, option, part
 
 # What a source of media can be; auto tells it from the path.
 SourceKind = Literal["zip", "folder", "jsonl", "hub", "sample"]
@@ -65,7 +27,7 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = option("hunyuan15_720p", "Which weights to train on.")
+    name: str = option("hunyuan15_720p", "Which weights to train on.", counts="neither")
     source: str = option(
         "hub",
         "Where the weights come from: the Hugging Face hub, or made at random (tiny).",
@@ -82,7 +44,9 @@ class ModelConfig:
     text_encoder: str = option("", "The Qwen2.5-VL file in it.")
     byt5: str = option("", "The ByT5 file in it.")
     image_encoder: str = option("", "The SigLIP file in it (i2v only).")
-    blocks: int = option(54, "Double blocks in the transformer; bounds memory.blocks_to_swap.")
+    blocks: int = option(
+        54, "Double blocks in the transformer; bounds memory.blocks_to_swap.", counts="neither"
+    )
 
 
 @dataclass
@@ -98,6 +62,7 @@ class EngineConfig:
         "file",
         "How the trainer gets its options: in train.toml, or all on its command line.",
         choices=("file", "command_line"),
+        counts="neither",
     )
     extra_args: list[str] = option([], "More arguments for the trainer, given as they are.")
 
@@ -162,9 +127,24 @@ class DatasetConfig:
     frame_extraction: str = option(
         "head", "Which frames of a clip are taken.", choices=FRAME_EXTRACTIONS
     )
-    frame_stride: int = option(1, "Frames between two windows (slide).", at_least=1)
-    frame_sample: int = option(1, "Windows in a clip (uniform).", at_least=1)
-    max_frames: int = option(129, "Most frames of a clip (full).", at_least=1)
+    frame_stride: int = option(
+        1,
+        "Frames between two windows (slide).",
+        at_least=1,
+        needs=Needs("dataset.frame_extraction", ("slide",)),
+    )
+    frame_sample: int = option(
+        1,
+        "Windows in a clip (uniform).",
+        at_least=1,
+        needs=Needs("dataset.frame_extraction", ("uniform",)),
+    )
+    max_frames: int = option(
+        129,
+        "Most frames of a clip (full).",
+        at_least=1,
+        needs=Needs("dataset.frame_extraction", ("full",)),
+    )
     source_fps: float | None = option(
         None,
         "Frame rate of the clips, to bring them to 24 a second; null keeps every frame.",
@@ -175,7 +155,9 @@ class DatasetConfig:
     validation_fraction: float = option(
         0.0, "Share of items held out for eval/loss.", at_least=0, below=1
     )
-    max_archive_gb: float = option(100.0, "Refuse a zip that unpacks to more than this.", above=0)
+    max_archive_gb: float = option(
+        100.0, "Refuse a zip that unpacks to more than this.", above=0, counts="neither"
+    )
     sources: list[SourceConfig] = field(
         default_factory=list,
         metadata={
@@ -205,7 +187,7 @@ class NetworkConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = option("adamw8bit", "Optimizer.")
+    name: str = option("adamw8bit", "Optimizer.", counts="neither")
     # "???" is OmegaConf for a value that must be given.
     type: str = option("???", "Its name or class path for the trainer.")
     learning_rate: float = option(1e-4, "Learning rate; belongs to the optimizer.", above=0)
@@ -225,7 +207,7 @@ class SchedulerConfig:
 
 @dataclass
 class PrecisionConfig:
-    name: str = option("bf16", "Precision of the frozen network.")
+    name: str = option("bf16", "Precision of the frozen network.", counts="neither")
     mixed_precision: str = option("bf16", "Mixed precision.", choices=("bf16", "fp16", "no"))
     dit_dtype: str | None = option(None, "Type the transformer is loaded in.")
     fp8_base: bool = option(False, "Keep the frozen transformer in fp8.")
@@ -239,8 +221,10 @@ class MemoryConfig:
     checkpointing: str | None = option(
         None, "Gradient checkpointing.", choices=("none", "full", "offload")
     )
-    vae_tile: int | None = option(None, "VAE tile, pixels; 0 encodes whole frames.", at_least=0)
-    fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.")
+    vae_tile: int | None = option(
+        None, "VAE tile, pixels; 0 encodes whole frames.", at_least=0, counts="planned"
+    )
+    fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.", counts="planned")
     text_batch_size: int | None = option(None, "Captions encoded at once.", at_least=1)
     pinned: bool | None = option(None, "Pin main memory for block swap.")
     h2d_only: bool | None = option(None, "Swap blocks in one direction only.")
@@ -250,28 +234,46 @@ class MemoryConfig:
 class TrainingConfig:
     epochs: int = option(10, "Passes over the dataset.", at_least=1)
     max_steps: int | None = option(None, "Steps instead of epochs.", at_least=1)
-    seed: int = option(42, "Random seed; -1 draws one and records it.", at_least=-1)
+    seed: int = option(42, "Random seed; -1 draws one and records it.", at_least=-1, counts="asked")
     gradient_accumulation_steps: int = option(1, "Batches in one optimizer step.", at_least=1)
     max_grad_norm: float = option(1.0, "Gradient clipping; 0 is none.", at_least=0)
     attention: str = option("sdpa", "Attention code.", choices=("sdpa", "flash", "xformers"))
-    compile: str = option("auto", "torch.compile.", choices=("auto", "always", "none"))
+    compile: str = option(
+        "auto", "torch.compile.", choices=("auto", "always", "none"), counts="asked"
+    )
     timestep_sampling: str = option("shift", "How timesteps are drawn.", choices=TIMESTEP_SAMPLINGS)
-    discrete_flow_shift: float = option(2.0, "Timestep shift.", above=0)
-    sigmoid_scale: float = option(1.0, "Spread of the timesteps (shift, sigmoid).", above=0)
+    discrete_flow_shift: float = option(
+        2.0,
+        "Timestep shift.",
+        above=0,
+        needs=Needs(
+            "training.timestep_sampling",
+            ("shift", "sigma", "logsnr"),
+            "; it shifts with training.timestep_sampling=shift",
+        ),
+    )
+    sigmoid_scale: float = option(
+        1.0,
+        "Spread of the timesteps (shift, sigmoid).",
+        above=0,
+        needs=Needs("training.timestep_sampling", ("shift", "sigmoid", "sigma", "logsnr")),
+    )
     weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
     max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
     save_every_epochs: int | None = option(
-        1, "Epochs between checkpoints; null for none.", at_least=1
+        1, "Epochs between checkpoints; null for none.", at_least=1, counts="asked"
     )
     save_every_steps: int | None = option(
-        None, "Steps between checkpoints, besides those.", at_least=1
+        None, "Steps between checkpoints, besides those.", at_least=1, counts="asked"
     )
     keep_last: int | None = option(
-        None, "Checkpoints kept of each kind; null keeps all.", at_least=1
+        None, "Checkpoints kept of each kind; null keeps all.", at_least=1, counts="asked"
     )
     save_state: bool = option(
-        False, "Save the optimizer's state with each checkpoint, for training.resume_from."
+        False,
+        "Save the optimizer's state with each checkpoint, for training.resume_from.",
+        counts="asked",
     )
     resume_from: str | None = option(
         None,
@@ -280,7 +282,7 @@ class TrainingConfig:
         path=True,
     )
     save_precision: str = option("bf16", "Type of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
-    data_workers: int = option(2, "Processes that read the cache.", at_least=0)
+    data_workers: int = option(2, "Processes that read the cache.", at_least=0, counts="neither")
     i2v_unscaled_condition: bool = option(
         False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
     )
@@ -289,6 +291,7 @@ class TrainingConfig:
         "For continuing an unfinished run; for now a run started again trains from the start, and "
         "keeps all earlier stages.",
         choices=("auto", "none"),
+        counts="neither",
     )
 
 
@@ -338,39 +341,32 @@ class StagesConfig:
 class RunConfig:
     """A whole run."""
 
-    task: TaskConfig = part(TaskConfig)
-    model: ModelConfig = part(ModelConfig)
-    engine: EngineConfig = part(EngineConfig)
-    dataset: DatasetConfig = part(DatasetConfig)
-    network: NetworkConfig = part(NetworkConfig)
-    optimizer: OptimizerConfig = part(OptimizerConfig)
-    scheduler: SchedulerConfig = part(SchedulerConfig)
-    precision: PrecisionConfig = part(PrecisionConfig)
-    memory: MemoryConfig = part(MemoryConfig)
-    training: TrainingConfig = part(TrainingConfig)
-    sampling: SamplingConfig = part(SamplingConfig)
-    metadata: MetadataConfig = part(MetadataConfig)
-    tracking: TrackingConfig = part(TrackingConfig)
-    stages: StagesConfig = part(StagesConfig)
-    name: str | None = option(None, "Name of the run (default: made from its main options).")
-    output_dir: str = option("outputs", "Folder for runs, caches and the MLflow store.", path=True)
-    dry_run: bool = option(False, "Show what would run, and touch nothing.")
+    task: TaskConfig = part(TaskConfig, "both")
+    model: ModelConfig = part(ModelConfig, "asked")
+    engine: EngineConfig = part(EngineConfig, "both")
+    dataset: DatasetConfig = part(DatasetConfig, "asked")
+    network: NetworkConfig = part(NetworkConfig, "both")
+    optimizer: OptimizerConfig = part(OptimizerConfig, "both")
+    scheduler: SchedulerConfig = part(SchedulerConfig, "both")
+    precision: PrecisionConfig = part(PrecisionConfig, "both")
+    memory: MemoryConfig = part(MemoryConfig, "neither")
+    training: TrainingConfig = part(TrainingConfig, "both")
+    sampling: SamplingConfig = part(SamplingConfig, "asked")
+    metadata: MetadataConfig = part(MetadataConfig, "asked")
+    tracking: TrackingConfig = part(TrackingConfig, "neither")
+    stages: StagesConfig = part(StagesConfig, "neither")
+    name: str | None = option(
+        None, "Name of the run (default: made from its main options).", counts="neither"
+    )
+    output_dir: str = option(
+        "outputs", "Folder for runs, caches and the MLflow store.", path=True, counts="neither"
+    )
+    dry_run: bool = option(False, "Show what would run, and touch nothing.", counts="neither")
 
 
-@dataclass(frozen=True)
-class Option:
-    """One leaf of :class:`RunConfig`, for help, checks and the table in docs/options.md."""
-
-    key: str
-    type: str
-    default: Any
-    help: str
-    choices: tuple[str, ...]
-    path: bool
-    bounds: Bounds
-
-
-def options(cls: type = RunConfig, prefix: str = "") -> Iterator[Option]:
+def options(
+    cls: type = RunConfig, prefix: str = "", counts: Counts | None = None
+) -> Iterator[Option]:
     """Every option with its dotted key, in the order of definition."""
     hints = get_type_hints(cls)
     for item in fields(cls):
@@ -378,7 +374,7 @@ def options(cls: type = RunConfig, prefix: str = "") -> Iterator[Option]:
         key = prefix + item.name
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from options(hint, key + ".")
+            yield from options(hint, key + ".", item.metadata.get("counts"))
             continue
         if item.default is not MISSING:
             default: Any = item.default
@@ -394,6 +390,8 @@ def options(cls: type = RunConfig, prefix: str = "") -> Iterator[Option]:
             item.metadata.get("choices", ()),
             item.metadata.get("path", False),
             item.metadata.get("bounds", Bounds()),
+            item.metadata.get("counts") or counts,
+            item.metadata.get("needs"),
         )
 
 

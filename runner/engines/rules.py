@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.config.schema import RunConfig, TrainingConfig
+from runner.config.rules import value_of
+from runner.config.schema import RunConfig, options
 from runner.core.text import did_you_mean
 from runner.engines import rules_optimizer
 from runner.engines.optimizer_classes import class_name, finds_its_rate, ignores_learning_rate
@@ -24,12 +25,6 @@ NETWORK_ARGS = {
     "loha": _DROPOUTS,
     "lokr": (*_DROPOUTS, "factor"),
 }
-# Options of a dataset that one way of taking frames alone reads, and their defaults.
-_OF_EXTRACTION = (
-    ("frame_stride", "slide", 1),
-    ("frame_sample", "uniform", 1),
-    ("max_frames", "full", 129),
-)
 
 
 def problems(config: RunConfig, *, more_network_args: tuple[str, ...] = ()) -> Iterator[str]:
@@ -186,17 +181,7 @@ def _preview_text(key: str, text: str) -> Iterator[str]:
 
 def _without_effect(config: RunConfig) -> Iterator[str]:
     training, sampling = config.training, config.sampling
-    drawn = training.timestep_sampling
-    if drawn in ("sigmoid", "uniform") and _set(training, "discrete_flow_shift"):
-        yield (
-            f"training.discrete_flow_shift={training.discrete_flow_shift:g} does nothing with "
-            f"training.timestep_sampling={drawn}; it shifts with training.timestep_sampling=shift."
-        )
-    if drawn == "uniform" and _set(training, "sigmoid_scale"):
-        yield (
-            f"training.sigmoid_scale={training.sigmoid_scale:g} does nothing with "
-            "training.timestep_sampling=uniform."
-        )
+    yield from _without_what_they_need(config)
     if training.keep_last and not (training.save_every_epochs or training.save_every_steps):
         yield (
             "training.keep_last does nothing without checkpoints: set training.save_every_epochs "
@@ -208,20 +193,26 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         yield "sampling.prompts does nothing with sampling=none: add sampling=prompts."
     if sampling.name == "prompts" and sampling.image_path and config.task.name != "i2v":
         yield "sampling.image_path does nothing with task=t2v, whose previews begin from noise."
-    yield from _of_extraction(config)
 
 
-def _set(training: TrainingConfig, key: str) -> bool:
-    return bool(getattr(training, key) != getattr(TrainingConfig(), key))
-
-
-def _of_extraction(config: RunConfig) -> Iterator[str]:
+def _without_what_they_need(config: RunConfig) -> Iterator[str]:
+    """Options that are set, while the one that their definition names has another value."""
     found = [source for _, source in datasets(config)]
-    taken = {own(source, config.dataset, "frame_extraction") for source in found}
-    for key, extraction, default in _OF_EXTRACTION:
-        values = {own(source, config.dataset, key) for source in found} - {default}
-        if values and extraction not in taken:
-            yield f"dataset.{key} does nothing without dataset.frame_extraction={extraction}."
+    for option in options():
+        needs = option.needs
+        if needs is None:
+            continue
+        group, _, name = option.key.rpartition(".")
+        if group == "dataset":
+            other = needs.key.removeprefix("dataset.")
+            taken = {own(source, config.dataset, other) for source in found}
+            values = {own(source, config.dataset, name) for source in found} - {option.default}
+            if values and taken.isdisjoint(needs.values):
+                yield f"{option.key} does nothing without {needs.key}={needs.values[0]}."
+            continue
+        value, chosen = value_of(config, option.key), value_of(config, needs.key)
+        if value != option.default and chosen not in needs.values:
+            yield f"{option.key}={value:g} does nothing with {needs.key}={chosen}{needs.hint}."
 
 
 def _buckets_of_clips(config: RunConfig) -> Iterator[str]:

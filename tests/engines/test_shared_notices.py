@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from conftest import compose, fake_facts, fake_item, plan_of
+from conftest import TOP, compose, fake_facts, fake_item, plan_of
 
 from runner.engines.base import Machine
 
@@ -30,61 +31,9 @@ def notices(*overrides: str, items: list[Any] = PICTURES) -> tuple[str, ...]:
     return told
 
 
-TOLD: dict[tuple[str, ...], str] = {
-    ("scheduler=cosine", "scheduler.warmup_steps=30", "training.max_steps=30"): (
-        "scheduler.warmup_steps=30 is not below the run's 30 steps: the learning rate is never "
-        "reached."
-    ),
-    ("network=loha", "network.dropout=0.1"): (
-        "network.dropout does nothing with network=loha; network.args.rank_dropout and "
-        "network.args.module_dropout do."
-    ),
-    ("network=lokr", "network.dropout=0.1"): (
-        "network.dropout does nothing with network=lokr; network.args.rank_dropout and "
-        "network.args.module_dropout do."
-    ),
-    ("optimizer=custom", "optimizer.type=adafactor"): (
-        "optimizer.learning_rate=0.0001 does nothing: Adafactor sets its own rate, unless "
-        "optimizer.args.relative_step=false and optimizer.args.warmup_init=false."
-    ),
-    ("training.timestep_sampling=sigmoid", "training.discrete_flow_shift=7"): (
-        "training.discrete_flow_shift=7 does nothing with training.timestep_sampling=sigmoid; it "
-        "shifts with training.timestep_sampling=shift."
-    ),
-    ("training.timestep_sampling=uniform", "training.sigmoid_scale=2"): (
-        "training.sigmoid_scale=2 does nothing with training.timestep_sampling=uniform."
-    ),
-    ("training.save_every_epochs=null", "training.keep_last=2"): (
-        "training.keep_last does nothing without checkpoints: set training.save_every_epochs or "
-        "training.save_every_steps."
-    ),
-    ("training.i2v_unscaled_condition=true",): (
-        "training.i2v_unscaled_condition does nothing with task=t2v, which has no condition."
-    ),
-    ("sampling.prompts=[a cat]",): (
-        "sampling.prompts does nothing with sampling=none: add sampling=prompts."
-    ),
-    (*PROMPTS, "sampling.prompts=[a cat]", "sampling.image_path=a.png"): (
-        "sampling.image_path does nothing with task=t2v, whose previews begin from noise."
-    ),
-    ("dataset.frame_stride=2",): (
-        "dataset.frame_stride does nothing without dataset.frame_extraction=slide."
-    ),
-    ("dataset.sources=[{path: a, frame_sample: 3}]",): (
-        "dataset.frame_sample does nothing without dataset.frame_extraction=uniform."
-    ),
-    ("dataset.max_frames=65",): (
-        "dataset.max_frames does nothing without dataset.frame_extraction=full."
-    ),
-    ("dataset.enable_bucket=false",): (
-        "dataset.enable_bucket=false does nothing for clips, which are sorted into buckets and "
-        "enlarged to them in any case."
-    ),
-    ("dataset.bucket_no_upscale=true",): (
-        "dataset.bucket_no_upscale=true does nothing for clips, which are sorted into buckets and "
-        "enlarged to them in any case."
-    ),
-}
+# What is said of options that do nothing, in full, and overrides with which the same ones act.
+NOTICES = json.loads((TOP / "tests" / "fixtures" / "notices.json").read_text("utf-8"))
+TOLD = {tuple(case["overrides"]): case["line"] for case in NOTICES["told"]}
 
 
 # What would be left out without a word is a notice of the plan.
@@ -95,23 +44,7 @@ def test_what_does_nothing_is_told(engine: tuple[str, ...], overrides: tuple[str
 
 
 # The same options say nothing where they have an effect.
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("scheduler=cosine", "scheduler.warmup_steps=30", "training.max_steps=31"),
-        ("network=lora", "network.dropout=0.1"),
-        ("optimizer=adafactor",),
-        ("training.timestep_sampling=shift", "training.discrete_flow_shift=7"),
-        ("training.timestep_sampling=sigmoid", "training.sigmoid_scale=2"),
-        ("training.save_every_steps=5", "training.save_every_epochs=null", "training.keep_last=2"),
-        ("dataset.frame_extraction=slide", "dataset.frame_stride=2"),
-        (
-            "dataset.frame_sample=3",
-            "dataset.sources=[{path: a, frame_extraction: uniform}, {path: b}]",
-        ),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("overrides", [tuple(case) for case in NOTICES["quiet"]], ids=" ".join)
 def test_what_acts_is_not_told(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     assert not [told for told in notices(*engine, *overrides, items=CLIPS) if "nothing" in told]
 
