@@ -1,7 +1,5 @@
 """``python -m runner.stages.convert``: a LoRA file as ComfyUI loads it, and back."""
 
-from __future__ import annotations
-
 import sys
 
 from runner.pipeline.comfyui import command_line, main
