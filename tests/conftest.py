@@ -25,15 +25,6 @@ TOP = Path(__file__).resolve().parent.parent
 PICTURES_ALONE = ("image_only",)
 
 
-@cache
-def recorded_tensors(name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and the metadata of a file of ``tests/fixtures``, recorded from musubi-tuner."""
-    from safetensors import safe_open
-
-    with safe_open(str(TOP / f"tests/fixtures/{name}.safetensors"), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-
-
 def compose(*overrides: str) -> RunConfig:
     """The config that ``python -m runner`` would get from these overrides; the caller's own."""
     return copy.deepcopy(_composed(overrides))

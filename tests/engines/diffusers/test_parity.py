@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache
 
 import parity_inputs as given
 import pytest
 import torch
-from conftest import recorded_tensors
+from conftest import TOP
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
+from safetensors import safe_open
 from torch import Tensor
 
 from runner.engines.diffusers import flow, networks
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.formats import transformer_keys
 
-recorded = partial(recorded_tensors, "parity")
+FIXTURE = TOP / "tests/fixtures/parity.safetensors"
 TOLERANCE = 1e-5
 
 # Threads spend far more time waiting for each other than this small network takes.
 torch.set_num_threads(1)
+
+
+@cache
+def recorded() -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(str(FIXTURE), framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def build_model() -> HunyuanVideo15Transformer3DModel:
