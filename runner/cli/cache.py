@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 from runner.core.errors import UserError
 from runner.core.text import did_you_mean, readable
-from runner.storage.store import SHELVES
+from runner.storage.shared_cache import NAMESPACES
 from runner.storage.usage import (
     OTHER,
     UNKNOWN,
-    Kept,
-    Stock,
-    Wish,
+    CacheContents,
+    CacheObject,
+    PruneCriteria,
     by_dataset,
     chosen,
     dataset_key,
@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _known(parser, given)
         args = parser.parse_args(given)
-        wish = _wish(args)
+        criteria = _wish(args)
         root = args.outputs / "cache"
-        stock = take_stock(root, time.time())
-        if wish is None:
-            _list(root, stock)
+        contents = take_stock(root, time.time())
+        if criteria is None:
+            _list(root, contents)
             return 0
-        return _prune(root, stock, wish, args)
+        return _prune(root, contents, criteria, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -144,7 +144,7 @@ def _quantity(text: str, units: dict[str, float], example: str) -> float:
     )
 
 
-def _wish(args: Any) -> Wish | None:
+def _wish(args: Any) -> PruneCriteria | None:
     """What to delete; None for a list."""
     given = [
         f"--{name.replace('_', '-')}"
@@ -165,44 +165,44 @@ def _wish(args: Any) -> Wish | None:
         raise UserError(
             "prune: say what to delete, by --older-than, --keep-below, --dataset or --unused"
         )
-    return Wish(args.older_than, args.keep_below, args.dataset, args.unused)
+    return PruneCriteria(args.older_than, args.keep_below, args.dataset, args.unused)
 
 
-def _list(root: Path, stock: Stock) -> None:
-    print(f"{root}: {readable(stock.bytes)}")
-    if not stock.kept:
+def _list(root: Path, contents: CacheContents) -> None:
+    print(f"{root}: {readable(contents.bytes)}")
+    if not contents.kept:
         return
     print()
-    _table(stock, stock.kept)
+    _table(contents, contents.kept)
     print()
-    shared = [one for one in stock.kept if len(one.datasets) > 1]
+    shared = [one for one in contents.kept if len(one.datasets) > 1]
     if shared:
         print(f"{_sum(shared)} that several datasets use {_s(shared, 'count')} in each.")
-    if any(one.named and not one.datasets for one in stock.kept):
+    if any(one.named and not one.datasets for one in contents.kept):
         print(f"{UNKNOWN}: what no run on record has used.")
-    if any(not one.named for one in stock.kept):
+    if any(not one.named for one in contents.kept):
         print(f"{OTHER}: small files that any run may use.")
     print(
         "After a prune the cache/ of finished runs has links that lead nowhere; nothing needs them."
     )
 
 
-def _prune(root: Path, stock: Stock, wish: Wish, args: Any) -> int:
-    if wish.dataset is not None:
-        key = dataset_key(stock, wish.dataset)
-        wish = Wish(wish.older_than, wish.keep_below, key, wish.unused)
-    victims = chosen(stock, wish, time.time())
-    if victims:
-        print(f"{root}: {readable(stock.bytes)}, of which this would be deleted:\n")
-        _table(stock, victims)
+def _prune(root: Path, contents: CacheContents, criteria: PruneCriteria, args: Any) -> int:
+    if criteria.dataset is not None:
+        key = dataset_key(contents, criteria.dataset)
+        criteria = PruneCriteria(criteria.older_than, criteria.keep_below, key, criteria.unused)
+    to_delete = chosen(contents, criteria, time.time())
+    if to_delete:
+        print(f"{root}: {readable(contents.bytes)}, of which this would be deleted:\n")
+        _table(contents, to_delete)
         print()
         if args.verbose:
-            for one in victims:
+            for one in to_delete:
                 print(f"  {one.path}  {readable(one.bytes)}")
             print()
-    for line in _stays(stock, wish, victims):
+    for line in _stays(contents, criteria, to_delete):
         print(line)
-    if not victims:
+    if not to_delete:
         print("Nothing to delete.")
         return 0
     if not args.yes or args.dry_run:
@@ -215,10 +215,10 @@ def _prune(root: Path, stock: Stock, wish: Wish, args: Any) -> int:
         if not _agreed():
             print("Nothing was deleted.")
             return 0
-    gone = delete(root, victims)
+    gone = delete(root, to_delete)
     print(f"Deleted {_sum(gone)}.")
     names = {one.name for one in gone}
-    left = [one for one in victims if one.name not in names]
+    left = [one for one in to_delete if one.name not in names]
     if left:
         print(f"{_sum(left)} {_s(left, 'stay')}: a run has begun to use them.")
     return 0
@@ -232,41 +232,45 @@ def _agreed() -> bool:
         return False
 
 
-def _stays(stock: Stock, wish: Wish, victims: Sequence[Kept]) -> list[str]:
+def _stays(
+    contents: CacheContents, criteria: PruneCriteria, to_delete: Sequence[CacheObject]
+) -> list[str]:
     """What one might expect to go, and why it stays."""
     lines: list[str] = []
-    of_it = [one for one in stock.kept if wish.dataset is None or wish.dataset in one.datasets]
+    of_it = [
+        one for one in contents.kept if criteria.dataset is None or criteria.dataset in one.datasets
+    ]
     used = [one for one in of_it if one.in_use]
     if used:
         names = {one.name for one in used}
-        runs = sorted({one.who for one in stock.running if one.names & names})
+        runs = sorted({one.who for one in contents.running if one.names & names})
         lines.append(f"{_sum(used)} {_s(used, 'stay')}: in use by {', '.join(runs)}.")
     shared = [one for one in of_it if len(one.datasets) > 1 and not one.in_use]
-    if wish.dataset is not None and shared:
+    if criteria.dataset is not None and shared:
         lines.append(f"{_sum(shared)} {_s(shared, 'stay')}: other datasets use them too.")
-    left = stock.bytes - sum(one.bytes for one in victims)
-    if wish.keep_below is not None and left > wish.keep_below:
-        lines.append(f"{readable(left)} would be left, more than {readable(wish.keep_below)}.")
+    left = contents.bytes - sum(one.bytes for one in to_delete)
+    if criteria.keep_below is not None and left > criteria.keep_below:
+        lines.append(f"{readable(left)} would be left, more than {readable(criteria.keep_below)}.")
     return lines
 
 
-def _sum(kept: Sequence[Kept]) -> str:
+def _sum(kept: Sequence[CacheObject]) -> str:
     number = f"{len(kept)} entr{'y' if len(kept) == 1 else 'ies'}"
     return f"{number} ({readable(sum(one.bytes for one in kept))})"
 
 
-def _s(kept: Sequence[Kept], verb: str) -> str:
+def _s(kept: Sequence[CacheObject], verb: str) -> str:
     return f"{verb}s" if len(kept) == 1 else verb
 
 
-def _table(stock: Stock, kept: Sequence[Kept]) -> None:
+def _table(contents: CacheContents, kept: Sequence[CacheObject]) -> None:
     """One row a dataset, with the bytes on each shelf, and one for the whole."""
-    others = sorted({one.shelf for one in kept} - set(SHELVES))
-    shelves = (*SHELVES, *others)
-    rows = [("dataset", "entries", *shelves, "last used")]
-    for name, of_it in by_dataset(stock, kept).items():
-        rows.append((name, *_cells(of_it, shelves), _when(stock, name, of_it)))
-    rows.append(("total", *_cells(kept, shelves), ""))
+    others = sorted({one.namespace for one in kept} - set(NAMESPACES))
+    namespaces = (*NAMESPACES, *others)
+    rows = [("dataset", "entries", *namespaces, "last used")]
+    for name, of_it in by_dataset(contents, kept).items():
+        rows.append((name, *_cells(of_it, namespaces), _when(contents, name, of_it)))
+    rows.append(("total", *_cells(kept, namespaces), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -274,17 +278,19 @@ def _table(stock: Stock, kept: Sequence[Kept]) -> None:
         print("  ".join([*cells, row[-1]]).rstrip())
 
 
-def _cells(kept: Iterable[Kept], shelves: Sequence[str]) -> list[str]:
+def _cells(kept: Iterable[CacheObject], namespaces: Sequence[str]) -> list[str]:
     kept = list(kept)
-    sizes = [sum(one.bytes for one in kept if one.shelf == shelf) for shelf in shelves]
+    sizes = [
+        sum(one.bytes for one in kept if one.namespace == namespace) for namespace in namespaces
+    ]
     return [str(len(kept)), *(readable(size) if size else "-" for size in sizes)]
 
 
-def _when(stock: Stock, dataset: str, kept: Sequence[Kept]) -> str:
+def _when(contents: CacheContents, dataset: str, kept: Sequence[CacheObject]) -> str:
     names = {one.name for one in kept if one.in_use}
     if names:
-        return f"in use by {min(one.who for one in stock.running if one.names & names)}"
-    used = stock.used.get(dataset) or max(one.used for one in kept)
+        return f"in use by {min(one.who for one in contents.running if one.names & names)}"
+    used = contents.used.get(dataset) or max(one.used for one in kept)
     return ago(time.time() - used)
 
 

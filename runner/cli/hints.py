@@ -34,7 +34,7 @@ _MEDIA_LIST = re.compile(r".*\.(zip|jsonl)", re.IGNORECASE)
 
 Choices = Mapping[str, Sequence[str]]
 # What is wrong, and the arguments as they should be; None where nobody can tell.
-_Found = tuple[str, list[str] | None]
+_Correction = tuple[str, list[str] | None]
 
 
 def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> str | None:
@@ -79,7 +79,7 @@ def command(arguments: Sequence[str], *, multirun: bool = False) -> str:
     return f"{command_here('runner')} {shlex.join([*flags, *arguments])}".rstrip()
 
 
-def _first(args: list[str], choices: Choices, multirun: bool) -> _Found | None:
+def _first(args: list[str], choices: Choices, multirun: bool) -> _Correction | None:
     rules = [_print_what, _flag, _bare_word, _plus_or_tilde, _path, _list]
     for rule in rules if multirun else [*rules, _comma]:
         for n in range(len(args)):
@@ -93,14 +93,14 @@ def _known() -> dict[str, Option]:
     return {option.key: option for option in options()}
 
 
-def _print_what(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _print_what(args: list[str], n: int, choices: Choices) -> _Correction | None:
     if args[n] not in ("--cfg", "-c") or (n + 1 < len(args) and args[n + 1] in _PRINTED):
         return None
     rest = [*args[:n], *args[n + 1 :]]
     return f"{args[n]} needs what to print, job for the run's options", ["--cfg", "job", *rest]
 
 
-def _flag(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _flag(args: list[str], n: int, choices: Choices) -> _Correction | None:
     name, equals, value = args[n].partition("=")
     if not name.startswith("-") or name in _FLAGS:
         return None
@@ -142,7 +142,7 @@ def _option_of(name: str, choices: Choices) -> str | None:
     return next((key for key in meant if key in known or key in choices), None)
 
 
-def _bare_word(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _bare_word(args: list[str], n: int, choices: Choices) -> _Correction | None:
     """A word without an equals sign: a path alone, or the rest of a value with spaces."""
     word, before = args[n], args[n - 1] if n else ""
     if word.startswith(("-", "~")) or "=" in word or before in _FLAGS:
@@ -166,7 +166,7 @@ def _quoted(option: Option, text: str) -> str:
     return text if option.path else quote(text, '"')
 
 
-def _plus_or_tilde(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _plus_or_tilde(args: list[str], n: int, choices: Choices) -> _Correction | None:
     """Plus and tilde: what would be added is there, and nothing can be left out."""
     argument = args[n]
     key = argument.lstrip("+~").partition("=")[0]
@@ -181,7 +181,7 @@ def _plus_or_tilde(args: list[str], n: int, choices: Choices) -> _Found | None:
     return (wrong, None) if wrong else None
 
 
-def _path(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _path(args: list[str], n: int, choices: Choices) -> _Correction | None:
     """A path as a browser or Windows writes it."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)
@@ -201,7 +201,7 @@ def _path(args: list[str], n: int, choices: Choices) -> _Found | None:
     return f"Under WSL drive {letter.upper()}: is the folder /mnt/{letter.lower()}", right
 
 
-def _list(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _list(args: list[str], n: int, choices: Choices) -> _Correction | None:
     """A list without its brackets."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)
@@ -216,7 +216,7 @@ def _list(args: list[str], n: int, choices: Choices) -> _Found | None:
     return f"{key} is a list, in brackets", right
 
 
-def _comma(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _comma(args: list[str], n: int, choices: Choices) -> _Correction | None:
     """Commas outside brackets and quotes, which only a sweep takes."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)

@@ -208,7 +208,7 @@ def _option_hint(
     return f" Did you mean {near[0]}?" if near else " `python -m runner --cfg job` lists them all."
 
 
-_KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+_TYPE_WORDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 _WRONG_VALUE = re.compile(
     r"Value '(?P<value>.*)' (?:of type '.*' could not be converted to (?P<kind>\w+)"
     r"|is not a valid (?P<type>\w+))"
@@ -232,7 +232,7 @@ def readable(error: BaseException) -> str:
         where = key.group(1) if key else "an option"
         wrong = _WRONG_VALUE.search(text)
         if wrong:
-            kind = _KINDS.get(wrong["kind"] or wrong["type"], wrong["kind"] or wrong["type"])
+            kind = _TYPE_WORDS.get(wrong["kind"] or wrong["type"], wrong["kind"] or wrong["type"])
             return f"{where}={wrong['value']} must be {kind}."
         if "is not a ListConfig" in text:
             return f"{where} must be a list, in brackets: {where}=[...]."

@@ -45,7 +45,7 @@ def _overview(plan: Plan, inputs: Inputs) -> list[str]:
     training = config.training
     items = inputs.selection.items
     held_out = sum(item.held_out for item in items)
-    clips = sum(item.kind == "video" for item in items)
+    clips = sum(item.media_kind == "video" for item in items)
     crops = sum(len(item.crops) for item in items)
     buckets = sorted({item.bucket for item in items})
     shapes = ", ".join(f"{width}x{height}" for width, height in buckets[:6])

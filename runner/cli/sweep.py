@@ -27,7 +27,7 @@ from runner.tracking.passwords import hide_in_config, remember
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from runner.tracking.mlflow_run import Status
+    from runner.tracking.mlflow_run import RunStatus
 
 # How the process that starts a sweep finds its folder again when Hydra is done.
 FOLDER_VARIABLE = "RUNNER_SWEEP_FOLDER"
@@ -172,7 +172,7 @@ class _End:
     def _named(self, job: JobRecord) -> str:
         folder = job.said.get("run_folder")
         where = f" in {shortest(Path(str(folder)))}" if folder else ""
-        return f"{job.words(self.sweep.swept)}{where}"
+        return f"{job.words(self.sweep.swept_keys)}{where}"
 
     def _summary(self) -> None:
         good = sum(job.exit_code == 0 for job in self.jobs)
@@ -195,9 +195,9 @@ class _End:
 
     def _close_parent(self) -> str | None:
         """End the parent run with what truly came of the sweep; where it is found."""
-        from runner.tracking.sweep import close_parent
+        from runner.tracking.parent_run import close_parent
 
-        status: Status = "KILLED" if self.code >= 128 else "FAILED" if self.code else "FINISHED"
+        status: RunStatus = "KILLED" if self.code >= 128 else "FAILED" if self.code else "FINISHED"
         killed = [
             str(job.said["mlflow_run_id"]) for job in self.killed if job.said["mlflow_run_id"]
         ]

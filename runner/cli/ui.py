@@ -21,7 +21,7 @@ from urllib.parse import quote, urlencode
 from runner.core.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.client import QUIET_ENVIRONMENT, connect, safe
-from runner.tracking.sweep import SWEEP_TAG
+from runner.tracking.parent_run import SWEEP_TAG
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0  # a server imports for long on a busy machine

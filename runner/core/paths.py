@@ -42,7 +42,7 @@ def command_here(module: str) -> str:
     return f"{'python' if known else shlex.quote(shortest(ours))} -m {module}"
 
 
-def given_file(key: str, given: str, cwd: Path) -> Path:
+def existing_file(key: str, given: str, cwd: Path) -> Path:
     """The file that an option names, absolute. Raises :class:`UserError` if it is not there."""
     path = absolute(given, cwd)
     if not path.is_file():

@@ -183,8 +183,8 @@ def best_line(lines: list[str]) -> str:
     """The line that best says what went wrong, cut to a length that can be read."""
     if not lines:
         return "it failed and printed nothing"
-    told = _raised(lines) or _looks_like_one(lines) or lines[-1].strip()
-    return told if len(told) <= _MOST else f"{told[:_MOST]} ..."
+    best = _raised(lines) or _last_error_line(lines) or lines[-1].strip()
+    return best if len(best) <= _MOST else f"{best[:_MOST]} ..."
 
 
 def signal_words(name: str) -> str:
@@ -206,7 +206,7 @@ def _raised(lines: list[str]) -> str | None:
     return None
 
 
-def _looks_like_one(lines: list[str]) -> str | None:
+def _last_error_line(lines: list[str]) -> str | None:
     for line in reversed(lines):
         head, _, rest = line.strip().partition(":")
         if " " not in head and (

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.data.select import Source, SourceOptions, is_refused, is_used, source_options
-from runner.storage.store import Store
+from runner.data.select import Source, SourceOptions, is_refused, source_options, would_be_selected
+from runner.storage.shared_cache import SharedCache
 
 if TYPE_CHECKING:
-    from runner.data.sources.entries import Entry
-    from runner.data.sources.look import Keeper
-    from runner.hub.progress import Watcher
+    from runner.data.sources.listing import ListedMedia
+    from runner.data.sources.media_reader import ArchiveExtractor
+    from runner.hub.progress import DownloadListener
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScanOptions:
     """How sources are read. progress: called with a source's path and the media read and found so
     far. waiting: called when another run is unpacking. keep: whether media of archives go into the
     store, datasets of the hub are fetched (`watch` shows that), and what is found out is noted;
@@ -34,12 +34,12 @@ class Reading:
     waiting: Callable[[], None] = lambda: None
     keep: bool = False
     refused: str | None = None
-    watch: Callable[[], AbstractContextManager[Watcher]] = lambda: _shown()
+    watch: Callable[[], AbstractContextManager[DownloadListener]] = lambda: _shown()
     force: bool = False
 
 
 def scan_sources(
-    config: RunConfig, cwd: Path, store: Store, reading: Reading
+    config: RunConfig, cwd: Path, store: SharedCache, reading: ScanOptions
 ) -> tuple[Source, ...]:
     """Look into each source: what media it has, and their captions.
 
@@ -58,7 +58,7 @@ def scan_sources(
         options, task = place.options, config.task.name
         unpacked: list[int] = []
         scanned = scan(
-            place.kind,
+            place.source_kind,
             place.path,
             max_bytes=limit,
             progress=_report(reading.progress, place.shown),
@@ -68,7 +68,7 @@ def scan_sources(
         found.append(
             Source(
                 options,
-                place.kind,
+                place.source_kind,
                 place.shown,
                 scanned.items,
                 scanned.ignored,
@@ -80,22 +80,24 @@ def scan_sources(
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LocatedSource:
     """Where one source lies on this machine, and as what it is shown."""
 
     options: SourceOptions
-    kind: str
+    source_kind: str
     path: Path
     shown: str
     commit: str | None = None
 
 
-def _place(options: SourceOptions, cwd: Path, store: Store, reading: Reading) -> _Place:
+def _place(
+    options: SourceOptions, cwd: Path, store: SharedCache, reading: ScanOptions
+) -> _LocatedSource:
     from runner.data.sources import locate
 
-    if options.kind != "hub":
-        kind, path = locate(options.path, options.kind, cwd=cwd)
-        return _Place(options, kind, path, str(path))
+    if options.source_kind != "hub":
+        kind, path = locate(options.path, options.source_kind, cwd=cwd)
+        return _LocatedSource(options, kind, path, str(path))
     from runner.hub.dataset import HubDatasets
     from runner.hub.remote import hush
 
@@ -109,14 +111,14 @@ def _place(options: SourceOptions, cwd: Path, store: Store, reading: Reading) ->
             raise UserError(reading.refused)
         here = datasets.planned(options.path, options.revision)
     kind, path = locate(str(here.folder), "auto", cwd=cwd)
-    return _Place(options, kind, path, str(here), here.commit)
+    return _LocatedSource(options, kind, path, str(here), here.commit)
 
 
-def _shown() -> AbstractContextManager[Watcher]:
+def _shown() -> AbstractContextManager[DownloadListener]:
     from runner.core.console import Console
-    from runner.hub.progress import Shown
+    from runner.hub.progress import DownloadProgress
 
-    return Shown(Console.for_stream(sys.stdout))
+    return DownloadProgress(Console.for_stream(sys.stdout))
 
 
 def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] | None:
@@ -130,13 +132,15 @@ def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] 
 
 
 def _keep(
-    store: Store,
+    store: SharedCache,
     options: SourceOptions,
     task: str,
-    reading: Reading,
+    reading: ScanOptions,
     unpacked: Callable[[int], None],
-) -> Callable[[Sequence[Entry]], AbstractContextManager[Keeper | None] | None]:
-    def keep(entries: Sequence[Entry]) -> AbstractContextManager[Keeper | None] | None:
+) -> Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]:
+    def keep(
+        entries: Sequence[ListedMedia],
+    ) -> AbstractContextManager[ArchiveExtractor | None] | None:
         # What will be refused leaves no trace.
         if is_refused(entries, options, task):
             return None
@@ -145,12 +149,12 @@ def _keep(
         return unpacking(entries[0].archive)
 
     @contextmanager
-    def unpacking(archive: Path) -> Iterator[Keeper]:
-        from runner.data.sources.look import Keeper
+    def unpacking(archive: Path) -> Iterator[ArchiveExtractor]:
+        from runner.data.sources.media_reader import ArchiveExtractor
         from runner.storage.bulk_writer import BulkWriter
 
         with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
-            yield Keeper(writer, lambda item: is_used(item, options, task))
+            yield ArchiveExtractor(writer, lambda item: would_be_selected(item, options, task))
         unpacked(writer.added)
 
     return keep

@@ -24,10 +24,10 @@ from runner.formats.captions import with_trigger
 from runner.formats.frames import Crop, FrameExtraction, crops, kept_frames
 
 if TYPE_CHECKING:
-    from runner.data.sources import Item
-    from runner.data.sources.entries import Entry
+    from runner.data.sources import SourceMedia
+    from runner.data.sources.listing import ListedMedia
 
-Kind = Literal["image", "video"]
+MediaKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SourceOptions:
     """The options of one source, with what it leaves out taken from ``dataset``."""
 
     path: str
-    kind: str
+    source_kind: str
     revision: str
     trigger_word: str | None
     default_caption: str | None
@@ -58,9 +58,9 @@ class Source:
     """
 
     options: SourceOptions
-    kind: str
+    source_kind: str
     path: str
-    items: tuple[Item, ...]
+    items: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
     unpacked: int = field(default=0, compare=False)
@@ -72,8 +72,8 @@ class SelectedItem:
 
     id: str
     source: int
-    kind: Kind
-    media: Item
+    media_kind: MediaKind
+    media: SourceMedia
     caption: str
     bucket: Size
     crops: tuple[Crop, ...]
@@ -98,12 +98,12 @@ class Selection:
     items: tuple[SelectedItem, ...]
     notices: tuple[str, ...]
 
-    def of(self, source: int, kind: Kind, *, held_out: bool) -> list[SelectedItem]:
+    def of(self, source: int, kind: MediaKind, *, held_out: bool) -> list[SelectedItem]:
         """The items of one source and kind on one side of the split, in order."""
         return [
             item
             for item in self.items
-            if (item.source, item.kind, item.held_out) == (source, kind, held_out)
+            if (item.source, item.media_kind, item.held_out) == (source, kind, held_out)
         ]
 
     @property
@@ -116,7 +116,7 @@ class Shape:
     """What the samples of a batch have in common; a picture has 1 frame."""
 
     source: int
-    kind: Kind
+    media_kind: MediaKind
     bucket: Size
     frames: int
 
@@ -129,7 +129,7 @@ def shapes(sources: Sequence[Source], selection: Selection) -> dict[Shape, int]:
             continue
         repeats = sources[item.source].options.num_repeats
         for crop in item.crops or (None,):
-            shape = Shape(item.source, item.kind, item.bucket, crop.frames if crop else 1)
+            shape = Shape(item.source, item.media_kind, item.bucket, crop.frames if crop else 1)
             counts[shape] = counts.get(shape, 0) + repeats
     return dict(sorted(counts.items()))
 
@@ -152,7 +152,7 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
     width, height = pick("resolution")
     return SourceOptions(
         path=source.path,
-        kind=source.kind,
+        source_kind=source.kind,
         revision=pick("revision"),
         # The word stands for what is learned, which a regularisation set does not show.
         trigger_word=source.trigger_word if source.regularisation else pick("trigger_word"),
@@ -201,7 +201,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
 def _nothing_left(sources: Sequence[Source], task: str, notices: Sequence[str]) -> str:
     """Why there is nothing to train on."""
     where = ", ".join(source.path for source in sources)
-    found = [item.kind for source in sources for item in source.items]
+    found = [item.media_kind for source in sources for item in source.items]
     if task == "i2v" and found and "video" not in found:
         have = "has" if len(sources) == 1 else "have"
         return (
@@ -232,12 +232,12 @@ def _unreadable(source: Source) -> Iterator[str]:
         yield f"{name} is left out: {why}."
 
 
-def _lacks_caption(source: Source, item: Item) -> bool:
+def _has_no_caption(source: Source, item: SourceMedia) -> bool:
     return not item.caption and source.options.default_caption is None
 
 
 def _refuse_missing_captions(source: Source) -> None:
-    missing = [item.name for item in source.items if _lacks_caption(source, item)]
+    missing = [item.name for item in source.items if _has_no_caption(source, item)]
     if missing and source.options.missing_captions == "error":
         raise UserError(
             f"{len(missing)} of {len(source.items)} media in {source.path} have no caption: "
@@ -247,28 +247,28 @@ def _refuse_missing_captions(source: Source) -> None:
         )
 
 
-def _without_missing_captions(source: Source, notices: list[str]) -> list[Item]:
-    missing = [item.name for item in source.items if _lacks_caption(source, item)]
+def _without_missing_captions(source: Source, notices: list[str]) -> list[SourceMedia]:
+    missing = [item.name for item in source.items if _has_no_caption(source, item)]
     if missing:
         notices.append(f"{len(missing)} media without a caption are left out: {named(missing)}.")
-    return [item for item in source.items if not _lacks_caption(source, item)]
+    return [item for item in source.items if not _has_no_caption(source, item)]
 
 
-def _clips_only(items: list[Item], notices: list[str]) -> list[Item]:
-    pictures = [item.name for item in items if item.kind == "image"]
+def _clips_only(items: list[SourceMedia], notices: list[str]) -> list[SourceMedia]:
+    pictures = [item.name for item in items if item.media_kind == "image"]
     if pictures:
         notices.append(
             f"task=i2v learns from clips: {counted(len(pictures), 'picture')} left out: "
             f"{named(pictures)}."
         )
-    return [item for item in items if item.kind == "video"]
+    return [item for item in items if item.media_kind == "video"]
 
 
-def is_used(item: Item, options: SourceOptions, task: str) -> bool:
+def would_be_selected(item: SourceMedia, options: SourceOptions, task: str) -> bool:
     """Whether :func:`select` would take the item, so far as it alone can tell."""
     if not item.caption and options.default_caption is None:
         return False
-    if item.kind == "image":
+    if item.media_kind == "image":
         return task != "i2v"
     try:
         extraction = _targets(options, task, [])
@@ -277,12 +277,12 @@ def is_used(item: Item, options: SourceOptions, task: str) -> bool:
     return bool(crops(len(kept_frames(item.frames, extraction.source_fps)), extraction))
 
 
-def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
+def is_refused(listing: Sequence[ListedMedia], options: SourceOptions, task: str) -> bool:
     """Whether :func:`select` will take nothing of a source, if all its media can be read."""
     needed = options.missing_captions == "error" and options.default_caption is None
     if not listing or (needed and not all(entry.caption for entry in listing)):
         return True
-    return task == "i2v" and all(entry.kind == "image" for entry in listing)
+    return task == "i2v" and all(entry.media_kind == "image" for entry in listing)
 
 
 def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtraction:
@@ -302,21 +302,21 @@ def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtr
 def _place(
     index: int,
     source: Source,
-    items: list[Item],
+    items: list[SourceMedia],
     task: str,
     validation_fraction: float,
     notices: list[str],
 ) -> Iterator[SelectedItem]:
     options = source.options
     extraction = options.extraction
-    if any(item.kind == "video" for item in items):
+    if any(item.media_kind == "video" for item in items):
         extraction = _targets(options, task, notices)
     short: list[str] = []
     lost: set[int] = set()
     times: Counter[tuple[str, str, str]] = Counter()
     for item in items:
         caption = with_trigger(item.caption or options.default_caption or "", options.trigger_word)
-        if item.kind == "image":
+        if item.media_kind == "image":
             windows: tuple[Crop, ...] = ()
             bucket = bucket_size(
                 item.size,
@@ -341,7 +341,7 @@ def _place(
         yield SelectedItem(
             id=item_id(index, item, caption, times[same]),
             source=index,
-            kind=item.kind,
+            media_kind=item.media_kind,
             media=item,
             caption=caption,
             bucket=bucket,
@@ -362,7 +362,7 @@ def _place(
         )
 
 
-def item_id(source: int, item: Item, caption: str, time: int = 1) -> str:
+def item_id(source: int, item: SourceMedia, caption: str, time: int = 1) -> str:
     """A readable key for one item, different for equal media with two captions.
 
     ``time`` counts from 1 where a source has the very same item more than once.

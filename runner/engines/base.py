@@ -15,14 +15,14 @@ from typing import Any, Protocol
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.formats.train_toml import WeightPaths
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 
 # Why there is no Machine, unless the driver has something else to say.
-NO_CARD = "no card was found here"
+NO_GPU = "no card was found here"
 
 
 @dataclass(frozen=True)
-class Machine:
+class Gpu:
     """The card that training will run on, read from its driver."""
 
     name: str
@@ -31,7 +31,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class EngineFacts:
+class EngineInstall:
     """Where an engine lies and what it can do there.
 
     ``missing`` says why it cannot run, ``cannot_compile`` why torch.compile cannot work in it.
@@ -53,7 +53,7 @@ class Job:
     """
 
     config: RunConfig
-    engine: EngineFacts
+    engine: EngineInstall
     weights: WeightPaths
     memory: MemoryConfig
 
@@ -66,7 +66,7 @@ class Engine(Protocol):
         """As ``engine.name`` has it."""
 
     @property
-    def cache_identity(self) -> str:
+    def engine_cache_id(self) -> str:
         """What tells its latents and text embeddings from those of others in the shared cache."""
 
     @property
@@ -76,63 +76,59 @@ class Engine(Protocol):
     def problems(self, config: RunConfig) -> Iterator[str]:
         """Every rule of its own that ``config`` breaks, one line each; pure."""
 
-    def plan_problems(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
+    def plan_problems(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         """Rules that need to know the card or the data; pure.
 
         ``steps`` is the number of optimizer steps, and ``clips`` says whether there are any.
         """
 
-    def plan_notices(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
+    def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         """What goes through but is hardly what was meant, or does nothing; pure."""
 
-    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+    def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         """``config`` with the paths absolute that only it takes, from ``cwd``. Reads only.
 
         Raises :class:`runner.core.errors.UserError` for one that is not what it must be.
         """
 
-    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
+    def locate(self, config: RunConfig, cwd: Path) -> EngineInstall:
         """Where it lies, and why it cannot run if it can't. Reads only."""
 
     def examine(
         self,
-        facts: EngineFacts,
+        install: EngineInstall,
         config: RunConfig,
         memory: MemoryConfig,
-        machine: Machine | None,
-        without: str,
+        gpu: Gpu | None,
+        no_gpu_reason: str,
         *,
         trains: bool,
-    ) -> EngineFacts:
-        """``facts`` with what its own Python must be asked, if there will be a training.
+    ) -> EngineInstall:
+        """``install`` with what its own Python must be asked, if there will be a training.
 
-        ``without`` says why there is no ``machine``. Reads only; raises
+        ``no_gpu_reason`` says why there is no ``gpu``. Reads only; raises
         :class:`runner.core.errors.UserError` for a Python that can't be asked.
         """
 
-    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         """Raise :class:`runner.core.errors.UserError` if it lacks what the run will need.
 
         Asked before any stage; ``trains`` is whether there will be a training. Returns its version
         as records have it.
         """
 
-    def full_version(self, facts: EngineFacts) -> str:
+    def full_version(self, install: EngineInstall) -> str:
         """Its version, with those of the libraries it stands on where they are the runner's."""
 
     def memory_plan(
-        self, config: RunConfig, machine: Machine | None, without: str
+        self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         """The memory options with everything filled in for a card, and a line if it is a guess."""
 
-    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+    def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
         """Where the weights it needs are or will be; ``root`` is the output folder. Reads only."""
 
-    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
         """Whether to use torch.compile, and why not when it would be expected; pure.
 
         Raises :class:`runner.core.errors.UserError` when it was asked for and cannot work.

@@ -7,25 +7,25 @@ from typing import Any
 
 from runner.config.groups import conf_folder
 from runner.config.schema import MemoryConfig
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 
 # The tiers, smallest first, and the least memory in GB (1,024 MiB) of a card that holds each.
 TIERS = (("12gb", 11.0), ("16gb", 15.0), ("24gb", 22.0), ("48gb", 44.0), ("80gb", 76.0))
 
 
-def largest_tier(machine: Machine | None, without: str) -> tuple[str, str | None]:
+def largest_tier(gpu: Gpu | None, no_gpu_reason: str) -> tuple[str, str | None]:
     """The largest tier that a card holds, and a line that says why when it was a guess.
 
-    ``without`` says why there is no ``machine``.
+    ``no_gpu_reason`` says why there is no ``gpu``.
     """
-    if machine is None:
-        told = without.replace("no card", "No card")
-        return "24gb", f"{told}: memory=auto is planned as memory=24gb."
-    fitting = [name for name, least in TIERS if machine.memory_gb >= least]
+    if gpu is None:
+        reason = no_gpu_reason.replace("no card", "No card")
+        return "24gb", f"{reason}: memory=auto is planned as memory=24gb."
+    fitting = [name for name, least in TIERS if gpu.memory_gb >= least]
     if fitting:
         return fitting[-1], None
     return "12gb", (
-        f"{machine.name} has {machine.memory_gb:.0f} GB, less than the smallest tier: planned as "
+        f"{gpu.name} has {gpu.memory_gb:.0f} GB, less than the smallest tier: planned as "
         "memory=12gb."
     )
 

@@ -18,7 +18,7 @@ from runner.formats.frames import FrameExtraction
 
 
 @dataclass(frozen=True)
-class DatasetEntry:
+class DatasetTable:
     """One `[[datasets]]` table. Exactly one of `jsonl` and `directory` is given.
 
     `resolution` is width and height in pixels; `extraction` belongs to video and is then needed.
@@ -37,7 +37,7 @@ class DatasetEntry:
     extraction: FrameExtraction | None = None
 
 
-def render(entries: Sequence[DatasetEntry]) -> str:
+def render(entries: Sequence[DatasetTable]) -> str:
     """The file's text: equal entries give equal text, and every table is complete.
 
     Raises UserError for entries that musubi would refuse or misread.
@@ -48,7 +48,7 @@ def render(entries: Sequence[DatasetEntry]) -> str:
     return tomli_w.dumps({"datasets": [_table(entry) for entry in entries]})
 
 
-def _table(entry: DatasetEntry) -> dict[str, Any]:
+def _table(entry: DatasetTable) -> dict[str, Any]:
     table: dict[str, Any] = {}
     if entry.jsonl is not None:
         table[f"{entry.kind}_jsonl_file"] = entry.jsonl
@@ -77,7 +77,7 @@ def _table(entry: DatasetEntry) -> dict[str, Any]:
     return table
 
 
-def _check(entries: Sequence[DatasetEntry]) -> None:
+def _check(entries: Sequence[DatasetTable]) -> None:
     caches: set[str] = set()
     for number, entry in enumerate(entries, 1):
         where = f"dataset {number}"
@@ -174,7 +174,7 @@ _VIDEO: dict[str, _Reader] = {
 _MUSUBI_DEFAULTS: dict[str, Any] = {"resolution": (960, 544), "enable_bucket": False}
 
 
-def parse(text: str) -> list[DatasetEntry]:
+def parse(text: str) -> list[DatasetTable]:
     """Entries of a dataset.toml; the inverse of `render`, and `[general]` counts too.
 
     Raises UserError for text that is not TOML, unknown keys, wrong types, and tables that lack a
@@ -192,7 +192,7 @@ def parse(text: str) -> list[DatasetEntry]:
     if not isinstance(general, dict) or not isinstance(tables, list):
         raise UserError("dataset.toml: general must be a [general] table, datasets [[datasets]]")
     shared = _MUSUBI_DEFAULTS | _read(general, _SHARED, "[general]")
-    entries = [_entry(table, shared, number) for number, table in enumerate(tables, 1)]
+    entries = [_parse_table(table, shared, number) for number, table in enumerate(tables, 1)]
     _check(entries)
     return entries
 
@@ -211,7 +211,7 @@ def _read(table: Mapping[str, Any], readers: Mapping[str, _Reader], where: str) 
     return values
 
 
-def _entry(table: Any, shared: Mapping[str, Any], number: int) -> DatasetEntry:
+def _parse_table(table: Any, shared: Mapping[str, Any], number: int) -> DatasetTable:
     where = f"dataset {number}"
     if not isinstance(table, dict):
         raise UserError(f"dataset.toml, {where}: must be a [[datasets]] table")
@@ -233,6 +233,6 @@ def _entry(table: Any, shared: Mapping[str, Any], number: int) -> DatasetEntry:
     if kind == "video":
         given = {name: values.pop(key) for key, (name, _) in _EXTRACTION.items() if key in values}
         extraction = FrameExtraction(**given)
-    return DatasetEntry(
+    return DatasetTable(
         kind=kind, jsonl=jsonl, directory=directory, extraction=extraction, **values
     )

@@ -42,7 +42,7 @@ _JOINED = re.compile(r"(img|txt)_attn_(q|k|v)")
 _RANK_OF = {"lora_down.weight": ("lora", 0), "hada_w1_b": ("loha", 0), "lokr_w2_a": ("lokr", 1)}
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
 # The tensors of a module of each kind. A LoKr's second factor is whole where the rank is no less.
-_KINDS = {
+_ADAPTER_OF_LEAVES = {
     frozenset(_LEAVES): "lora",
     frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")): "loha",
     frozenset(("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha")): "lokr",
@@ -77,7 +77,7 @@ def sshs_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Met
     }
 
 
-class Described(NamedTuple):
+class LoraInfo(NamedTuple):
     """What a LoRA file holds: lora, loha or lokr, its rank and its alpha."""
 
     kind: str
@@ -85,7 +85,7 @@ class Described(NamedTuple):
     alpha: float
 
 
-def describe(file: Path) -> Described:
+def describe(file: Path) -> LoraInfo:
     """Look into a file with musubi-tuner's names, reading little of it.
 
     Raises:
@@ -108,13 +108,13 @@ def describe(file: Path) -> Described:
                     rank = handle.get_slice(key).get_shape()[side]
                     alpha = f"{name}.alpha"
                     scale = float(handle.get_tensor(alpha)) if alpha in keys else float(rank)
-                    return Described(kind, rank, scale)
+                    return LoraInfo(kind, rank, scale)
             for key in keys:
                 name, _, leaf = key.partition(".")
                 if _NAME.fullmatch(name) and leaf == "lokr_w2" and f"{name}.alpha" in keys:
                     # Beside a whole second factor musubi-tuner's alpha is the rank, and no scale.
                     scale = float(handle.get_tensor(f"{name}.alpha"))
-                    return Described("lokr", round(scale), scale)
+                    return LoraInfo("lokr", round(scale), scale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
     raise UserError(f"{file} is no LoRA of this model")
@@ -165,7 +165,7 @@ def from_comfyui(
         if module in ("img_attn_qkv", "txt_attn_qkv"):
             for index, part in enumerate("qkv"):
                 stem = f"{name.removesuffix('qkv')}{part}"
-                for down, up in _PAIRS[_KINDS[frozenset(leaves)]]:
+                for down, up in _PAIRS[_ADAPTER_OF_LEAVES[frozenset(leaves)]]:
                     rows = leaves[down].chunk(3, dim=0)[index]
                     rank = rows.shape[0]
                     block = leaves[up].chunk(3, dim=0)[index][:, index * rank : (index + 1) * rank]
@@ -187,7 +187,7 @@ def _grouped(
         name, _, leaf = key.partition(".")
         result.setdefault(name, {})[leaf] = tensor
     for name, leaves in result.items():
-        kind = _KINDS.get(frozenset(leaves))
+        kind = _ADAPTER_OF_LEAVES.get(frozenset(leaves))
         if kind is None:
             raise UserError(
                 f"LoRA file: {name!r} has {sorted(leaves)}, wanted {sorted(_LEAVES)}, or all of a "
@@ -206,8 +206,8 @@ def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
     import torch
 
     first = next(iter(parts.values()))
-    kind = _KINDS[frozenset(first)]
-    if any(_KINDS[frozenset(other)] != kind for other in parts.values()):
+    kind = _ADAPTER_OF_LEAVES[frozenset(first)]
+    if any(_ADAPTER_OF_LEAVES[frozenset(other)] != kind for other in parts.values()):
         raise UserError(f"LoRA file: q, k and v of {stem!r} are of different kinds")
     if kind == "lokr":
         updates = {part: kronecker(leaves) for part, leaves in parts.items()}

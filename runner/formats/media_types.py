@@ -16,7 +16,7 @@ def hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
 
 
-def media_kind(name: str) -> MediaKind | None:
+def media_kind_of(name: str) -> MediaKind | None:
     """What a file is by its ending, None when it is no medium."""
     extension = posixpath.splitext(name)[1].lower()
     if extension in IMAGE_EXTENSIONS:

@@ -22,7 +22,7 @@ LATENTS = "hv_1_5_cache_latents.py"
 TEXT = "hv_1_5_cache_text_encoder_outputs.py"
 TRAIN = "hv_1_5_train_network.py"
 
-_KINDS = {
+_TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
     "_int_or_float": "a whole number, a share or a percentage",
@@ -184,7 +184,7 @@ def _read(option: ScriptOption, text: str, problems: list[str]) -> Any:
         elif option.type == "_int_or_float":
             value = _int_or_float(text)
     except ValueError:
-        problems.append(f"--{option.name} must be {_KINDS[option.type]}, not {text!r}.")
+        problems.append(f"--{option.name} must be {_TYPE_WORDS[option.type]}, not {text!r}.")
     if option.choices and value not in option.choices:
         problems.append(f"--{option.name} can't be {text!r}.{did_you_mean(text, option.choices)}")
     return value
@@ -217,7 +217,7 @@ def _said(option: ScriptOption, wrong: Wrong) -> str:
         return f"{name}={value!r} must be a whole number or a share below 1."
     if wrong.what == "list":
         return f"{name}={value!r} must be a list."
-    what = "true or false" if option.flag else _KINDS.get(option.type, "a text")
+    what = "true or false" if option.flag else _TYPE_WORDS.get(option.type, "a text")
     if option.type == "float":
         what += " with a decimal point"
     return f"{name}={value!r} must be {what}."

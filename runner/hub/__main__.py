@@ -13,9 +13,9 @@ from pathlib import Path
 from runner.core.console import Console
 from runner.core.errors import StageError, describe_os_error
 from runner.core.process import Stopped, raise_on_signals
-from runner.hub.cache import HubCache, Request
-from runner.hub.fetch import obtain
-from runner.hub.progress import VARIABLE, Shown
+from runner.hub.fetch import fetch_files
+from runner.hub.hub_cache import HubCache, Request
+from runner.hub.progress import VARIABLE, DownloadProgress
 from runner.hub.remote import hush
 
 AND = "--and"
@@ -37,15 +37,15 @@ def main() -> int:
     ]
     checked = next((one.checked for one in given if one.checked), None)
     force = any(one.force for one in given)
-    told = os.environ.get(VARIABLE)
+    progress_file = os.environ.get(VARIABLE)
     raise_on_signals()
     console = Console.for_stream(sys.stdout)
     if console.fancy:
         hush()
     try:
         cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
-        with Shown(console, Path(told) if told else None) as shown:
-            for file in obtain(requests, cache, shown, force=force):
+        with DownloadProgress(console, Path(progress_file) if progress_file else None) as shown:
+            for file in fetch_files(requests, cache, shown, force=force):
                 console.line(f"{file.sha256}  {file.path}")
     except (StageError, OSError) as error:
         console.error(describe_os_error(error) if isinstance(error, OSError) else str(error))

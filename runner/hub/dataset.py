@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
 from runner.core.text import counted, readable
-from runner.formats.media_types import hidden, media_kind
-from runner.hub.cache import HubCache, Request
+from runner.formats.media_types import hidden, media_kind_of
+from runner.hub.hub_cache import HubCache, Request
 
 if TYPE_CHECKING:
-    from runner.hub.progress import Watcher
+    from runner.hub.progress import DownloadListener
     from runner.hub.remote import Remote
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,21 +59,21 @@ class HubDatasets:
         self._cache = HubCache.of_user(root / "weights" / "checked", repo_type="dataset")
 
     def fetch(
-        self, repository: str, revision: str, watcher: Watcher, *, force: bool = False
+        self, repository: str, revision: str, watcher: DownloadListener, *, force: bool = False
     ) -> HubDataset:
         """Have the dataset in the cache, every file whole. Nothing is asked where it is already.
 
         Raises :class:`UserError` for a dataset that can't be used, and :class:`StageError` where
         it can't be had.
         """
-        from runner.hub.fetch import obtain
+        from runner.hub.fetch import fetch_files
 
         here = None if force else self.find(repository, revision)
         if here is not None:
             return here
         remote = self._look_up(repository, revision)
         names = _usable(remote)
-        obtain([_request(remote, names)], self._cache, watcher, force=force)
+        fetch_files([_request(remote, names)], self._cache, watcher, force=force)
         # Without it the next run asks the hub once more.
         with suppress(OSError):
             write_text(self._note(repository, remote.commit), json.dumps({"files": names}) + "\n")
@@ -90,15 +90,16 @@ class HubDatasets:
             return here
         remote = self._look_up(repository, revision)
         names = _usable(remote)
-        lacking = [
+        missing_files = [
             file
             for file in remote.files
             if file.name in names and not self._cache.find(repository, remote.commit, file.name)
         ]
-        if lacking:
+        if missing_files:
             raise UserError(
                 f"the dataset {repository} is not on this machine yet "
-                f"({counted(len(lacking), 'file')}, {readable(sum(f.size for f in lacking))} at "
+                f"({counted(len(missing_files), 'file')}, "
+                f"{readable(sum(f.size for f in missing_files))} at "
                 f"commit {remote.commit[:12]}), and dry_run=true fetches nothing. Start without "
                 "dry_run, which fetches it first, or run: "
                 f"hf download {repository} --repo-type dataset --revision {revision}"
@@ -145,7 +146,7 @@ class HubDatasets:
 def is_wanted(file: str) -> bool:
     """Whether a file of a repository is a medium, a caption, or an archive of them."""
     known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
-    return not hidden(file) and (known or media_kind(file) is not None)
+    return not hidden(file) and (known or media_kind_of(file) is not None)
 
 
 def _usable(remote: Remote) -> list[str]:

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from runner.core.errors import StageError
 from runner.core.text import counted, readable
-from runner.hub.cache import Cached, HubCache, Request, read_sha256
-from runner.hub.progress import Watcher
+from runner.hub.hub_cache import HubCache, HubFile, Request, read_sha256
+from runner.hub.progress import DownloadListener
 from runner.hub.remote import Remote, RemoteFile, check_access, download, look_up, offline
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Obtained:
+class FetchedFile:
     """A file that is here, whole, and which it is."""
 
     repository: str
@@ -58,9 +58,9 @@ class _Missing:
         return min(self.file.size, _size(self.partial))
 
 
-def obtain(
-    requests: Sequence[Request], cache: HubCache, watcher: Watcher, *, force: bool = False
-) -> list[Obtained]:
+def fetch_files(
+    requests: Sequence[Request], cache: HubCache, watcher: DownloadListener, *, force: bool = False
+) -> list[FetchedFile]:
     """Have every file of ``requests`` in the cache, each read once and found whole.
 
     Where all of a request is here the hub is not asked, whatever its branch points at by now;
@@ -69,23 +69,23 @@ def obtain(
     revision, no access, no network, no space.
     """
     for request in requests:
-        _check_here(request, cache, watcher, again=force)
-    lacking = [request for request in requests if cache.lacking(request)]
+        _verify_present_files(request, cache, watcher, again=force)
+    missing_files = [request for request in requests if cache.missing_files(request)]
     if not offline():
-        _fetch([look_up(one) for one in (requests if force else lacking)], cache, watcher)
-    elif lacking:
-        raise StageError(_lacking_offline(lacking, cache))
+        _fetch([look_up(one) for one in (requests if force else missing_files)], cache, watcher)
+    elif missing_files:
+        raise StageError(_missing_offline_message(missing_files, cache))
     for request in requests:
         _point_branch(request, cache, watcher)
         # Where there are no links, a file has a new place by now.
-        _check_here(request, cache, watcher, again=False)
+        _verify_present_files(request, cache, watcher, again=False)
     found = recorded(requests, cache)
-    if found is None or any(map(cache.lacking, requests)):
+    if found is None or any(map(cache.missing_files, requests)):
         raise StageError("files of the hub were changed while they were fetched: start again.")
     return found
 
 
-def recorded(requests: Sequence[Request], cache: HubCache) -> list[Obtained] | None:
+def recorded(requests: Sequence[Request], cache: HubCache) -> list[FetchedFile] | None:
     """The files of ``requests`` that are here; None unless each was read and found whole."""
     found = []
     for request in requests:
@@ -96,12 +96,14 @@ def recorded(requests: Sequence[Request], cache: HubCache) -> list[Obtained] | N
             if sha256 is None:
                 return None
             found.append(
-                Obtained(repository, revision, commit, name, size, sha256, request.option, one.path)
+                FetchedFile(
+                    repository, revision, commit, name, size, sha256, request.option, one.path
+                )
             )
     return found
 
 
-def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: Watcher) -> None:
+def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: DownloadListener) -> None:
     """Bring what is missing of ``remotes``, and let their revisions point at it."""
     todo = []
     for remote in remotes:
@@ -118,13 +120,15 @@ def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: Watcher) -> None
         cache.point(repository, remote.request.revision, remote.commit)
 
 
-def _check_here(request: Request, cache: HubCache, watcher: Watcher, *, again: bool) -> None:
+def _verify_present_files(
+    request: Request, cache: HubCache, watcher: DownloadListener, *, again: bool
+) -> None:
     for name, cached in cache.here(request).items():
         _is_whole(cached, f"{name} of {request.repository}", cache, watcher, again=again)
 
 
 def _is_whole(
-    cached: Cached, what: str, cache: HubCache, watcher: Watcher, *, again: bool = False
+    cached: HubFile, what: str, cache: HubCache, watcher: DownloadListener, *, again: bool = False
 ) -> bool:
     """Read a file that is here, if it never was, and throw it away when it is damaged."""
     if not again and cache.known_sha256(cached):
@@ -144,9 +148,9 @@ def _is_whole(
     return False
 
 
-def _lacking_offline(requests: Sequence[Request], cache: HubCache) -> str:
+def _missing_offline_message(requests: Sequence[Request], cache: HubCache) -> str:
     parts = "; ".join(
-        f"{', '.join(cache.lacking(request))} of {request.repository} ({request.revision})"
+        f"{', '.join(cache.missing_files(request))} of {request.repository} ({request.revision})"
         for request in requests
     )
     return (
@@ -155,7 +159,7 @@ def _lacking_offline(requests: Sequence[Request], cache: HubCache) -> str:
     )
 
 
-def _missing(remote: Remote, cache: HubCache, watcher: Watcher) -> list[_Missing]:
+def _missing(remote: Remote, cache: HubCache, watcher: DownloadListener) -> list[_Missing]:
     repository = remote.request.repository
     files = [
         _Missing(remote, file, cache.blob(repository, file.etag))
@@ -166,8 +170,8 @@ def _missing(remote: Remote, cache: HubCache, watcher: Watcher) -> list[_Missing
     return [one for one in files if not _has_blob(one, cache, watcher)]
 
 
-def _has_blob(one: _Missing, cache: HubCache, watcher: Watcher) -> bool:
-    cached = Cached(one.blob, one.blob, one.file.etag)
+def _has_blob(one: _Missing, cache: HubCache, watcher: DownloadListener) -> bool:
+    cached = HubFile(one.blob, one.blob, one.file.etag)
     return one.blob.is_file() and _is_whole(cached, one.what, cache, watcher)
 
 
@@ -178,14 +182,14 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _bring(todo: Sequence[_Missing], cache: HubCache, watcher: Watcher) -> None:
+def _bring(todo: Sequence[_Missing], cache: HubCache, watcher: DownloadListener) -> None:
     if not todo:
         return
-    lacking = sum(one.file.size - one.have for one in todo)
+    missing_files = sum(one.file.size - one.have for one in todo)
     free = free_space(cache.folder)
-    if lacking > free:
+    if missing_files > free:
         raise StageError(
-            f"{counted(len(todo), 'file')} ({readable(lacking)}) must be fetched, and only "
+            f"{counted(len(todo), 'file')} ({readable(missing_files)}) must be fetched, and only "
             f"{readable(free)} are free at {cache.folder}: free some, or put the cache elsewhere "
             "with HF_HOME."
         )
@@ -215,7 +219,7 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage("/").free
 
 
-def _bring_one(number: int, one: _Missing, cache: HubCache, watcher: Watcher) -> None:
+def _bring_one(number: int, one: _Missing, cache: HubCache, watcher: DownloadListener) -> None:
     repository, etag = one.remote.request.repository, one.file.etag
     lock = cache.lock(repository, etag)
     with _locked(lock, on_wait=lambda: watcher.bytes(number, one.have)):
@@ -230,7 +234,7 @@ def _bring_one(number: int, one: _Missing, cache: HubCache, watcher: Watcher) ->
     watcher.brought(number)
 
 
-def _whole(number: int, one: _Missing, watcher: Watcher) -> str:
+def _whole(number: int, one: _Missing, watcher: DownloadListener) -> str:
     """Download until the bytes are right, twice at most; returns their sha256."""
     name, size = one.file.name, one.file.size
     for last in (False, True):
@@ -274,7 +278,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-def _point_branch(request: Request, cache: HubCache, watcher: Watcher) -> None:
+def _point_branch(request: Request, cache: HubCache, watcher: DownloadListener) -> None:
     commit = cache.commit(request.repository, request.revision)
     if request.branch is None or commit is None:
         return

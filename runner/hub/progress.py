@@ -24,7 +24,7 @@ _SECONDS = 0.2
 _LONG = 500_000_000
 
 
-class Watcher(Protocol):
+class DownloadListener(Protocol):
     """Is told what happens; files are named by their number in the list that it begins with."""
 
     def begin(self, todo: Sequence[tuple[str, int, int]]) -> None:
@@ -43,12 +43,12 @@ class Watcher(Protocol):
         """Something worth a line."""
 
 
-class Shown(AbstractContextManager["Shown"]):
-    """Shows :func:`runner.hub.fetch.obtain` on a console, and writes it into the file ``told``."""
+class DownloadProgress(AbstractContextManager["DownloadProgress"]):
+    """Show :func:`runner.hub.fetch.fetch_files` on a console, and write it into ``progress_file``."""
 
-    def __init__(self, console: Console, told: Path | None = None) -> None:
+    def __init__(self, console: Console, progress_file: Path | None = None) -> None:
         self._console = console
-        self._told = told
+        self._progress_file = progress_file
         self._files: list[tuple[str, int]] = []
         self._done: list[int] = []
         self._bar: Bar | None = None
@@ -105,11 +105,11 @@ class Shown(AbstractContextManager["Shown"]):
         self._console.notice(text)
 
     def _tell(self, what: str, *given: object, now: bool = True) -> None:
-        if self._told is None or not (now or time.monotonic() - self._last >= _SECONDS):
+        if self._progress_file is None or not (now or time.monotonic() - self._last >= _SECONDS):
             return
         self._last = time.monotonic()
         # A full disk ends the download with a line of its own.
-        with suppress(OSError), self._told.open("a", encoding="utf-8") as file:
+        with suppress(OSError), self._progress_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps([what, *given]) + "\n")
 
     def _update(self, detail: str) -> None:
@@ -123,14 +123,14 @@ class Shown(AbstractContextManager["Shown"]):
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self._end_reading()
         if self._bar is not None:
             self._bar.detail = ""
-            self._bar.__exit__(kind, error, traceback)
+            self._bar.__exit__(exc_type, error, traceback)
             self._bar = None
 
 
@@ -141,7 +141,7 @@ class Follower(AbstractContextManager["Follower"]):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
         self._file, self._read, self._rest = file, 0, ""
-        self._shown = Shown(console)
+        self._shown = DownloadProgress(console)
         self.variables = {VARIABLE: str(file.absolute())}
 
     def update(self) -> None:
@@ -156,12 +156,12 @@ class Follower(AbstractContextManager["Follower"]):
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self.update()
-        self._shown.__exit__(kind, error, traceback)
+        self._shown.__exit__(exc_type, error, traceback)
         self._file.unlink(missing_ok=True)
 
 

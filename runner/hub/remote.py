@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from runner.core.errors import StageError
 from runner.core.text import did_you_mean
-from runner.hub.cache import Request
+from runner.hub.hub_cache import Request
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub; ``etag`` names its bytes, see :mod:`runner.hub.cache`."""
+    """A file on the hub; ``etag`` names its bytes, see :mod:`runner.hub.hub_cache`."""
 
     name: str
     size: int
@@ -147,7 +147,7 @@ def download(
             _stream(remote, file, partial, have, progress)
         except (httpx2.RequestError, httpx2.InvalidURL, HfHubHTTPError) as error:
             if not _passing(error) or failures == ATTEMPTS:
-                raise StageError(told(error, remote.request, file.name)) from error
+                raise StageError(error_message(error, remote.request, file.name)) from error
 
 
 def _stream(
@@ -191,13 +191,13 @@ def _stream(
         else:  # The whole file, asked for or not.
             handle.truncate(0)
             have = 0
-        told_at = have
+        reported_at = have
         # Pieces are taken as they arrive: gathered to a size, those of a cut connection are lost.
         for piece in response.iter_bytes():
             handle.write(piece)
             have += len(piece)
-            if have - told_at >= CHUNK or have >= file.size:
-                told_at = have
+            if have - reported_at >= CHUNK or have >= file.size:
+                reported_at = have
                 progress(min(have, file.size))
             if have > file.size:
                 raise StageError(
@@ -226,7 +226,7 @@ def _patiently(request: Request, call: Callable[[], T]) -> T:
             return call()
         except (httpx2.RequestError, httpx2.InvalidURL, HfHubHTTPError) as error:
             if not _passing(error) or attempt == ATTEMPTS - 1:
-                raise StageError(told(error, request)) from error
+                raise StageError(error_message(error, request)) from error
             time.sleep(PAUSE * 2**attempt)
         except JSONDecodeError as error:
             raise StageError(
@@ -252,7 +252,7 @@ def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def told(error: Exception, request: Request, file: str | None = None) -> str:
+def error_message(error: Exception, request: Request, file: str | None = None) -> str:
     """What went wrong at the hub, in one line."""
     from huggingface_hub import constants, errors, get_token
 

@@ -12,11 +12,11 @@ from runner.config.schema import ModelConfig, RunConfig
 from runner.core.command import Command
 from runner.core.paths import checkout
 from runner.formats.train_toml import WeightPaths
-from runner.hub.cache import HubCache, Request
+from runner.hub.hub_cache import HubCache, Request
 
 
 @dataclass(frozen=True)
-class WeightFacts:
+class LocatedWeights:
     """Where the weights are or will be, and the digest of each once they are there.
 
     ``commands`` bring them. ``tokenizer`` is the folder of the text encoder's, where it is on this
@@ -86,10 +86,10 @@ def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
     )
 
 
-def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
+def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
     """Where the weights of a model of the hub are or will be; reads only."""
     model, requests = config.model, hub_requests(config.model, config.task.name)
-    cache = checked_cache(root)
+    cache = user_hub_cache(root)
     hub, encoders, qwen, byt5 = requests
 
     def path(request: Request, file: str) -> str:
@@ -116,16 +116,16 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
     }
     if i2v:
         digests["image_encoder"] = digest(encoders, model.image_encoder)
-    lacking = sum(len(cache.lacking(request)) for request in requests)
+    missing_files = sum(len(cache.missing_files(request)) for request in requests)
     unchecked = sum(cache.unchecked(request) for request in requests)
     complete = None not in digests.values() and all(cache.pointed(r) for r in requests)
     number = sum(len(request.files) for request in requests)
     summary = f"{number} files of {model.repository}, its encoders and tokenizers"
-    if lacking:
-        summary += f", {lacking} to fetch"
+    if missing_files:
+        summary += f", {missing_files} to fetch"
     if unchecked:
         summary += f", {unchecked} to check"
-    return WeightFacts(
+    return LocatedWeights(
         WeightPaths(
             transformer=path(hub, model.transformer),
             vae=path(hub, model.vae),
@@ -144,7 +144,7 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
 
 def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
     """The folder of Qwen2.5-VL's tokenizer when it is in the hub's cache; never goes online."""
-    cache = checked_cache(root)
+    cache = user_hub_cache(root)
     commit = cache.commit(_QWEN, model.qwen_tokenizer_revision)
     found = [cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
     # The parent of the name in the snapshot, not of the blob that it leads to.
@@ -155,7 +155,7 @@ def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
     )
 
 
-def checked_cache(root: Path) -> HubCache:
+def user_hub_cache(root: Path) -> HubCache:
     """The hub's cache, with what was checked noted below the output folder."""
     return HubCache.of_user(root / "cache" / "weights" / "checked")
 

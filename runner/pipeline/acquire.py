@@ -12,20 +12,20 @@ from typing import Any
 from runner.config.schema import RunConfig
 from runner.core.console import Console
 from runner.core.process import Stopped
-from runner.data.ingest import Reading, scan_sources
+from runner.data.ingest import ScanOptions, scan_sources
 from runner.data.select import Source
-from runner.hub.progress import Shown
+from runner.hub.progress import DownloadProgress
 from runner.pipeline.inputs import refusal
-from runner.pipeline.model import Surroundings
+from runner.pipeline.model import RunEnvironment
 from runner.pipeline.stages.dataset import DATASET
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 # A bar that is gone within a second only distracts.
 _PATIENCE = 1.0
 
 
 def acquire(
-    config: RunConfig, cwd: Path, here: Surroundings, console: Console
+    config: RunConfig, cwd: Path, environment: RunEnvironment, console: Console
 ) -> tuple[Source, ...]:
     """The sources as they are on this machine; what a run needs of them lies in the store then.
 
@@ -33,7 +33,7 @@ def acquire(
     that takes a while to look through has a bar. Raises :class:`runner.core.errors.UserError` for
     sources that can't be used.
     """
-    why = None if config.dry_run else refusal(config, here)
+    why = None if config.dry_run else refusal(config, environment)
     started = time.monotonic()
     shown: dict[str, Any] = {}
 
@@ -49,17 +49,17 @@ def acquire(
     def waiting() -> None:
         console.line("      waiting for another run, which is unpacking media")
 
-    reading = Reading(
+    reading = ScanOptions(
         progress,
         waiting,
         keep=not config.dry_run and why is None,
         # Sources may be refused first; but nothing is unpacked for a run that can't be.
         refused=why,
-        watch=lambda: Shown(console),
+        watch=lambda: DownloadProgress(console),
         force=DATASET.name in config.stages.force,
     )
     try:
-        return scan_sources(config, cwd, Store(here.root / "cache"), reading)
+        return scan_sources(config, cwd, SharedCache(environment.root / "cache"), reading)
     except Stopped as stopped:
         _close(shown)
         kept = "" if config.dry_run else "; what was unpacked is kept"

@@ -9,11 +9,11 @@ from pathlib import Path
 from runner.core.command import Command
 from runner.core.console import Console
 from runner.engines.base import Engine
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 from runner.pipeline import verify
 from runner.pipeline.model import Inputs, Plan
-from runner.storage.leases import Use
-from runner.storage.store import Fault, Store
+from runner.storage.leases import UseLease
+from runner.storage.shared_cache import Fault, SharedCache
 from runner.tracking.mlflow_run import Writer
 
 
@@ -28,36 +28,36 @@ class Context:
     inputs: Inputs
     engine: Engine
     run_dir: Path
-    store: Store
+    store: SharedCache
     console: Console
     writer: Writer
     plan: Plan
-    use: Use
+    use_lease: UseLease
     make_plan: Callable[[Inputs], Plan]
     launched: dict[str, list[Command]] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    _reported: set[str] = field(default_factory=set)
     _stale: bool = False
 
-    def look(self) -> Plan:
+    def refresh_plan(self) -> Plan:
         """Look at what the plan counts on; where that changed, the plan is made anew.
 
         What the plan counts on is kept from being pruned before it is looked at.
         """
 
-        def faults(stored: Collection[str]) -> dict[str, Fault]:
-            self.use.hold(stored)
-            return verify.read_through(self.store, stored, self.console)
+        def faults(full_key: Collection[str]) -> dict[str, Fault]:
+            self.use_lease.hold(full_key)
+            return verify.check_all_bytes(self.store, full_key, self.console)
 
         known = None if self._stale else self.plan
-        settled = verify.settle(self.inputs, self.make_plan, faults, known)
-        self.inputs, self.plan, self._stale = settled.inputs, settled.plan, False
-        new = [one for one in settled.found if one.entry.stored not in self._told]
+        verified = verify.plan_with_valid_cache(self.inputs, self.make_plan, faults, known)
+        self.inputs, self.plan, self._stale = verified.inputs, verified.plan, False
+        new = [one for one in verified.found if one.entry.full_key not in self._reported]
         for line in verify.notices(new):
             self.console.notice(line)
-        self._told |= {one.entry.stored for one in new if one.fault != "absent"}
+        self._reported |= {one.entry.full_key for one in new if one.fault != "absent"}
         return self.plan
 
-    def look_at_weights(self) -> WeightFacts:
+    def refresh_weights(self) -> LocatedWeights:
         """Look where the weights are, after some were brought; the next look plans with them."""
         weights = self.engine.weights(self.inputs.config, self.inputs.root)
         if weights != self.inputs.weights:
@@ -66,9 +66,9 @@ class Context:
             self._stale = True
         return weights
 
-    def made(self, stored: Collection[str]) -> None:
+    def mark_made(self, full_key: Collection[str]) -> None:
         """These entries (``shelf/name``) were made as the plan wants them, which so stays true."""
-        self.inputs = replace(self.inputs, cached=self.inputs.cached.union(stored))
+        self.inputs = replace(self.inputs, cached=self.inputs.cached.union(full_key))
 
     def log(self, stage: str) -> Path:
         """The log of one stage."""

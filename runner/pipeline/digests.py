@@ -21,7 +21,7 @@ from runner.config.schema import DatasetConfig, options
 from runner.data.select import SourceOptions, source_options
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
-from runner.storage.store import key_of
+from runner.storage.shared_cache import json_digest
 
 # both: in either digest as it is set. asked: in the resume key alone; the LoRA does not depend on
 # it, or the fingerprint has what became of it. planned: in the fingerprint alone, by what was
@@ -109,8 +109,8 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
     weights = inputs.weights.digests
     if weights is None:
         return None
-    compiled, _ = engine.compiles(inputs.job, inputs.machine)
-    cached = (entry for entry in plan.entries if entry.shelf != "media")
+    compiled, _ = engine.compiles(inputs.job, inputs.gpu)
+    cached = (entry for entry in plan.entries if entry.namespace != "media")
     return _digest(
         {
             **_set(inputs, ("both",)),
@@ -125,8 +125,8 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
     )
 
 
-def _digest(made_of: Mapping[str, Any]) -> str:
-    return key_of(made_of)[:16]
+def _digest(cache_inputs: Mapping[str, Any]) -> str:
+    return json_digest(cache_inputs)[:16]
 
 
 def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
@@ -152,10 +152,10 @@ def _asked_sources(inputs: Inputs) -> list[dict[str, Any]]:
     default = _flat(source_options(DatasetConfig(**first))[0])
     found: list[dict[str, Any]] = []
     for asked, source in zip(source_options(inputs.config.dataset), inputs.sources, strict=True):
-        place: dict[str, Any] = {"kind": source.kind}
-        if asked.kind == "hub":
+        place: dict[str, Any] = {"kind": source.source_kind}
+        if asked.source_kind == "hub":
             place = {"kind": "hub", "path": asked.path, "revision": asked.revision}
-        elif source.kind != "sample":
+        elif source.source_kind != "sample":
             place["path"] = source.path
         changed = {key: value for key, value in _flat(asked).items() if value != default[key]}
         found.append(place | changed)

@@ -29,17 +29,17 @@ from runner.engines.registry import engine_named
 from runner.pipeline import stages, verify
 from runner.pipeline.acquire import acquire
 from runner.pipeline.context import Context
-from runner.pipeline.given_files import settle
-from runner.pipeline.inputs import gather, look_around, refusal
+from runner.pipeline.inputs import gather, read_environment, refusal
 from runner.pipeline.model import Inputs, Plan, StagePlan
+from runner.pipeline.option_paths import resolve_paths
 from runner.pipeline.plan import commands_sh, make_plan
-from runner.pipeline.record import Recorder, Status, check_tracking, how_to_compare
+from runner.pipeline.record import Recorder, RunStatus, check_tracking, how_to_compare
 from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.base import LORA
 from runner.pipeline.stages.convert import COMFYUI_LORA
 from runner.pipeline.stages.evaluate import EVALUATION
-from runner.storage.leases import Use
-from runner.storage.store import Store
+from runner.storage.leases import UseLease
+from runner.storage.shared_cache import SharedCache
 from runner.tracking.client import safe
 from runner.tracking.multirun import Job
 from runner.tracking.secrets import redact_mapping, secret_values
@@ -73,15 +73,17 @@ def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
     """
     engine = engine_named(composed.config.engine.name)
     check(composed.config, engine)
-    config = settle(composed.config, engine, cwd)
+    config = resolve_paths(composed.config, engine, cwd)
     raise_on_signals()
     check_tracking(config)
-    here = look_around(config, cwd, engine)
-    inputs = gather(config, here, acquire(config, cwd, here, console))
-    cache = Store(inputs.root / "cache")
+    environment = read_environment(config, cwd, engine)
+    inputs = gather(config, environment, acquire(config, cwd, environment, console))
+    cache = SharedCache(inputs.root / "cache")
     # Sizes alone: a dry run must not read gigabytes.
-    settled = verify.settle(inputs, _planner(engine), partial(cache.faults, read=False))
-    return Prepared(replace(composed, config=config), settled.inputs, engine, settled.plan)
+    verified = verify.plan_with_valid_cache(
+        inputs, _planner(engine), partial(cache.faults, read=False)
+    )
+    return Prepared(replace(composed, config=config), verified.inputs, engine, verified.plan)
 
 
 def execute(prepared: Prepared, console: Console, job: Job | None) -> None:
@@ -93,16 +95,16 @@ def execute(prepared: Prepared, console: Console, job: Job | None) -> None:
     inputs, engine = prepared.inputs, prepared.engine
     if why := refusal(inputs.config, inputs):
         raise UserError(why)
-    version = engine.check(inputs.job, inputs.machine, trains=stages.trains(inputs.config))
+    version = engine.check(inputs.job, inputs.gpu, trains=stages.trains(inputs.config))
     inputs = replace(inputs, engine=replace(inputs.engine, version=version))
-    _Run(replace(prepared, inputs=inputs), console, job).through()
+    _Run(replace(prepared, inputs=inputs), console, job).carry_out()
 
 
 def _planner(engine: Engine) -> Callable[[Inputs], Plan]:
     return lambda inputs: make_plan(inputs, engine)
 
 
-def _ending(error: BaseException) -> tuple[Status, str]:
+def _ending(error: BaseException) -> tuple[RunStatus, str]:
     """How MLflow should show a run that ended with ``error``."""
     if isinstance(error, Stopped):
         return "KILLED", f"ended by {error}"
@@ -143,17 +145,17 @@ class _Run:
         # Of each stage that has begun, its plan as it was then.
         self.begun: dict[str, StagePlan] = {}
 
-    def through(self) -> None:
+    def carry_out(self) -> None:
         """Run every stage; the run's status is settled whatever happens."""
         folder = run_folder(self.inputs.root, self.plan.name)
-        use = verify.use_of(self.inputs, self.plan, folder)
+        use = verify.new_use_lease(self.inputs, self.plan, folder)
         try:
-            self._through(folder, use)
+            self._run_recorded(folder, use)
         finally:
             with signals_deferred():
                 use.release()
 
-    def _through(self, folder: Path, use: Use) -> None:
+    def _run_recorded(self, folder: Path, use: UseLease) -> None:
         recorder: Recorder | None = None
         try:
             with signals_deferred():
@@ -174,7 +176,7 @@ class _Run:
             recorder.finish("FINISHED", "")
         self._closing_words(context, recorder)
 
-    def _begin(self, folder: Path, recorder: Recorder, use: Use) -> Context:
+    def _begin(self, folder: Path, recorder: Recorder, use: UseLease) -> Context:
         """Say what will be done, and write the run's files."""
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
@@ -186,11 +188,11 @@ class _Run:
             inputs=self.inputs,
             engine=self.engine,
             run_dir=folder,
-            store=Store(self.inputs.root / "cache"),
+            store=SharedCache(self.inputs.root / "cache"),
             console=self.console,
             writer=recorder.writer,
             plan=self.plan,
-            use=use,
+            use_lease=use,
             make_plan=_planner(self.engine),
         )
 
@@ -235,8 +237,8 @@ class _Run:
             # Work that is done by now stays in the script, with the commits that its branches
             # turned out to be.
             return stage if stage.to_run else replace(stage, state=begun.state)
-        without = "done" if begun.to_run else begun.state
-        return replace(begun, commands=tuple(ran), state="to run" if ran else without)
+        no_gpu_reason = "done" if begun.to_run else begun.state
+        return replace(begun, commands=tuple(ran), state="to run" if ran else no_gpu_reason)
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
         planned = {stage.name for stage in self.plan.stages}
@@ -246,7 +248,7 @@ class _Run:
             with _named(f"stage {stage.name}", context.run_dir):
                 # Commands, paths and cache keys become final only when the weights are there, and
                 # what is damaged in the cache is found when it is read.
-                if stage.looks and context.look() is not written:
+                if stage.refreshes_plan and context.refresh_plan() is not written:
                     written = context.plan
                     self._write_plan(context.run_dir, written, context.launched)
             recorder.result_of(context.inputs, context.plan, self.engine)

@@ -10,30 +10,30 @@ from typing import Any, Literal
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.data.select import Selection, Source
-from runner.engines.base import Engine, EngineFacts, Job, Machine
-from runner.hub.weights import WeightFacts
+from runner.engines.base import Engine, EngineInstall, Gpu, Job
+from runner.hub.weights import LocatedWeights
 
 State = Literal["done", "to run", "skipped"]
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunEnvironment:
     """What disk, card and environment say, the dataset left aside."""
 
     root: Path
     python: str
     python_path: str | None
-    machine: Machine | None
+    gpu: Gpu | None
     memory: MemoryConfig
     memory_note: str | None
-    weights: WeightFacts
-    engine: EngineFacts
+    weights: LocatedWeights
+    engine: EngineInstall
     # The engine's, in whose name entries lie in the shared cache.
-    cache_identity: str
+    engine_cache_id: str
 
 
 @dataclass(frozen=True)
-class Inputs(Surroundings):
+class Inputs(RunEnvironment):
     """Everything that a plan is made from; gathered by :mod:`runner.pipeline.inputs`."""
 
     config: RunConfig
@@ -64,19 +64,19 @@ class Planning:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A cache entry: the file that the engine writes, its place in the store, and its links."""
 
     produced: str
-    shelf: str
+    namespace: str
     name: str
-    made_of: dict[str, Any]
+    cache_inputs: dict[str, Any]
     links: tuple[str, ...]
 
     @property
-    def stored(self) -> str:
+    def full_key(self) -> str:
         """``shelf/name``."""
-        return f"{self.shelf}/{self.name}"
+        return f"{self.namespace}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class StagePlan:
     state: State
     commands: tuple[Command, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[CacheEntry, ...] = ()
     missing: int = 0
     outputs: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ class Plan:
     fingerprint: str
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CacheEntry, ...]:
         """Every cache entry that the run counts on."""
         return tuple(entry for stage in self.stages for entry in stage.entries)
 

@@ -36,11 +36,11 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     """
     config, job = inputs.config, inputs.job
     name = config.name or default_name(config)
-    compiled, compile_note = engine.compiles(job, inputs.machine)
+    compiled, compile_note = engine.compiles(job, inputs.gpu)
     per_epoch = steps_per_epoch(inputs)
     total = config.training.max_steps or config.training.epochs * per_epoch
-    clips = any(item.kind == "video" for item in inputs.selection.items)
-    for problem in engine.plan_problems(job, inputs.machine, steps=total, clips=clips):
+    clips = any(item.media_kind == "video" for item in inputs.selection.items)
+    for problem in engine.plan_problems(job, inputs.gpu, steps=total, clips=clips):
         raise UserError(problem)
     options = train_options(
         Rendering(
@@ -65,10 +65,12 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
         total,
         needed=frozenset(n for s in offered if s.name not in left_out for n in s.needs),
     )
-    stages = tuple(_as_asked(config, stage.plan(planning), left_out) for stage in offered)
+    stages = tuple(
+        _apply_skip_and_force(config, stage.plan(planning), left_out) for stage in offered
+    )
     notices = [
         *inputs.selection.notices,
-        *engine.plan_notices(job, inputs.machine, steps=total, clips=clips),
+        *engine.plan_notices(job, inputs.gpu, steps=total, clips=clips),
         *(note for note in (inputs.memory_note, compile_note) if note),
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),
@@ -85,7 +87,9 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     )
 
 
-def _as_asked(config: RunConfig, stage: StagePlan, left_out: frozenset[str]) -> StagePlan:
+def _apply_skip_and_force(
+    config: RunConfig, stage: StagePlan, left_out: frozenset[str]
+) -> StagePlan:
     if stage.name in left_out:
         return replace(stage, state="skipped")
     if stage.name in config.stages.force and stage.state == "done":

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from runner.tracking.mlflow_run import NullWriter, RunWriter
     from runner.tracking.multirun import Job
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # Files of the run's folder that MLflow keeps as artifacts, beside the LoRA files and the logs.
 _ARTIFACTS = (
@@ -128,7 +128,7 @@ class Recorder:
     ) -> Recorder:
         """Start the MLflow run, under its sweep's parent when there is one."""
         from runner.tracking import mlflow_run, mlflow_store
-        from runner.tracking.sweep import child_tags, open_parent
+        from runner.tracking.parent_run import child_tags, open_parent
 
         config, resolved, choices = composed.config, composed.resolved, composed.choices
         key = resume_key(inputs)
@@ -153,11 +153,13 @@ class Recorder:
                 outputs=inputs.root,
                 folder=sweep.folder,
                 sweep_id=sweep.id,
-                name="sweep " + " ".join(sweep.swept or sweep.overrides),
+                name="sweep " + " ".join(sweep.swept_keys or sweep.overrides),
                 tags={"sweep.overrides": " ".join(sweep.overrides)},
             )
             tags |= child_tags(parent, sweep.id)
-            values = [f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept]
+            values = [
+                f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept_keys
+            ]
             name = " ".join([name, *values])
         writer = mlflow_run.RunWriter.start(
             uri,
@@ -198,7 +200,7 @@ class Recorder:
         if log.is_file():
             self.writer.log_artifact(log, "logs")
 
-    def finish(self, status: Status, why: str) -> None:
+    def finish(self, status: RunStatus, why: str) -> None:
         """Settle how the run ended, first in its folder, then in MLflow."""
         why = safe(why)
         self._write(status, why)
@@ -260,7 +262,7 @@ def host_tags(inputs: Inputs, engine: Engine, plan: Plan) -> dict[str, str]:
         "engine.version": engine.full_version(inputs.engine),
         "dataset.fingerprint": plan.fingerprint,
         "host": socket.gethostname(),
-        "gpu": inputs.machine.name if inputs.machine else "none",
+        "gpu": inputs.gpu.name if inputs.gpu else "none",
         "python": ".".join(str(part) for part in sys.version_info[:3]),
     }
 

@@ -5,35 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from runner.data.select import Kind, SelectedItem, Source
-from runner.formats.dataset_toml import DatasetEntry
+from runner.data.select import MediaKind, SelectedItem, Source
+from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import FrameExtraction
 from runner.pipeline.model import Inputs
 
 
 def groups(
     inputs: Inputs, *, held_out: bool
-) -> Iterable[tuple[int, Source, Kind, list[SelectedItem]]]:
+) -> Iterable[tuple[int, Source, MediaKind, list[SelectedItem]]]:
     """The items of each source and kind on one side of the split, where there are any."""
     for index, source in enumerate(inputs.sources):
-        kinds: tuple[Kind, ...] = ("image", "video")
+        kinds: tuple[MediaKind, ...] = ("image", "video")
         for kind in kinds:
             items = inputs.selection.of(index, kind, held_out=held_out)
             if items:
                 yield index, source, kind, items
 
 
-def folder(source: int, kind: Kind, held_out: bool) -> str:
+def folder(source: int, kind: MediaKind, held_out: bool) -> str:
     """The name of one group's folder and files in the run's folder."""
     return f"{source}-{kind}s{'-held-out' if held_out else ''}"
 
 
-def cache_folder(item: SelectedItem) -> str:
+def run_cache_folder(item: SelectedItem) -> str:
     """The folder of the run that an item's cache files are linked into."""
-    return f"cache/{folder(item.source, item.kind, item.held_out)}"
+    return f"cache/{folder(item.source, item.media_kind, item.held_out)}"
 
 
-def tables(inputs: Inputs, *, held_out: bool) -> list[DatasetEntry]:
+def tables(inputs: Inputs, *, held_out: bool) -> list[DatasetTable]:
     """The datasets of dataset.toml (or validation.toml)."""
     return [
         table(source, kind, folder(index, kind, held_out), items)
@@ -41,7 +41,9 @@ def tables(inputs: Inputs, *, held_out: bool) -> list[DatasetEntry]:
     ]
 
 
-def table(source: Source, kind: Kind, name: str, items: Sequence[SelectedItem]) -> DatasetEntry:
+def table(
+    source: Source, kind: MediaKind, name: str, items: Sequence[SelectedItem]
+) -> DatasetTable:
     """The dataset of one group; of a clip's targets only those that some item reaches."""
     options = source.options
     extraction = None
@@ -51,7 +53,7 @@ def table(source: Source, kind: Kind, name: str, items: Sequence[SelectedItem]) 
         if narrows(extraction):
             kept = tuple(f for f in extraction.target_frames if f in targets)
             extraction = replace(extraction, target_frames=kept)
-    return DatasetEntry(
+    return DatasetTable(
         kind=kind,
         cache_directory=f"cache/{name}",
         resolution=options.resolution,

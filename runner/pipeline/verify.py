@@ -9,81 +9,87 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from runner.core.console import Bar, Console
 from runner.core.text import named
-from runner.pipeline.model import Entry, Inputs, Plan, StagePlan
-from runner.storage.leases import Ledger, Use
-from runner.storage.store import Fault, Store
+from runner.pipeline.model import CacheEntry, Inputs, Plan, StagePlan
+from runner.storage.leases import Leases, UseLease
+from runner.storage.shared_cache import Fault, SharedCache
 
 # Reading less than this is done before a bar could be read.
-_SHOWN_BYTES = 2e9
+_BAR_MIN_BYTES = 2e9
 
 _WHAT = {"media": "unpacked media", "latents": "latents", "text": "encoded captions"}
 _WHY = {"damaged": "damaged in the cache", "unchecked": "cached without a checksum"}
 
 
 @dataclass(frozen=True)
-class Found:
+class EntryFault:
     """An entry that can't be counted on, the stage that wants it, and why."""
 
     stage: StagePlan
-    entry: Entry
+    entry: CacheEntry
     fault: Fault
 
 
 @dataclass(frozen=True)
-class Settled:
+class VerifiedPlan:
     """A plan whose finished work has no fault, what it is made from, and what was found."""
 
     inputs: Inputs
     plan: Plan
-    found: tuple[Found, ...]
+    found: tuple[EntryFault, ...]
 
 
-def settle(
+def plan_with_valid_cache(
     inputs: Inputs,
     make_plan: Callable[[Inputs], Plan],
     faults: Callable[[Collection[str]], dict[str, Fault]],
     plan: Plan | None = None,
-) -> Settled:
+) -> VerifiedPlan:
     """``plan``, or the first that counts on just what is there.
 
     ``faults`` tells which of the entries (``shelf/name``) that a plan counts on are wrong. A plan
     made without those may count on others, which are then looked at too.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, EntryFault] = {}
     while True:
         if plan is None:
             plan = make_plan(inputs)
-        wanted = {entry.stored: (stage, entry) for stage in plan.stages for entry in stage.entries}
+        wanted = {
+            entry.full_key: (stage, entry) for stage in plan.stages for entry in stage.entries
+        }
         wrong = faults(wanted)
-        found |= {one: Found(*wanted[one], fault) for one, fault in wrong.items()}
+        found |= {one: EntryFault(*wanted[one], fault) for one, fault in wrong.items()}
         there = inputs.cached.union(wanted).difference(wrong)
         if there == inputs.cached:
-            return Settled(inputs, plan, tuple(found.values()))
+            return VerifiedPlan(inputs, plan, tuple(found.values()))
         # Something was lost, or another run has made what this one was to make.
         inputs, plan = replace(inputs, cached=there), None
 
 
-def read_through(store: Store, stored: Collection[str], console: Console) -> dict[str, Fault]:
+def check_all_bytes(
+    store: SharedCache, full_keys: Collection[str], console: Console
+) -> dict[str, Fault]:
     """:meth:`Store.faults`, bytes and all, with a bar when that takes a while."""
     with ExitStack() as stack:
         bars: list[Bar] = []
 
         def progress(done: int, total: int) -> None:
-            if total >= _SHOWN_BYTES and not bars:
+            if total >= _BAR_MIN_BYTES and not bars:
                 bar = console.bar("cache checked", total, in_bytes=True)
                 bars.append(stack.enter_context(bar))
             for bar in bars:
                 bar.update(done)
 
-        return store.faults(stored, read=True, progress=progress)
+        return store.faults(full_keys, read=True, progress=progress)
 
 
-def notices(found: Sequence[Found]) -> list[str]:
+def notices(found: Sequence[EntryFault]) -> list[str]:
     """A line for each kind of fault on each shelf."""
     lines: list[str] = []
-    for shelf, what in _WHAT.items():
+    for namespace, what in _WHAT.items():
         for wanted, why in _WHY.items():
-            those = [one for one in found if (one.entry.shelf, one.fault) == (shelf, wanted)]
+            those = [
+                one for one in found if (one.entry.namespace, one.fault) == (namespace, wanted)
+            ]
             if not those:
                 continue
             names = sorted(PurePosixPath(one.entry.links[0]).name for one in those)
@@ -96,12 +102,12 @@ def notices(found: Sequence[Found]) -> list[str]:
     return lines
 
 
-def use_of(inputs: Inputs, plan: Plan, run_dir: Path) -> Use:
+def new_use_lease(inputs: Inputs, plan: Plan, run_dir: Path) -> UseLease:
     """The record of what a run uses, holding nothing yet."""
     root = inputs.root / "cache"
     paths = [source.path for source in inputs.sources]
     names = (
-        "sample" if source.options.kind == "sample" else PurePath(source.path).name
+        "sample" if source.options.source_kind == "sample" else PurePath(source.path).name
         for source in inputs.sources
     )
     dataset = {
@@ -117,4 +123,4 @@ def use_of(inputs: Inputs, plan: Plan, run_dir: Path) -> Use:
     )
     run = run_dir.relative_to(inputs.root).as_posix()
     always = {"weights/checked", *("/".join(parts) for parts in weights)}
-    return Use(Ledger(root), run, dataset, always)
+    return UseLease(Leases(root), run, dataset, always)

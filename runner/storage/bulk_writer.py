@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from runner.core.errors import UserError
-from runner.storage.leases import Ledger
-from runner.storage.store import Arrival, Shelf, Store, key_of, scan
+from runner.storage.leases import Leases
+from runner.storage.shared_cache import FinishedFile, Namespace, SharedCache, json_digest, scan
 
 Write = Callable[[bytes | memoryview], None]
 
@@ -31,7 +31,7 @@ _FOLDER = "incoming"
 _WHO = "unpacking"
 
 
-class CannotKeep(UserError):
+class CacheNotWritable(UserError):
     """The store can't be written to."""
 
 
@@ -45,18 +45,18 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def __init__(
         self,
-        store: Store,
-        shelf: Shelf,
+        store: SharedCache,
+        namespace: Namespace,
         name: str,
         waiting: Callable[[], None] = lambda: None,
         anew: Collection[str] = (),
     ) -> None:
-        self.store, self.shelf, self.waiting, self.anew = store, shelf, waiting, anew
-        self.folder = store.root / _FOLDER / f"{shelf}-{key_of({'of': name})[:16]}"
-        self._ledger = Ledger(store.root)
+        self.store, self.namespace, self.waiting, self.anew = store, namespace, waiting, anew
+        self.folder = store.root / _FOLDER / f"{namespace}-{json_digest({'of': name})[:16]}"
+        self._leases = Leases(store.root)
         self._turn = ExitStack()
         self._claimed: set[str] = set()
-        self._arrivals: list[Arrival] = []
+        self._arrivals: list[FinishedFile] = []
         self._bytes = 0
         self.added = 0
         self._mutex = threading.Lock()
@@ -65,7 +65,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         self._commits: list[Future[None]] = []
 
     def __enter__(self) -> BulkWriter:
-        turn = self._ledger.turn(f"{_FOLDER}/{self.folder.name}", _WHO, self.waiting)
+        turn = self._leases.turn(f"{_FOLDER}/{self.folder.name}", _WHO, self.waiting)
         try:
             # Before the claim, which a disk that they have filled might not take.
             self._clear_leftovers()
@@ -75,18 +75,18 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self._turn = stack.pop_all()
         except OSError as error:
-            raise self._told(error) from error
+            raise self._not_writable(error) from error
         return self
 
     def _clear_leftovers(self) -> None:
         """Remove what processes left behind that were killed."""
         dead: list[Path] = []
-        with self._ledger.guard():
-            living = self._ledger.claimed()
+        with self._leases.locked():
+            living = self._leases.claimed()
             for found in scan(self.folder.parent):
                 if found.is_dir() and f"{_FOLDER}/{found.name}" not in living:
                     # Nobody's from here on; gigabytes are deleted when others need not wait for it.
-                    hidden = Path(found.path).with_name(f".{key_of({'of': found.name})[:16]}")
+                    hidden = Path(found.path).with_name(f".{json_digest({'of': found.name})[:16]}")
                     dead.append(hidden.with_suffix(f".{os.getpid()}.tmp"))
                     Path(found.path).rename(dead[-1])
         for folder in dead:
@@ -98,7 +98,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         Equal media may lie in a source several times.
         """
         with self._mutex:
-            there = name not in self.anew and self.store.has(self.shelf, name)
+            there = name not in self.anew and self.store.has(self.namespace, name)
             if name in self._claimed or there:
                 return False
             self._claimed.add(name)
@@ -114,7 +114,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
             self.folder.mkdir(parents=True, exist_ok=True)
             out = _open(place)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._not_writable(error) from error
 
         def write(data: bytes | memoryview) -> None:
             view = memoryview(data)
@@ -122,28 +122,28 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
                 while view:
                     view = view[out.write(view) :]
             except OSError as error:
-                raise self._told(error) from error
+                raise self._not_writable(error) from error
 
         try:
             try:
                 fill(write)
                 _begin_writeback(out.fileno())
             finally:
-                _close(out, self._told)
+                _close(out, self._not_writable)
         except BaseException:
             place.unlink(missing_ok=True)
             raise
         return place
 
-    def add(self, file: Path, name: str, made_of: Mapping[str, Any], sha256: str) -> None:
+    def add(self, file: Path, name: str, cache_inputs: Mapping[str, Any], sha256: str) -> None:
         """Take a file that `write` made, of this digest, as the entry `name`."""
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise self._told(error) from error
+            raise self._not_writable(error) from error
         with self._mutex:
             replace = name in self.anew
-            self._arrivals.append(Arrival(name, file, made_of, sha256, replace))
+            self._arrivals.append(FinishedFile(name, file, cache_inputs, sha256, replace))
             self._bytes += size
             self.added += 1
             if self._bytes >= BATCH_BYTES:
@@ -151,18 +151,18 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def _hand_over(self) -> None:
         batch, self._arrivals, self._bytes = self._arrivals, [], 0
-        self._commits.append(self._committer.submit(self.store.commit_all, self.shelf, batch))
+        self._commits.append(self._committer.submit(self.store.commit_all, self.namespace, batch))
 
-    def _told(self, error: OSError) -> CannotKeep:
+    def _not_writable(self, error: OSError) -> CacheNotWritable:
         words = error.strerror or str(error)
-        return CannotKeep(
+        return CacheNotWritable(
             f"{self.store.root} can't be written to ({words}): free some space, or name another "
             "folder with output_dir."
         )
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
@@ -175,7 +175,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
                 commit.result()
         except OSError as failure:
             if error is None:
-                raise self._told(failure) from failure
+                raise self._not_writable(failure) from failure
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._turn.close()
@@ -185,11 +185,11 @@ def _open(place: Path) -> BinaryIO:
     return cast(BinaryIO, place.open("wb", buffering=0))
 
 
-def _close(out: BinaryIO, told: Callable[[OSError], CannotKeep]) -> None:
+def _close(out: BinaryIO, not_writable: Callable[[OSError], CacheNotWritable]) -> None:
     try:
         out.close()
     except OSError as error:  # Where a file system over a network is full, it says so here.
-        raise told(error) from error
+        raise not_writable(error) from error
 
 
 def _begin_writeback(descriptor: int) -> None:

@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.core.atomic import write_text
-from runner.storage.store import key_of, scan
+from runner.storage.shared_cache import json_digest, scan
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 # How often a waiting process looks whether a claim is gone.
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Record:
+class Lease:
     """A claim or a use: what it says, and whether its process lives."""
 
     id: str
@@ -56,7 +56,7 @@ class Record:
         return f"{self.data.get('run')} (process {self.data.get('pid')}{where})"
 
 
-class Records:
+class LeaseFolder:
     """A folder of records."""
 
     def __init__(self, folder: Path) -> None:
@@ -106,9 +106,9 @@ class Records:
             # Another user's, which can't be looked at: rather wait than make things twice.
             return place.exists()
 
-    def all(self) -> list[Record]:
+    def all(self) -> list[Lease]:
         """Every record that can be read."""
-        found: list[Record] = []
+        found: list[Lease] = []
         for file in scan(self.folder):
             id_, dot, ending = file.name.rpartition(".")
             if dot and ending == "json" and id_ and not id_.startswith("."):
@@ -116,7 +116,7 @@ class Records:
                     data = json.loads(Path(file.path).read_bytes())
                 except (OSError, ValueError):
                     data = {}
-                found.append(Record(id_, data if isinstance(data, dict) else {}, self.alive(id_)))
+                found.append(Lease(id_, data if isinstance(data, dict) else {}, self.alive(id_)))
         return found
 
     def remove(self, id_: str) -> None:
@@ -124,7 +124,7 @@ class Records:
         self._file(id_).unlink(missing_ok=True)
         self._lock(id_).unlink(missing_ok=True)
 
-    def sweep(self, *, keep: bool) -> list[Record]:
+    def remove_dead(self, *, keep: bool) -> list[Lease]:
         """Every record of a living process; of the others the locks go, and unless ``keep`` all.
 
         To be called under the guard, since a record that is just being opened looks like a scrap.
@@ -143,16 +143,16 @@ class Records:
         return [record for record in records if record.alive]
 
 
-class Ledger:
+class Leases:
     """The claims and uses of one cache."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.claims = Records(root / "claims")
-        self.uses = Records(root / "uses")
+        self.claims = LeaseFolder(root / "claims")
+        self.uses = LeaseFolder(root / "uses")
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold what must be held to change claims and uses, or to delete entries."""
         from filelock import FileLock
 
@@ -163,7 +163,7 @@ class Ledger:
     @contextmanager
     def claim(
         self, names: Collection[str], run: str
-    ) -> Iterator[tuple[frozenset[str], tuple[Record, ...]]]:
+    ) -> Iterator[tuple[frozenset[str], tuple[Lease, ...]]]:
         """Claim those of ``names`` that nobody else makes, for as long as the block lasts.
 
         Gives them, and the claims of others on the rest.
@@ -171,8 +171,10 @@ class Ledger:
         lock: BaseFileLock | None = None
         id_ = f"{os.getpid()}-{os.urandom(4).hex()}"
         try:
-            with self.guard():
-                others = [one for one in self.claims.sweep(keep=False) if one.names & set(names)]
+            with self.locked():
+                others = [
+                    one for one in self.claims.remove_dead(keep=False) if one.names & set(names)
+                ]
                 free = frozenset(names).difference(*(one.names for one in others))
                 if free:
                     lock = self.claims.open(id_, _words(run, free))
@@ -187,33 +189,33 @@ class Ledger:
 
         ``waiting`` is called once when somebody has.
         """
-        told = False
+        reported = False
         while True:
             with self.claim({name}, run) as (mine, others):
                 if mine:
                     yield
                     return
-            if not told:
+            if not reported:
                 waiting()
-                told = True
+                reported = True
             self.wait(others)
 
-    def wait(self, claims: Sequence[Record]) -> None:
+    def wait(self, claims: Sequence[Lease]) -> None:
         """Wait until one of these claims is gone or its process has died."""
         while all(self.claims.alive(claim.id) for claim in claims):
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def claimed(self) -> frozenset[str]:
         """The names that living processes claim; to be called under the guard."""
-        return frozenset().union(*(record.names for record in self.claims.sweep(keep=False)))
+        return frozenset().union(*(record.names for record in self.claims.remove_dead(keep=False)))
 
-    def in_use(self) -> frozenset[str]:
+    def leased_keys(self) -> frozenset[str]:
         """``shelf/name`` of what living processes make or use; to be called under the guard."""
         living = [one for kept in (self.claims, self.uses) for one in kept.all() if one.alive]
         return frozenset().union(*(record.names for record in living))
 
 
-class Use:
+class UseLease:
     """One run's record of the entries that it counts on.
 
     ``python -m runner.cache`` deletes none of them while the run's process lives, and knows by the
@@ -221,12 +223,12 @@ class Use:
     """
 
     def __init__(
-        self, ledger: Ledger, run: str, dataset: dict[str, Any], always: Collection[str] = ()
+        self, leases: Leases, run: str, dataset: dict[str, Any], always: Collection[str] = ()
     ) -> None:
-        self.ledger, self.run, self.dataset = ledger, run, dataset
+        self.leases, self.run, self.dataset = leases, run, dataset
         self.always = frozenset(always)
         self.names: frozenset[str] = frozenset()
-        self._id = key_of({"run": run, "host": socket.gethostname(), "pid": os.getpid()})[:16]
+        self._id = json_digest({"run": run, "host": socket.gethostname(), "pid": os.getpid()})[:16]
         self._lock: BaseFileLock | None = None
 
     def hold(self, names: Collection[str]) -> None:
@@ -235,24 +237,24 @@ class Use:
         if self._lock is not None and wanted == self.names:
             return
         self.names = wanted
-        with self.ledger.guard():
+        with self.leases.locked():
             if self._lock is None:
-                self._lock = self.ledger.uses.open(self._id, self._words())
+                self._lock = self.leases.uses.open(self._id, self._words())
             else:
-                self.ledger.uses.write(self._id, self._words())
+                self.leases.uses.write(self._id, self._words())
 
     def release(self) -> None:
         """The run has ended: its record stays, as the only one of its like."""
         if self._lock is None:
             return
-        words, uses = self._words(), self.ledger.uses
+        words, uses = self._words(), self.leases.uses
         # A full disk must not make a failure of a run that has ended well.
-        with suppress(OSError), self.ledger.guard():
+        with suppress(OSError), self.leases.locked():
             for record in uses.all():
                 if not record.alive and record.data.get("set") == words["set"]:
                     uses.remove(record.id)
             uses.write(self._id, words)
-            uses.sweep(keep=True)
+            uses.remove_dead(keep=True)
         with suppress(OSError):
             uses.close(self._id, self._lock, keep=True)
         self._lock = None
@@ -260,7 +262,7 @@ class Use:
     def _words(self) -> dict[str, Any]:
         names = sorted(self.names)
         # A sweep's runs use the same, and one record of it is enough.
-        alike = key_of({"names": names, "paths": self.dataset["paths"]})[:16]
+        alike = json_digest({"names": names, "paths": self.dataset["paths"]})[:16]
         return {**_words(self.run, names), "dataset": self.dataset, "set": alike}
 
 

@@ -30,7 +30,7 @@ from runner.tracking.server import why
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAM = 6000  # characters MLflow keeps of a parameter's value
@@ -65,7 +65,7 @@ class Writer(Protocol):
     def log_artifact(self, file: Path, folder: str | None = None) -> None: ...
     def log_text(self, text: str, name: str) -> None: ...
     def queued(self) -> AbstractContextManager[None]: ...
-    def finish(self, status: Status) -> None: ...
+    def finish(self, status: RunStatus) -> None: ...
 
 
 class NullWriter:
@@ -85,7 +85,7 @@ class NullWriter:
     def queued(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def finish(self, status: Status) -> None: ...
+    def finish(self, status: RunStatus) -> None: ...
 
 
 class RunWriter:
@@ -139,8 +139,8 @@ class RunWriter:
             run = client.create_run(experiment_id, tags=own, run_name=safe(name))
         except Exception as error:
             if _is_server(uri):
-                told = f"tracking server {safe(uri)} {why(uri, error)}"
-                raise UserError(f"{told} (experiment {experiment})") from error
+                description = f"tracking server {safe(uri)} {why(uri, error)}"
+                raise UserError(f"{description} (experiment {experiment})") from error
             message = first_line(error)
             raise UserError(f"cannot start an MLflow run: {message}") from error
         writer = cls(client, uri, run.info.run_id, experiment_id, outputs)
@@ -209,7 +209,7 @@ class RunWriter:
             finally:
                 self._rest_until = before
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: RunStatus) -> None:
         """Sends what is left and ends the run; the first call decides the status.
 
         A store that is away is tried twice in all, since each try may take minutes.

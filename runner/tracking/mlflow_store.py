@@ -150,8 +150,8 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
                 found = client.get_experiment_by_name(name)
     except Exception as error:
         if uri.startswith(("http://", "https://")):
-            told = f"tracking server {safe(uri)} {why(uri, error)}"
-            raise UserError(f"tracking.experiment={name}: {told}") from error
+            description = f"tracking server {safe(uri)} {why(uri, error)}"
+            raise UserError(f"tracking.experiment={name}: {description}") from error
         raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
     if found is None or found.lifecycle_stage != "active":
         raise UserError(

@@ -1,8 +1,8 @@
 """The records of a sweep, which are files in its folder: any process can write and read them.
 
 ``sweep.json`` says what was asked for, ``jobs/<number>.json`` what became of each job, and
-``parent.json`` (:mod:`runner.tracking.sweep`) which MLflow run is the parent. A job holds a lock
-while it runs, which the system lets go of when its process dies, however it dies.
+``parent.json`` (:mod:`runner.tracking.parent_run`) which MLflow run is the parent. A job holds a
+lock while it runs, which the system lets go of when its process dies, however it dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.storage.leases import Records
+from runner.storage.leases import LeaseFolder
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -96,7 +96,7 @@ class Sweep:
             ) from error
 
     @property
-    def swept(self) -> tuple[str, ...]:
+    def swept_keys(self) -> tuple[str, ...]:
         """Keys that have several values."""
         keys = [one.key_or_group for one in _parsed(self.overrides) if one.is_sweep_override()]
         return tuple(dict.fromkeys(keys))
@@ -112,8 +112,8 @@ class Sweep:
         return sorted(found, key=lambda job: (len(job.number), job.number))
 
     @property
-    def _jobs(self) -> Records:
-        return Records(self.folder / "jobs")
+    def _jobs(self) -> LeaseFolder:
+        return LeaseFolder(self.folder / "jobs")
 
     def job(self, number: int | str, overrides: Sequence[str]) -> Job:
         """The record of the job of that number, to be opened by the process that runs it."""
@@ -134,9 +134,11 @@ class JobRecord:
         code = self.said.get("exit_code")
         return code if isinstance(code, int) else None
 
-    def words(self, swept: Sequence[str]) -> str:
+    def words(self, swept_keys: Sequence[str]) -> str:
         """The job's number, and what it has otherwise than the other jobs."""
-        own = [o for o in self.said.get("overrides", ()) if o.split("=")[0].lstrip("+~") in swept]
+        own = [
+            o for o in self.said.get("overrides", ()) if o.split("=")[0].lstrip("+~") in swept_keys
+        ]
         return f"job {self.number} ({' '.join(own)})" if own else f"job {self.number}"
 
 
@@ -144,7 +146,7 @@ class Job:
     """The record of one job, written when it begins, learns something, and ends."""
 
     def __init__(
-        self, sweep: Sweep, records: Records, number: str, overrides: Sequence[str]
+        self, sweep: Sweep, records: LeaseFolder, number: str, overrides: Sequence[str]
     ) -> None:
         self.sweep = sweep
         self._records, self._number = records, number

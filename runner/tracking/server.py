@@ -68,9 +68,9 @@ def _reach(uri: str) -> None:
 
 def why(uri: str, error: Exception) -> str:
     """What a failed request says, as the rest of a sentence that begins with the server."""
-    told = first_line(error)
+    message = first_line(error)
     status = _status(error)
-    if "Invalid Host header" in told:
+    if "Invalid Host header" in message:
         host = urlsplit(uri).netloc.rpartition("@")[2]
         return f"does not take requests for {host}: start it with --allowed-hosts {host}"
     if status == 401:
@@ -80,18 +80,18 @@ def why(uri: str, error: Exception) -> str:
             "does not let this user do that (403): ask its administrator for the EDIT permission, "
             "or choose another tracking.experiment"
         )
-    if status in (502, 503, 504) or re.search("too many 50[0-9] error", told):
+    if status in (502, 503, 504) or re.search("too many 50[0-9] error", message):
         return "is not ready or fails (HTTP 50x): see its log, or use tracking=sqlite"
-    if "timed out" in told:
+    if "timed out" in message:
         return f"takes connections but does not answer in time; {_CORRECT}"
-    if "SSLError" in told or "CERTIFICATE_VERIFY_FAILED" in told:
+    if "SSLError" in message or "CERTIFICATE_VERIFY_FAILED" in message:
         return (
             "has a certificate that can't be trusted, or speaks no https: give "
             "MLFLOW_TRACKING_SERVER_CERT_PATH, or http:// in tracking.uri"
         )
-    if not _is_mlflow(error, told):
+    if not _is_mlflow(error, message):
         return f"answers, but not as an MLflow server does; {_CORRECT}"
-    return f"does not answer as it should ({told}); {_CORRECT}"
+    return f"does not answer as it should ({message}); {_CORRECT}"
 
 
 def _unauthorised(uri: str) -> str:
@@ -114,13 +114,13 @@ def _status(error: Exception) -> int:
     return error.get_http_status_code() if isinstance(error, MlflowException) else 0
 
 
-def _is_mlflow(error: Exception, told: str) -> bool:
+def _is_mlflow(error: Exception, message: str) -> bool:
     """Whether the answer has the form of MLflow's; True when there was no answer."""
     answer = getattr(error, "json", None)
     if isinstance(answer, dict):
         return "error_code" in answer
     return not any(
-        sign in told for sign in ("!= 200", "not in a valid JSON format", "RemoteDisconnected")
+        sign in message for sign in ("!= 200", "not in a valid JSON format", "RemoteDisconnected")
     ) and not isinstance(error, ValueError)
 
 

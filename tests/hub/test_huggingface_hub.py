@@ -24,7 +24,7 @@ from huggingface_hub import close_session, constants, errors, hf_hub_download
 from huggingface_hub import try_to_load_from_cache as try_to_load
 
 from runner.core.errors import StageError
-from runner.hub.cache import Request
+from runner.hub.hub_cache import Request
 
 __all__ = ("loopback_hub",)
 

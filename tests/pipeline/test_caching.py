@@ -56,8 +56,8 @@ def entries(outputs: Path) -> list[Path]:
     """Every entry of the cache."""
     return [
         file
-        for shelf in ("media", "latents", "text")
-        for file in sorted((outputs / "cache" / shelf).glob("*/*"))
+        for namespace in ("media", "latents", "text")
+        for file in sorted((outputs / "cache" / namespace).glob("*/*"))
         if file.suffix != ".json"
     ]
 
@@ -151,19 +151,19 @@ def test_a_failed_makers_entries_are_taken_over(here: Path) -> None:
 
 # What another run finishes between this one's look and its claim is not made again.
 def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
-    from runner.storage.leases import Ledger
+    from runner.storage.leases import Leases
 
     media, out = pictures(here / "media", 3), here / "out"
-    real = Ledger.claim
+    real = Leases.claim
     others: list[int] = []
 
-    def overtaken(self: Ledger, names: Any, run: str) -> Any:
+    def overtaken(self: Leases, names: Any, run: str) -> Any:
         if not others:
             others.append(1)
             told(out, media)
         return real(self, names, run)
 
-    monkeypatch.setattr(Ledger, "claim", overtaken)
+    monkeypatch.setattr(Leases, "claim", overtaken)
     told(out, media)
     assert others
     assert set(Counter(encoded(here / "log")).values()) == {1}
@@ -204,8 +204,8 @@ def overwrite(file: Path, data: bytes) -> None:
     file.chmod(0o444)
 
 
-def of_shelf(outputs: Path, shelf: str) -> list[Path]:
-    return [file for file in entries(outputs) if file.parent.parent.name == shelf]
+def of_shelf(outputs: Path, namespace: str) -> list[Path]:
+    return [file for file in entries(outputs) if file.parent.parent.name == namespace]
 
 
 # A cut entry and one with a flipped bit are found when a run uses them, told in one line a shelf,
@@ -342,7 +342,7 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
     for entry in context.plan.entries:
         staged = here / "staged"
         staged.write_bytes(os.urandom(64))
-        context.store.commit(entry.shelf, entry.name, staged, entry.made_of)
+        context.store.commit(entry.namespace, entry.name, staged, entry.cache_inputs)
     cut, flipped = of_shelf(out, "latents")[:2]
     overwrite(cut, cut.read_bytes()[:-3])
     flip(flipped)
@@ -366,8 +366,8 @@ def test_musubi_never_writes_through_a_link(here: Path) -> None:
     zip_ = zipped(media, here / "four.zip")
     told(out, zip_)
     before = sums(out / "cache")
-    shelves = ("media/", "latents/", "text/")
-    store = {name: sum_ for name, sum_ in before.items() if name.startswith(shelves)}
+    namespaces = ("media/", "latents/", "text/")
+    store = {name: sum_ for name, sum_ in before.items() if name.startswith(namespaces)}
     assert len(store) == 2 * 12
     pictures(media, 2, first=4)
     (media / "p000.txt").write_text("another caption")
@@ -528,7 +528,7 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
 # more, nor one that is not written to its end.
 def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     from runner.pipeline.stages import encoding
-    from runner.storage.store import Store
+    from runner.storage.shared_cache import SharedCache
 
     media, out, over = pictures(here / "media", 3), here / "out", here / "over"
     # The first is whole and old, the second whole and new, the third old and cut, until the first
@@ -554,14 +554,14 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(encoding, "_KEEP_SECONDS", 0.0)
     monkeypatch.setattr(encoding, "_SETTLED_SECONDS", 3600.0)
     kept: list[bool] = []
-    real = Store.commit
+    real = SharedCache.commit
 
-    def noted(self: Store, shelf: str, *given: Any, **more: Any) -> Path:
-        if shelf == "latents":
+    def noted(self: SharedCache, namespace: str, *given: Any, **more: Any) -> Path:
+        if namespace == "latents":
             kept.append(over.exists())
-        return real(self, shelf, *given, **more)
+        return real(self, namespace, *given, **more)
 
-    monkeypatch.setattr(Store, "commit", noted)
+    monkeypatch.setattr(SharedCache, "commit", noted)
     told(out, media)
     assert kept == [False, True, True]
 
@@ -604,23 +604,23 @@ def test_half_written_files_are_not_kept(here: Path, monkeypatch: Any) -> None:
 
 # A disk that does not give back what was written to it ends the run: it is not filled for ever.
 def test_a_disk_that_forgets_ends_the_run(here: Path, monkeypatch: Any) -> None:
-    from runner.storage import store
+    from runner.storage import shared_cache
 
     media, out = pictures(here / "media", 2), here / "out"
-    monkeypatch.setattr(store, "digest_of", lambda file: os.urandom(32).hex())
+    monkeypatch.setattr(shared_cache, "digest_of", lambda file: os.urandom(32).hex())
     with pytest.raises(StageError, match="could not be read back as it was written"):
         told(out, media)
 
 
 # What is pruned between a run's plan and its links is made again, and the run ends well.
 @pytest.mark.parametrize("shelves", [["latents"], ["media", "text"]])
-def test_what_is_pruned_meanwhile_is_made_again(here: Path, shelves: Sequence[str]) -> None:
+def test_what_is_pruned_meanwhile_is_made_again(here: Path, namespaces: Sequence[str]) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
     told(out, media)
     context = context_of(out, media, *with_musubi(out), console=Console.for_stream(io.StringIO()))
     assert {stage.state for stage in context.plan.stages[1:4]} == {"done"}
-    for shelf in shelves:
-        for file in of_shelf(out, shelf):
+    for namespace in namespaces:
+        for file in of_shelf(out, namespace):
             file.unlink()
             Path(f"{file}.json").unlink()
     prepare(context)
@@ -631,20 +631,20 @@ def test_what_is_pruned_meanwhile_is_made_again(here: Path, shelves: Sequence[st
 # A run whose data are all cached is ready within a second: for 100 pictures every entry is read
 # once, to its last byte, and the work beside that is a million calls of functions, not more.
 def test_a_cached_dataset_is_ready_within_a_second(here: Path, monkeypatch: Any) -> None:
-    from runner.storage import store
+    from runner.storage import shared_cache
 
     media, out = zipped(pictures(here / "media", 100), here / "hundred.zip"), here / "out"
     told(out, media)
     silent = Console.for_stream(io.StringIO())
     context = context_of(out, media, *with_musubi(out), console=silent)
     read: list[Path] = []
-    digest_of = store.digest_of
+    digest_of = shared_cache.digest_of
 
     def noted(file: Path) -> str:
         read.append(file)
         return digest_of(file)
 
-    monkeypatch.setattr(store, "digest_of", noted)
+    monkeypatch.setattr(shared_cache, "digest_of", noted)
     # A busy machine takes longer, and does no more.
     calls = 0
 

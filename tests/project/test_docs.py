@@ -118,7 +118,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A cache that holds the zip's media, as after a run.
     context = context_of(top / "here" / "outputs", top / "here" / "mydata.zip", *with_musubi(top))
     DATASET.run(context)
-    context.use.release()
+    context.use_lease.release()
     return top
 
 

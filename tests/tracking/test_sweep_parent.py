@@ -14,14 +14,14 @@ import pytest
 from conftest import TOP
 
 from runner.core.errors import UserError
-from runner.tracking import sweep
+from runner.tracking import parent_run
 from runner.tracking.metrics import Point
-from runner.tracking.mlflow_run import RunWriter, Status
+from runner.tracking.mlflow_run import RunStatus, RunWriter
 from runner.tracking.multirun import Sweep
 from runner.tracking.passwords import hidden, revealed
 
 if TYPE_CHECKING:
-    from conftest_mlflow import Store
+    from conftest_mlflow import SharedCache
 
 pytest_plugins = ["conftest_mlflow"]
 
@@ -30,15 +30,15 @@ ID = "2026-11-23-05-12-aaaa"
 JOB = f"""
 import sys
 from pathlib import Path
-from runner.tracking import sweep
+from runner.tracking import parent_run
 outputs = Path(sys.argv[2])
-print(sweep.open_parent(sys.argv[1], "tests", outputs=outputs, folder=outputs / "sweep",
+print(parent_run.open_parent(sys.argv[1], "tests", outputs=outputs, folder=outputs / "sweep",
                         sweep_id={ID!r}, name="a sweep", tags={{}}))
 """
 
 
-def open_parent(store: Store) -> str:
-    return sweep.open_parent(
+def open_parent(store: SharedCache) -> str:
+    return parent_run.open_parent(
         store.uri,
         "tests",
         outputs=store.outputs,
@@ -50,19 +50,19 @@ def open_parent(store: Store) -> str:
 
 
 def close_parent(
-    store: Store, status: Status, killed: Collection[str] = ()
-) -> tuple[Status, str] | None:
-    return sweep.close_parent(store.outputs / "sweep", status, killed=killed)
+    store: SharedCache, status: RunStatus, killed: Collection[str] = ()
+) -> tuple[RunStatus, str] | None:
+    return parent_run.close_parent(store.outputs / "sweep", status, killed=killed)
 
 
-def child(store: Store, parent: str, rank: int, loss: float | None, status: Status) -> str:
+def child(store: SharedCache, parent: str, rank: int, loss: float | None, status: RunStatus) -> str:
     writer = RunWriter.start(
         store.uri,
         "tests",
         outputs=store.outputs,
         name=f"rank {rank}",
         params={"network.rank": rank, "task": "i2v"},
-        tags=sweep.child_tags(parent, ID),
+        tags=parent_run.child_tags(parent, ID),
         parent_id=parent,
     )
     writer.log_points([Point("loss/average", 0.5, 1, 1000)])
@@ -73,7 +73,7 @@ def child(store: Store, parent: str, rank: int, loss: float | None, status: Stat
 
 
 # Children that start at once, in threads and in other processes, get one and the same parent.
-def test_all_children_get_one_parent(store: Store) -> None:
+def test_all_children_get_one_parent(store: SharedCache) -> None:
     command = [sys.executable, "-c", JOB, store.uri, str(store.outputs)]
     jobs = [subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(4) as pool:
@@ -99,7 +99,7 @@ def test_all_children_get_one_parent(store: Store) -> None:
     ],
 )
 def test_the_parent_ends_with_the_true_status(
-    store: Store, children: list[Status], asked: Status, status: Status
+    store: SharedCache, children: list[RunStatus], asked: RunStatus, status: RunStatus
 ) -> None:
     parent = open_parent(store)
     for rank, ended in enumerate(children):
@@ -112,14 +112,14 @@ def test_the_parent_ends_with_the_true_status(
 
 
 # The parent holds a table with what was swept and how well it went, best first.
-def test_the_parent_holds_a_summary(store: Store) -> None:
+def test_the_parent_holds_a_summary(store: SharedCache) -> None:
     parent = open_parent(store)
     ids = {
         rank: child(store, parent, rank, loss, "FINISHED")
         for rank, loss in [(8, 0.3), (16, 0.1), (32, float("nan")), (64, None)]
     }
     close_parent(store, "FINISHED")
-    [table] = store.outputs.glob("mlartifacts/*/artifacts/sweep.csv")
+    [table] = store.outputs.glob("mlartifacts/*/artifacts/parent_run.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     fields = ["name", "status", "network.rank", "eval/loss", "loss/average", "run_id"]
@@ -135,7 +135,7 @@ def test_the_parent_holds_a_summary(store: Store) -> None:
 
 # A sweep that goes on after its end has the same parent, running again; one whose store was
 # removed gets a new parent; closing what was never opened does nothing.
-def test_a_sweep_can_go_on(store: Store) -> None:
+def test_a_sweep_can_go_on(store: SharedCache) -> None:
     assert close_parent(store, "FINISHED") is None
     parent = open_parent(store)
     close_parent(store, "FAILED")
@@ -147,7 +147,7 @@ def test_a_sweep_can_go_on(store: Store) -> None:
 
 # A child whose process died is ended as killed by the sweep, since nobody else can, and the parent
 # with it.
-def test_a_child_that_died_is_ended(store: Store) -> None:
+def test_a_child_that_died_is_ended(store: SharedCache) -> None:
     parent = open_parent(store)
     died = child(store, parent, 8, None, "FINISHED")
     store.client.update_run(died, status="RUNNING")
@@ -169,7 +169,7 @@ def test_the_address_is_read_back(tmp_path: Path) -> None:
         "p@ss/w:rd 'x'",
     }
     with pytest.raises(UserError, match="password"):
-        sweep.close_parent(tmp_path, "FINISHED")
+        parent_run.close_parent(tmp_path, "FINISHED")
 
 
 # What a sweep's runs are named by is what has several values: no list or table with commas in it;
@@ -187,8 +187,8 @@ def test_swept_keys(tmp_path: Path) -> None:
         "task=i2v",
     ]
     begun = begin(tmp_path, overrides)
-    swept = ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
-    assert begun.swept == swept
+    swept_keys = ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
+    assert begun.swept_keys == swept_keys
     assert begun.jobs == 3 * 2 * 2 * 3
     assert Sweep.read(tmp_path) == begun
     assert begin(tmp_path, ["task=glob(*)"]).jobs is None
@@ -217,4 +217,4 @@ with Sweep.read(Path({str(tmp_path)!r})).job(1, ["network.rank=4"]):
     assert subprocess.run([sys.executable, "-c", code], cwd=TOP).returncode == -signal.SIGKILL
     first, second = begun.records()
     assert (first.exit_code, second.exit_code, second.alive) == (0, None, False)
-    assert second.words(begun.swept) == "job 1 (network.rank=4)"
+    assert second.words(begun.swept_keys) == "job 1 (network.rank=4)"

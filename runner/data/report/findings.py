@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from runner.core.text import counted, named
-from runner.data.report.alike import groups, nearest
-from runner.data.report.model import Case, Finding, Medium, Tokens
-from runner.data.select import Kind, Source
+from runner.data.report.model import Case, Finding, ReportedItem, Tokens
+from runner.data.report.near_duplicates import groups, nearest
+from runner.data.select import MediaKind, Source
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
 from runner.formats.frames import kept_frames
 
@@ -20,13 +20,13 @@ CUT = 0.25
 
 
 def findings(
-    media: Sequence[Medium],
+    media: Sequence[ReportedItem],
     sources: Sequence[Source],
     tokens: Mapping[str, Tokens],
     *,
-    looked: bool,
+    measured: bool,
 ) -> tuple[Finding, ...]:
-    """All findings, the worst first. ``looked``: whether pixels were looked at."""
+    """All findings, the worst first. ``measured``: whether pixels were looked at."""
     found = [
         *_pairs(media),
         *_long_captions(media, tokens),
@@ -35,8 +35,8 @@ def findings(
         *_captions(media, sources),
         *_short(media, sources),
     ]
-    if looked:
-        unseen = [index for index, medium in enumerate(media) if medium.look is None]
+    if measured:
+        unseen = [index for index, medium in enumerate(media) if medium.statistics is None]
         found += _each(media, "unseen", unseen, "could not be looked at", serious=True)
     # sorted() keeps the order above among equals.
     return tuple(sorted(found, key=lambda finding: not finding.serious))
@@ -47,8 +47,8 @@ def _none(_: int) -> str:
 
 
 def _each(
-    media: Sequence[Medium],
-    kind: str,
+    media: Sequence[ReportedItem],
+    category: str,
     which: Sequence[int],
     text: str,
     *,
@@ -69,18 +69,18 @@ def _each(
     if len(which) == 1:
         text = re.sub("^are ", "is ", text)
     what = _many([media[i] for i in which])
-    yield Finding(kind, f"{what} {text}", named(shown, 3), serious, cases)
+    yield Finding(category, f"{what} {text}", named(shown, 3), serious, cases)
 
 
-def _many(media: Sequence[Medium]) -> str:
+def _many(media: Sequence[ReportedItem]) -> str:
     """``1 clip``, ``2 pictures``, ``3 media``."""
-    kinds = {medium.item.kind for medium in media}
+    kinds = {medium.item.media_kind for medium in media}
     if len(kinds) > 1:
         return f"{len(media)} media"
     return counted(len(media), "picture" if kinds == {"image"} else "clip")
 
 
-def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
+def _pairs(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     """What is there more than once, as it is or nearly so."""
     copies: dict[str, list[int]] = defaultdict(list)
     for index, medium in enumerate(media):
@@ -88,12 +88,12 @@ def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
     first_of_each = [indices[0] for indices in copies.values()]
     alike: list[tuple[int, ...]] = []
     leaks: list[tuple[int, int]] = []
-    for kind in ("image", "video"):
-        trained = _patterns(media, first_of_each, kind, held_out=False)
+    for category in ("image", "video"):
+        trained = _patterns(media, first_of_each, category, held_out=False)
         hashes = list(trained.values())
         indices = list(trained)
         alike += [tuple(indices[number] for number in group) for group in groups(hashes)]
-        for index, value in _patterns(media, first_of_each, kind, held_out=True).items():
+        for index, value in _patterns(media, first_of_each, category, held_out=True).items():
             if (twin := nearest(value, hashes)) is not None:
                 leaks.append((index, indices[twin]))
     yield from _leaks(media, leaks)
@@ -116,24 +116,25 @@ def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
 
 
 def _patterns(
-    media: Sequence[Medium], which: Sequence[int], kind: Kind, *, held_out: bool
+    media: Sequence[ReportedItem], which: Sequence[int], category: MediaKind, *, held_out: bool
 ) -> dict[int, int]:
     """The hash of each of these media; a flat or dark one has no pattern to compare."""
     return {
-        index: look.hash
+        index: statistics.hash
         for index in which
-        if (media[index].item.kind, media[index].item.held_out) == (kind, held_out)
-        if (look := media[index].look) is not None and not (look.flat or look.dark)
+        if (media[index].item.media_kind, media[index].item.held_out) == (category, held_out)
+        if (statistics := media[index].statistics) is not None
+        and not (statistics.flat or statistics.dark)
     }
 
 
-def _captioned_alike(media: Sequence[Medium], group: Sequence[int]) -> bool:
+def _captioned_alike(media: Sequence[ReportedItem], group: Sequence[int]) -> bool:
     return len({media[index].item.caption for index in group}) == 1
 
 
 def _groups(
-    media: Sequence[Medium],
-    kind: str,
+    media: Sequence[ReportedItem],
+    category: str,
     found: Sequence[tuple[int, ...]],
     text: str,
     *,
@@ -144,10 +145,10 @@ def _groups(
         return
     names = [f"({named([media[i].name for i in group], 2)})" for group in found]
     what = f"{counted(len(found), 'group')} of {text}"
-    yield Finding(kind, what, named(names, 3), serious, tuple(Case(group) for group in found))
+    yield Finding(category, what, named(names, 3), serious, tuple(Case(group) for group in found))
 
 
-def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
+def _leaks(media: Sequence[ReportedItem], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
     if not pairs:
         return
     names = [f"{media[held_out].name} and {media[trained].name}" for held_out, trained in pairs]
@@ -161,7 +162,9 @@ def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterato
     )
 
 
-def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Iterator[Finding]:
+def _long_captions(
+    media: Sequence[ReportedItem], tokens: Mapping[str, Tokens]
+) -> Iterator[Finding]:
     over = {c: length for c, length in tokens.items() if length.count > MAX_TOKENS}
     what = f"are captioned with more than the encoder's {MAX_TOKENS:,} tokens, and the rest is lost"
     for exact, text in ((True, ""), (False, ", by estimate (the tokenizer is not here yet)")):
@@ -190,27 +193,29 @@ def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Ite
     )
 
 
-def _seen(media: Sequence[Medium]) -> Iterator[Finding]:
-    looks = {i: medium.look for i, medium in enumerate(media) if medium.look is not None}
-    sharpness = {i: look.sharpness for i, look in looks.items()}
+def _seen(media: Sequence[ReportedItem]) -> Iterator[Finding]:
+    statistics = {
+        i: medium.statistics for i, medium in enumerate(media) if medium.statistics is not None
+    }
+    sharpness = {i: one.sharpness for i, one in statistics.items()}
     yield from _each(
         media,
         "blurred",
-        sorted((i for i, look in looks.items() if look.blurred), key=sharpness.__getitem__),
+        sorted((i for i, one in statistics.items() if one.blurred), key=sharpness.__getitem__),
         "are blurred",
         serious=True,
         note=lambda i: f"sharpness {sharpness[i]:.0f}",
     )
-    for kind, text in (
+    for category, text in (
         ("dark", "are nearly black"),
         ("flat", "are one flat colour"),
         ("turned", "are upright by EXIF data alone, which training ignores"),
     ):
-        which = [i for i, look in looks.items() if getattr(look, kind)]
-        yield from _each(media, kind, which, text, serious=True)
+        which = [i for i, one in statistics.items() if getattr(statistics, category)]
+        yield from _each(media, category, which, text, serious=True)
 
 
-def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
+def _fit(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     tiny = [i for i, medium in enumerate(media) if medium.scale > TINY]
     yield from _each(
         media,
@@ -231,7 +236,7 @@ def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
     )
 
 
-def _captions(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:
+def _captions(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
     default = [
         i
         for i, medium in enumerate(media)
@@ -243,7 +248,7 @@ def _captions(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Fi
     yield from _each(media, "empty-caption", empty, "are captioned with nothing", serious=True)
 
 
-def _short(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:
+def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
     lost: dict[int, str] = {}
     for index, medium in enumerate(media):
         extraction = sources[medium.item.source].options.extraction

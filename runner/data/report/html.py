@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runner.core.text import counted, duration, readable
 from runner.data.report.model import Report
-from runner.data.report.page import facts_of, printable
+from runner.data.report.page import printable, summary_rows
 from runner.formats.bucket import Size
 
 # A thumbnail is about 5 kB; of larger datasets only the media with findings are all shown.
@@ -36,15 +36,15 @@ def html(report: Report, title: str) -> str:
     found: dict[int, list[str]] = defaultdict(list)
     for finding in report.findings:
         for index in {index for case in finding.cases for index in case.media}:
-            found[index].append(finding.kind)
+            found[index].append(finding.category)
     others = [index for index in range(len(report.media)) if index not in found]
     buckets: dict[Size, dict[str, int]] = defaultdict(lambda: {"image": 0, "video": 0})
     for medium in report.media:
-        buckets[medium.item.bucket][medium.item.kind] += len(medium.item.crops) or 1
+        buckets[medium.item.bucket][medium.item.media_kind] += len(medium.item.crops) or 1
     return environment.get_template("report.html").render(
         report=report,
         title=title,
-        facts=list(facts_of(report)),
+        facts=list(summary_rows(report)),
         found=found,
         shown={*found, *others[: max(0, MAX_THUMBNAILS - len(found))]},
         buckets=sorted(buckets.items()),

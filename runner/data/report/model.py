@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.data.report.looks import Look
+from runner.data.report.image_statistics import ImageStatistics
 from runner.data.select import SelectedItem, Shape
 
 
@@ -17,7 +17,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Medium:
+class ReportedItem:
     """One item of the run.
 
     scale: how much it is enlarged (over 1) or shrunk to cover its bucket. cut: the share of its
@@ -29,7 +29,7 @@ class Medium:
     scale: float
     cut: float
     used: tuple[tuple[int, int], ...]
-    look: Look | None
+    statistics: ImageStatistics | None
 
     @property
     def name(self) -> str:
@@ -99,7 +99,7 @@ class Finding:
     The `serious` ones are worth a notice.
     """
 
-    kind: str
+    category: str
     text: str
     names: str
     serious: bool
@@ -115,7 +115,7 @@ class Report:
     """Everything the page and the HTML show; findings are sorted, the worst first."""
 
     sources: tuple[SourceCounts, ...]
-    media: tuple[Medium, ...]
+    media: tuple[ReportedItem, ...]
     batches: tuple[Batches, ...]
     left_out: tuple[LeftOut, ...]
     notices: tuple[str, ...]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from runner.core.text import counted, duration, named, readable
-from runner.data.report.model import Medium, Report
+from runner.data.report.model import Report, ReportedItem
 from runner.formats.bucket import Size
 from runner.formats.captions import MAX_TOKENS
 
@@ -24,10 +24,10 @@ def printable(text: str) -> str:
 def page_lines(report: Report) -> list[str]:
     """The section of the dry run's page; what its notes say already is not said again."""
     lines = ["Dataset"]
-    facts = list(facts_of(report))
+    rows = list(summary_rows(report))
     if report.left_out:
-        facts.append(("left out", f"{len(report.left_out)} media (see the notes)"))
-    for name, value in facts:
+        rows.append(("left out", f"{len(report.left_out)} media (see the notes)"))
+    for name, value in rows:
         lines.append(textwrap.shorten(printable(value), _WIDTH - 13, placeholder=" ..."))
         lines[-1] = f"  {name:<10} {lines[-1]}"
     left = list(report.findings)
@@ -65,7 +65,7 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
-def facts_of(report: Report) -> Iterator[tuple[str, str]]:
+def summary_rows(report: Report) -> Iterator[tuple[str, str]]:
     """What the dataset is, as a few names and values."""
     sources = report.sources
     seconds = sum(source.seconds for source in sources)
@@ -101,7 +101,7 @@ def _buckets(report: Report) -> str:
     crops: dict[Size, int] = defaultdict(int)
     for medium in report.media:
         item = medium.item
-        pictures[item.bucket] += item.kind == "image"
+        pictures[item.bucket] += item.media_kind == "image"
         crops[item.bucket] += len(item.crops)
     ordered = sorted(pictures, key=lambda size: (-pictures[size] - crops[size], size))
     parts = []
@@ -121,7 +121,7 @@ def _batches(report: Report) -> str:
     return text if sizes == [1] else f"{text}, {partial} of them not full"
 
 
-def _frames(clips: list[Medium]) -> str:
+def _frames(clips: list[ReportedItem]) -> str:
     lengths = sorted({crop.frames for medium in clips for crop in medium.item.crops})
     crops = sum(len(medium.item.crops) for medium in clips)
     frames = sum(medium.item.media.frames for medium in clips)

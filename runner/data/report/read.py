@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from runner.core.console import Bar, Console
-from runner.data.report.looks import look_at
 from runner.data.report.make import make_report
 from runner.data.report.model import Report
+from runner.data.report.statistics import measure_all
 from runner.data.report.tokens import count_tokens
 from runner.data.select import Selection, Source
 
@@ -24,14 +24,20 @@ def read_report(
     console: Console,
     *,
     task: str,
-    looks: Path,
+    statistics_folder: Path,
     tokenizer: Path | None,
     keep: bool,
 ) -> Report:
     """The report on a run's dataset.
 
-    ``looks`` is the folder of what was seen of media before, and ``keep`` whether what is seen now
-    is written there. ``tokenizer`` is the folder of the text encoder's, where it is here.
+    Args:
+        sources: the run's sources.
+        selection: its items.
+        console: where a bar is shown when it takes a while.
+        task: t2v or i2v.
+        statistics_folder: the folder of image statistics that were measured before.
+        tokenizer: the folder of the text encoder's tokenizer; None where it is not here.
+        keep: whether statistics that are measured now are written there.
     """
     started = time.monotonic()
     bars: list[Bar] = []
@@ -43,10 +49,13 @@ def read_report(
             if bars:
                 bars[0].update(done)
 
-        seen = look_at(
-            (item.media for item in selection.items), looks, keep=keep, progress=progress
+        seen = measure_all(
+            (item.media for item in selection.items),
+            statistics_folder,
+            keep=keep,
+            progress=progress,
         )
     captions = (item.caption for item in selection.items)
     return make_report(
-        sources, selection, task=task, looks=seen, tokens=count_tokens(captions, tokenizer)
+        sources, selection, task=task, statistics=seen, tokens=count_tokens(captions, tokenizer)
     )

@@ -7,14 +7,14 @@ PIL and PyAV are imported where they are used, so that importing this package is
 
 from runner.data.sources.archive import check_archive
 from runner.data.sources.locate import SAMPLE, locate
-from runner.data.sources.model import Item, Scan
+from runner.data.sources.model import Scan, SourceMedia
 from runner.data.sources.scan import scan
 from runner.data.sources.write import check_unchanged, unpack
 
 __all__ = (
     "SAMPLE",
-    "Item",
     "Scan",
+    "SourceMedia",
     "check_archive",
     "check_unchanged",
     "locate",

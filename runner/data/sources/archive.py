@@ -67,10 +67,10 @@ def check_members(path: Path, members: Sequence[zipfile.ZipInfo], max_bytes: int
 
 def _unsafe(member: zipfile.ZipInfo, name: str) -> str | None:
     # As stored: zipfile cuts a name at a NUL, and turns separators round on some systems.
-    stored = member.orig_filename
+    full_key = member.orig_filename
     if name.startswith("/") or re.match("[A-Za-z]:", name):
         return "has an absolute path"
-    if "\\" in stored or "\0" in stored:
+    if "\\" in full_key or "\0" in full_key:
         return "has a backslash or a NUL in its name"
     if ".." in name.split("/"):
         return "leads out of its folder (..)"

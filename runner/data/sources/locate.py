@@ -10,8 +10,8 @@ from pathlib import Path
 from runner.config.schema import SOURCE_KINDS
 from runner.core.errors import UserError
 from runner.data.sources.archive import open_archive
-from runner.data.sources.entries import files_of
-from runner.formats.media_types import media_kind
+from runner.data.sources.listing import files_of
+from runner.formats.media_types import media_kind_of
 
 # A dataset of the hub is downloaded before, and then of another kind.
 KINDS = tuple(kind for kind in SOURCE_KINDS if kind != "hub")
@@ -35,19 +35,19 @@ def locate(path: str, kind: str = "auto", *, cwd: Path) -> tuple[str, Path]:
     target = Path(os.path.normpath(cwd / expanded))
     if not target.exists():
         raise UserError(_missing(path, target))
-    found = _in_folder(path, target, kind) if target.is_dir() else _told(target, kind)
+    found = _in_folder(path, target, kind) if target.is_dir() else _kind_of_file(target, kind)
     if found[0] == "zip":
         open_archive(found[1]).close()
     return found
 
 
-def _told(file: Path, kind: str) -> tuple[str, Path]:
-    told = {".zip": "zip", ".jsonl": "jsonl"}.get(file.suffix.lower())
+def _kind_of_file(file: Path, kind: str) -> tuple[str, Path]:
+    kind_by_suffix = {".zip": "zip", ".jsonl": "jsonl"}.get(file.suffix.lower())
     if kind == "folder":
         raise UserError(f"{file} is a file, and dataset=folder needs a folder")
-    if kind == "auto" and told is None:
+    if kind == "auto" and kind_by_suffix is None:
         raise UserError(f"{file} is no source of media: give a .zip, a .jsonl or a folder")
-    return (told if told is not None and kind == "auto" else kind), file
+    return (kind_by_suffix if kind_by_suffix is not None and kind == "auto" else kind), file
 
 
 def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
@@ -56,18 +56,18 @@ def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
     shown = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
     of_kind = {k: [p for p in shown if p.suffix.lower() == f".{k}"] for k in ("zip", "jsonl")}
     if kind == "auto":
-        return _told_by_content(path, folder, of_kind["zip"], of_kind["jsonl"])
+        return _kind_of_folder(path, folder, of_kind["zip"], of_kind["jsonl"])
     if len(of_kind[kind]) == 1:
         return kind, of_kind[kind][0]
     names = ", ".join(p.name for p in of_kind[kind]) or "none"
     raise UserError(f"{path} must hold one .{kind} file for dataset={kind}; it holds {names}")
 
 
-def _told_by_content(
+def _kind_of_folder(
     path: str, folder: Path, archives: list[Path], lists: list[Path]
 ) -> tuple[str, Path]:
     """The folder itself where media lie in it and no archive, else the only archive or list."""
-    media = next((name for name in sorted(files_of(folder)) if media_kind(name)), None)
+    media = next((name for name in sorted(files_of(folder)) if media_kind_of(name)), None)
     if not archives:
         if media is not None:
             return "folder", folder

@@ -13,7 +13,7 @@ from runner.formats.media_types import MediaKind
 
 
 @dataclass(frozen=True)
-class Item:
+class SourceMedia:
     """One picture or clip, with its caption.
 
     name: path inside its source, forward slashes. sha256: hex digest of the media's bytes.
@@ -24,7 +24,7 @@ class Item:
     """
 
     name: str
-    kind: MediaKind
+    media_kind: MediaKind
     sha256: str
     bytes: int
     size: Size
@@ -40,16 +40,16 @@ class Item:
     @property
     def as_rgb(self) -> bool:
         """Whether a run needs an RGB copy instead of the file: musubi-tuner crashes on RGBA."""
-        return self.kind == "image" and self.mode != "RGB"
+        return self.media_kind == "image" and self.mode != "RGB"
 
     @property
-    def entry(self) -> str:
+    def cache_key(self) -> str:
         """The name of the media in the store."""
         suffix = ".png" if self.as_rgb else PurePosixPath(self.name).suffix.lower()
         return self.sha256 + ("-rgb" if self.as_rgb else "") + suffix
 
     @property
-    def made_of(self) -> dict[str, Any]:
+    def cache_inputs(self) -> dict[str, Any]:
         """What the media in the store is made of."""
         return {"media": self.sha256, "as_rgb": self.as_rgb}
 
@@ -58,7 +58,7 @@ class Item:
 class Scan:
     """What a source holds: items sorted by name, and media left out as (name, why)."""
 
-    kind: SourceKind
+    source_kind: SourceKind
     path: Path
-    items: tuple[Item, ...]
+    items: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]

@@ -14,15 +14,15 @@ from typing import cast
 from runner.config.schema import SourceKind
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
-from runner.data.sources.entries import Entry, Listing, listed
-from runner.data.sources.look import Keeper, Looker
-from runner.data.sources.memo import Memo
-from runner.data.sources.model import Item, Scan
+from runner.data.sources.listing import ListedMedia, Listing, open_listing
+from runner.data.sources.media_reader import ArchiveExtractor, MediaReader
+from runner.data.sources.model import Scan, SourceMedia
+from runner.data.sources.scan_index import ScanIndex
 
 Progress = Callable[[int, int], None]
 # Given the entries of a source, what a real run does with them beyond looking: keeps those of an
 # archive (a Keeper, or None for other sources). None when it is to leave no trace.
-Keep = Callable[[Sequence[Entry]], AbstractContextManager[Keeper | None] | None]
+Keep = Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]
 
 # How much of the looking a kill can lose.
 SAVE_SECONDS = 5.0
@@ -49,17 +49,17 @@ def scan(
     refuses, a caption that is not UTF-8, a wrong JSONL line, and a source without one readable
     medium.
     """
-    with listed(kind, path, max_bytes) as listing:
+    with open_listing(kind, path, max_bytes) as listing:
         keeping = keep(listing.entries) if keep is not None else None
-        memo = Memo.load(memos, path) if memos is not None else None
+        memo = ScanIndex.load(memos, path) if memos is not None else None
         if keeping is not None and len(_recalled(listing, memo)) == len(listing.entries):
             # What is known was kept, or can be by itself: nobody need be waited for.
             keeping = nullcontext()
-        with keeping or nullcontext() as keeper:
+        with keeping or nullcontext() as extractor:
             # Another run may have looked at it while this one waited for its turn.
-            memo = Memo.load(memos, path) if memos is not None else None
-            found = _look_at_all(listing, memo, keeper, keeping is not None, progress)
-    items = [item for _, item in found if isinstance(item, Item)]
+            memo = ScanIndex.load(memos, path) if memos is not None else None
+            found = _read_all(listing, memo, extractor, keeping is not None, progress)
+    items = [item for _, item in found if isinstance(item, SourceMedia)]
     ignored = sorted((entry.name, why) for entry, why in found if isinstance(why, str))
     if not items:
         why = f"; {ignored[0][0]}: {ignored[0][1]}" if ignored else ""
@@ -68,16 +68,18 @@ def scan(
     return Scan(cast(SourceKind, kind), path, tuple(items), tuple(ignored))
 
 
-def _look_at_all(
+def _read_all(
     listing: Listing,
-    memo: Memo | None,
-    keeper: Keeper | None,
+    memo: ScanIndex | None,
+    extractor: ArchiveExtractor | None,
     save: bool,
     progress: Progress | None,
-) -> list[tuple[Entry, Item | str]]:
+) -> list[tuple[ListedMedia, SourceMedia | str]]:
     entries = listing.entries
     known = _recalled(listing, memo)
-    found: list[tuple[Entry, Item | str]] = [(entries[n], item) for n, item in known.items()]
+    found: list[tuple[ListedMedia, SourceMedia | str]] = [
+        (entries[n], item) for n, item in known.items()
+    ]
     rest = [entry for number, entry in enumerate(entries) if number not in known]
     if progress is not None and known:
         progress(len(known), len(entries))
@@ -85,10 +87,10 @@ def _look_at_all(
     pool = ThreadPoolExecutor(workers())
     saved = time.monotonic()
     try:
-        looks = pool.map(Looker(keeper, listing.identity, stop), rest)
-        for entry, (result, began) in zip(rest, looks, strict=True):
+        results = pool.map(MediaReader(extractor, listing.identity, stop), rest)
+        for entry, (result, began) in zip(rest, results, strict=True):
             found.append((entry, result))
-            if memo is not None and isinstance(result, Item):
+            if memo is not None and isinstance(result, SourceMedia):
                 # An archive is one file, read from its listing on.
                 memo.note(result, listing.began if entry.archive else began)
             if save and memo is not None and time.monotonic() - saved > SAVE_SECONDS:
@@ -105,11 +107,11 @@ def _look_at_all(
     return found
 
 
-def _recalled(listing: Listing, memo: Memo | None) -> dict[int, Item]:
+def _recalled(listing: Listing, memo: ScanIndex | None) -> dict[int, SourceMedia]:
     """What the memo knows, by the number of the entry."""
     if memo is None:
         return {}
-    known: dict[int, Item] = {}
+    known: dict[int, SourceMedia] = {}
     for number, entry in enumerate(listing.entries):
         identity = listing.identity if entry.archive else _identity(entry)
         item = memo.recall(entry, identity) if identity is not None else None
@@ -118,7 +120,7 @@ def _recalled(listing: Listing, memo: Memo | None) -> dict[int, Item]:
     return known
 
 
-def _identity(entry: Entry) -> Identity | None:
+def _identity(entry: ListedMedia) -> Identity | None:
     try:
         return identity_of(entry.file.stat()) if entry.file is not None else None
     except OSError:

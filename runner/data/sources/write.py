@@ -17,13 +17,15 @@ from typing import BinaryIO, cast
 from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
 from runner.data.sources.archive import open_archive
-from runner.data.sources.look import hashed, rgb_png
-from runner.data.sources.model import Item
+from runner.data.sources.media_reader import hashed, rgb_png
+from runner.data.sources.model import SourceMedia
 from runner.data.sources.scan import workers
 from runner.storage.bulk_writer import BulkWriter
 
 
-def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], None]) -> None:
+def unpack(
+    items: Sequence[SourceMedia], writer: BulkWriter, progress: Callable[[int], None]
+) -> None:
     """Make the entries of `items` in the store, at several at once; those that are there stay.
 
     progress: called with how many are through. Raises UserError for a source that has changed since
@@ -31,8 +33,8 @@ def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], 
     """
     stop = threading.Event()
 
-    def one(item: Item) -> None:
-        if stop.is_set() or not writer.claim(item.entry):
+    def one(item: SourceMedia) -> None:
+        if stop.is_set() or not writer.claim(item.cache_key):
             return
         digests: list[str] = []
         file = writer.write(
@@ -40,7 +42,7 @@ def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], 
                 _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
             )
         )
-        writer.add(file, item.entry, item.made_of, digests[0])
+        writer.add(file, item.cache_key, item.cache_inputs, digests[0])
 
     with _archives(items) as archives:
         pool = ThreadPoolExecutor(workers())
@@ -52,7 +54,7 @@ def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], 
             pool.shutdown(cancel_futures=True)
 
 
-def check_unchanged(items: Iterable[Item]) -> None:
+def check_unchanged(items: Iterable[SourceMedia]) -> None:
     """Raise UserError for a file of a person's that is no longer what was looked at.
 
     Its times tell; where they differ it is read again.
@@ -60,18 +62,18 @@ def check_unchanged(items: Iterable[Item]) -> None:
     for item in items:
         if item.file is None:
             continue
-        with _open_item(item, {}) as stream:
+        with _open_media(item, {}) as stream:
             if identity_of(os.fstat(stream.fileno())) != item.identity:
                 _check(item, hashed(stream, None)[0])
 
 
-def _check(item: Item, digest: str) -> None:
+def _check(item: SourceMedia, digest: str) -> None:
     if digest != item.sha256:
         raise UserError(f"{item.name} has changed since it was looked at: start again")
 
 
 def _copy(
-    item: Item,
+    item: SourceMedia,
     archives: dict[Path, zipfile.ZipFile],
     write: Callable[[bytes], object],
     *,
@@ -80,7 +82,7 @@ def _copy(
 ) -> str:
     """Give an item's bytes, or the RGB picture, to `write`; the sha256 of what was given."""
     held = io.BytesIO()
-    with _open_item(item, archives) as source:
+    with _open_media(item, archives) as source:
         _check(item, hashed(source, held.write if as_rgb else write, stop)[0])
     if not as_rgb:
         return item.sha256
@@ -91,7 +93,7 @@ def _copy(
 
 
 @contextmanager
-def _archives(items: Iterable[Item]) -> Iterator[dict[Path, zipfile.ZipFile]]:
+def _archives(items: Iterable[SourceMedia]) -> Iterator[dict[Path, zipfile.ZipFile]]:
     """Each archive of the items, opened once: finding what is in one takes a while."""
     with ExitStack() as stack:
         paths = dict.fromkeys(item.archive for item in items if item.archive is not None)
@@ -99,7 +101,7 @@ def _archives(items: Iterable[Item]) -> Iterator[dict[Path, zipfile.ZipFile]]:
 
 
 @contextmanager
-def _open_item(item: Item, archives: dict[Path, zipfile.ZipFile]) -> Iterator[BinaryIO]:
+def _open_media(item: SourceMedia, archives: dict[Path, zipfile.ZipFile]) -> Iterator[BinaryIO]:
     if item.file is not None:
         try:
             stream = item.file.open("rb")

@@ -15,16 +15,16 @@ import torch
 from runner.core.errors import UserError
 from runner.data.decode import load_clip, load_image, resize_to_bucket
 from runner.engines.diffusers import cli
-from runner.engines.diffusers.cache_items import Item, read_dataset
+from runner.engines.diffusers.media_list import MediaToEncode, read_dataset
 from runner.engines.diffusers.models import load_image_encoder, load_vae
-from runner.formats import cache
+from runner.formats import cache_files
 from runner.formats.bucket import bucket_size
 from runner.formats.frames import crops
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from runner.formats.dataset_toml import DatasetEntry
+    from runner.formats.dataset_toml import DatasetTable
 
 _TILE_STEP = 64  # a quarter of a tile is blended, and must be whole latents of 16 pixels
 
@@ -62,7 +62,7 @@ def image_features(processor: Any, image_encoder: Any, frame: np.ndarray) -> tor
     return features.to(torch.float16)
 
 
-def cache_image(vae: Any, entry: DatasetEntry, item: Item) -> None:
+def cache_image(vae: Any, entry: DatasetTable, item: MediaToEncode) -> None:
     """Encode one picture in its bucket and write its cache file."""
     image = load_image(item.media)
     original = (image.shape[1], image.shape[0])
@@ -75,13 +75,15 @@ def cache_image(vae: Any, entry: DatasetEntry, item: Item) -> None:
     if min(bucket) < 16:
         raise UserError(f"{item.media}: {original[0]}x{original[1]} is too small to encode")
     latents = encode_frames(vae, resize_to_bucket(image, bucket)[None].copy())
-    name = cache.image_latents_name(item.key, original)
-    cache.write_latents(
+    name = cache_files.image_latents_name(item.key, original)
+    cache_files.write_latents(
         Path(entry.cache_directory) / name, latents, size=original, frame_count=None
     )
 
 
-def cache_clip(vae: Any, entry: DatasetEntry, item: Item, siglip: tuple[Any, Any] | None) -> None:
+def cache_clip(
+    vae: Any, entry: DatasetTable, item: MediaToEncode, siglip: tuple[Any, Any] | None
+) -> None:
     """Encode each crop of one clip and write their cache files, with `siglip` as i2v wants them.
 
     A clip shorter than every target gives no file, and a line says so.
@@ -98,8 +100,8 @@ def cache_clip(vae: Any, entry: DatasetEntry, item: Item, siglip: tuple[Any, Any
     for crop in chosen:
         window = frames[crop.position : crop.position + crop.frames]
         latents = encode_frames(vae, window)
-        cache.write_latents(
-            Path(entry.cache_directory) / cache.video_latents_name(item.key, crop, bucket),
+        cache_files.write_latents(
+            Path(entry.cache_directory) / cache_files.video_latents_name(item.key, crop, bucket),
             latents,
             size=bucket,
             frame_count=crop.frames,
@@ -147,7 +149,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _check(
-    datasets: list[tuple[DatasetEntry, list[Item]]], options: argparse.Namespace
+    datasets: list[tuple[DatasetTable, list[MediaToEncode]]], options: argparse.Namespace
 ) -> None:  # fmt: skip
     """Find what is wrong before the first network is loaded."""
     tile = options.vae_sample_size

@@ -13,10 +13,10 @@ import torch
 
 from runner.core.errors import UserError
 from runner.engines.diffusers import cli
-from runner.engines.diffusers.cache_items import read_dataset
+from runner.engines.diffusers.media_list import read_dataset
 from runner.engines.diffusers.models import load_byt5, load_text_encoder
 from runner.engines.diffusers.text_encoding import encode_captions, encode_glyphs
-from runner.formats import cache
+from runner.formats import cache_files
 
 
 def main(arguments: list[str]) -> None:
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
             captions = [item.caption for item in batch]
             embeds = encode_captions(tokenizer, text_encoder, captions)
             for item, vl_embed in zip(batch, embeds, strict=True):
-                cache.write_text(
-                    Path(entry.cache_directory) / cache.text_name(item.key),
+                cache_files.write_text(
+                    Path(entry.cache_directory) / cache_files.text_name(item.key),
                     vl_embed,
                     encode_glyphs(byt5_tokenizer, byt5, item.caption),
                     caption=item.caption,

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.core.errors import UserError
-from runner.engines.diffusers.flow import Batch, Item, collate
-from runner.formats import cache, dataset_toml
+from runner.engines.diffusers.flow import Batch, TrainingExample, collate
+from runner.formats import cache_files, dataset_toml
 
 if TYPE_CHECKING:
-    from runner.formats.dataset_toml import DatasetEntry
+    from runner.formats.dataset_toml import DatasetTable
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class CachedItem:
+class ExampleFiles:
     """One latent cache and its caption's; `shape` is [32, F, h, w]."""
 
     latents: Path
@@ -36,7 +36,7 @@ class CachedItem:
 class Dataset:
     """The items of one `[[datasets]]` table, sorted by file name."""
 
-    items: tuple[CachedItem, ...]
+    items: tuple[ExampleFiles, ...]
     batch_size: int
     num_repeats: int
 
@@ -63,25 +63,25 @@ def scan(dataset_config: Path | str, task: str) -> list[Dataset]:
     return datasets
 
 
-def _dataset(entry: DatasetEntry, task: str) -> Dataset:
+def _dataset(entry: DatasetTable, task: str) -> Dataset:
     folder = Path(entry.cache_directory)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such cache folder; run the latents stage first")
     items = []
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if not path.name.endswith(cache.LATENTS_SUFFIX):
+        if not path.name.endswith(cache_files.LATENTS_SUFFIX):
             continue
-        name, crop, _size = cache.parse_latents_name(path.name)
+        name, crop, _size = cache_files.parse_latents_name(path.name)
         if entry.kind == "image" and crop is not None:
             # A picture may be called like a crop.
             name = f"{name}_{crop.position:05d}-{crop.frames:03d}"
-        text = folder / cache.text_name(name)
+        text = folder / cache_files.text_name(name)
         if not text.exists():
             raise UserError(
                 f"{folder}: {name!r} has latents but no caption cache ({text.name}); "
                 "run the text stage again"
             )
-        items.append(CachedItem(path, text, _shape(path, task)))
+        items.append(ExampleFiles(path, text, _shape(path, task)))
     return Dataset(tuple(items), entry.batch_size, entry.num_repeats)
 
 
@@ -108,11 +108,11 @@ def _shape(path: Path, task: str) -> Shape:
     return shape
 
 
-def load(item: CachedItem) -> Item:
+def load(item: ExampleFiles) -> TrainingExample:
     """Read one item's tensors. Raises UserError for a missing or damaged file."""
-    latents = cache.read_latents(item.latents)
-    text = cache.read_text(item.text)
-    return Item(
+    latents = cache_files.read_latents(item.latents)
+    text = cache_files.read_text(item.text)
+    return TrainingExample(
         latents=latents.latents,
         text=text.vl_embed,
         byt5=text.byt5_embed,
@@ -123,16 +123,16 @@ def load(item: CachedItem) -> Item:
 
 def epoch_batches(
     datasets: Sequence[Dataset], *, seed: int, epoch: int
-) -> list[tuple[CachedItem, ...]]:
+) -> list[tuple[ExampleFiles, ...]]:
     """One epoch's batches in training order; the same arguments give the same batches.
 
     Each item comes `num_repeats` times. A batch holds items of one dataset and one latent shape,
     and the last one of a shape may be smaller.
     """
     shuffle = random.Random(f"{seed}/shuffle/{epoch}")
-    batches: list[tuple[CachedItem, ...]] = []
+    batches: list[tuple[ExampleFiles, ...]] = []
     for dataset in datasets:
-        buckets: dict[Shape, list[CachedItem]] = {}
+        buckets: dict[Shape, list[ExampleFiles]] = {}
         for item in dataset.items:
             buckets.setdefault(item.shape, []).extend([item] * dataset.num_repeats)
         for _shape, items in sorted(buckets.items()):
@@ -143,10 +143,10 @@ def epoch_batches(
     return batches
 
 
-def load_batches(batches: Sequence[Sequence[CachedItem]]) -> Iterator[Batch]:
+def load_batches(batches: Sequence[Sequence[ExampleFiles]]) -> Iterator[Batch]:
     """The batches in order, each read from disk while the one before is in use."""
 
-    def read(items: Sequence[CachedItem]) -> Batch:
+    def read(items: Sequence[ExampleFiles]) -> Batch:
         return collate([load(item) for item in items])
 
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -31,7 +31,7 @@ from runner.formats.train_options import TrainOptions
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
 
 
-def item_noise(latents: Tensor) -> Tensor:
+def example_noise(latents: Tensor) -> Tensor:
     """Standard normal noise [8, 32, F, h, w] for one item's latents [32, F, h, w], one per time."""
     content = latents.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -43,13 +43,13 @@ def item_noise(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def item_losses(
-    model: nn.Module, item: flow.Item, device: Device, *, scale_condition: bool
+def example_losses(
+    model: nn.Module, item: flow.TrainingExample, device: Device, *, scale_condition: bool
 ) -> list[float]:
     """One item's loss at each of the eight times, computed one at a time."""
     batch = flow.collate([item]).to(device.name)
     losses = []
-    for noise, t in zip(item_noise(item.latents), TIMES, strict=True):
+    for noise, t in zip(example_noise(item.latents), TIMES, strict=True):
         with device.autocast():
             errors, _ = flow.training_step(
                 model,
@@ -84,7 +84,7 @@ def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, 
         item = data.load(cached)
         for enabled, total in sums.items():
             network.enabled = enabled
-            losses = item_losses(
+            losses = example_losses(
                 model, item, device, scale_condition=not chosen.i2v_unscaled_condition
             )
             for index, loss in enumerate(losses):

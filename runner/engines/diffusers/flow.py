@@ -25,7 +25,7 @@ TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingExample:
     """What one training example gives the network; shapes without a batch dimension.
 
     Attributes:
@@ -64,7 +64,7 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(items: Sequence[Item]) -> Batch:
+def collate(items: Sequence[TrainingExample]) -> Batch:
     """Stack items of equal latent shape into a batch of fp32 tensors.
 
     A batch is t2v or i2v as a whole: the network decides on the whole batch whether image

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
 from runner.engines import rules
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.engines.optimizer_classes import class_path
 
@@ -28,23 +28,21 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _of_musubi(config)
 
 
-def plan_problems(config: RunConfig, machine: Machine | None, *, steps: int) -> Iterator[str]:
+def plan_problems(config: RunConfig, gpu: Gpu | None, *, steps: int) -> Iterator[str]:
     """Rules that need to know the GPU or the data."""
     yield from rules.plan_problems(config, steps=steps)
     path = class_path(config.optimizer.type)
-    if machine is None and (path.startswith("bitsandbytes.") or path.lower().endswith("8bit")):
+    if gpu is None and (path.startswith("bitsandbytes.") or path.lower().endswith("8bit")):
         yield (
             f"optimizer={config.optimizer.name} needs an NVIDIA card, and none was found: take "
             "optimizer=adamw."
         )
 
 
-def plan_notices(
-    config: RunConfig, machine: Machine | None, *, steps: int, clips: bool
-) -> Iterator[str]:
+def plan_notices(config: RunConfig, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
     """What goes through but is hardly what was meant, or does nothing here."""
     yield from rules.plan_notices(config, steps=steps, clips=clips)
-    if machine is None and config.precision.mixed_precision != "no":
+    if gpu is None and config.precision.mixed_precision != "no":
         yield (
             f"precision={config.precision.name} does nothing without a GPU: on the CPU everything "
             "is computed in fp32."

@@ -228,7 +228,7 @@ class Previewer:
                 condition = torch.cat([latents, torch.zeros_like(latents[:1])])
                 condition[:-1, :1], condition[-1, 0] = first[0], 1
                 vision = first[1]
-            return flow.collate([flow.Item(latents, *known[text], condition, vision)])
+            return flow.collate([flow.TrainingExample(latents, *known[text], condition, vision)])
 
         result = []
         for prompt, first in zip(prompts, first_frames, strict=True):

@@ -21,7 +21,7 @@ from typing import Any
 from runner.config.schema import RunConfig
 from runner.core.command import Command
 from runner.core.errors import UserError
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 from runner.engines.musubi.packages import COMMAND, MODULES, our_python
 from runner.engines.musubi.probes import program
 
@@ -37,7 +37,7 @@ _PACKAGES = {"flash_attn": "flash-attn"}
 
 
 @dataclass(frozen=True)
-class Need:
+class RequiredModule:
     """A module that a run imports, what of it is used, and the choice that asks for it."""
 
     module: str
@@ -51,29 +51,31 @@ class Need:
         return _PACKAGES.get(top, top)
 
 
-def needs(config: RunConfig) -> list[Need]:
+def needs(config: RunConfig) -> list[RequiredModule]:
     """What the training of ``config`` imports beyond musubi-tuner's own requirements; pure."""
     # accelerate writes metrics through this, and goes on without them when it is missing.
-    found = [Need("torch.utils.tensorboard", "MLflow's metrics need")]
+    found = [RequiredModule("torch.utils.tensorboard", "MLflow's metrics need")]
     kind = config.optimizer.type
     why = f"optimizer={config.optimizer.name} needs"
     if kind.lower().endswith("8bit") and not kind.startswith("bitsandbytes."):
-        found.append(Need("bitsandbytes", why))
+        found.append(RequiredModule("bitsandbytes", why))
     if kind.lower() == "adafactor":
-        found.append(Need("transformers.optimization", why, "Adafactor"))
+        found.append(RequiredModule("transformers.optimization", why, "Adafactor"))
     elif "." in kind:
         module, _, attribute = kind.rpartition(".")
-        found.append(Need(module, why, attribute))
+        found.append(RequiredModule(module, why, attribute))
     elif kind.lower() not in ("adamw", "adamw8bit"):
-        found.append(Need("torch.optim", why, kind))
+        found.append(RequiredModule("torch.optim", why, kind))
     attention = _ATTENTION.get(config.training.attention)
     if attention is not None:
-        found.append(Need(attention, f"training.attention={config.training.attention} needs"))
+        found.append(
+            RequiredModule(attention, f"training.attention={config.training.attention} needs")
+        )
     return found
 
 
 def check_environment(
-    config: RunConfig, command: Command, machine: Machine | None, *, trains: bool = True
+    config: RunConfig, command: Command, gpu: Gpu | None, *, trains: bool = True
 ) -> str:
     """Ask the Python of ``command`` for what the run will import; returns its main versions.
 
@@ -82,18 +84,18 @@ def check_environment(
     :class:`UserError`, one line with the pip command that mends it, for the first thing missing.
     """
     wanted = needs(config) if trains else []
-    asked = {
+    request = {
         # Only torch is imported: importing them all would take half a minute.
         "find": [name for name in MODULES if name != "torch"],
         "import": [["torch", ""], *([need.module, need.attribute] for need in wanted)],
         "versions": ["torch", "accelerate", "transformers", "diffusers"],
     }
     python = command.argv[0]
-    answer: dict[str, Any] = _ask(python, "modules", json.dumps(asked), command)
+    answer: dict[str, Any] = _ask(python, "modules", json.dumps(request), command)
     missing: dict[str, str] = answer["missing"]
     core = {name: missing[name] for name in MODULES if name in missing}
     if core:
-        told = "; ".join(f"{name}: {why}" for name, why in core.items())
+        problems = "; ".join(f"{name}: {why}" for name, why in core.items())
         remedy = (
             "Install musubi-tuner's requirements there, or point engine.python to the Python that "
             "has them."
@@ -102,16 +104,16 @@ def check_environment(
             # The installer looks for modules; one that is there and fails it takes for whole.
             gone = any(why in (_NOT_THERE, _NO_TORCH) for why in core.values())
             remedy = f"Mend it with: {COMMAND}{'' if gone else ' --again'}"
-        raise UserError(f"engine=musubi: {python} can't run musubi-tuner ({told}). {remedy}")
-    lacking = [need for need in wanted if need.module in missing]
-    if lacking:
-        raise UserError(_lacking(python, lacking, missing))
-    if machine is not None and not answer["cuda"]:
+        raise UserError(f"engine=musubi: {python} can't run musubi-tuner ({problems}). {remedy}")
+    missing_modules = [need for need in wanted if need.module in missing]
+    if missing_modules:
+        raise UserError(_missing_modules_message(python, missing_modules, missing))
+    if gpu is not None and not answer["cuda"]:
         remedy = "Install a torch built for this driver's CUDA there."
         if _is_ours(python):
             remedy = f"Install the build for this driver with: {COMMAND} --again"
         raise UserError(
-            f"engine=musubi: the driver shows {machine.name}, but torch "
+            f"engine=musubi: the driver shows {gpu.name}, but torch "
             f"{answer['versions'].get('torch', '')} of {python} can't use it: that build has no "
             f"CUDA or needs a newer driver. {remedy}"
         )
@@ -124,16 +126,19 @@ def cannot_compile(command: Command) -> str | None:
     Raises :class:`UserError` for a Python that can't be asked.
     """
     python = command.argv[0]
-    lacks: str | list[str] | None = _ask(python, "compiling", "", command)
-    if isinstance(lacks, list):
-        pip = f"{shlex.quote(python)} -m pip install {shlex.join(lacks)}"
+    compile_problem: str | list[str] | None = _ask(python, "compiling", "", command)
+    if isinstance(compile_problem, list):
+        pip = f"{shlex.quote(python)} -m pip install {shlex.join(compile_problem)}"
         return f"{python} has no Triton (install it with: {pip})"
-    if lacks == "compiler":
+    if compile_problem == "compiler":
         return "there is no C compiler, with which Triton builds (apt install gcc, or set CC)"
-    if lacks == "headers":
+    if compile_problem == "headers":
         return f"{python} has no Python.h, with which Triton builds (apt install python3-dev)"
-    if lacks is not None:
-        return f"the C compiler, with which Triton builds, can't build a Python module ({lacks})"
+    if compile_problem is not None:
+        return (
+            "the C compiler, with which Triton builds, can't build a Python module "
+            f"({compile_problem})"
+        )
     return None
 
 
@@ -146,16 +151,18 @@ def _mended(python: str) -> str:
     return f" Mend it with: {COMMAND}" if _is_ours(python) else ""
 
 
-def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
-    reasons = [f"{need.why} {need.module} ({missing[need.module]})" for need in lacking]
+def _missing_modules_message(
+    python: str, missing_modules: list[RequiredModule], missing: dict[str, str]
+) -> str:
+    reasons = [f"{need.why} {need.module} ({missing[need.module]})" for need in missing_modules]
     line = f"engine=musubi: {'; '.join(reasons)}."
     # torch and transformers are pinned with musubi-tuner: another release of them is no remedy.
-    packages = {need.package for need in lacking if need.package != "transformers"}
+    packages = {need.package for need in missing_modules if need.package != "transformers"}
     if "torch" in packages:
         packages.remove("torch")
-        if any(need.module == "torch.utils.tensorboard" for need in lacking):
+        if any(need.module == "torch.utils.tensorboard" for need in missing_modules):
             packages.add("tensorboard")
-        if any(need.module == "torch.optim" for need in lacking):
+        if any(need.module == "torch.optim" for need in missing_modules):
             line += " Take another optimizer, or a newer torch (Muon came with 2.9)."
     if packages:
         names = " ".join(shlex.quote(package) for package in sorted(packages))
@@ -163,17 +170,17 @@ def _lacking(python: str, lacking: list[Need], missing: dict[str, str]) -> str:
     return line
 
 
-def _ask(python: str, probe: str, asked: str, command: Command) -> Any:
+def _ask(python: str, probe: str, request: str, command: Command) -> Any:
     environment = tuple(sorted(command.environment(os.environ).items()))
-    return _answer(python, program(probe), asked, environment)
+    return _answer(python, program(probe), request, environment)
 
 
 @cache
-def _answer(python: str, text: str, asked: str, environment: tuple[tuple[str, str], ...]) -> Any:
+def _answer(python: str, text: str, request: str, environment: tuple[tuple[str, str], ...]) -> Any:
     """One short process; the runs of a sweep that ask the same share its answer."""
     try:
         done = subprocess.run(
-            [python, "-c", text, asked],
+            [python, "-c", text, request],
             capture_output=True,
             text=True,
             errors="replace",

@@ -31,8 +31,8 @@ from runner.engines.musubi.packages import (
     REPOSITORY,
     TORCH,
     VERSION,
+    InstallRequest,
     Step,
-    Wish,
     constraints,
     engine_home,
     python_of,
@@ -61,10 +61,10 @@ _UNSET = (
 )
 
 
-def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
+def state(home: Path, request: InstallRequest | None = None) -> tuple[str, str]:
     """``complete``, ``other``, ``broken`` or ``absent``, and a line that says more.
 
-    ``other`` is whole, but not what ``wish`` asks for.
+    ``other`` is whole, but not what ``request`` asks for.
     """
     python = python_of(home)
     record = read_record(home)
@@ -78,7 +78,9 @@ def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         return "broken", f"the install in {home} has lost {', '.join(lost[:3])}{more}"
-    if wish is not None and any(record.get(key) != value for key, value in wish.record.items()):
+    if request is not None and any(
+        record.get(key) != value for key, value in request.record.items()
+    ):
         return "other", f"{home} holds another install: {summary(record)}"
     return "complete", summary(record)
 
@@ -156,7 +158,7 @@ def _say(line: str) -> None:
 
 
 def install(
-    wish: Wish, home: Path, *, again: bool = False, say: Callable[[str], None] = _say
+    request: InstallRequest, home: Path, *, again: bool = False, say: Callable[[str], None] = _say
 ) -> dict[str, Any]:
     """Make the environment unless it is there and whole; returns its record.
 
@@ -167,24 +169,24 @@ def install(
 
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "install.lock"):
-        what, line = state(home, wish)
+        what, line = state(home, request)
         if what == "complete" and not again:
             say(f"Nothing to do: {line}.")
             record = read_record(home)
             assert record is not None
             made_with = str(record.get("python"))
-            if os.path.realpath(made_with) != os.path.realpath(wish.python):
-                say(f"It was made with {made_with}; --again makes it with {wish.python}.")
+            if os.path.realpath(made_with) != os.path.realpath(request.python):
+                say(f"It was made with {made_with}; --again makes it with {request.python}.")
             return record
         if what != "absent":
             say(f"Starting over: {line}.")
-        _check_room(home, wish)
+        _check_room(home, request)
         (home / "installed.json").unlink(missing_ok=True)
-        return _make(wish, home, say)
+        return _make(request, home, say)
 
 
-def _check_room(home: Path, wish: Wish) -> None:
-    needed = _NEEDED_GB.get(wish.build, _USUAL_GB)
+def _check_room(home: Path, request: InstallRequest) -> None:
+    needed = _NEEDED_GB.get(request.build, _USUAL_GB)
     free = shutil.disk_usage(home).free / 1e9
     # An environment that will be made anew gives its room back.
     if free < needed and not (home / "venv").exists():
@@ -192,16 +194,16 @@ def _check_room(home: Path, wish: Wish) -> None:
             f"{home} has {free:.1f} GB free, and the install needs about {needed:g} GB: make room, "
             "or set XDG_DATA_HOME to another disk."
         )
-    if wish.source is None and shutil.which("git") is None:
+    if request.source is None and shutil.which("git") is None:
         raise UserError("git was not found, and pip needs it to fetch musubi-tuner: install git.")
 
 
-def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _make(request: InstallRequest, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
     log = home / "install.log"
     log.unlink(missing_ok=True)
-    write_text(home / "constraints.txt", constraints(wish))
+    write_text(home / "constraints.txt", constraints(request))
     env = {key: value for key, value in os.environ.items() if key not in _UNSET}
-    todo = steps(wish, home)
+    todo = steps(request, home)
     for number, step in enumerate(todo, start=1):
         say(f"[{number}/{len(todo) + 1}] {step.title}")
         _run(step, home, env, log, say)
@@ -212,17 +214,17 @@ def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
     if answer["missing"]:
         name, why = next(iter(answer["missing"].items()))
         raise StageError(f"{name} was installed but can't be imported: {why} (log: {log})")
-    commit = wish.commit or answer["commit"]
-    if wish.source is None and commit and not commit.startswith(recorded()["commit"]):
+    commit = request.commit or answer["commit"]
+    if request.source is None and commit and not commit.startswith(recorded()["commit"]):
         raise StageError(
             f"the tag {VERSION} of {REPOSITORY} is now at {commit[:7]}, not at "
             f"{recorded()['commit']}, which the runner was written against. Check out that commit "
             "and give it with --source."
         )
     record = {
-        **wish.record,
+        **request.record,
         "installed_commit": commit,
-        "python": wish.python,
+        "python": request.python,
         "versions": answer["versions"],
         "cuda": answer["cuda"],
         "freeze": _output([python, "-m", "pip", "freeze"], env, log).splitlines(),
@@ -302,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _wish(options: argparse.Namespace) -> Wish:
+def _wish(options: argparse.Namespace) -> InstallRequest:
     """What the command line asks for; what it leaves out stays as it was installed."""
     home = engine_home()
     done = read_record(home) if not options.again else None
@@ -312,15 +314,15 @@ def _wish(options: argparse.Namespace) -> Wish:
         build = done["build"] if done else torch_build(nvidia_report())
         torch = torch or (done["torch"] if done else None)
     python = options.python or (shutil.which(done["python"]) if done else None)
-    wish = Wish(build, tuple(torch or TORCH[build]), find_python(python))
+    request = InstallRequest(build, tuple(torch or TORCH[build]), find_python(python))
     if source is None and done and not done["source"].startswith(REPOSITORY):
-        return replace(wish, source=done["source"], commit=done["commit"])
+        return replace(request, source=done["source"], commit=done["commit"])
     if source is not None:
         source = source.expanduser().resolve()
         if not (source / "src" / "musubi_tuner").is_dir():
             raise UserError(f"--source {options.source} is no checkout of musubi-tuner.")
-        wish = replace(wish, source=str(source), commit=commit_of(source))
-    return wish
+        request = replace(request, source=str(source), commit=commit_of(source))
+    return request
 
 
 if __name__ == "__main__":

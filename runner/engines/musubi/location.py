@@ -7,11 +7,11 @@ from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.paths import absolute
-from runner.engines.base import EngineFacts
+from runner.engines.base import EngineInstall
 from runner.engines.musubi.packages import COMMAND, VERSION, engine_home, python_of
 
 
-def located(config: RunConfig, cwd: Path) -> EngineFacts:
+def located(config: RunConfig, cwd: Path) -> EngineInstall:
     """Where musubi-tuner lies, and why it cannot run if it can't; reads only."""
     home = engine_home()
     python = python_of(home)
@@ -40,9 +40,9 @@ def located(config: RunConfig, cwd: Path) -> EngineFacts:
             "without it: engine=diffusers model=tiny."
         )
     if source is None:
-        return EngineFacts(str(python), f"musubi-tuner {VERSION}", None, missing)
+        return EngineInstall(str(python), f"musubi-tuner {VERSION}", None, missing)
     version = _checkout_version(source) or "of an unknown version"
-    return EngineFacts(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
+    return EngineInstall(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
 
 
 def _checkout_version(source: Path) -> str | None:

@@ -69,7 +69,7 @@ def our_python() -> Path:
 
 
 @dataclass(frozen=True)
-class Wish:
+class InstallRequest:
     """What to install: the build of torch, where musubi-tuner comes from, which Python."""
 
     build: str
@@ -127,23 +127,26 @@ def torch_build(report: str | None) -> str:
     )
 
 
-def steps(wish: Wish, home: Path) -> list[Step]:
+def steps(request: InstallRequest, home: Path) -> list[Step]:
     """The commands that make the environment in ``home``, in order; pure."""
     venv = home / "venv"
     python = str(venv / "bin" / "python")
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off")
-    index = ("--index-url", f"{INDEX}/{wish.build}") if wish.torch == TORCH[wish.build] else ()
-    package = wish.source or f"musubi-tuner @ git+{REPOSITORY}@{VERSION}"
+    index = (
+        ("--index-url", f"{INDEX}/{request.build}") if request.torch == TORCH[request.build] else ()
+    )
+    package = request.source or f"musubi-tuner @ git+{REPOSITORY}@{VERSION}"
     pins = ("--constraint", str(home / "constraints.txt"))
     return [
         Step(
-            f"an environment with {wish.python}", (wish.python, "-m", "venv", "--clear", str(venv))
+            f"an environment with {request.python}",
+            (request.python, "-m", "venv", "--clear", str(venv)),
         ),
-        Step(f"{', '.join(wish.torch)} ({wish.build})", (*pip, *index, *wish.torch)),
+        Step(f"{', '.join(request.torch)} ({request.build})", (*pip, *index, *request.torch)),
         Step(f"musubi-tuner {VERSION} and what it needs", (*pip, package, *BESIDE, *pins)),
     ]
 
 
-def constraints(wish: Wish) -> str:
+def constraints(request: InstallRequest) -> str:
     """Pins that keep pip from exchanging torch for another build later; pure."""
-    return "".join(f"{pin}\n" for pin in wish.torch if "==" in pin)
+    return "".join(f"{pin}\n" for pin in request.torch if "==" in pin)

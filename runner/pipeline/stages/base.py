@@ -12,7 +12,7 @@ from runner.config.schema import RunConfig
 from runner.core import process
 from runner.engines.base import Engine, Job
 from runner.pipeline.context import Context
-from runner.pipeline.model import Planning, StagePlan, Surroundings
+from runner.pipeline.model import Planning, RunEnvironment, StagePlan
 
 # What stages need of each other: files of the run's folder, and the cached items on either side of
 # the validation split.
@@ -28,15 +28,16 @@ class Stage(Protocol):
     ``needs`` is what it reads of other stages' work, and ``makes`` what it alone can bring: a stage
     that needs what a skipped one makes is skipped too. What lies in the shared cache is not among
     it, since it may be there whoever made it; ``runs_when_skipped`` is for stages that still take
-    such finished work into the run's folder. Before a stage that ``looks`` all that the plan counts
-    on is looked at; the encoding stages do so themselves, and later ones have all they need.
+    such finished work into the run's folder. Before a stage that ``refreshes_plan`` every entry that
+    the plan counts on is checked; the encoding stages do so themselves, and later ones have all they
+    need.
     """
 
     name: str
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     runs_when_skipped: bool = False
-    looks: bool = False
+    refreshes_plan: bool = False
 
     def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
         """Every rule on its being skipped or forced that ``config`` breaks; pure.
@@ -45,7 +46,7 @@ class Stage(Protocol):
         """
         return iter(())
 
-    def refusal(self, config: RunConfig, here: Surroundings) -> str | None:
+    def refusal(self, config: RunConfig, environment: RunEnvironment) -> str | None:
         """Why a run can't begin on this machine, though it can be planned; pure."""
         return None
 

@@ -17,13 +17,13 @@ from runner.data.select import SelectedItem
 from runner.data.sources import check_archive, check_unchanged, unpack
 from runner.formats import jsonl
 from runner.pipeline.context import Context
-from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
+from runner.pipeline.model import CacheEntry, Inputs, Planning, StagePlan
 from runner.pipeline.stages.base import MEDIA, Stage
 from runner.pipeline.stages.encoding import add_link
-from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
+from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
 from runner.pipeline.tables import folder, groups
 from runner.storage.bulk_writer import BulkWriter
-from runner.storage.store import link
+from runner.storage.shared_cache import link
 
 REPORT = "dataset_report.html"
 
@@ -50,12 +50,12 @@ class Dataset(Stage):
                 name = f"dataset/{folder(index, kind, held_out)}.jsonl"
                 files.append((name, jsonl.render(kind, rows)))
         items = inputs.selection.items
-        wanted: dict[str, Entry] = {}
+        wanted: dict[str, CacheEntry] = {}
         for item in filter(_in_store, items):
-            name, place = item.media.entry, f"dataset/media/{item.media_name}"
-            add_link(wanted, Entry(name, "media", name, item.media.made_of, (place,)))
-        missing = [e for e in wanted.values() if force or e.stored not in inputs.cached]
-        pictures = sum(item.kind == "image" for item in items)
+            name, place = item.media.cache_key, f"dataset/media/{item.media_name}"
+            add_link(wanted, CacheEntry(name, "media", name, item.media.cache_inputs, (place,)))
+        missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
+        pictures = sum(item.media_kind == "image" for item in items)
         summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
         unpacked = sum(source.unpacked for source in inputs.sources)
         if unpacked:
@@ -82,7 +82,7 @@ class Dataset(Stage):
         write_report(context)
         items = context.inputs.selection.items
         # Most of an archive was unpacked when it was looked at.
-        work = Work("item", "unpacks")
+        work = WorkWords("item", "unpacks")
         fill(context, self.name, work, lambda todo: _unpack(context, todo))
         stage = context.plan.stage(self.name)
         check_unchanged(item.media for item in items if not _in_store(item))
@@ -113,7 +113,7 @@ def report_on(inputs: Inputs, console: Console, *, keep: bool = False) -> Report
         inputs.selection,
         console,
         task=inputs.config.task.name,
-        looks=inputs.root / "cache" / "looks",
+        statistics_folder=inputs.root / "cache" / "looks",
         tokenizer=inputs.weights.tokenizer,
         keep=keep,
     )
@@ -136,9 +136,9 @@ def _in_store(item: SelectedItem) -> bool:
 
 def _unpack(context: Context, todo: frozenset[str]) -> None:
     items = {
-        item.media.entry: item.media
+        item.media.cache_key: item.media
         for item in context.inputs.selection.items
-        if f"media/{item.media.entry}" in todo
+        if f"media/{item.media.cache_key}" in todo
     }
     limit = int(context.inputs.config.dataset.max_archive_gb * 1e9)
     for archive in {item.archive for item in items.values() if item.archive}:

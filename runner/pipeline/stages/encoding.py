@@ -20,17 +20,17 @@ from runner.core.errors import StageError, UserError
 from runner.core.text import counted, named
 from runner.data.sources import check_unchanged
 from runner.engines.base import Engine, Job
-from runner.formats.dataset_toml import DatasetEntry
+from runner.formats.dataset_toml import DatasetTable
 from runner.formats.dataset_toml import render as render_dataset
 from runner.pipeline.context import Context
-from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
+from runner.pipeline.model import CacheEntry, Inputs, Planning, StagePlan
 from runner.pipeline.stages.base import HELD_OUT_ITEMS, MEDIA, TRAINING_ITEMS, Stage, run_commands
-from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
+from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
 
 # How often finished entries are moved into the store while the engine goes on, and how long a file
 # must not have changed to be one.
 _KEEP_SECONDS = 20.0
-_SETTLED_SECONDS = 2.0
+_UNCHANGED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Encodings:
     ``files`` and ``tables`` are what the engine is told of the ``missing`` ones.
     """
 
-    wanted: Mapping[str, Entry]
+    wanted: Mapping[str, CacheEntry]
     missing: int
     files: Sequence[tuple[str, str]]
-    tables: Sequence[DatasetEntry]
+    tables: Sequence[DatasetTable]
 
 
 class Encoding(Stage, Protocol):
@@ -51,7 +51,7 @@ class Encoding(Stage, Protocol):
 
     needs: tuple[str, ...] = (MEDIA,)
     runs_when_skipped: bool = True
-    work: Work
+    work: WorkWords
     # What is made, as a person is told of it.
     what: str
 
@@ -95,11 +95,11 @@ class Encoding(Stage, Protocol):
         The others are there, or another process makes them.
         """
         inputs, planned = context.inputs, context.plan.stage(self.name)
-        rest = frozenset(entry.stored for entry in planned.entries).difference(todo)
+        rest = frozenset(entry.full_key for entry in planned.entries).difference(todo)
         config = replace(inputs.config, stages=replace(inputs.config.stages, force=[]))
         return self._planned(replace(inputs, config=config, cached=rest), context.engine)
 
-    def _refuse_gaps(self, planning: Planning, wanted: Sequence[Entry]) -> None:
+    def _refuse_gaps(self, planning: Planning, wanted: Sequence[CacheEntry]) -> None:
         """Raise :class:`UserError` when a skipped stage lacks what the training wants.
 
         The trainer passes over items without a cache file and says nothing.
@@ -107,10 +107,10 @@ class Encoding(Stage, Protocol):
         inputs = planning.inputs
         # Without the weights nobody can tell what the entries are called; they are looked at
         # again once the weights are there.
-        told = self.name in inputs.config.stages.skip and inputs.weights.present
-        if not told or TRAINING_ITEMS not in planning.needed:
+        must_be_complete = self.name in inputs.config.stages.skip and inputs.weights.present
+        if not must_be_complete or TRAINING_ITEMS not in planning.needed:
             return
-        absent = [entry for entry in wanted if entry.stored not in inputs.cached]
+        absent = [entry for entry in wanted if entry.full_key not in inputs.cached]
         ids = {PurePosixPath(p).name.partition("_")[0] for entry in absent for p in entry.links}
         evaluated = HELD_OUT_ITEMS in planning.needed
         items = [item for item in inputs.selection.items if evaluated or not item.held_out]
@@ -136,7 +136,7 @@ class Encoding(Stage, Protocol):
         tidy(context.run_dir / "cache", kept)
 
 
-def add_link(wanted: dict[str, Entry], entry: Entry) -> bool:
+def add_link(wanted: dict[str, CacheEntry], entry: CacheEntry) -> bool:
     """Want an entry, or one that is wanted already at more places; whether it is new."""
     known = wanted.get(entry.name)
     if known is None:
@@ -154,7 +154,7 @@ def _encode(context: Context, stage: Encoding, todo: frozenset[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file, text in planned.files:
         write_text(context.run_dir / file, text)
-    keeper = _Keeper(context, planned, todo, folders)
+    keeper = _EncodingCommitter(context, planned, todo, folders)
     with context.console.bar("encoded", planned.missing) as bar:
 
         def tick() -> None:
@@ -171,20 +171,20 @@ def _encode(context: Context, stage: Encoding, todo: frozenset[str]) -> None:
         keeper.keep()
         bar.update(min(planned.missing, keeper.count()))
     for entry in planned.entries:
-        if entry.stored in todo and entry.stored not in keeper.kept:
+        if entry.full_key in todo and entry.full_key not in keeper.kept:
             raise StageError(f"the engine made no {entry.produced}; see {context.log(stage.name)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Keeper:
+class _EncodingCommitter:
     """Moves what the engine made into the store, in place of what is damaged or not wanted."""
 
     def __init__(
         self, context: Context, stage: StagePlan, todo: Collection[str], folders: Collection[Path]
     ) -> None:
         self.context, self.folders = context, folders
-        self.wanted = {entry.produced: entry for entry in stage.entries if entry.stored in todo}
+        self.wanted = {entry.produced: entry for entry in stage.entries if entry.full_key in todo}
         # The files of a person's that are encoded where they lie, by the name of the item.
         self.media = {
             item.id: item.media
@@ -202,7 +202,7 @@ class _Keeper:
         """Now and then, what is written to its end, so that a power cut costs minutes at most."""
         if time.monotonic() - self._last < _KEEP_SECONDS:
             return
-        before = time.time() - _SETTLED_SECONDS
+        before = time.time() - _UNCHANGED_SECONDS
         self.keep(lambda file: file.stat().st_mtime < before and _whole(file))
         self._last = time.monotonic()
 
@@ -216,8 +216,8 @@ class _Keeper:
             if entry is not None and which(file):
                 self._check(file)
                 store = self.context.store
-                store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
-                self.kept.add(entry.stored)
+                store.commit(entry.namespace, entry.name, file, entry.cache_inputs, replace=True)
+                self.kept.add(entry.full_key)
 
     def is_current(self, file: Path) -> bool:
         """Whether what this was made of is still the same."""

@@ -16,7 +16,7 @@ from runner.data.select import shapes
 from runner.pipeline.context import Context
 from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
-from runner.storage.store import link
+from runner.storage.shared_cache import link
 from runner.tracking.metrics import Point
 
 _FINAL = "checkpoints/lora.safetensors"

@@ -11,21 +11,21 @@ from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
 from runner.core.errors import StageError
 from runner.core.process import last_error, log_lines
-from runner.hub.weights import checked_cache
+from runner.hub.weights import user_hub_cache
 from runner.pipeline.context import Context
-from runner.pipeline.model import Planning, StagePlan, Surroundings
+from runner.pipeline.model import Planning, RunEnvironment, StagePlan
 from runner.pipeline.stages.base import Stage, run_commands
 
 if TYPE_CHECKING:
-    from runner.hub.fetch import Obtained
+    from runner.hub.fetch import FetchedFile
 
 
 class Weights(Stage):
     name = "weights"
-    looks = True
+    refreshes_plan = True
 
-    def refusal(self, config: RunConfig, here: Surroundings) -> str | None:
-        if self.name in config.stages.skip and not here.weights.present:
+    def refusal(self, config: RunConfig, environment: RunEnvironment) -> str | None:
+        if self.name in config.stages.skip and not environment.weights.present:
             return "stages.skip=[weights], but the weights are not all on this machine yet."
         return None
 
@@ -56,8 +56,8 @@ class Weights(Stage):
                 run_commands(
                     context, stage, follower.update, variables=follower.variables, explain=_why
                 )
-        weights = context.look_at_weights() if stage.to_run else context.inputs.weights
-        found = recorded(weights.requests, checked_cache(context.inputs.root))
+        weights = context.refresh_weights() if stage.to_run else context.inputs.weights
+        found = recorded(weights.requests, user_hub_cache(context.inputs.root))
         if not weights.present or found is None:
             raise StageError(f"the weights are still incomplete: start again, or see {log}")
         if found:
@@ -72,7 +72,7 @@ def _why(log: Path) -> str:
     return last.removeprefix("error: ") if last.startswith("error: ") else last_error(log)
 
 
-def weights_json(found: Sequence[Obtained]) -> str:
+def weights_json(found: Sequence[FetchedFile]) -> str:
     """What a run was trained on, and the overrides that ask for just that again."""
     again = sorted({f"{file.option}={file.commit}" for file in found})
     files = [

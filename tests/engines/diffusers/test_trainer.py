@@ -495,7 +495,7 @@ def test_metadata_of_a_file(
     parsed = options.parse(
         {**values, "output_dir": str(tmp_path), "optimizer_type": "AdamW", **chosen}
     )
-    item = data.CachedItem(tmp_path / "a", tmp_path / "b", (32, 1, 4, 6))
+    item = data.ExampleFiles(tmp_path / "a", tmp_path / "b", (32, 1, 4, 6))
     datasets = [data.Dataset((item, item), 1, 3), data.Dataset((item,), 2, 1)]
     files = checkpoints.Checkpoints(
         parsed, datasets, optimizer="AdamW", seed=1, steps=7, epochs=1, batches=7

@@ -15,7 +15,14 @@ from conftest import TOP, Finished, compose, run_program
 from runner.core.errors import UserError
 from runner.engines.musubi import install as musubi_install
 from runner.engines.musubi import packages as musubi_packages
-from runner.engines.musubi.packages import BESIDE, TORCH, Wish, constraints, steps, torch_build
+from runner.engines.musubi.packages import (
+    BESIDE,
+    TORCH,
+    InstallRequest,
+    constraints,
+    steps,
+    torch_build,
+)
 
 SMI = """\
 +-----------------------------------------------------------------------------------------+
@@ -125,7 +132,7 @@ def test_build_follows_the_driver() -> None:
 # The commands are known before any is run: torch first, from its own index, and then pinned.
 def test_commands_are_planned() -> None:
     home = Path("/home")
-    wish = Wish("cu128", TORCH["cu128"], "/usr/bin/python3.11")
+    wish = InstallRequest("cu128", TORCH["cu128"], "/usr/bin/python3.11")
     pip = "/home/venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "
     assert [" ".join(step.argv) for step in steps(wish, home)] == [
         "/usr/bin/python3.11 -m venv --clear /home/venv",
@@ -134,7 +141,7 @@ def test_commands_are_planned() -> None:
         f"{' '.join(BESIDE)} --constraint /home/constraints.txt",
     ]
     assert constraints(wish) == "torch==2.9.1\ntorchvision==0.24.1\n"
-    other = Wish("cpu", ("torch==2.13.0",), "python", source="/checkout")
+    other = InstallRequest("cpu", ("torch==2.13.0",), "python", source="/checkout")
     assert "--index-url" not in steps(other, home)[1].argv
     assert "/checkout" in steps(other, home)[2].argv
     assert all(len(pins) == 2 for pins in TORCH.values())

@@ -8,7 +8,7 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.core.errors import UserError
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 
 
 def plan(*overrides: str, items: list[Any]) -> Any:
@@ -16,13 +16,13 @@ def plan(*overrides: str, items: list[Any]) -> Any:
     return plan_of(config, fake_facts(config, items))
 
 
-SMALL = Machine("small card", 12.0, (8, 9))
-LARGE = Machine("large card", 80.0, (9, 0))
+SMALL = Gpu("small card", 12.0, (8, 9))
+LARGE = Gpu("large card", 80.0, (9, 0))
 
 
-def plan_on(card: Machine, *overrides: str) -> Any:
+def plan_on(card: Gpu, *overrides: str) -> Any:
     config = compose(*overrides)
-    return plan_of(config, fake_facts(config, PICTURES, machine=card))
+    return plan_of(config, fake_facts(config, PICTURES, gpu=card))
 
 
 PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]

@@ -27,7 +27,7 @@ def triton_wanted() -> list[str]:
     return ["triton" + (pin[2] or "").strip() for pin in pins if pin][:1] or ["triton"]
 
 
-def compiler_lacks() -> str | None:
+def compiler_problem() -> str | None:
     """``compiler``, ``headers``, or what the compiler said when it failed."""
     compiler = os.environ.get("CC")
     if compiler is None:
@@ -52,9 +52,9 @@ def compiler_lacks() -> str | None:
     return (compiler or "CC is empty") + ": " + (said.strip().splitlines() or ["it failed"])[0]
 
 
-lacks: str | list[str] | None = None
+problem: str | list[str] | None = None
 if importlib.util.find_spec("triton") is None:
-    lacks = triton_wanted()
+    problem = triton_wanted()
 elif sys.platform != "win32":
-    lacks = compiler_lacks()
-print("\n" + json.dumps(lacks))
+    problem = compiler_problem()
+print("\n" + json.dumps(problem))

@@ -13,11 +13,11 @@ from runner.formats import dataset_toml
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from runner.formats.dataset_toml import DatasetEntry
+    from runner.formats.dataset_toml import DatasetTable
 
 
 @dataclass(frozen=True)
-class Item:
+class MediaToEncode:
     """One picture or clip. `key` is its file name without extension, which names its caches."""
 
     key: str
@@ -25,7 +25,7 @@ class Item:
     caption: str
 
 
-def read_dataset(path: Path) -> list[tuple[DatasetEntry, list[Item]]]:
+def read_dataset(path: Path) -> list[tuple[DatasetTable, list[MediaToEncode]]]:
     """Each dataset with its items. Paths count from the working directory.
 
     Raises UserError for files that are missing or malformed, and for two media of one key, since
@@ -38,9 +38,9 @@ def read_dataset(path: Path) -> list[tuple[DatasetEntry, list[Item]]]:
     return found
 
 
-def _items(entry: DatasetEntry) -> list[Item]:
+def _items(entry: DatasetTable) -> list[MediaToEncode]:
     items = list(_from_directory(entry) if entry.jsonl is None else _from_jsonl(entry))
-    seen: dict[str, Item] = {}
+    seen: dict[str, MediaToEncode] = {}
     for item in items:
         if (other := seen.setdefault(item.key, item)) is not item:
             raise UserError(
@@ -49,7 +49,7 @@ def _items(entry: DatasetEntry) -> list[Item]:
     return items
 
 
-def _from_jsonl(entry: DatasetEntry) -> Iterator[Item]:
+def _from_jsonl(entry: DatasetTable) -> Iterator[MediaToEncode]:
     path = Path(entry.jsonl or "")
     field = f"{entry.kind}_path"
     for number, line in enumerate(_text(path).splitlines(), start=1):
@@ -64,10 +64,10 @@ def _from_jsonl(entry: DatasetEntry) -> Iterator[Item]:
         if not all(isinstance(row.get(key), str) for key in (field, "caption")):
             raise UserError(f"{path}, line {number}: {field} and caption must be there as texts")
         media = Path(row[field])
-        yield Item(media.stem, media, row["caption"])
+        yield MediaToEncode(media.stem, media, row["caption"])
 
 
-def _from_directory(entry: DatasetEntry) -> Iterator[Item]:
+def _from_directory(entry: DatasetTable) -> Iterator[MediaToEncode]:
     from runner.formats.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     folder = Path(entry.directory or "")
@@ -79,7 +79,7 @@ def _from_directory(entry: DatasetEntry) -> Iterator[Item]:
             continue
         caption = media.with_suffix(entry.caption_extension)
         if caption.is_file():
-            yield Item(media.stem, media, _text(caption).strip())
+            yield MediaToEncode(media.stem, media, _text(caption).strip())
         else:
             # musubi-tuner drops such pictures in silence and crashes on such clips.
             print(f"{media.name}: no caption file {caption.name}, left out")

@@ -59,7 +59,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Cached:
+class HubFile:
     """A file in the cache: its place in the snapshot, its bytes, and the etag naming them.
 
     ``etag`` is None where the file system has no links, and the bytes lie in the snapshot.
@@ -91,7 +91,7 @@ class HubCache:
         """The user's own cache, where HF_HOME and HF_HUB_CACHE put it."""
         from huggingface_hub import constants
 
-        _settle_folders()
+        _make_folders_absolute()
         return cls(Path(constants.HF_HUB_CACHE).absolute(), checked, repo_type)
 
     def of(self, repository: str) -> Path:
@@ -121,7 +121,7 @@ class HubCache:
         """The file that every client of the hub locks while it makes a blob."""
         return self.folder / ".locks" / self.of(repository).name / f"{etag}.lock"
 
-    def find(self, repository: str, commit: str | None, file: str) -> Cached | None:
+    def find(self, repository: str, commit: str | None, file: str) -> HubFile | None:
         """A file of a commit, or None when it is not here."""
         if commit is None:
             return None
@@ -133,10 +133,10 @@ class HubCache:
         if path.is_symlink():
             target = Path(os.path.normpath(path.parent / path.readlink()))
             if target.parent.name == "blobs":
-                return Cached(path, target, target.name)
-        return Cached(path, path, None)
+                return HubFile(path, target, target.name)
+        return HubFile(path, path, None)
 
-    def lacking(self, request: Request) -> list[str]:
+    def missing_files(self, request: Request) -> list[str]:
         """The required files of a request that are not here."""
         commit = self.commit(request.repository, request.revision)
         return [f for f in request.files if self.find(request.repository, commit, f) is None]
@@ -148,7 +148,7 @@ class HubCache:
         commit = self.commit(request.repository, request.revision)
         return commit is not None and commit == self.commit(request.repository, request.branch)
 
-    def here(self, request: Request) -> dict[str, Cached]:
+    def here(self, request: Request) -> dict[str, HubFile]:
         """The files of a request that are here, the optional ones included."""
         commit = self.commit(request.repository, request.revision)
         if commit is None:
@@ -188,7 +188,7 @@ class HubCache:
         write_text(self.of(repository) / "refs" / branch, commit)
         return True
 
-    def known_sha256(self, cached: Cached) -> str | None:
+    def known_sha256(self, cached: HubFile) -> str | None:
         """The sha256 found when the file was read, if it has the size and time it had then."""
         place = self._note(cached.blob)
         note = self._notes.get(place.name)
@@ -220,7 +220,7 @@ class HubCache:
         name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:40]
         return self._checked / f"{name}.json"
 
-    def name_of(self, cached: Cached) -> str | None:
+    def name_of(self, cached: HubFile) -> str | None:
         """A digest of a file without reading it: its name in the cache, or what a check noted.
 
         The name of a large file is its sha256, that of a small one git's blob id.
@@ -228,7 +228,7 @@ class HubCache:
         return cached.etag or self.known_sha256(cached)
 
 
-def _settle_folders() -> None:
+def _make_folders_absolute() -> None:
     """Make the hub's relative folders absolute, for the programs that this one starts.
 
     They are started in other folders and would look for the cache, or the token, there.

@@ -16,11 +16,11 @@ from typing import BinaryIO, cast
 
 from runner.core.file_identity import Identity, identity_of
 from runner.data.decode import to_rgb
-from runner.data.sources.entries import Entry
-from runner.data.sources.model import Item
+from runner.data.sources.listing import ListedMedia
+from runner.data.sources.model import SourceMedia
 from runner.data.sources.probe import probe_image, probe_video
 from runner.formats.bucket import Size
-from runner.storage.bulk_writer import BulkWriter, CannotKeep, Write
+from runner.storage.bulk_writer import BulkWriter, CacheNotWritable, Write
 
 CHUNK = 1 << 20
 # A medium of an archive that is not kept is held in memory up to this size, else in the temporary
@@ -29,40 +29,40 @@ IN_MEMORY = 16 << 20
 
 
 @dataclass(frozen=True)
-class Keeper:
+class ArchiveExtractor:
     """Takes the media of an archive into the store as they are read, those that `wanted` likes."""
 
     writer: BulkWriter
-    wanted: Callable[[Item], bool]
+    wanted: Callable[[SourceMedia], bool]
 
-    def takes(self, item: Item) -> bool:
-        return self.wanted(item) and self.writer.claim(item.entry)
+    def takes(self, item: SourceMedia) -> bool:
+        return self.wanted(item) and self.writer.claim(item.cache_key)
 
-    def write(self, item: Item, data: bytes) -> None:
+    def write(self, item: SourceMedia, data: bytes) -> None:
         """Keep a medium that is held in memory, or the RGB picture made of it."""
         kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
         digest = hashlib.sha256(kept).hexdigest() if item.as_rgb else item.sha256
         file = self.writer.write(lambda write: write(kept))
-        self.writer.add(file, item.entry, item.made_of, digest)
+        self.writer.add(file, item.cache_key, item.cache_inputs, digest)
 
-    def add(self, item: Item, file: Path) -> None:
+    def add(self, item: SourceMedia, file: Path) -> None:
         """Keep a medium that was written to `file`."""
-        self.writer.add(file, item.entry, item.made_of, item.sha256)
+        self.writer.add(file, item.cache_key, item.cache_inputs, item.sha256)
 
 
 @dataclass(frozen=True)
-class Looker:
+class MediaReader:
     """Looks at entries of one source, from several threads.
 
     archive: the identity of the archive they lie in, None for other sources. stop: set when nobody
     waits for an answer any more.
     """
 
-    keeper: Keeper | None
+    extractor: ArchiveExtractor | None
     archive: Identity | None
     stop: threading.Event
 
-    def __call__(self, entry: Entry) -> tuple[Item | str, int]:
+    def __call__(self, entry: ListedMedia) -> tuple[SourceMedia | str, int]:
         """The item, or why it is left out; and when the reading began.
 
         Raises CannotKeep when the store can't be written to.
@@ -76,7 +76,7 @@ class Looker:
             return "can't be read: it is a broken link or no regular file", began
         try:
             return self._item(entry), began
-        except (CannotKeep, CancelledError):
+        except (CacheNotWritable, CancelledError):
             raise
         except Exception as error:
             # Decoders raise all kinds of errors on damaged data, and one bad file must not end a
@@ -86,56 +86,58 @@ class Looker:
             why = getattr(error, "strerror", None) or error or type(error).__name__
             return f"can't be read: {why}", began
 
-    def _item(self, entry: Entry) -> Item:
+    def _item(self, entry: ListedMedia) -> SourceMedia:
         with entry.open() as stream:
             if entry.file is not None:
                 return self._of_file(entry, stream)
-            if entry.kind == "image" and entry.size <= IN_MEMORY:
+            if entry.media_kind == "image" and entry.size <= IN_MEMORY:
                 return self._of_small_member(entry, stream)
-            if self.keeper is None:
+            if self.extractor is None:
                 return self._of_member(entry, stream)
-            return self._of_kept_member(entry, stream, self.keeper)
+            return self._of_kept_member(entry, stream, self.extractor)
 
-    def _of_file(self, entry: Entry, stream: BinaryIO) -> Item:
+    def _of_file(self, entry: ListedMedia, stream: BinaryIO) -> SourceMedia:
         assert entry.file is not None
         before = identity_of(os.fstat(stream.fileno()))
-        if entry.kind == "image" and before[2] <= IN_MEMORY:
+        if entry.media_kind == "image" and before[2] <= IN_MEMORY:
             data = stream.read()
             digest, length = hashlib.sha256(data).hexdigest(), len(data)
-            facts = _image(io.BytesIO(data))
+            properties = _image(io.BytesIO(data))
         else:
             digest, length = hashed(stream, None, self.stop)
             stream.seek(0)
-            facts = _image(stream) if entry.kind == "image" else _video(entry.file)
-        return _made(entry, digest, length, facts, before)
+            properties = _image(stream) if entry.media_kind == "image" else _video(entry.file)
+        return _made(entry, digest, length, properties, before)
 
-    def _of_small_member(self, entry: Entry, stream: BinaryIO) -> Item:
+    def _of_small_member(self, entry: ListedMedia, stream: BinaryIO) -> SourceMedia:
         data = stream.read()
-        facts = _image(io.BytesIO(data))
+        properties = _image(io.BytesIO(data))
         digest = hashlib.sha256(data).hexdigest()
-        item = _made(entry, digest, len(data), facts, self.archive)
-        if self.keeper is not None and self.keeper.takes(item):
-            self.keeper.write(item, data)
+        item = _made(entry, digest, len(data), properties, self.archive)
+        if self.extractor is not None and self.extractor.takes(item):
+            self.extractor.write(item, data)
         return item
 
-    def _of_member(self, entry: Entry, stream: BinaryIO) -> Item:
+    def _of_member(self, entry: ListedMedia, stream: BinaryIO) -> SourceMedia:
         with cast(BinaryIO, SpooledTemporaryFile(IN_MEMORY)) as held:
             digest, length = hashed(stream, held.write, self.stop)
             held.seek(0)
-            facts = _image(held) if entry.kind == "image" else _video(held)
-            return _made(entry, digest, length, facts, self.archive)
+            properties = _image(held) if entry.media_kind == "image" else _video(held)
+            return _made(entry, digest, length, properties, self.archive)
 
-    def _of_kept_member(self, entry: Entry, stream: BinaryIO, keeper: Keeper) -> Item:
-        told: list[tuple[str, int]] = []
-        file = keeper.writer.write(lambda write: told.append(hashed(stream, write, self.stop)))
+    def _of_kept_member(
+        self, entry: ListedMedia, stream: BinaryIO, extractor: ArchiveExtractor
+    ) -> SourceMedia:
+        hashes: list[tuple[str, int]] = []
+        file = extractor.writer.write(lambda write: hashes.append(hashed(stream, write, self.stop)))
         try:
-            facts = _image_in(file) if entry.kind == "image" else _video(file)
-            item = _made(entry, *told[0], facts, self.archive)
-            if keeper.takes(item):
+            properties = _image_in(file) if entry.media_kind == "image" else _video(file)
+            item = _made(entry, *hashes[0], properties, self.archive)
+            if extractor.takes(item):
                 if not item.as_rgb:
-                    keeper.add(item, file)
+                    extractor.add(item, file)
                     return item
-                keeper.write(item, file.read_bytes())
+                extractor.write(item, file.read_bytes())
         except BaseException:
             file.unlink(missing_ok=True)
             raise
@@ -144,38 +146,44 @@ class Looker:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _MediaProperties:
     size: Size
     frames: int
     fps: float | None
     mode: str | None
 
 
-def _image(stream: BinaryIO) -> _Facts:
+def _image(stream: BinaryIO) -> _MediaProperties:
     size, mode = probe_image(stream)
-    return _Facts(size, 1, None, mode)
+    return _MediaProperties(size, 1, None, mode)
 
 
-def _image_in(file: Path) -> _Facts:
+def _image_in(file: Path) -> _MediaProperties:
     with file.open("rb") as stream:
         return _image(stream)
 
 
-def _video(source: Path | BinaryIO) -> _Facts:
+def _video(source: Path | BinaryIO) -> _MediaProperties:
     size, frames, fps = probe_video(source)
-    return _Facts(size, frames, fps, None)
+    return _MediaProperties(size, frames, fps, None)
 
 
-def _made(entry: Entry, digest: str, length: int, facts: _Facts, identity: Identity | None) -> Item:
-    return Item(
+def _made(
+    entry: ListedMedia,
+    digest: str,
+    length: int,
+    properties: _MediaProperties,
+    identity: Identity | None,
+) -> SourceMedia:
+    return SourceMedia(
         name=entry.name,
-        kind=entry.kind,
+        media_kind=entry.media_kind,
         sha256=digest,
         bytes=length,
-        size=facts.size,
-        frames=facts.frames,
-        fps=facts.fps,
-        mode=facts.mode,
+        size=properties.size,
+        frames=properties.frames,
+        fps=properties.fps,
+        mode=properties.mode,
         caption=entry.caption,
         file=entry.file,
         archive=entry.archive,

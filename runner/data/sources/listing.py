@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
 from runner.data.sources.archive import check_members, member_name, open_archive, plain
-from runner.formats.media_types import MediaKind, hidden, media_kind
+from runner.formats.media_types import MediaKind, hidden, media_kind_of
 
 # As the Hugging Face loaders of pictures and clips read it: a file_name, and text beside it.
 METADATA = "metadata.jsonl"
@@ -25,11 +25,11 @@ Opener = Callable[[], BinaryIO]
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedMedia:
     """A medium that is yet to be looked at; `size` is that of an archive's member, unpacked."""
 
     name: str
-    kind: MediaKind
+    media_kind: MediaKind
     caption: str | None
     open: Opener
     file: Path | None = None
@@ -43,31 +43,31 @@ class Listing:
     """Media of a source. For those of an archive: its identity when it was listed, and when that
     was, in nanoseconds."""
 
-    entries: list[Entry]
+    entries: list[ListedMedia]
     identity: Identity | None = None
     began: int = 0
 
 
 @contextmanager
-def listed(kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
+def open_listing(kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
     """The media of a source; those of an archive can be read while the block runs.
 
     Raises UserError for an archive that `check_members` refuses, a caption that is not UTF-8 and
     a wrong line of JSON.
     """
     if kind == "jsonl":
-        yield Listing(_jsonl_entries(path))
+        yield Listing(_list_jsonl(path))
     elif kind == "zip":
         with open_archive(path) as archive:
             check_members(path, archive.infolist(), max_bytes)
-            yield _zip_entries(archive, path)
+            yield _list_zip(archive, path)
     else:
         files = files_of(path)
-        found = _tree_entries({name: _file_opener(file) for name, file in files.items()}, path)
+        found = _list_tree({name: _file_opener(file) for name, file in files.items()}, path)
         yield Listing([replace(entry, file=files[entry.name]) for entry in found])
 
 
-def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
+def _list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
     assert archive.fp is not None
     began, identity = time.time_ns(), identity_of(os.fstat(archive.fp.fileno()))
 
@@ -76,7 +76,7 @@ def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
 
     packed = [member for member in archive.infolist() if not member.is_dir()]
     members = {plain(member_name(member)): member for member in packed}
-    found = _tree_entries({name: reader(member) for name, member in members.items()}, path)
+    found = _list_tree({name: reader(member) for name, member in members.items()}, path)
     entries = [
         replace(
             entry,
@@ -93,20 +93,20 @@ def _file_opener(file: Path) -> Opener:
     return lambda: file.open("rb")
 
 
-def _tree_entries(openers: Mapping[str, Opener], where: Path) -> list[Entry]:
+def _list_tree(openers: Mapping[str, Opener], where: Path) -> list[ListedMedia]:
     visible = [name for name in sorted(openers) if not hidden(name)]
     captions = {name[:-4]: name for name in visible if name.lower().endswith(".txt")}
-    told = _metadata(visible, openers, where)
-    entries: list[Entry] = []
+    captions_from_metadata = _metadata(visible, openers, where)
+    entries: list[ListedMedia] = []
     for name in visible:
-        kind = media_kind(name)
+        kind = media_kind_of(name)
         if kind is None:
             continue
         text = captions.get(posixpath.splitext(name)[0])
-        caption = told.get(name)
+        caption = captions_from_metadata.get(name)
         if text is not None:
             caption = _read(openers[text], f"{text} in {where}").strip()
-        entries.append(Entry(name, kind, caption, openers[name]))
+        entries.append(ListedMedia(name, kind, caption, openers[name]))
     return entries
 
 
@@ -155,8 +155,8 @@ def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, A
         yield place, record
 
 
-def _jsonl_entries(path: Path) -> list[Entry]:
-    entries: list[Entry] = []
+def _list_jsonl(path: Path) -> list[ListedMedia]:
+    entries: list[ListedMedia] = []
     for where, record in _records(_read(_file_opener(path), str(path)), str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
@@ -165,14 +165,14 @@ def _jsonl_entries(path: Path) -> list[Entry]:
         if not isinstance(caption, str | None):
             raise UserError(f"{where}: caption must be a string")
         name = Path(record[keys[0]]).as_posix()
-        kind = media_kind(name)
+        kind = media_kind_of(name)
         if kind is None or keys[0] not in ("path", f"{kind}_path"):
             raise UserError(f"{where}: {name} is not a file that {keys[0]} can name")
         file = path.parent / name
         if not file.is_file():
             raise UserError(f"{where}: there is no {file}")
         caption = None if caption is None else caption.strip()
-        entries.append(Entry(name, kind, caption, _file_opener(file), file))
+        entries.append(ListedMedia(name, kind, caption, _file_opener(file), file))
     return entries
 
 

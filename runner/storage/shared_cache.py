@@ -20,8 +20,8 @@ from typing import Any, Literal
 from runner.core.atomic import sync, whole
 from runner.core.file_identity import Identity, identity_of
 
-Shelf = Literal["media", "latents", "text"]
-SHELVES: tuple[Shelf, ...] = ("media", "latents", "text")
+Namespace = Literal["media", "latents", "text"]
+NAMESPACES: tuple[Namespace, ...] = ("media", "latents", "text")
 
 # What can be wrong with an entry that is counted on.
 Fault = Literal["absent", "damaged", "unchecked"]
@@ -33,15 +33,15 @@ _READERS = 8
 _REPLACE_SECONDS = 0.1
 
 
-def key_of(made_of: Mapping[str, Any]) -> str:
+def json_digest(cache_inputs: Mapping[str, Any]) -> str:
     """The name of an entry: a digest of everything it is made of."""
-    text = json.dumps(made_of, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(cache_inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def entry_name(made_of: Mapping[str, Any]) -> str:
+def cache_key(cache_inputs: Mapping[str, Any]) -> str:
     """The name in the store of a cache entry made of this."""
-    return key_of(made_of) + ".safetensors"
+    return json_digest(cache_inputs) + ".safetensors"
 
 
 def link(target: Path, place: Path) -> None:
@@ -66,7 +66,7 @@ def digest_of(file: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Note:
+class EntryInfo:
     """What an entry's note says of its bytes; None where it was written before that was noted."""
 
     size: int | None
@@ -74,7 +74,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class FinishedFile:
     """A finished file that is to become the entry ``name``.
 
     sha256: of its bytes, where that is known already. replace: whether it takes the place of an
@@ -83,12 +83,12 @@ class Arrival:
 
     name: str
     file: Path
-    made_of: Mapping[str, Any]
+    cache_inputs: Mapping[str, Any]
     sha256: str | None = None
     replace: bool = False
 
 
-class Store:
+class SharedCache:
     """Entries on three shelves: extracted media, latents and text embeddings.
 
     ``shelf/name`` is what an entry is called where shelves mix.
@@ -99,24 +99,26 @@ class Store:
         # The digest of each file that was read, by what tells that the file is still the same.
         self._read: dict[Path, tuple[Identity, str]] = {}
 
-    def path(self, shelf: str, name: str) -> Path:
+    def path(self, namespace: str, name: str) -> Path:
         """Where an entry lies, or will lie."""
-        return Path(self.root, shelf, name[:2], name)
+        return Path(self.root, namespace, name[:2], name)
 
-    def place(self, stored: str) -> Path:
+    def place(self, full_key: str) -> Path:
         """Where the entry called ``shelf/name`` lies, or will lie."""
-        shelf, _, name = stored.partition("/")
-        return self.path(shelf, name)
+        namespace, _, name = full_key.partition("/")
+        return self.path(namespace, name)
 
-    def has(self, shelf: str, name: str) -> bool:
-        return self.path(shelf, name).is_file()
+    def has(self, namespace: str, name: str) -> bool:
+        return self.path(namespace, name).is_file()
 
     def names(self) -> frozenset[str]:
         """``shelf/name`` of every entry."""
-        return frozenset(f"{shelf}/{name}" for shelf in SHELVES for name in self._files(shelf))
+        return frozenset(
+            f"{namespace}/{name}" for namespace in NAMESPACES for name in self._files(namespace)
+        )
 
-    def _files(self, shelf: Shelf) -> Iterator[str]:
-        for part in scan(self.root / shelf):
+    def _files(self, namespace: Namespace) -> Iterator[str]:
+        for part in scan(self.root / namespace):
             if part.is_dir():
                 for file in scan(Path(part.path)):
                     if not file.name.startswith(".") and not file.name.endswith(".json"):
@@ -124,28 +126,28 @@ class Store:
 
     def commit(
         self,
-        shelf: str,
+        namespace: str,
         name: str,
         file: Path,
-        made_of: Mapping[str, Any],
+        cache_inputs: Mapping[str, Any],
         *,
         replace: bool = False,
     ) -> Path:
         """Move one finished ``file`` into the store as :meth:`commit_all` does; its place there."""
-        self.commit_all(shelf, [Arrival(name, file, made_of, replace=replace)])
-        return self.path(shelf, name)
+        self.commit_all(namespace, [FinishedFile(name, file, cache_inputs, replace=replace)])
+        return self.path(namespace, name)
 
-    def commit_all(self, shelf: str, arrivals: Iterable[Arrival]) -> None:
+    def commit_all(self, namespace: str, arrivals: Iterable[FinishedFile]) -> None:
         """Move finished files into the store, synced together before the first is renamed.
 
         An entry that is there already stays, unless it is to be replaced: whoever reads it then
         has the old file or the new one, whole, at any moment. So it is after a power cut.
         """
-        wanted: list[tuple[Arrival, Path, Path]] = []
+        wanted: list[tuple[FinishedFile, Path, Path]] = []
         try:
             for one in arrivals:
-                if one.replace or not self.has(shelf, one.name):
-                    place = self.path(shelf, one.name)
+                if one.replace or not self.has(namespace, one.name):
+                    place = self.path(namespace, one.name)
                     note = _write_note(one, place)
                     wanted.append((one, place, note))
                     one.file.chmod(0o444)
@@ -166,7 +168,7 @@ class Store:
 
     def faults(
         self,
-        stored: Collection[str],
+        full_key: Collection[str],
         *,
         read: bool,
         progress: Callable[[int, int], None] | None = None,
@@ -177,22 +179,22 @@ class Store:
         ``unchecked`` are entries whose note has no digest: they were made by a version that
         noted none, and nothing can vouch for them. ``progress`` gets the bytes read and to read.
         """
-        found = self._look(stored, read, progress or (lambda _done, _total: None))
+        found = self._find_faults(full_key, read, progress or (lambda _done, _total: None))
         damaged = [one for one, fault in found.items() if fault == "damaged"]
         if damaged:
             # Another process may be at replacing them, note first and then file.
             time.sleep(_REPLACE_SECONDS)
             for one in damaged:
                 del found[one]
-            found |= self._look(damaged, read, lambda _done, _total: None)
+            found |= self._find_faults(damaged, read, lambda _done, _total: None)
         return found
 
-    def _look(
-        self, stored: Collection[str], read: bool, progress: Callable[[int, int], None]
+    def _find_faults(
+        self, full_key: Collection[str], read: bool, progress: Callable[[int, int], None]
     ) -> dict[str, Fault]:
         found: dict[str, Fault] = {}
         to_read: dict[str, int] = {}
-        for one in stored:
+        for one in full_key:
             fault, size = self._glance(self.place(one), read=read)
             if fault:
                 found[one] = fault
@@ -264,14 +266,14 @@ def note_of(place: Path) -> Path:
     return place.with_name(place.name + ".json")
 
 
-def _write_note(arrival: Arrival, place: Path) -> Path:
+def _write_note(arrival: FinishedFile, place: Path) -> Path:
     """Write a file's note, under a hidden name beside the place where that will lie.
 
     Not beside the file: an engine that is still at work deletes there what it does not know.
     """
     note = {
         "bytes": arrival.file.stat().st_size,
-        "made_of": arrival.made_of,
+        "made_of": arrival.cache_inputs,
         "sha256": arrival.sha256 or digest_of(arrival.file),
     }
     text = json.dumps(note, sort_keys=True, indent=1, ensure_ascii=False)
@@ -292,7 +294,7 @@ def _move(file: Path, place: Path) -> None:
         file.unlink()
 
 
-def read_note(place: Path) -> Note | None:
+def read_note(place: Path) -> EntryInfo | None:
     """What the note of the entry at ``place`` says of it; None when there is none to be read."""
     try:
         note = json.loads(note_of(place).read_bytes())
@@ -300,7 +302,7 @@ def read_note(place: Path) -> Note | None:
         return None
     if not isinstance(note, dict):
         return None
-    return Note(note.get("bytes"), note.get("sha256"))
+    return EntryInfo(note.get("bytes"), note.get("sha256"))
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from runner.core.atomic import write_text
 from runner.core.file_identity import Identity
-from runner.data.sources.entries import Entry
-from runner.data.sources.model import Item
+from runner.data.sources.listing import ListedMedia
+from runner.data.sources.model import SourceMedia
 from runner.data.sources.probe import PROBE_VERSION
 
 # A file that was changed so shortly before it was read may be changed once more without its times
@@ -26,7 +26,7 @@ from runner.data.sources.probe import PROBE_VERSION
 RACY_NS = 2_000_000_000
 
 
-def settled(identity: Identity, read_at_ns: int) -> bool:
+def change_would_show(identity: Identity, read_at_ns: int) -> bool:
     """Whether a later change of a file read at that time must show in its identity."""
     mtime, ctime = identity[3], identity[4]
     # A file's own time may lie in the future, as a camera's clock has it; that of its inode is
@@ -35,7 +35,7 @@ def settled(identity: Identity, read_at_ns: int) -> bool:
     return changed < read_at_ns - RACY_NS
 
 
-class Memo:
+class ScanIndex:
     """The records of one source; `Memo.load` reads them, and only `save` writes."""
 
     def __init__(self, file: Path, source: Path) -> None:
@@ -45,7 +45,7 @@ class Memo:
         self._changed = False
 
     @classmethod
-    def load(cls, folder: Path, source: Path) -> Memo:
+    def load(cls, folder: Path, source: Path) -> ScanIndex:
         """The memo of `source` in `folder`; empty when there is none that can be used."""
         name = hashlib.sha256(os.fsencode(source)).hexdigest()[:40]
         memo = cls(folder / f"{name}.json", source)
@@ -57,16 +57,16 @@ class Memo:
             pass
         return memo
 
-    def recall(self, entry: Entry, identity: Identity) -> Item | None:
+    def recall(self, entry: ListedMedia, identity: Identity) -> SourceMedia | None:
         """What is known of an entry that lies in the file with this identity."""
         record = self._before.get(entry.name)
         try:
             if record is None or tuple(record["file"]) != identity:
                 return None
             width, height = record["size"]
-            item = Item(
+            item = SourceMedia(
                 name=entry.name,
-                kind=entry.kind,
+                media_kind=entry.media_kind,
                 sha256=str(record["sha256"]),
                 bytes=int(record["bytes"]),
                 size=(int(width), int(height)),
@@ -84,9 +84,9 @@ class Memo:
         self._now[entry.name] = record
         return item
 
-    def note(self, item: Item, read_at_ns: int) -> None:
+    def note(self, item: SourceMedia, read_at_ns: int) -> None:
         """Take down what was found, where it will hold."""
-        if item.identity is None or not settled(item.identity, read_at_ns):
+        if item.identity is None or not change_would_show(item.identity, read_at_ns):
             return
         self._changed = True
         self._now[item.name] = {

@@ -26,16 +26,16 @@ from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
 from runner.data.decode import to_rgb
 from runner.data.sources.archive import open_archive
-from runner.storage.store import key_of
+from runner.storage.shared_cache import json_digest
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from runner.data.sources import Item
+    from runner.data.sources import SourceMedia
 
 # Raised when anything below measures differently, so that older looks are not taken for newer ones.
-LOOK_VERSION = 1
+STATISTICS_VERSION = 1
 
 # Media are measured with their longer side at this many pixels, and never enlarged: about the size
 # they are trained at, so that what is lost in shrinking does not count as sharpness.
@@ -56,7 +56,7 @@ _FRAMES_ON = 48
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageStatistics:
     """What was seen of one medium.
 
     sharpness: variance of the Laplacian in the sharpest of 16 tiles, so that a sharp subject
@@ -90,13 +90,13 @@ class Look:
         return not (self.dark or self.flat or self.blurred)
 
 
-def look_at(
-    items: Iterable[Item],
+def measure_all(
+    items: Iterable[SourceMedia],
     folder: Path,
     *,
     keep: bool,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Look]:
+) -> dict[str, ImageStatistics]:
     """A look for each medium, by sha256; what can't be looked at has none.
 
     folder: where looks are kept between runs; written to only with `keep`.
@@ -104,8 +104,10 @@ def look_at(
     """
     wanted = {item.sha256: item for item in items}
     kept = {digest: _kept(folder, digest) for digest in wanted}
-    looks = {digest: look for digest, look in kept.items() if look is not None}
-    missing = [item for digest, item in wanted.items() if digest not in looks]
+    image_statistics = {
+        digest: statistics for digest, statistics in kept.items() if statistics is not None
+    }
+    missing = [item for digest, item in wanted.items() if digest not in image_statistics]
     with ExitStack() as stack:
         archives: dict[Path, zipfile.ZipFile] = {}
         for item in missing:
@@ -114,31 +116,33 @@ def look_at(
                     archives[item.archive] = stack.enter_context(open_archive(item.archive))
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
-            futures = {pool.submit(_look, item, archives): item for item in missing}
+            futures = {pool.submit(_measure_media, item, archives): item for item in missing}
             for done, future in enumerate(as_completed(futures), 1):
-                look = future.result()
-                if look is not None:
+                statistics = future.result()
+                if statistics is not None:
                     digest = futures[future].sha256
-                    looks[digest] = look
+                    image_statistics[digest] = statistics
                     if keep:
                         # Not worth a sync: one that a power cut tears is no JSON, and made again.
-                        write_text(_place(folder, digest), json.dumps(asdict(look)), sync=False)
+                        write_text(
+                            _place(folder, digest), json.dumps(asdict(statistics)), sync=False
+                        )
                 if progress is not None:
                     progress(done, len(missing))
         finally:
             pool.shutdown(cancel_futures=True)
-    return looks
+    return image_statistics
 
 
 def _place(folder: Path, digest: str) -> Path:
-    name = key_of({"media": digest, "look": LOOK_VERSION})
+    name = json_digest({"media": digest, "look": STATISTICS_VERSION})
     return folder / name[:2] / f"{name}.json"
 
 
-def _kept(folder: Path, digest: str) -> Look | None:
+def _kept(folder: Path, digest: str) -> ImageStatistics | None:
     try:
         record: Any = json.loads(_place(folder, digest).read_text("utf-8"))
-        return Look(
+        return ImageStatistics(
             sharpness=float(record["sharpness"]),
             brightness=float(record["brightness"]),
             contrast=float(record["contrast"]),
@@ -150,29 +154,31 @@ def _kept(folder: Path, digest: str) -> Look | None:
         return None
 
 
-def _look(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> Look | None:
+def _measure_media(
+    item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]
+) -> ImageStatistics | None:
     try:
         with _opened(item, archives) as stream:
-            if item.kind == "image":
+            if item.media_kind == "image":
                 data = stream.read()
                 same = hashlib.sha256(data).hexdigest() == item.sha256
-                return look_at_picture(io.BytesIO(data)) if same else None
+                return measure_picture(io.BytesIO(data)) if same else None
             if item.file is not None:
                 same = item.identity in (None, identity_of(os.fstat(stream.fileno())))
-                return look_at_clip(item.file) if same else None
+                return measure_clip(item.file) if same else None
             digest = hashlib.sha256()
             with cast(BinaryIO, SpooledTemporaryFile(_IN_MEMORY)) as spool:
                 while data := stream.read(1 << 20):
                     digest.update(data)
                     spool.write(data)
-                return look_at_clip(spool) if digest.hexdigest() == item.sha256 else None
+                return measure_clip(spool) if digest.hexdigest() == item.sha256 else None
     except Exception:
         # Decoders raise all kinds of errors. The scan could read it, and a report must not stop a
         # run: the media without a look are named in it.
         return None
 
 
-def _opened(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
+def _opened(item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
     if item.file is not None:
         return item.file.open("rb")
     assert item.archive is not None
@@ -180,7 +186,7 @@ def _opened(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
     return cast(BinaryIO, archives[item.archive].open(item.member))
 
 
-def look_at_picture(stream: BinaryIO) -> Look:
+def measure_picture(stream: BinaryIO) -> ImageStatistics:
     """Look at a picture; the decoder's error when it is damaged."""
     from PIL import Image
 
@@ -192,7 +198,7 @@ def look_at_picture(stream: BinaryIO) -> Look:
         return replace(measure(to_rgb(image)), turned=turned)
 
 
-def look_at_clip(source: Path | BinaryIO) -> Look:
+def measure_clip(source: Path | BinaryIO) -> ImageStatistics:
     """Look at the key frame before a clip's middle, or a later frame when it shows nothing."""
     import av
 
@@ -203,19 +209,19 @@ def look_at_clip(source: Path | BinaryIO) -> Look:
         if stream.duration:
             container.seek((stream.start_time or 0) + stream.duration // 2, stream=stream)
         frames = container.decode(stream)
-        look = measure(next(frames).to_image())
-        if look.fine:
-            return look
+        statistics = measure(next(frames).to_image())
+        if statistics.fine:
+            return statistics
         later = None
         for number, frame in enumerate(frames, 1):
             later = frame
             if number == _FRAMES_ON:
                 break
-        second = look if later is None else measure(later.to_image())
-        return max(look, second, key=lambda seen: (seen.fine, seen.sharpness))
+        second = statistics if later is None else measure(later.to_image())
+        return max(statistics, second, key=lambda seen: (seen.fine, seen.sharpness))
 
 
-def measure(image: Image.Image) -> Look:
+def measure(image: Image.Image) -> ImageStatistics:
     """Look at an RGB picture."""
     import numpy as np
     from PIL import Image
@@ -227,7 +233,7 @@ def measure(image: Image.Image) -> Look:
     signs = np.concatenate([(np.diff(across) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
     thumbnail = io.BytesIO()
     _shrunk(image, THUMBNAIL, 1.0).save(thumbnail, "JPEG", quality=65)
-    return Look(
+    return ImageStatistics(
         sharpness=round(_sharpness(grey), 2),
         brightness=round(float(grey.mean()), 2),
         contrast=round(float(grey.std()), 2),

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.core.paths import given_file
+from runner.core.paths import existing_file
 from runner.engines.base import Engine
 
 
-def settle(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
+def resolve_paths(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
     """``config`` with its paths made absolute: commands run in the run's folder, not in ``cwd``.
 
     What the engine alone takes it settles itself. Raises :class:`UserError` for one that is not
@@ -20,17 +20,17 @@ def settle(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
     """
     image, weights = config.sampling.image_path, config.network.weights
     if image is not None:
-        image = str(given_file("sampling.image_path", image, cwd))
+        image = str(existing_file("sampling.image_path", image, cwd))
     if weights is not None:
-        file = given_file("network.weights", weights, cwd)
+        file = existing_file("network.weights", weights, cwd)
         _fits(config, file)
         weights = str(file)
-    settled = replace(
+    resolved = replace(
         config,
         sampling=replace(config.sampling, image_path=image),
         network=replace(config.network, weights=weights),
     )
-    return engine.settle(settled, cwd)
+    return engine.resolve_paths(resolved, cwd)
 
 
 def _fits(config: RunConfig, file: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.tracking.client import connect, first_line
-from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
+from runner.tracking.mlflow_run import PARENT_TAG, RunStatus, RunWriter
 from runner.tracking.passwords import hidden, revealed
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def open_parent(
 
 
 def close_parent(
-    folder: Path, status: Status, *, killed: Collection[str] = ()
-) -> tuple[Status, str] | None:
+    folder: Path, status: RunStatus, *, killed: Collection[str] = ()
+) -> tuple[RunStatus, str] | None:
     """End the parent run, and store a table of its children in it (`sweep.csv`, `sweep.json`).
 
     It ends as `status`, except that FINISHED needs children that all finished: one that was
@@ -108,7 +108,7 @@ def close_parent(
     rows = summary(children)
     writer.log_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", "sweep.json")
     writer.log_text(_csv(rows), "sweep.csv")
-    true_status = _true_status(status, [child.info.status for child in children])
+    true_status = _status_with_children(status, [child.info.status for child in children])
     writer.finish(true_status)
     return true_status, writer.url_hint
 
@@ -120,12 +120,14 @@ def summary(children: Sequence[Run]) -> list[dict[str, Any]]:
     loss where there is one, else by average training loss.
     """
     keys = sorted({key for child in children for key in child.data.params})
-    swept = [key for key in keys if len({child.data.params.get(key) for child in children}) > 1]
+    swept_keys = [
+        key for key in keys if len({child.data.params.get(key) for child in children}) > 1
+    ]
     rows = [
         {
             "name": child.info.run_name,
             "status": child.info.status,
-            **{key: child.data.params.get(key) for key in swept},
+            **{key: child.data.params.get(key) for key in swept_keys},
             **{key: child.data.metrics.get(key) for key in SUMMARY_METRICS},
             "run_id": child.info.run_id,
         }
@@ -151,7 +153,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _true_status(status: Status, children: Sequence[str]) -> Status:
+def _status_with_children(status: RunStatus, children: Sequence[str]) -> RunStatus:
     if status != "FINISHED":
         return status
     if children and all(child == "FINISHED" for child in children):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.core.paths import absolute, given_file
+from runner.core.paths import absolute, existing_file
 
 
-def settle(config: RunConfig, cwd: Path) -> RunConfig:
+def resolve_paths(config: RunConfig, cwd: Path) -> RunConfig:
     """``config`` with the state to resume from and the files of ``engine.extra_args`` absolute.
 
     Raises :class:`UserError` for one that is not there, or not what it must be.
@@ -35,16 +35,16 @@ def _arguments(words: list[str], cwd: Path) -> Iterator[str]:
     name = ""
     for word in words:
         if not word.startswith("--"):
-            yield str(_given_file(name, word, cwd)) if name in _FILE_OPTIONS else word
+            yield str(_existing_file(name, word, cwd)) if name in _FILE_OPTIONS else word
             continue
         name, equals, inline = word.partition("=")
         if equals and name in _FILE_OPTIONS:
-            word = f"{name}={_given_file(name, inline, cwd)}"
+            word = f"{name}={_existing_file(name, inline, cwd)}"
         yield word
 
 
-def _given_file(name: str, given: str, cwd: Path) -> Path:
-    return given_file(f"engine.extra_args: {name}", given, cwd)
+def _existing_file(name: str, given: str, cwd: Path) -> Path:
+    return existing_file(f"engine.extra_args: {name}", given, cwd)
 
 
 def _state(key: str, given: str, cwd: Path) -> Path:
