@@ -44,7 +44,7 @@ class DownloadListener(Protocol):
 
 
 class DownloadProgress(AbstractContextManager["DownloadProgress"]):
-    """Show :func:`runner.hub.fetch.fetch_files` on a console, and write it into ``progress_file``."""
+    """Show :func:`runner.hub.fetch.fetch_files` on a console and in ``progress_file``."""
 
     def __init__(self, console: Console, progress_file: Path | None = None) -> None:
         self._console = console

@@ -28,9 +28,9 @@ class Stage(Protocol):
     ``needs`` is what it reads of other stages' work, and ``makes`` what it alone can bring: a stage
     that needs what a skipped one makes is skipped too. What lies in the shared cache is not among
     it, since it may be there whoever made it; ``runs_when_skipped`` is for stages that still take
-    such finished work into the run's folder. Before a stage that ``refreshes_plan`` every entry that
-    the plan counts on is checked; the encoding stages do so themselves, and later ones have all they
-    need.
+    such finished work into the run's folder. Before a stage that ``refreshes_plan`` every entry
+    that the plan counts on is checked; the encoding stages do so themselves, and later ones have all
+    they need.
     """
 
     name: str
