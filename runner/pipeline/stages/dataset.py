@@ -31,7 +31,7 @@ REPORT = "dataset_report.html"
 class Dataset(Stage):
     name = "dataset"
     makes = (MEDIA,)
-    looks = True
+    refreshes_plan = True
 
     def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
         if self.name in config.stages.skip and readers:
