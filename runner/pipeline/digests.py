@@ -164,6 +164,6 @@ def _asked_sources(inputs: Inputs) -> list[dict[str, Any]]:
 
 def _flat(asked: SourceOptions) -> dict[str, Any]:
     values = asdict(asked)
-    for place in ("path", "kind", "revision"):
+    for place in ("path", "source_kind", "revision"):
         del values[place]
     return values | values.pop("extraction")
