@@ -114,7 +114,7 @@ def fake_item(name: str, **changes: Any) -> Any:
     video = Path(name).suffix in (".mp4", ".mov", ".webm", ".mkv", ".avi")
     values: dict[str, Any] = {
         "name": name,
-        "kind": "video" if video else "image",
+        "media_kind": "video" if video else "image",
         "sha256": hashlib.sha256(name.encode()).hexdigest(),
         "bytes": 1000,
         "size": (1280, 720),

@@ -188,7 +188,7 @@ def test_broken_install_is_made_anew(sandbox: Sandbox) -> None:
     log = sandbox.home / "install.log"
     assert failed.err.splitlines() == [
         f"error: ERROR: No matching distribution found for x (exit code 1; log: {log})",
-        "Run `python -m runner.engines.musubi_install install` again; what was downloaded is kept.",
+        f"Run `{TOP}/scripts/install-musubi` again; what was downloaded is kept.",
     ]
     assert "--progress-bar off" in log.read_text()
     sandbox.calls()
@@ -347,7 +347,7 @@ def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("XDG_DATA_HOME", str(sandbox.folder / "data"))
     remedy = (
-        f"in {sandbox.home}: run python -m runner.engines.musubi_install install. Or point "
+        f"in {sandbox.home}: run {TOP}/scripts/install-musubi. Or point "
         "engine.path and engine.python to an installed musubi-tuner, or rehearse without it: "
         "engine=diffusers model=tiny."
     )
