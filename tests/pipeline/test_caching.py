@@ -613,7 +613,7 @@ def test_a_disk_that_forgets_ends_the_run(here: Path, monkeypatch: Any) -> None:
 
 
 # What is pruned between a run's plan and its links is made again, and the run ends well.
-@pytest.mark.parametrize("shelves", [["latents"], ["media", "text"]])
+@pytest.mark.parametrize("namespaces", [["latents"], ["media", "text"]])
 def test_what_is_pruned_meanwhile_is_made_again(here: Path, namespaces: Sequence[str]) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
     told(out, media)
