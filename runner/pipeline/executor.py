@@ -237,8 +237,11 @@ class _Run:
             # Work that is done by now stays in the script, with the commits that its branches
             # turned out to be.
             return stage if stage.to_run else replace(stage, state=begun.state)
-        no_gpu_reason = "done" if begun.to_run else begun.state
-        return replace(begun, commands=tuple(ran), state="to run" if ran else no_gpu_reason)
+        if not ran:
+            return replace(begun, commands=(), state="done" if begun.to_run else begun.state)
+        # What ran as planned is shown with the commits that its branches turned out to be.
+        as_planned = tuple(ran) == begun.commands and stage.commands
+        return replace(begun, commands=as_planned or tuple(ran), state="to run")
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
         planned = {stage.name for stage in self.plan.stages}

@@ -29,7 +29,7 @@ class Stage(Protocol):
     that needs what a skipped one makes is skipped too. What lies in the shared cache is not among
     it, since it may be there whoever made it; ``runs_when_skipped`` is for stages that still take
     such finished work into the run's folder. Before a stage that ``refreshes_plan`` every entry
-    that the plan counts on is checked; the encoding stages do so themselves, and later ones have all
+    that the plan counts on is checked; encoding stages do so themselves, and later ones have all
     they need.
     """
 
