@@ -347,7 +347,7 @@ def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("XDG_DATA_HOME", str(sandbox.folder / "data"))
     remedy = (
-        f"in {sandbox.home}: run {TOP}/scripts/install-musubi. Or point "
+        f"in {sandbox.home}: run {musubi_packages.COMMAND}. Or point "
         "engine.path and engine.python to an installed musubi-tuner, or rehearse without it: "
         "engine=diffusers model=tiny."
     )
