@@ -211,7 +211,7 @@ def _seen(media: Sequence[ReportedItem]) -> Iterator[Finding]:
         ("flat", "are one flat colour"),
         ("turned", "are upright by EXIF data alone, which training ignores"),
     ):
-        which = [i for i, one in statistics.items() if getattr(statistics, category)]
+        which = [i for i, one in statistics.items() if getattr(one, category)]
         yield from _each(media, category, which, text, serious=True)
 
 

@@ -33,11 +33,11 @@ def html(report: Report, title: str) -> str:
     environment.filters.update(
         readable=readable, duration=duration, thousands="{:,}".format, share="{:.0%}".format
     )
-    found: dict[int, list[str]] = defaultdict(list)
+    categories: dict[int, list[str]] = defaultdict(list)
     for finding in report.findings:
         for index in {index for case in finding.cases for index in case.media}:
-            found[index].append(finding.category)
-    others = [index for index in range(len(report.media)) if index not in found]
+            categories[index].append(finding.category)
+    others = [index for index in range(len(report.media)) if index not in categories]
     buckets: dict[Size, dict[str, int]] = defaultdict(lambda: {"image": 0, "video": 0})
     for medium in report.media:
         buckets[medium.item.bucket][medium.item.media_kind] += len(medium.item.crops) or 1
@@ -45,8 +45,8 @@ def html(report: Report, title: str) -> str:
         report=report,
         title=title,
         facts=list(summary_rows(report)),
-        found=found,
-        shown={*found, *others[: max(0, MAX_THUMBNAILS - len(found))]},
+        categories=categories,
+        shown={*categories, *others[: max(0, MAX_THUMBNAILS - len(categories))]},
         buckets=sorted(buckets.items()),
         most=max(sum(numbers.values()) for numbers in buckets.values()),
         clips=[(i, medium) for i, medium in enumerate(report.media) if medium.item.crops],
