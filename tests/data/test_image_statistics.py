@@ -135,7 +135,7 @@ def test_nothing_is_looked_at_twice(
     files[0].write_text(files[0].read_text()[:50])
     files[1].write_text("{}")
     assert looked(folder, "folder", cache, keep=True) == first
-    monkeypatch.setattr(looking, "LOOK_VERSION", looking.STATISTICS_VERSION + 1)
+    monkeypatch.setattr(looking, "STATISTICS_VERSION", looking.STATISTICS_VERSION + 1)
     looked(folder, "folder", cache, keep=True)
     assert len(sorted(cache.rglob("*.json"))) == 2 * len(first)
 

@@ -52,7 +52,7 @@ def test_i2v_leaves_a_source_of_pictures_out() -> None:
     with pytest.raises(UserError) as caught:
         select([stills, replace(moves, items=stills.items)], task="i2v", validation_fraction=0)
     assert str(caught.value) == (
-        "task=i2v learns motion from clips, and stills, moves have pictures alone (2): add clips, "
+        "task=i2v learns motion from clips, and stills, moves have only pictures (2): add clips, "
         "or take task=t2v."
     )
 

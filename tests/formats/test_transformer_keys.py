@@ -59,7 +59,7 @@ def test_block_linears_are_complete() -> None:
     "key", ["double_blocks.0.img_attn_qkv.weight", "single_blocks.0.linear1.weight", "weight"]
 )
 def test_unknown_weight_is_named(key: str) -> None:
-    with pytest.raises(UserError, match=r"no module of HunyuanVideo 1\.5"):
+    with pytest.raises(UserError, match=r"not a module of HunyuanVideo 1\.5"):
         keys.to_diffusers({key: torch.zeros(3)})
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from runner.core.text import counted, named
 from runner.data.report.model import Case, Finding, ReportedItem, Tokens
 from runner.data.report.near_duplicates import groups, nearest
-from runner.data.select import MediaKind, Source
+from runner.data.select import Source
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
 from runner.formats.frames import kept_frames
+from runner.formats.media_types import MediaKind
 
 # Enlarged more than this to cover its bucket, a medium has clearly less detail than is trained on.
 TINY = 1.5
