@@ -19,8 +19,8 @@ def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source
     """Apply the weight of each regularisation source.
 
     Its samples (pictures and crops) in an epoch are to be ``weight`` times those of all other
-    sources together, as closely as whole repeats allow. From a larger set a part of the items is taken,
-    chosen by content hash: reproducible, and growing with the weight.
+    sources together, as closely as whole repeats allow. From a larger set a part of the items is
+    taken, chosen by content hash: reproducible, and growing with the weight.
 
     Returns:
         The sources with their repeats, and the selection without the items that are not taken.

@@ -67,5 +67,5 @@ def test_unknown_weight_is_named(key: str) -> None:
 def test_incomplete_refiner_is_refused() -> None:
     state = diffusers_state()
     del state["context_embedder.token_refiner.refiner_blocks.0.attn.to_k.weight"]
-    with pytest.raises(UserError, match="lacks one of"):
+    with pytest.raises(UserError, match="is missing one of"):
         keys.from_diffusers(state)

@@ -1,4 +1,4 @@
-"""A report as one HTML file, made from ``report.html``."""
+"""Render a report as one HTML file, from the template ``report.html``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from runner.data.report.model import Report
 from runner.data.report.page import printable, summary_rows
 from runner.formats.bucket import Size
 
-# A thumbnail is about 5 kB; of larger datasets only the media with findings are all shown.
+# A thumbnail is about 5 kB; larger datasets show all media with findings, and others up to this.
 MAX_THUMBNAILS = 2000
-# Media listed one by one under a finding.
+# Cases shown under a finding.
 MAX_CASES = 60
 _CAPTION = 240
 
 
 def html(report: Report, title: str) -> str:
-    """The whole page. All that comes from the dataset is made printable and escaped."""
+    """Render the page; everything that comes from the dataset is made printable and escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -27,7 +27,7 @@ def html(report: Report, title: str) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Before it is escaped; what macros return is escaped already.
+        # Before escaping; what macros return is escaped already.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters.update(
