@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from runner.data.select import MediaKind, SelectedItem, Source
+from runner.data.select import SelectedItem, Source
 from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import FrameExtraction
+from runner.formats.media_types import MediaKind
 from runner.pipeline.model import Inputs
 
 

@@ -577,7 +577,7 @@ def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) 
             Path({str(media / "p000.png")!r}).write_bytes(b"x")
         """,
     )
-    with pytest.raises(UserError, match=r"p000\.png has changed since it was looked at"):
+    with pytest.raises(UserError, match=r"p000\.png has changed since it was scanned"):
         told(out, media)
     assert len(of_shelf(out, "latents")) <= 1
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from runner.core.command import Command
-from runner.data.select import MediaKind, SelectedItem
+from runner.data.select import SelectedItem
 from runner.engines.base import Engine, Job
 from runner.formats import jsonl
 from runner.formats.cache_files import image_latents_name, video_latents_name
 from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import Crop
+from runner.formats.media_types import MediaKind
 from runner.pipeline.model import CacheEntry, Inputs
 from runner.pipeline.stages.encoding import Encoding, Encodings, add_link
 from runner.pipeline.stages.filling import WorkWords
