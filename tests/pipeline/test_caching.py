@@ -342,7 +342,7 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
     for entry in context.plan.entries:
         staged = here / "staged"
         staged.write_bytes(os.urandom(64))
-        context.store.commit(entry.namespace, entry.name, staged, entry.cache_inputs)
+        context.cache.commit(entry.namespace, entry.name, staged, entry.cache_inputs)
     cut, flipped = of_shelf(out, "latents")[:2]
     overwrite(cut, cut.read_bytes()[:-3])
     flip(flipped)
