@@ -1,7 +1,7 @@
 """Training batches from the cache files that dataset.toml names.
 
 A dataset consists of all latent cache files in its folder. Examples of the same latent shape share
-batches. The order of each epoch is drawn from the seed alone and does not depend on the file system.
+batches. The order of each epoch depends only on the seed, never on the file system.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MediaToEncode:
-    """One picture or clip; its cache files are named by ``key``, the file name without extension."""
+    """One picture or clip; ``key``, its name without extension, names its cache files."""
 
     key: str
     path: Path

@@ -20,7 +20,7 @@ ORIGINAL = sorted(
 
 
 def command_line(table: Mapping[str, Any]) -> list[str]:
-    """Turn the options of train.toml into arguments; other options at their defaults are left out."""
+    """Turn the options of train.toml into arguments, leaving out most that are at defaults."""
     known = options(TRAIN)
     kept = {key: table[key] for key in ORIGINAL if key in table}
     for key, value in table.items():
