@@ -208,8 +208,9 @@ def in_namespace(outputs: Path, namespace: str) -> list[Path]:
     return [file for file in entries(outputs) if file.parent.parent.name == namespace]
 
 
-# A cut entry and one with a flipped bit are found when a run uses them, reported in one line per namespace,
-# and made again in that run; the others stay as they are, and the next run finds nothing wrong.
+# A cut entry and one with a flipped bit are found when a run uses them, reported in one line per
+# namespace, and made again in that run; the others stay as they are, and the next run finds nothing
+# wrong.
 def test_damage_is_found_and_mended(here: Path) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
     told(out, media)
