@@ -7,6 +7,7 @@ starting Python and importing Hydra takes longer than a dry run.
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import Finished, compose
@@ -91,6 +93,7 @@ def program_here(*arguments: str, cwd: Path, env: Mapping[str, str] | None = Non
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
+        mock.patch.dict(os.environ),  # the program keeps passwords there
         handlers_kept(),
         chdir(cwd),
         redirect_stdout(out),

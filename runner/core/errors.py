@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -17,6 +18,15 @@ class StageError(Exception):
 
     The message is one line and names the stage's log.
     """
+
+
+# How the system, SQLite and libraries written in Rust say it.
+_FULL = re.compile(r"No space left on device|disk is full|os error 28\b|Disk quota exceeded")
+
+
+def plain_reason(text: str) -> str:
+    """``text``, or plain words where a program ran out of disk."""
+    return "the disk is full: free some space" if _FULL.search(text) else text
 
 
 def describe_os_error(error: OSError, folder: Path | None = None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runner.core.errors import StageError
+from runner.core.errors import StageError, plain_reason
 
 # How long a stopped command may take to end by itself before it is killed.
 GRACE_SECONDS = 15.0
@@ -183,7 +183,7 @@ def best_line(lines: list[str]) -> str:
     """The line that best says what went wrong, cut to a length that can be read."""
     if not lines:
         return "it failed and printed nothing"
-    best = _raised(lines) or _last_error_line(lines) or lines[-1].strip()
+    best = plain_reason(_raised(lines) or _last_error_line(lines) or lines[-1].strip())
     return best if len(best) <= _MOST else f"{best[:_MOST]} ..."
 
 

@@ -254,8 +254,11 @@ class _Run:
             # A stage whose work has been done meanwhile stays in the script, with the commits that
             # its branches resolved to.
             return stage if stage.to_run else replace(stage, state=begun.state)
-        state = "done" if begun.to_run else begun.state
-        return replace(begun, commands=tuple(ran), state="to run" if ran else state)
+        if not ran:
+            return replace(begun, commands=(), state="done" if begun.to_run else begun.state)
+        # What ran as planned is shown with the commits that its branches resolved to.
+        as_planned = tuple(ran) == begun.commands and stage.commands
+        return replace(begun, commands=as_planned or tuple(ran), state="to run")
 
     def _stages(self, context: Context, recorder: Recorder) -> None:
         planned = {stage.name for stage in self.plan.stages}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from runner.core.errors import plain_reason
 from runner.tracking.secrets import redact, secret_values
 
 if TYPE_CHECKING:
@@ -49,4 +50,4 @@ def safe(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """An exception as one line without secrets, at most 300 characters."""
     lines = str(error).strip().splitlines()
-    return safe(lines[0] if lines else type(error).__name__)[:300]
+    return safe(plain_reason(lines[0] if lines else type(error).__name__))[:300]

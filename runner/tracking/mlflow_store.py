@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -111,8 +112,26 @@ def _initialise_sqlite(uri: str, database: Path, artifacts: Path) -> None:
     except Exception as error:
         message = first_line(error)
         if "out-of-date database schema" in message:
-            message = f"made by another MLflow; back it up, then run: mlflow db upgrade '{uri}'"
+            message = _other_schema(uri, database)
         raise UserError(f"cannot open the MLflow store {database}: {message}") from error
+
+
+def _other_schema(uri: str, database: Path) -> str:
+    """What to do about a store whose tables are not this MLflow's, older or newer ones."""
+    import sqlite3
+
+    from mlflow.store import db_migrations
+
+    # Each migration is a file named by its revision; one that is not here came later.
+    with closing(sqlite3.connect(database)) as connection:
+        (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    folder = Path(db_migrations.__path__[0]) / "versions"
+    if any(folder.glob(f"{revision}_*.py")):
+        return f"made by an older MLflow; back it up, then run: mlflow db upgrade '{uri}'"
+    return (
+        f"made by a newer MLflow than {version('mlflow')}, which is installed here: install that "
+        "one, or take another store with output_dir or tracking.uri"
+    )
 
 
 def _create_sqlite(database: Path, artifacts: Path) -> None:

@@ -164,6 +164,7 @@ def test_only_what_the_task_needs(hub: Hub, tmp_path: Path, task: str) -> None:
 # What the run was trained on is written down, whole, and can be asked for again word for word.
 def test_commit_is_recorded_and_can_be_asked_for(hub: Hub, tmp_path: Path) -> None:
     folder, tags, _ = run(compose(), tmp_path)
+    del tags["config.fingerprint"]
     assert tags == {f"weights.{name}": commit for name, commit in COMMITS.items()}
     record = json.loads((folder / "weights.json").read_text())
     by_file = {row["file"]: row for row in record["files"]}

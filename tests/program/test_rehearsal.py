@@ -243,7 +243,7 @@ def test_damage_is_mended_in_the_same_run(first: tuple[Path, Finished]) -> None:
         "note: 1 of the encoded captions was damaged in the cache and is made again: " in done.out
     )
     assert re.search(
-        r"latents +1 latent to encode, \d+ cached\n(?: +encoded 0/1.*\n)* +encoded 1/1\n", done.out
+        r"latents +1 latent to encode, \d+ cached\n(?: +encoded 0/1.*\n)* +encoded 1/1", done.out
     )
     assert store(cwd) == before
     (run,) = (r for r in runs(cwd) if r.name.endswith("-mending"))

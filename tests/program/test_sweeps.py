@@ -21,8 +21,11 @@ from typing import Any
 import pytest
 from conftest import TOP, Finished
 from hydra._internal.grammar.utils import escape_special_characters
+from in_process import program_here
 
 from runner.cli.overrides import quote
+from runner.config.composed import Composed
+from runner.pipeline import executor
 
 LAUNCHERS = ["basic", "processes"]
 PYTHON_PATH = os.pathsep.join([str(TOP), str(TOP / "tests" / "launcher")])
@@ -352,6 +355,28 @@ def test_no_password_in_an_error(tmp_path: Path, wrong: list[str], sweep: list[s
     done = run(tmp_path, *sweep, *BASE[1:], f"tracking.uri={quote(address(1))}", *wrong)
     assert done.code == 2, done.err
     assert "Traceback" not in done.err and "Error executing job" not in done.err
+    assert_hidden(done, tmp_path)
+
+
+# A mistake of the runner's own is told by its whole traceback, without what is secret in it, and
+# one job's does not stop the others.
+@pytest.mark.parametrize("sweep", [[], ["-m", "network.rank=2,4"]], ids=["single", "sweep"])
+def test_no_password_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: list[str]
+) -> None:
+    def fails(composed: Composed, *_: object) -> None:
+        try:
+            raise KeyError(composed.config.tracking.uri)
+        except KeyError as error:
+            raise RuntimeError(f"at {composed.config.tracking.uri!r}") from error
+
+    monkeypatch.setattr(executor, "prepare", fails)
+    words = [*sweep, *BASE[1:], f"tracking.uri={quote(address(1))}", "tracking=server"]
+    done = program_here(*words, cwd=tmp_path)
+    assert done.code == 1
+    count = 2 if sweep else 1
+    assert done.err.count("Traceback (most") == 2 * count
+    assert done.err.count("RuntimeError: at 'http://ann:***@localhost:1'") == count
     assert_hidden(done, tmp_path)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from runner.core.text import counted
 from runner.data.report.findings import findings
-from runner.data.report.model import Batches, LeftOut, Report, ReportedItem, SourceCounts, Tokens
 from runner.data.report.image_statistics import ImageStatistics
+from runner.data.report.model import Batches, LeftOut, Report, ReportedItem, SourceCounts, Tokens
 from runner.data.select import SelectedItem, Selection, Source, shapes
 from runner.formats.frames import MODEL_FPS, kept_frames
 

@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from runner.core.console import Bar, Console
+from runner.data.report.image_statistics import measure_all
 from runner.data.report.make import make_report
 from runner.data.report.model import Report
-from runner.data.report.image_statistics import measure_all
 from runner.data.report.tokens import count_tokens
 from runner.data.select import Selection, Source
 
