@@ -125,7 +125,7 @@ def context_of(
         inputs=inputs,
         engine=engine,
         run_dir=run_dir,
-        store=SharedCache(inputs.root / "cache"),
+        cache=SharedCache(inputs.root / "cache"),
         console=console or Console.for_stream(sys.stdout),
         writer=NullWriter(),
         plan=plan,

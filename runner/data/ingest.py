@@ -1,4 +1,4 @@
-"""The sources of a config, looked through; a real run unpacks archives in the same pass."""
+"""Scan the sources of a config; a real run also extracts archives in the same pass."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How sources are read. progress: called with a source's path and the media read and found so
-    far. waiting: called when another run is unpacking. keep: whether media of archives go into the
-    store, datasets of the hub are fetched (`watch` shows that), and what is found out is noted;
-    else nothing is written. refused: why a run that was asked for will not begin. force: whether
-    branches of the hub are looked up again."""
+    """Options for scanning sources.
+
+    Attributes:
+        progress: called with a source's path and the numbers of media scanned and in all.
+        waiting: called when another run is extracting the same archive.
+        keep: whether to extract archives into the shared cache, fetch datasets of the hub, and save
+            the scan index; otherwise nothing is written.
+        refused: the reason why the run cannot start; a missing dataset of the hub then raises it.
+        watch: shows the download of a dataset of the hub.
+        force: whether to resolve branches of the hub again.
+    """
 
     progress: Progress | None = None
     waiting: Callable[[], None] = lambda: None
@@ -41,47 +47,53 @@ class ScanOptions:
 def scan_sources(
     config: RunConfig, cwd: Path, store: SharedCache, reading: ScanOptions
 ) -> tuple[Source, ...]:
-    """Look into each source: what media it has, and their captions.
+    """Scan each source for its media and their captions.
 
-    Raises :class:`UserError` for sources that can't be used, and a store that can't be written to.
+    Args:
+        config: the run's config.
+        cwd: the folder that relative paths start at.
+        store: the shared cache.
+        reading: how to scan.
+
+    Raises:
+        UserError: a source can't be used, or the shared cache can't be written to.
     """
     from runner.data.sources import scan
 
-    found: list[Source] = []
+    sources: list[Source] = []
     limit = int(config.dataset.max_archive_gb * 1e9)
-    places = [
-        # All are there before the first is read, which can take long.
-        _place(options, cwd, store, reading)
-        for options in source_options(config.dataset)
+    # Locate all sources first, since scanning takes long.
+    located_sources = [
+        _locate_source(options, cwd, store, reading) for options in source_options(config.dataset)
     ]
-    for place in places:
-        options, task = place.options, config.task.name
+    for located in located_sources:
+        options, task = located.options, config.task.name
         unpacked: list[int] = []
         scanned = scan(
-            place.source_kind,
-            place.path,
+            located.source_kind,
+            located.path,
             max_bytes=limit,
-            progress=_report(reading.progress, place.shown),
+            progress=_report(reading.progress, located.shown),
             memos=store.root / "scans",
             keep=_keep(store, options, task, reading, unpacked.append) if reading.keep else None,
         )
-        found.append(
+        sources.append(
             Source(
                 options,
-                place.source_kind,
-                place.shown,
+                located.source_kind,
+                located.shown,
                 scanned.items,
                 scanned.ignored,
-                place.commit,
+                located.commit,
                 sum(unpacked),
             )
         )
-    return tuple(found)
+    return tuple(sources)
 
 
 @dataclass(frozen=True)
 class _LocatedSource:
-    """Where one source lies on this machine, and as what it is shown."""
+    """The path of one source on this computer, and its name in messages."""
 
     options: SourceOptions
     source_kind: str
@@ -90,7 +102,7 @@ class _LocatedSource:
     commit: str | None = None
 
 
-def _place(
+def _locate_source(
     options: SourceOptions, cwd: Path, store: SharedCache, reading: ScanOptions
 ) -> _LocatedSource:
     from runner.data.sources import locate
@@ -105,13 +117,13 @@ def _place(
     datasets = HubDatasets(store.root)
     if reading.keep:
         with reading.watch() as watcher:
-            here = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
+            dataset = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
     else:
         if reading.refused and datasets.find(options.path, options.revision) is None:
             raise UserError(reading.refused)
-        here = datasets.planned(options.path, options.revision)
-    kind, path = locate(str(here.folder), "auto", cwd=cwd)
-    return _LocatedSource(options, kind, path, str(here), here.commit)
+        dataset = datasets.planned(options.path, options.revision)
+    kind, path = locate(str(dataset.folder), "auto", cwd=cwd)
+    return _LocatedSource(options, kind, path, str(dataset), dataset.commit)
 
 
 def _shown() -> AbstractContextManager[DownloadListener]:
@@ -139,14 +151,14 @@ def _keep(
     unpacked: Callable[[int], None],
 ) -> Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]:
     def keep(
-        entries: Sequence[ListedMedia],
+        media: Sequence[ListedMedia],
     ) -> AbstractContextManager[ArchiveExtractor | None] | None:
-        # What will be refused leaves no trace.
-        if is_refused(entries, options, task):
+        # Write nothing for a source that will be rejected.
+        if is_refused(media, options, task):
             return None
-        if entries[0].archive is None:
+        if media[0].archive is None:
             return nullcontext()
-        return unpacking(entries[0].archive)
+        return unpacking(media[0].archive)
 
     @contextmanager
     def unpacking(archive: Path) -> Iterator[ArchiveExtractor]:
@@ -154,7 +166,7 @@ def _keep(
         from runner.storage.bulk_writer import BulkWriter
 
         with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
-            yield ArchiveExtractor(writer, lambda item: would_be_selected(item, options, task))
+            yield ArchiveExtractor(writer, lambda media: would_be_selected(media, options, task))
         unpacked(writer.added)
 
     return keep

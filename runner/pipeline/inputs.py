@@ -1,4 +1,4 @@
-"""Reads what a plan needs to know from the disk, the card and the environment; writes nothing."""
+"""Collect the inputs of a plan from the disk, the GPU and the environment; writes nothing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from runner.storage.shared_cache import SharedCache
 
 
 def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnvironment:
-    """What is here besides the dataset.
+    """Read everything that a plan depends on, except the dataset.
 
-    Raises :class:`runner.core.errors.UserError` for an engine's Python that can't be asked.
+    Raises:
+        UserError: the engine's Python cannot be started or gives no answer.
     """
     root = absolute(config.output_dir, cwd)
     gpu, no_gpu_reason = find_gpu()
@@ -46,15 +47,16 @@ def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnviron
 
 
 def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Source]) -> Inputs:
-    """Everything that a plan is made from, given what its sources hold.
+    """Combine config, environment and scanned sources into the inputs of a plan.
 
-    Raises :class:`runner.core.errors.UserError` for sources that can't be trained on.
+    Raises:
+        UserError: the sources cannot be trained on.
     """
     fraction = config.dataset.validation_fraction
     chosen = select(sources, task=config.task.name, validation_fraction=fraction)
     weighed, selection = weigh(sources, chosen)
     return Inputs(
-        **{item.name: getattr(environment, item.name) for item in fields(environment)},
+        **{field.name: getattr(environment, field.name) for field in fields(environment)},
         config=config,
         sources=weighed,
         selection=selection,
@@ -64,17 +66,21 @@ def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Sou
 
 
 def refusal(config: RunConfig, environment: RunEnvironment) -> str | None:
-    """Why a run can't begin on this machine, though it can be planned."""
+    """Return the reason why a run can be planned but not started on this computer, or None."""
     for stage in STAGES:
-        if why := stage.refusal(config, environment):
-            return why
+        if reason := stage.refusal(config, environment):
+            return reason
     if environment.engine.missing:
         return f"engine={config.engine.name}: {environment.engine.missing}"
     return None
 
 
 def find_gpu() -> tuple[Gpu | None, str]:
-    """The first card the driver shows, or None with what is so."""
+    """Find the first visible GPU.
+
+    Returns:
+        The GPU and an empty text, or None and the reason.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None, NO_GPU
@@ -88,15 +94,15 @@ def find_gpu() -> tuple[Gpu | None, str]:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
         return None, "nvidia-smi did not answer"
-    said = ((done.stdout + done.stderr).strip().splitlines() or ["it said nothing"])[0]
-    if said.startswith("No devices were found"):
+    answer = ((done.stdout + done.stderr).strip().splitlines() or ["it said nothing"])[0]
+    if answer.startswith("No devices were found"):
         return None, NO_GPU
     if done.returncode:
-        return None, f"nvidia-smi failed ({said.rstrip('.')})"
+        return None, f"nvidia-smi failed ({answer.rstrip('.')})"
     try:
-        name, memory, capability = (part.strip() for part in said.split(","))
+        name, memory, capability = (part.strip() for part in answer.split(","))
         major, minor = capability.split(".")
         return Gpu(name, int(memory) / 1024, (int(major), int(minor))), ""
     except ValueError:
-        # A card that shares the system's memory (GB10) has [N/A] for its own.
-        return None, f"nvidia-smi's answer could not be read ({said})"
+        # A GPU that shares the computer's memory (GB10) reports [N/A].
+        return None, f"nvidia-smi's answer could not be read ({answer})"

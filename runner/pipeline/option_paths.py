@@ -1,4 +1,4 @@
-"""Files and folders that options name besides the dataset: made absolute, and looked into."""
+"""Resolve and check the paths of options other than ``dataset.path``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from runner.engines.base import Engine
 
 
 def resolve_paths(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
-    """``config`` with its paths made absolute: commands run in the run's folder, not in ``cwd``.
+    """Make paths absolute, from ``cwd``, because commands run in the run's folder.
 
-    What the engine alone takes it settles itself. Raises :class:`UserError` for one that is not
-    there, or not what it must be.
+    The engine resolves the paths of its own options.
+
+    Raises:
+        UserError: a path does not exist, or is not what the option needs.
     """
     image, weights = config.sampling.image_path, config.network.weights
     if image is not None:
         image = str(existing_file("sampling.image_path", image, cwd))
     if weights is not None:
         file = existing_file("network.weights", weights, cwd)
-        _fits(config, file)
+        _check_lora(config, file)
         weights = str(file)
     resolved = replace(
         config,
@@ -33,15 +35,15 @@ def resolve_paths(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
     return engine.resolve_paths(resolved, cwd)
 
 
-def _fits(config: RunConfig, file: Path) -> None:
-    """The trainer takes what it can of any file, and says nothing of the rest."""
+def _check_lora(config: RunConfig, file: Path) -> None:
+    """Raise :class:`UserError` for a LoRA that does not fit: the trainer loads just what fits."""
     from runner.formats.lora import describe
 
-    found, network = describe(file), config.network
-    # Saved in bf16, an alpha has three digits.
-    same_alpha = math.isclose(network.alpha, found.alpha, rel_tol=0.01)
-    if (network.name, network.rank) != (found.kind, found.rank) or not same_alpha:
+    info, network = describe(file), config.network
+    # In bf16 alpha is exact to about three digits only.
+    same_alpha = math.isclose(network.alpha, info.alpha, rel_tol=0.01)
+    if (network.name, network.rank) != (info.kind, info.rank) or not same_alpha:
         raise UserError(
-            f"network.weights={file} is not of the run's kind, rank and alpha: add "
-            f"network={found.kind} network.rank={found.rank} network.alpha={found.alpha:g}."
+            f"network.weights={file} does not have the run's network, rank and alpha: add "
+            f"network={info.kind} network.rank={info.rank} network.alpha={info.alpha:g}."
         )

@@ -1,8 +1,8 @@
-"""The shared cache: finished work under ``outputs/cache``, named by what went into it.
+"""The shared cache: finished results under ``outputs/cache``, keyed by a digest of their inputs.
 
-An entry is written under a temporary name, synced and renamed, and is read-only from then on. Its
-note, ``<name>.json`` beside it, says what made it, and its size and digest, by which damage is
-found. Who makes and who uses entries at the moment is told by :mod:`runner.storage.leases`.
+An entry is written under a temporary name, synced and renamed, and is read-only from then on.
+``<key>.json`` beside it records its cache inputs, size and SHA-256, so that damage can be detected.
+:mod:`runner.storage.leases` records which process is making or using an entry.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from runner.core.file_identity import Identity, identity_of
 Namespace = Literal["media", "latents", "text"]
 NAMESPACES: tuple[Namespace, ...] = ("media", "latents", "text")
 
-# What can be wrong with an entry that is counted on.
+# What can be wrong with an entry that a run needs.
 Fault = Literal["absent", "damaged", "unchecked"]
 
 _CHUNK = 1 << 20
-# More readers than this gain nothing on a local disk, and some on a shared one.
+# Threads that read entries; more bring nothing on a local disk and little on a network disk.
 _READERS = 8
-# Between an entry's note and its file, when both are replaced, far less than this goes by.
+# Longer than it takes to replace an entry's .json and then its file.
 _REPLACE_SECONDS = 0.1
 
 
 def json_digest(cache_inputs: Mapping[str, Any]) -> str:
-    """The name of an entry: a digest of everything it is made of."""
+    """Digest a JSON object, whatever the order of its keys."""
     text = json.dumps(cache_inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 def cache_key(cache_inputs: Mapping[str, Any]) -> str:
-    """The name in the store of a cache entry made of this."""
+    """Return the key of the latents or text entry with these cache inputs."""
     return json_digest(cache_inputs) + ".safetensors"
 
 
 def link(target: Path, place: Path) -> None:
-    """Put ``target`` at ``place``: a symbolic link, or a copy where links can't be made."""
+    """Make ``place`` a symbolic link to ``target``, or a copy where links can't be made."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     try:
@@ -56,7 +56,7 @@ def link(target: Path, place: Path) -> None:
 
 
 def digest_of(file: Path) -> str:
-    """The sha256 of a file's bytes, hex. Other threads go on meanwhile."""
+    """Return the SHA-256 of a file in hex; other threads can run meanwhile."""
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
     view = memoryview(buffer)
     with file.open("rb", buffering=0) as stream:
@@ -67,7 +67,7 @@ def digest_of(file: Path) -> str:
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """What an entry's note says of its bytes; None where it was written before that was noted."""
+    """Size and SHA-256 from an entry's .json; None if an old version wrote it without them."""
 
     size: int | None
     sha256: str | None
@@ -75,10 +75,14 @@ class EntryInfo:
 
 @dataclass(frozen=True)
 class FinishedFile:
-    """A finished file that is to become the entry ``name``.
+    """A finished file that is to be committed as an entry.
 
-    sha256: of its bytes, where that is known already. replace: whether it takes the place of an
-    entry that is there.
+    Attributes:
+        name: the key of the entry.
+        file: the file, which is moved.
+        cache_inputs: what the file was made from.
+        sha256: the digest of its bytes, if already known.
+        replace: whether it replaces an existing entry.
     """
 
     name: str
@@ -89,30 +93,31 @@ class FinishedFile:
 
 
 class SharedCache:
-    """Entries on three shelves: extracted media, latents and text embeddings.
+    """Entries in three namespaces: extracted media, latents and text embeddings.
 
-    ``shelf/name`` is what an entry is called where shelves mix.
+    Where namespaces mix, an entry is named by its full key, ``namespace/key``.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        # The digest of each file that was read, by what tells that the file is still the same.
+        # Digests of the files read so far, and the identity of the file that each is valid for.
         self._read: dict[Path, tuple[Identity, str]] = {}
 
     def path(self, namespace: str, name: str) -> Path:
-        """Where an entry lies, or will lie."""
+        """Return the path of an entry, whether it exists or not."""
         return Path(self.root, namespace, name[:2], name)
 
     def place(self, full_key: str) -> Path:
-        """Where the entry called ``shelf/name`` lies, or will lie."""
+        """Return the path of the entry with this full key, whether it exists or not."""
         namespace, _, name = full_key.partition("/")
         return self.path(namespace, name)
 
     def has(self, namespace: str, name: str) -> bool:
+        """Return whether the entry exists."""
         return self.path(namespace, name).is_file()
 
     def names(self) -> frozenset[str]:
-        """``shelf/name`` of every entry."""
+        """Return the full keys of all entries."""
         return frozenset(
             f"{namespace}/{name}" for namespace in NAMESPACES for name in self._files(namespace)
         )
@@ -133,33 +138,37 @@ class SharedCache:
         *,
         replace: bool = False,
     ) -> Path:
-        """Move one finished ``file`` into the store as :meth:`commit_all` does; its place there."""
+        """Move one finished file into the cache as :meth:`commit_all` does.
+
+        Returns:
+            Its path in the cache.
+        """
         self.commit_all(namespace, [FinishedFile(name, file, cache_inputs, replace=replace)])
         return self.path(namespace, name)
 
     def commit_all(self, namespace: str, arrivals: Iterable[FinishedFile]) -> None:
-        """Move finished files into the store, synced together before the first is renamed.
+        """Move finished files into the cache, all synced before the first is renamed.
 
-        An entry that is there already stays, unless it is to be replaced: whoever reads it then
-        has the old file or the new one, whole, at any moment. So it is after a power cut.
+        Existing entries are kept unless ``replace`` is set. Replacing is atomic: readers see the
+        complete old file or the complete new one, also after a power failure.
         """
         wanted: list[tuple[FinishedFile, Path, Path]] = []
         try:
-            for one in arrivals:
-                if one.replace or not self.has(namespace, one.name):
-                    place = self.path(namespace, one.name)
-                    note = _write_note(one, place)
-                    wanted.append((one, place, note))
-                    one.file.chmod(0o444)
+            for finished in arrivals:
+                if finished.replace or not self.has(namespace, finished.name):
+                    place = self.path(namespace, finished.name)
+                    note = _write_note(finished, place)
+                    wanted.append((finished, place, note))
+                    finished.file.chmod(0o444)
                 else:
-                    one.file.unlink()
-            for one, _, note in wanted:
-                sync(one.file)
+                    finished.file.unlink()
+            for finished, _, note in wanted:
+                sync(finished.file)
                 sync(note)
-            for one, place, note in wanted:
-                # The note comes first: an entry without its note was never finished.
+            for finished, place, note in wanted:
+                # The .json comes first: an entry without one was never finished.
                 note.replace(note_of(place))
-                _move(one.file, place)
+                _move(finished.file, place)
             for folder in {place.parent for _, place, _ in wanted}:
                 sync(folder)
         finally:
@@ -168,50 +177,58 @@ class SharedCache:
 
     def faults(
         self,
-        full_key: Collection[str],
+        full_keys: Collection[str],
         *,
         read: bool,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, Fault]:
-        """Which of these entries can't be counted on, and why; their sizes are compared always.
+        """Find the faulty ones of these entries; their sizes are always compared.
 
-        With ``read`` their bytes are too, those of each file once in the life of this object.
-        ``unchecked`` are entries whose note has no digest: they were made by a version that
-        noted none, and nothing can vouch for them. ``progress`` gets the bytes read and to read.
+        Args:
+            full_keys: the entries to check.
+            read: also compare the SHA-256; each file is read at most once per SharedCache.
+            progress: called with the bytes read so far and in all.
+
+        Returns:
+            The fault of each faulty entry. ``unchecked`` means that an old version wrote the entry
+            without a digest, so that it cannot be verified.
         """
-        found = self._find_faults(full_key, read, progress or (lambda _done, _total: None))
-        damaged = [one for one, fault in found.items() if fault == "damaged"]
+        faults = self._find_faults(full_keys, read, progress or (lambda _done, _total: None))
+        damaged = [full_key for full_key, fault in faults.items() if fault == "damaged"]
         if damaged:
-            # Another process may be at replacing them, note first and then file.
+            # Another process may be replacing them right now, the .json first, then the file.
             time.sleep(_REPLACE_SECONDS)
-            for one in damaged:
-                del found[one]
-            found |= self._find_faults(damaged, read, lambda _done, _total: None)
-        return found
+            for full_key in damaged:
+                del faults[full_key]
+            faults |= self._find_faults(damaged, read, lambda _done, _total: None)
+        return faults
 
     def _find_faults(
-        self, full_key: Collection[str], read: bool, progress: Callable[[int, int], None]
+        self, full_keys: Collection[str], read: bool, progress: Callable[[int, int], None]
     ) -> dict[str, Fault]:
-        found: dict[str, Fault] = {}
+        faults: dict[str, Fault] = {}
         to_read: dict[str, int] = {}
-        for one in full_key:
-            fault, size = self._glance(self.place(one), read=read)
+        for full_key in full_keys:
+            fault, size = self._check_entry(self.place(full_key), read=read)
             if fault:
-                found[one] = fault
+                faults[full_key] = fault
             elif size:
-                to_read[one] = size
+                to_read[full_key] = size
         if to_read:
             self._read_all(to_read, progress)
-        for one in to_read:
-            fault, size = self._glance(self.place(one), read=True)
+        for full_key in to_read:
+            fault, size = self._check_entry(self.place(full_key), read=True)
             if fault or size:
-                found[one] = fault or "damaged"
-        return found
+                faults[full_key] = fault or "damaged"
+        return faults
 
-    def _glance(self, place: Path, *, read: bool) -> tuple[Fault | None, int]:
-        """What is wrong with an entry as far as is known, and the bytes to read to know the rest.
+    def _check_entry(self, place: Path, *, read: bool) -> tuple[Fault | None, int]:
+        """Check one entry without reading the file: its .json, its size, and known digests.
 
-        Note and file are looked at anew each time: other processes replace them.
+        Both files are looked up each time, since other processes may replace them.
+
+        Returns:
+            Its fault if one is known, and how many bytes must be read to decide; 0 for none.
         """
         try:
             stat = place.stat()
@@ -228,26 +245,26 @@ class SharedCache:
             return None, 0
         known = self._read.get(place)
         if known is None or known[0] != identity_of(stat):
-            # One byte at least, so that an empty file is looked at too.
+            # At least 1, so that an empty file is checked as well.
             return None, stat.st_size or 1
         return ("damaged" if known[1] != note.sha256 else None), 0
 
     def _read_all(self, sizes: Mapping[str, int], progress: Callable[[int, int], None]) -> None:
-        """Take the digests of these entries."""
+        """Compute the digests of these entries, in several threads."""
         from concurrent.futures import ThreadPoolExecutor, as_completed
 
         total, done = sum(sizes.values()), 0
-        # An affinity mask, as Slurm sets one, leaves fewer cores than the machine has.
+        # An affinity mask (Slurm) may allow fewer cores than this computer has.
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
         pool = ThreadPoolExecutor(min(_READERS, max(2, count)), "check")
         try:
-            futures = {pool.submit(self._read_one, self.place(one)): one for one in sizes}
+            futures = {pool.submit(self._read_one, self.place(key)): key for key in sizes}
             for future in as_completed(futures):
                 future.result()
                 done += sizes[futures[future]]
                 progress(done, total)
         finally:
-            # A signal need not wait for files that nobody has begun to read.
+            # On a signal, cancel the reads that have not started.
             pool.shutdown(cancel_futures=True)
 
     def _read_one(self, place: Path) -> None:
@@ -257,19 +274,19 @@ class SharedCache:
             return
         try:
             self._read[place] = (before, digest_of(place))
-        except OSError:  # A disk that can't read it is damage too.
+        except OSError:  # A file that the disk can't read counts as damaged.
             self._read[place] = (before, "")
 
 
 def note_of(place: Path) -> Path:
-    """Where the note of the entry at ``place`` lies."""
+    """Return the path of the .json of the entry at ``place``."""
     return place.with_name(place.name + ".json")
 
 
 def _write_note(arrival: FinishedFile, place: Path) -> Path:
-    """Write a file's note, under a hidden name beside the place where that will lie.
+    """Write an entry's .json under a temporary name, next to the final path of the entry.
 
-    Not beside the file: an engine that is still at work deletes there what it does not know.
+    Not in the engine's output folder: an engine that is still running deletes unknown files there.
     """
     note = {
         "bytes": arrival.file.stat().st_size,
@@ -284,7 +301,7 @@ def _write_note(arrival: FinishedFile, place: Path) -> Path:
 
 
 def _move(file: Path, place: Path) -> None:
-    """Rename a synced file, or copy it whole where its place is on another file system."""
+    """Rename a synced file, or copy it atomically from another file system."""
     try:
         file.replace(place)
     except OSError:
@@ -295,7 +312,7 @@ def _move(file: Path, place: Path) -> None:
 
 
 def read_note(place: Path) -> EntryInfo | None:
-    """What the note of the entry at ``place`` says of it; None when there is none to be read."""
+    """Read the .json of the entry at ``place``; None when it is missing or not readable."""
     try:
         note = json.loads(note_of(place).read_bytes())
     except (OSError, ValueError):
@@ -306,9 +323,9 @@ def read_note(place: Path) -> EntryInfo | None:
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted by name; nothing when there is no such folder."""
+    """List the files and folders in a folder, sorted by name; nothing when it is missing."""
     try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda one: one.name)
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return []

@@ -90,7 +90,8 @@ def test_sources_are_typed_and_inherit() -> None:
 BROKEN = {
     "name=../x": "name='../x' can't be a folder's name: leave out / and \\.",
     "network.include=['[']": (
-        "network.include: '[' is no regular expression: unterminated character set at position 0."
+        "network.include: '[' is not a regular expression: "
+        "unterminated character set at position 0."
     ),
     "engine.extra_args=[--huggingface_token,hf_x]": (
         "engine.extra_args holds --huggingface_token: a secret on a command line can be read by "

@@ -135,7 +135,7 @@ def test_nothing_is_looked_at_twice(
     files[0].write_text(files[0].read_text()[:50])
     files[1].write_text("{}")
     assert looked(folder, "folder", cache, keep=True) == first
-    monkeypatch.setattr(looking, "LOOK_VERSION", looking.STATISTICS_VERSION + 1)
+    monkeypatch.setattr(looking, "STATISTICS_VERSION", looking.STATISTICS_VERSION + 1)
     looked(folder, "folder", cache, keep=True)
     assert len(sorted(cache.rglob("*.json"))) == 2 * len(first)
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     assert set(looks) == {items[0].sha256}
     config = compose("dataset.resolution=[256,256]")
     made = report_of(config, fake_facts(config, items), looks)
-    (unseen,) = (finding for finding in made.findings if finding.kind == "unseen")
+    (unseen,) = (finding for finding in made.findings if finding.category == "unseen")
     assert [made.media[i].name for case in unseen.cases for i in case.media] == ["1.jpg", "2.jpg"]
 
 

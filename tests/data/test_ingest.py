@@ -467,7 +467,7 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
     os.utime(tmp_path / "made" / "p1.png")
     check_unchanged(items)
     make_image(tmp_path / "made" / "p1.png", (8, 8))
-    with pytest.raises(UserError, match=r"p1\.png has changed since it was looked at"):
+    with pytest.raises(UserError, match=r"p1\.png has changed since it was scanned"):
         check_unchanged(items)
     (tmp_path / "made" / "p1.png").unlink()
     with pytest.raises(UserError, match=r"p1\.png can't be read"):
@@ -484,7 +484,7 @@ def test_an_edit_of_equal_size_is_noticed(tmp_path: Path) -> None:
     # At another time, which the clock of a file system need not tell within a moment.
     os.utime(picture, ns=(1, 1))
     assert picture.stat().st_size == len(data)
-    with pytest.raises(UserError, match=r"a\.png has changed since it was looked at"):
+    with pytest.raises(UserError, match=r"a\.png has changed since it was scanned"):
         check_unchanged(items)
 
 

@@ -52,7 +52,7 @@ def test_i2v_leaves_a_source_of_pictures_out() -> None:
     with pytest.raises(UserError) as caught:
         select([stills, replace(moves, items=stills.items)], task="i2v", validation_fraction=0)
     assert str(caught.value) == (
-        "task=i2v learns motion from clips, and stills, moves have pictures alone (2): add clips, "
+        "task=i2v learns motion from clips, and stills, moves have only pictures (2): add clips, "
         "or take task=t2v."
     )
 
@@ -71,7 +71,7 @@ def test_short_clips_are_named() -> None:
 def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
     chosen = selection([fake_item("a.mp4")], "dataset.source_fps=12")
     assert [crop.frames for crop in chosen.items[0].crops] == [1, 13]
-    assert "targets of 25 frames are lost" in chosen.notices[0]
+    assert "cuts no crops of 25 frames" in chosen.notices[0]
     assert selection([fake_item("a.mp4")]).notices == ()
 
 
@@ -120,8 +120,8 @@ def test_the_split_is_by_content() -> None:
     assert held_out(0.1, items[:100]) == {name for name in small if int(name[:-4]) < 100}
     none = selection(items[:1], "dataset.validation_fraction=0.001")
     assert none.notices == (
-        "dataset.validation_fraction=0.001 holds out none of the 1 items, which is chance with "
-        "few: raise it.",
+        "dataset.validation_fraction=0.001 holds out none of the 1 items (this can happen with "
+        "few items): raise it.",
     )
     assert not is_held_out("f" * 64, 0.999)
     assert not is_held_out("0" * 64, 0.0)

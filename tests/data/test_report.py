@@ -268,7 +268,7 @@ def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {f"m{index}" for index in range(len(made.media))} <= set(ids)
-    assert {f"finding-{finding.kind}" for finding in made.findings} <= set(ids)
+    assert {f"finding-{finding.category}" for finding in made.findings} <= set(ids)
     links = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
     assert {link[1:] for link in links if link} <= set(ids)
     assert sum(tag == "svg" for tag, _ in page.elements) == 3

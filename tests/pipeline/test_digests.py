@@ -11,8 +11,9 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.config import schema
+from runner.config.option import option, part
 from runner.config.rules import value_of
-from runner.config.schema import Option, RunConfig, option, options, part
+from runner.config.schema import Option, RunConfig, options
 from runner.engines.base import Gpu
 from runner.engines.registry import engine_named
 from runner.pipeline.digests import COUNTS, FIRST_DEFAULTS, fingerprint, resume_key

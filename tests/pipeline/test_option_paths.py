@@ -65,7 +65,7 @@ def test_a_rounded_alpha_is_the_same(tmp_path: Path) -> None:
         (lora(4, 1), "add network=lora network.rank=4 network.alpha=1."),
         (to_comfyui(lora(4, 2), None)[0], "is a LoRA for ComfyUI"),
         (to_comfyui(whole_lora(), None)[0], "is a LoRA for ComfyUI"),
-        ({"other": torch.zeros(1)}, "is no LoRA of this model"),
+        ({"other": torch.zeros(1)}, "is not a LoRA of this model"),
         (
             {f"{NAME}.hada_w1_b": torch.zeros(4, 8), f"{NAME}.alpha": torch.tensor(2.0)},
             "add network=loha network.rank=4 network.alpha=2.",

@@ -128,7 +128,7 @@ def test_skipping_training_skips_what_needs_its_lora() -> None:
 # An 8-bit optimizer is refused before any work where there is no card for it.
 def test_8_bit_needs_a_card() -> None:
     config = compose(*BASES["diffusers"], "optimizer=lion8bit")
-    with pytest.raises(UserError, match="optimizer=lion8bit needs an NVIDIA card"):
+    with pytest.raises(UserError, match="optimizer=lion8bit needs an NVIDIA GPU"):
         plan_of(config, fake_facts(config, MEDIA))
 
 

@@ -13,7 +13,7 @@ from runner.pipeline.model import CacheEntry, StagePlan, State
 from runner.pipeline.verify import EntryFault, new_use_lease, notices
 
 
-# A fault is said to be mended by the stage whose work the shelf holds, unless that one is skipped;
+# A notice names the namespace of the faulty entries, whose stage makes them again unless skipped;
 # what is skipped besides does not matter.
 @pytest.mark.parametrize(
     ("namespace", "stage", "others"),

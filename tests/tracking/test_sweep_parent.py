@@ -119,7 +119,7 @@ def test_the_parent_holds_a_summary(store: SharedCache) -> None:
         for rank, loss in [(8, 0.3), (16, 0.1), (32, float("nan")), (64, None)]
     }
     close_parent(store, "FINISHED")
-    [table] = store.outputs.glob("mlartifacts/*/artifacts/parent_run.csv")
+    [table] = store.outputs.glob("mlartifacts/*/artifacts/sweep.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     fields = ["name", "status", "network.rank", "eval/loss", "loss/average", "run_id"]

@@ -1,4 +1,4 @@
-"""From sources, selection, looks and caption lengths to a report; pure."""
+"""Make a report from sources, selection, image statistics and caption lengths; pure."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ def make_report(
     statistics: Mapping[str, ImageStatistics] | None,
     tokens: Mapping[str, Tokens],
 ) -> Report:
-    """Judge a dataset.
+    """Make the report on a dataset.
 
-    looks: by sha256; media that could not be looked at have none; None when nobody looked.
-    tokens: the lengths of the captions that may be too long for the encoder.
+    Args:
+        sources: the run's sources.
+        selection: the run's items.
+        task: t2v or i2v.
+        statistics: image statistics by SHA-256, without media that could not be read; None when
+            nothing was measured.
+        tokens: the lengths of the captions that may be too long for the encoder.
     """
-    media = tuple(_medium(item, sources, statistics or {}) for item in selection.items)
+    media = tuple(_reported(item, sources, statistics or {}) for item in selection.items)
     left_out = tuple(_left_out(sources, selection, task))
     batches = tuple(
         Batches(shape, samples, sources[shape.source].options.batch_size)
@@ -44,7 +49,7 @@ def make_report(
     )
 
 
-def _medium(
+def _reported(
     item: SelectedItem, sources: Sequence[Source], statistics: Mapping[str, ImageStatistics]
 ) -> ReportedItem:
     (width, height), bucket = item.media.size, item.bucket
@@ -67,19 +72,19 @@ def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Ite
     for index, source in enumerate(sources):
         for name, why in source.ignored:
             yield LeftOut(index, name, why)
-        for item in source.items:
-            if (index, item) in used:
+        for media in source.items:
+            if (index, media) in used:
                 continue
-            if source.options.regularisation and item.media_kind == "image" and task != "i2v":
-                why = "not drawn: the set's weight takes a part of it"
-            elif not item.caption and source.options.default_caption is None:
-                why = "it has no caption"
-            elif item.media_kind == "image" and task == "i2v":
-                why = "task=i2v learns from clips alone"
+            if source.options.regularisation and media.media_kind == "image" and task != "i2v":
+                reason = "not drawn: the set's weight takes a part of it"
+            elif not media.caption and source.options.default_caption is None:
+                reason = "it has no caption"
+            elif media.media_kind == "image" and task == "i2v":
+                reason = "task=i2v learns from clips alone"
             else:
-                kept = len(kept_frames(item.frames, source.options.extraction.source_fps))
-                why = f"{counted(kept, 'frame')}, fewer than every target"
-            yield LeftOut(index, item.name, why)
+                kept = len(kept_frames(media.frames, source.options.extraction.source_fps))
+                reason = f"{counted(kept, 'frame')}, fewer than every target"
+            yield LeftOut(index, media.name, reason)
 
 
 def _counts(

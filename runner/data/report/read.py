@@ -1,4 +1,4 @@
-"""Gather what a report needs: pixels, or what was kept of them, and lengths of captions."""
+"""Gather the data of a report: image statistics and caption lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.data.report.model import Report
 from runner.data.report.tokens import count_tokens
 from runner.data.select import Selection, Source
 
-# A bar that is gone within a second only distracts.
+# Seconds before a bar is shown; one that disappears at once only distracts.
 _PATIENCE = 1.0
 
 
@@ -28,16 +28,16 @@ def read_report(
     tokenizer: Path | None,
     keep: bool,
 ) -> Report:
-    """The report on a run's dataset.
+    """Make the report on a run's dataset.
 
     Args:
         sources: the run's sources.
-        selection: its items.
-        console: where a bar is shown when it takes a while.
+        selection: the run's items.
+        console: shows a bar when it takes a while.
         task: t2v or i2v.
-        statistics_folder: the folder of image statistics that were measured before.
-        tokenizer: the folder of the text encoder's tokenizer; None where it is not here.
-        keep: whether statistics that are measured now are written there.
+        statistics_folder: the folder of stored image statistics.
+        tokenizer: the folder of the text encoder's tokenizer; None if it is not on this computer.
+        keep: whether to store new image statistics in the folder.
     """
     started = time.monotonic()
     bars: list[Bar] = []
@@ -45,11 +45,11 @@ def read_report(
 
         def progress(done: int, total: int) -> None:
             if not bars and time.monotonic() - started >= _PATIENCE:
-                bars.append(stack.enter_context(console.bar("looking at media", total)))
+                bars.append(stack.enter_context(console.bar("media measured", total)))
             if bars:
                 bars[0].update(done)
 
-        seen = measure_all(
+        statistics = measure_all(
             (item.media for item in selection.items),
             statistics_folder,
             keep=keep,
@@ -57,5 +57,9 @@ def read_report(
         )
     captions = (item.caption for item in selection.items)
     return make_report(
-        sources, selection, task=task, statistics=seen, tokens=count_tokens(captions, tokenizer)
+        sources,
+        selection,
+        task=task,
+        statistics=statistics,
+        tokens=count_tokens(captions, tokenizer),
     )

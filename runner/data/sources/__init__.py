@@ -1,7 +1,7 @@
-"""Where media come from: a zip archive, a folder, a JSONL file, a dataset of the Hugging Face hub,
-or the sample of the runner.
+"""Sources of media: a zip archive, a folder, a JSONL file, a dataset of the Hugging Face hub, or
+the runner's own sample.
 
-Nothing here trusts an archive: `check_archive` looks at all of it before anything is written.
+Archives are not trusted: :func:`check_archive` checks all members before anything is written.
 PIL and PyAV are imported where they are used, so that importing this package is quick.
 """
 

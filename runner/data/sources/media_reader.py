@@ -1,4 +1,4 @@
-"""One medium read: what it is, and where a run unpacks it, its bytes kept."""
+"""Read one media file: its properties, and for a real run a copy in the shared cache."""
 
 from __future__ import annotations
 
@@ -23,126 +23,132 @@ from runner.formats.bucket import Size
 from runner.storage.bulk_writer import BulkWriter, CacheNotWritable, Write
 
 CHUNK = 1 << 20
-# A medium of an archive that is not kept is held in memory up to this size, else in the temporary
-# folder of the system; so are pictures in any case.
+# A media file of an archive that is not extracted is held in memory up to this size, else in the
+# temporary folder of the system.
 IN_MEMORY = 16 << 20
 
 
 @dataclass(frozen=True)
 class ArchiveExtractor:
-    """Takes the media of an archive into the store as they are read, those that `wanted` likes."""
+    """Extracts media of an archive into the cache while they are read, if ``wanted`` says so."""
 
     writer: BulkWriter
     wanted: Callable[[SourceMedia], bool]
 
-    def takes(self, item: SourceMedia) -> bool:
-        return self.wanted(item) and self.writer.claim(item.cache_key)
+    def takes(self, media: SourceMedia) -> bool:
+        """Return whether the caller is to extract the media."""
+        return self.wanted(media) and self.writer.claim(media.cache_key)
 
-    def write(self, item: SourceMedia, data: bytes) -> None:
-        """Keep a medium that is held in memory, or the RGB picture made of it."""
-        kept = rgb_png(io.BytesIO(data)) if item.as_rgb else data
-        digest = hashlib.sha256(kept).hexdigest() if item.as_rgb else item.sha256
-        file = self.writer.write(lambda write: write(kept))
-        self.writer.add(file, item.cache_key, item.cache_inputs, digest)
+    def write(self, media: SourceMedia, data: bytes) -> None:
+        """Commit media that are held in memory, or the RGB picture made from them."""
+        content = rgb_png(io.BytesIO(data)) if media.as_rgb else data
+        digest = hashlib.sha256(content).hexdigest() if media.as_rgb else media.sha256
+        file = self.writer.write(lambda write: write(content))
+        self.writer.add(file, media.cache_key, media.cache_inputs, digest)
 
-    def add(self, item: SourceMedia, file: Path) -> None:
-        """Keep a medium that was written to `file`."""
-        self.writer.add(file, item.cache_key, item.cache_inputs, item.sha256)
+    def add(self, media: SourceMedia, file: Path) -> None:
+        """Commit media that were written to ``file``."""
+        self.writer.add(file, media.cache_key, media.cache_inputs, media.sha256)
 
 
 @dataclass(frozen=True)
 class MediaReader:
-    """Looks at entries of one source, from several threads.
+    """Reads listed media of one source; can be called from several threads.
 
-    archive: the identity of the archive they lie in, None for other sources. stop: set when nobody
-    waits for an answer any more.
+    Attributes:
+        extractor: extracts media of an archive, None to write nothing.
+        archive: the identity of the archive, None for other sources.
+        stop: set to cancel reading.
     """
 
     extractor: ArchiveExtractor | None
     archive: Identity | None
     stop: threading.Event
 
-    def __call__(self, entry: ListedMedia) -> tuple[SourceMedia | str, int]:
-        """The item, or why it is left out; and when the reading began.
+    def __call__(self, listed: ListedMedia) -> tuple[SourceMedia | str, int]:
+        """Read one media file.
 
-        Raises CannotKeep when the store can't be written to.
+        Returns:
+            Its properties or the reason why it is left out, and when reading began (nanoseconds).
+
+        Raises:
+            CacheNotWritable: the shared cache can't be written to.
         """
         began = time.time_ns()
         try:
-            entry.name.encode()
+            listed.name.encode()
         except UnicodeEncodeError:
             return "its file name is not UTF-8: rename it", began
-        if entry.file is not None and not entry.file.is_file():
-            return "can't be read: it is a broken link or no regular file", began
+        if listed.file is not None and not listed.file.is_file():
+            return "can't be read: it is a broken link or not a regular file", began
         try:
-            return self._item(entry), began
+            return self._read(listed), began
         except (CacheNotWritable, CancelledError):
             raise
         except Exception as error:
-            # Decoders raise all kinds of errors on damaged data, and one bad file must not end a
-            # scan.
+            # Decoders raise all kinds of errors on damaged data; one bad file must not end a scan.
             if type(error).__name__ == "UnidentifiedImageError":
-                return "can't be read: it is no picture", began
-            why = getattr(error, "strerror", None) or error or type(error).__name__
-            return f"can't be read: {why}", began
+                return "can't be read: it is not a picture", began
+            reason = getattr(error, "strerror", None) or error or type(error).__name__
+            return f"can't be read: {reason}", began
 
-    def _item(self, entry: ListedMedia) -> SourceMedia:
-        with entry.open() as stream:
-            if entry.file is not None:
-                return self._of_file(entry, stream)
-            if entry.media_kind == "image" and entry.size <= IN_MEMORY:
-                return self._of_small_member(entry, stream)
+    def _read(self, listed: ListedMedia) -> SourceMedia:
+        with listed.open() as stream:
+            if listed.file is not None:
+                return self._of_file(listed, stream)
+            if listed.media_kind == "image" and listed.size <= IN_MEMORY:
+                return self._of_small_member(listed, stream)
             if self.extractor is None:
-                return self._of_member(entry, stream)
-            return self._of_kept_member(entry, stream, self.extractor)
+                return self._of_member(listed, stream)
+            return self._of_kept_member(listed, stream, self.extractor)
 
-    def _of_file(self, entry: ListedMedia, stream: BinaryIO) -> SourceMedia:
-        assert entry.file is not None
+    def _of_file(self, listed: ListedMedia, stream: BinaryIO) -> SourceMedia:
+        assert listed.file is not None
         before = identity_of(os.fstat(stream.fileno()))
-        if entry.media_kind == "image" and before[2] <= IN_MEMORY:
+        if listed.media_kind == "image" and before[2] <= IN_MEMORY:
             data = stream.read()
             digest, length = hashlib.sha256(data).hexdigest(), len(data)
             properties = _image(io.BytesIO(data))
         else:
             digest, length = hashed(stream, None, self.stop)
             stream.seek(0)
-            properties = _image(stream) if entry.media_kind == "image" else _video(entry.file)
-        return _made(entry, digest, length, properties, before)
+            properties = _image(stream) if listed.media_kind == "image" else _video(listed.file)
+        return _make_media(listed, digest, length, properties, before)
 
-    def _of_small_member(self, entry: ListedMedia, stream: BinaryIO) -> SourceMedia:
+    def _of_small_member(self, listed: ListedMedia, stream: BinaryIO) -> SourceMedia:
         data = stream.read()
         properties = _image(io.BytesIO(data))
         digest = hashlib.sha256(data).hexdigest()
-        item = _made(entry, digest, len(data), properties, self.archive)
-        if self.extractor is not None and self.extractor.takes(item):
-            self.extractor.write(item, data)
-        return item
+        media = _make_media(listed, digest, len(data), properties, self.archive)
+        if self.extractor is not None and self.extractor.takes(media):
+            self.extractor.write(media, data)
+        return media
 
-    def _of_member(self, entry: ListedMedia, stream: BinaryIO) -> SourceMedia:
+    def _of_member(self, listed: ListedMedia, stream: BinaryIO) -> SourceMedia:
         with cast(BinaryIO, SpooledTemporaryFile(IN_MEMORY)) as held:
             digest, length = hashed(stream, held.write, self.stop)
             held.seek(0)
-            properties = _image(held) if entry.media_kind == "image" else _video(held)
-            return _made(entry, digest, length, properties, self.archive)
+            properties = _image(held) if listed.media_kind == "image" else _video(held)
+            return _make_media(listed, digest, length, properties, self.archive)
 
     def _of_kept_member(
-        self, entry: ListedMedia, stream: BinaryIO, extractor: ArchiveExtractor
+        self, listed: ListedMedia, stream: BinaryIO, extractor: ArchiveExtractor
     ) -> SourceMedia:
         hashes: list[tuple[str, int]] = []
         file = extractor.writer.write(lambda write: hashes.append(hashed(stream, write, self.stop)))
         try:
-            properties = _image_in(file) if entry.media_kind == "image" else _video(file)
-            item = _made(entry, *hashes[0], properties, self.archive)
-            if extractor.takes(item):
-                if not item.as_rgb:
-                    extractor.add(item, file)
-                    return item
-                extractor.write(item, file.read_bytes())
+            properties = _image_in(file) if listed.media_kind == "image" else _video(file)
+            media = _make_media(listed, *hashes[0], properties, self.archive)
+            if extractor.takes(media):
+                if not media.as_rgb:
+                    extractor.add(media, file)
+                    return media
+                extractor.write(media, file.read_bytes())
         except BaseException:
             file.unlink(missing_ok=True)
             raise
         file.unlink()
-        return item
+        return media
 
 
 @dataclass(frozen=True)
@@ -168,26 +174,26 @@ def _video(source: Path | BinaryIO) -> _MediaProperties:
     return _MediaProperties(size, frames, fps, None)
 
 
-def _made(
-    entry: ListedMedia,
+def _make_media(
+    listed: ListedMedia,
     digest: str,
     length: int,
     properties: _MediaProperties,
     identity: Identity | None,
 ) -> SourceMedia:
     return SourceMedia(
-        name=entry.name,
-        media_kind=entry.media_kind,
+        name=listed.name,
+        media_kind=listed.media_kind,
         sha256=digest,
         bytes=length,
         size=properties.size,
         frames=properties.frames,
         fps=properties.fps,
         mode=properties.mode,
-        caption=entry.caption,
-        file=entry.file,
-        archive=entry.archive,
-        member=entry.member,
+        caption=listed.caption,
+        file=listed.file,
+        archive=listed.archive,
+        member=listed.member,
         identity=identity,
     )
 
@@ -197,7 +203,7 @@ def hashed(
     write: Write | Callable[[bytes], object] | None,
     stop: threading.Event | None = None,
 ) -> tuple[str, int]:
-    """Sha256 and number of bytes of what is left in `source`, each given to `write`."""
+    """Read the rest of ``source``, pass it to ``write``, and return its SHA-256 and length."""
     digest, length = hashlib.sha256(), 0
     while data := source.read(CHUNK):
         if stop is not None and stop.is_set():
@@ -210,11 +216,11 @@ def hashed(
 
 
 def rgb_png(stream: BinaryIO) -> bytes:
-    """A picture as an RGB PNG."""
+    """Convert a picture to an RGB PNG."""
     from PIL import Image
 
     out = io.BytesIO()
     with Image.open(stream) as image:
-        # Unpacked once and read soon: worth little time to make small.
+        # Compression is not worth the time here.
         to_rgb(image).save(out, "PNG", compress_level=1)
     return out.getvalue()

@@ -1,7 +1,7 @@
-"""What was found out about media, so that later runs need not read them again.
+"""Index of the properties of scanned media, so that later runs need not read them again.
 
-One file for each source, under `outputs/cache/scans`. A record counts only for the very file it
-was made of, told by device, inode, size and times; it spares reading, and names no work.
+There is one file per source, under ``outputs/cache/scans``. A record is valid only for a file with
+the same device, inode, size and times. It only saves reading; it is not part of any cache key.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from runner.data.sources.listing import ListedMedia
 from runner.data.sources.model import SourceMedia
 from runner.data.sources.probe import PROBE_VERSION
 
-# A file that was changed so shortly before it was read may be changed once more without its times
-# telling: what is found out about it is not kept (as git does with its index).
+# A file modified just before it was read could change again within the clock's resolution, so its
+# record is not saved (the "racy" problem of git's index).
 RACY_NS = 2_000_000_000
 
 
 def change_would_show(identity: Identity, read_at_ns: int) -> bool:
-    """Whether a later change of a file read at that time must show in its identity."""
+    """Return whether a change after the file was read would alter its identity."""
     mtime, ctime = identity[3], identity[4]
-    # A file's own time may lie in the future, as a camera's clock has it; that of its inode is
-    # this machine's.
+    # The modification time may be in the future, from a camera's clock; the inode's time is from
+    # this computer.
     changed = max(ctime, mtime if mtime <= read_at_ns else 0)
     return changed < read_at_ns - RACY_NS
 
 
 class ScanIndex:
-    """The records of one source; `Memo.load` reads them, and only `save` writes."""
+    """The records of one source; :meth:`load` reads them, and only :meth:`save` writes."""
 
     def __init__(self, file: Path, source: Path) -> None:
         self.file, self.source = file, source
@@ -46,74 +46,74 @@ class ScanIndex:
 
     @classmethod
     def load(cls, folder: Path, source: Path) -> ScanIndex:
-        """The memo of `source` in `folder`; empty when there is none that can be used."""
+        """Load the index of ``source`` in ``folder``; empty if there is none that can be used."""
         name = hashlib.sha256(os.fsencode(source)).hexdigest()[:40]
-        memo = cls(folder / f"{name}.json", source)
+        index = cls(folder / f"{name}.json", source)
         try:
-            read = json.loads(memo.file.read_text("utf-8"))
+            read = json.loads(index.file.read_text("utf-8"))
             if read["version"] == _version():
-                memo._before = dict(read["media"])
+                index._before = dict(read["media"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        return memo
+        return index
 
-    def recall(self, entry: ListedMedia, identity: Identity) -> SourceMedia | None:
-        """What is known of an entry that lies in the file with this identity."""
-        record = self._before.get(entry.name)
+    def recall(self, listed: ListedMedia, identity: Identity) -> SourceMedia | None:
+        """Return the recorded media if their file still has this identity, else None."""
+        record = self._before.get(listed.name)
         try:
             if record is None or tuple(record["file"]) != identity:
                 return None
             width, height = record["size"]
-            item = SourceMedia(
-                name=entry.name,
-                media_kind=entry.media_kind,
+            media = SourceMedia(
+                name=listed.name,
+                media_kind=listed.media_kind,
                 sha256=str(record["sha256"]),
                 bytes=int(record["bytes"]),
                 size=(int(width), int(height)),
                 frames=int(record["frames"]),
                 fps=record["fps"],
                 mode=record["mode"],
-                caption=entry.caption,
-                file=entry.file,
-                archive=entry.archive,
-                member=entry.member,
+                caption=listed.caption,
+                file=listed.file,
+                archive=listed.archive,
+                member=listed.member,
                 identity=identity,
             )
         except (KeyError, TypeError, ValueError):
             return None
-        self._now[entry.name] = record
-        return item
+        self._now[listed.name] = record
+        return media
 
-    def note(self, item: SourceMedia, read_at_ns: int) -> None:
-        """Take down what was found, where it will hold."""
-        if item.identity is None or not change_would_show(item.identity, read_at_ns):
+    def note(self, media: SourceMedia, read_at_ns: int) -> None:
+        """Record the properties of media, if a later change would be detected."""
+        if media.identity is None or not change_would_show(media.identity, read_at_ns):
             return
         self._changed = True
-        self._now[item.name] = {
-            "file": list(item.identity),
-            "sha256": item.sha256,
-            "bytes": item.bytes,
-            "size": list(item.size),
-            "frames": item.frames,
-            "fps": item.fps,
-            "mode": item.mode,
+        self._now[media.name] = {
+            "file": list(media.identity),
+            "sha256": media.sha256,
+            "bytes": media.bytes,
+            "size": list(media.size),
+            "frames": media.frames,
+            "fps": media.fps,
+            "mode": media.mode,
         }
 
     def save(self, names: Sequence[str]) -> None:
-        """Write what is known of the media with these names."""
+        """Write the records of the media with these names."""
         if not self._changed:
             return
         known = {**self._before, **self._now}
         media = {name: known[name] for name in names if name in known}
         text = {"version": _version(), "source": os.fspath(self.source), "media": media}
-        # Without it media are read once more; a cache that can't be written to is told of later.
+        # Without it media are read again; a cache that can't be written to is reported later.
         with suppress(OSError):
             write_text(self.file, json.dumps(text, separators=(",", ":")) + "\n")
             self._changed = False
 
 
 def _version() -> str:
-    """Changes with the code that finds things out, and with the decoders it asks."""
+    """Return the version of the probing code and of the decoders it uses."""
     return " ".join([f"1.{PROBE_VERSION}", *(_of(name) for name in ("av", "pillow"))])
 
 

@@ -32,7 +32,7 @@ from runner.hub.weights import LocatedWeights
 
 
 class DiffusersEngine:
-    """The stages from PyPI's parts, in the runner's own environment."""
+    """The embedded engine: built on libraries from PyPI, in the runner's own environment."""
 
     name = "diffusers"
     engine_cache_id = "diffusers"
@@ -86,7 +86,7 @@ class DiffusersEngine:
             return config.memory, None
         tier, note = ("cpu", None) if gpu is None else largest_tier(gpu, no_gpu_reason)
         memory = filled(config.memory, tier)
-        # It swaps no blocks and encodes text as it is, whatever the tier does for the real weights.
+        # This engine supports neither block swap nor fp8 text encoders, which tiers may set.
         return replace(memory, blocks_to_swap=0, fp8_text_encoder=False), note
 
     def weights(self, config: RunConfig, root: Path) -> LocatedWeights:

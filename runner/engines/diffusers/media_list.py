@@ -1,4 +1,4 @@
-"""The media and captions that a dataset.toml names, in the order they are encoded."""
+"""The media and captions that a dataset.toml names, in the order in which they are encoded."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MediaToEncode:
-    """One picture or clip. `key` is its file name without extension, which names its caches."""
+    """One picture or clip; ``key``, its name without extension, names its cache files."""
 
     key: str
-    media: Path
+    path: Path
     caption: str
 
 
 def read_dataset(path: Path) -> list[tuple[DatasetTable, list[MediaToEncode]]]:
-    """Each dataset with its items. Paths count from the working directory.
+    """Read the media of each table of a dataset.toml, with paths from the working directory.
 
-    Raises UserError for files that are missing or malformed, and for two media of one key, since
-    the second would overwrite the first one's caches.
+    Raises:
+        UserError: a file is missing or malformed, or two media have the same key, so that the
+            second would overwrite the first one's cache files.
     """
-    entries = dataset_toml.parse(_text(path))
-    found = [(entry, _items(entry)) for entry in entries]
-    if not any(items for _, items in found):
+    datasets = [(dataset, _media(dataset)) for dataset in dataset_toml.parse(_text(path))]
+    if not any(all_media for _, all_media in datasets):
         raise UserError(f"{path}: there is nothing in its datasets to encode")
-    return found
+    return datasets
 
 
-def _items(entry: DatasetTable) -> list[MediaToEncode]:
-    items = list(_from_directory(entry) if entry.jsonl is None else _from_jsonl(entry))
+def _media(dataset: DatasetTable) -> list[MediaToEncode]:
+    all_media = list(_from_directory(dataset) if dataset.jsonl is None else _from_jsonl(dataset))
     seen: dict[str, MediaToEncode] = {}
-    for item in items:
-        if (other := seen.setdefault(item.key, item)) is not item:
+    for media in all_media:
+        if (other := seen.setdefault(media.key, media)) is not media:
             raise UserError(
-                f"{other.media} and {item.media} have one name, and caches go by it; rename one"
+                f"{other.path} and {media.path} would have the same cache files; rename one"
             )
-    return items
+    return all_media
 
 
-def _from_jsonl(entry: DatasetTable) -> Iterator[MediaToEncode]:
-    path = Path(entry.jsonl or "")
-    field = f"{entry.kind}_path"
+def _from_jsonl(dataset: DatasetTable) -> Iterator[MediaToEncode]:
+    path = Path(dataset.jsonl or "")
+    field = f"{dataset.kind}_path"
     for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -67,21 +67,21 @@ def _from_jsonl(entry: DatasetTable) -> Iterator[MediaToEncode]:
         yield MediaToEncode(media.stem, media, row["caption"])
 
 
-def _from_directory(entry: DatasetTable) -> Iterator[MediaToEncode]:
+def _from_directory(dataset: DatasetTable) -> Iterator[MediaToEncode]:
     from runner.formats.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-    folder = Path(entry.directory or "")
+    folder = Path(dataset.directory or "")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of {entry.kind}s")
-    extensions = IMAGE_EXTENSIONS if entry.kind == "image" else VIDEO_EXTENSIONS
+        raise UserError(f"{folder}: no such folder of {dataset.kind}s")
+    extensions = IMAGE_EXTENSIONS if dataset.kind == "image" else VIDEO_EXTENSIONS
     for media in sorted(folder.iterdir()):
         if media.suffix.lower() not in extensions or not media.is_file():
             continue
-        caption = media.with_suffix(entry.caption_extension)
+        caption = media.with_suffix(dataset.caption_extension)
         if caption.is_file():
             yield MediaToEncode(media.stem, media, _text(caption).strip())
         else:
-            # musubi-tuner drops such pictures in silence and crashes on such clips.
+            # musubi-tuner silently ignores such pictures and crashes on such clips.
             print(f"{media.name}: no caption file {caption.name}, left out")
 
 

@@ -1,16 +1,16 @@
-"""Weight names of the published VAE and encoders, and what diffusers and transformers call them.
+"""Map the weight names of the published VAE and encoders to those of diffusers and transformers.
 
-The files are those musubi-tuner v0.3.4 loads: Tencent's VAE (`tencent/HunyuanVideo-1.5`,
-`vae/diffusion_pytorch_model.safetensors`) and Comfy-Org's repackaged Qwen2.5-VL, ByT5 and SigLIP
-(`Comfy-Org/HunyuanVideo_1.5_repackaged`, `split_files/`). Their headers were not seen here: the
-names are those that musubi's loaders, which are strict, demand of them. The classes are
+The files are those that musubi-tuner v0.3.4 loads: Tencent's VAE (``tencent/HunyuanVideo-1.5``,
+``vae/diffusion_pytorch_model.safetensors``) and Comfy-Org's Qwen2.5-VL, ByT5 and SigLIP
+(``Comfy-Org/HunyuanVideo_1.5_repackaged``, ``split_files/``). The files were not available here;
+the names are those that musubi-tuner's strict loaders require. The classes are
 AutoencoderKLHunyuanVideo15 (diffusers 0.42), Qwen2_5_VLTextModel, T5EncoderModel and
 SiglipVisionModel (transformers 5.23). The transformer's names are in
-`runner/formats/transformer_keys.py`.
+``runner/formats/transformer_keys.py``.
 
-Each function takes one name and gives one, so that a file can be read tensor by tensor; None is a
-tensor that the class does without, which then need not be read at all. No tensor here changes its
-shape or its order. `docs/development/full-size-truth.md` says how this was proven.
+Each function maps one name, so that a file can be read tensor by tensor. None means that the class
+does not use the tensor, which then need not be read. No tensor changes its shape or order.
+``docs/development/full-size-truth.md`` describes how this was verified.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from runner.core.errors import UserError
 
-# A name of the file to the class's name; None where the class has no use for the tensor.
+# Maps a name in the file to the class's name; None if the class does not use the tensor.
 Rename = Callable[[str], str | None]
 
 _VAE_LEVEL = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(.+)")
@@ -48,7 +48,7 @@ _SIGLIP = re.compile(r"vision_model\.((embeddings|encoder|post_layernorm|head)\.
 
 
 def vae_name(name: str) -> str:
-    """diffusers' name of a tensor of Tencent's VAE.
+    """Return diffusers' name of a tensor of Tencent's VAE.
 
     Raises:
         UserError: Tencent's VAE has no such tensor.
@@ -73,9 +73,10 @@ def vae_name(name: str) -> str:
 
 
 def text_encoder_name(name: str) -> str | None:
-    """Qwen2_5_VLTextModel's name of a tensor of the repackaged Qwen2.5-VL.
+    """Return Qwen2_5_VLTextModel's name of a tensor of the repackaged Qwen2.5-VL.
 
-    None for the vision tower and the language head: a caption's encoding has no use for them.
+    Returns:
+        The name; None for the vision tower and the language head, which captions do not need.
 
     Raises:
         UserError: the whole model has no such tensor.
@@ -91,10 +92,11 @@ def text_encoder_name(name: str) -> str | None:
 
 
 def byt5_name(name: str) -> str | None:
-    """T5EncoderModel's name of a tensor of the repackaged ByT5.
+    """Return T5EncoderModel's name of a tensor of the repackaged ByT5.
 
-    None for a second copy of the embedding. The class holds `encoder.embed_tokens` beside `shared`,
-    and whoever fills it must make the two one.
+    Returns:
+        The name; None for a second copy of the embedding. The class has ``encoder.embed_tokens``
+        and ``shared``, and the caller must tie the two.
 
     Raises:
         UserError: the encoder has no such tensor.
@@ -112,7 +114,7 @@ def byt5_name(name: str) -> str | None:
 
 
 def image_encoder_name(name: str) -> str:
-    """SiglipVisionModel's name of a tensor of the repackaged SigLIP.
+    """Return SiglipVisionModel's name of a tensor of the repackaged SigLIP.
 
     Raises:
         UserError: the vision model has no such tensor.

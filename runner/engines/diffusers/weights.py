@@ -1,4 +1,4 @@
-"""The weights that the embedded engine trains on: of the hub, or made at random."""
+"""Locate the weights that the embedded engine trains on: from the Hub, or random."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from runner.engines.diffusers.make_weights import PARTS
 from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import LocatedWeights, hub_weights
 
-# Raised when the tiny model's random weights change.
+# Increase when the tiny model's random weights change.
 TINY_VERSION = 1
 
 
 def model_weights(config: RunConfig, root: Path) -> LocatedWeights:
-    """Where the weights of the config's model are or will be; reads only."""
+    """Locate the weights of the config's model, present or not; reads only."""
     if config.model.source == "random":
         return _tiny(config, root)
     return hub_weights(config, root)
@@ -55,7 +55,7 @@ def _tiny(config: RunConfig, root: Path) -> LocatedWeights:
 
 
 def _digest(folder: Path) -> str:
-    """One digest of all files in a folder; the tiny model's are small enough to read each time."""
+    """Digest all files of a folder; the tiny model's are small enough to read each time."""
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file():

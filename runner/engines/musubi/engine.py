@@ -1,7 +1,7 @@
-"""musubi-tuner as an engine: its command for each stage, and what else is asked of an engine.
+"""The engine musubi-tuner, run in an environment of its own.
 
-Written against v0.3.4 (commit 30c658c). Its package is run as modules, so that it makes no
-difference whether it was installed or lies in a checkout.
+Written for v0.3.4 (commit 30c658c). Its scripts are run as modules, so it makes no difference
+whether the package is installed or used from a checkout.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from runner.formats.train_toml import render
 from runner.formats.trainer_options import TRAIN, check_table
 from runner.hub.weights import LocatedWeights, hub_weights
 
-# Written into the run's folder, where every command runs, so that they can be repeated by hand.
-# accelerate reads the first instead of the user's own default file, which could ask for several
-# cards, and every module is run through the second.
+# Written into the run's folder, where every command runs, so that commands can be repeated by hand.
+# accelerate reads the first instead of the user's own default file, which could request several
+# GPUs; every module is run through the second.
 _FILES = ("accelerate.yaml", "corrected.py")
 
 
@@ -50,17 +50,22 @@ def _corrected(script: str) -> tuple[str, ...]:
 
 
 def python_command(install: EngineInstall, *arguments: str, offline: bool = True) -> Command:
-    """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
+    """Return a command that runs musubi-tuner's Python with the variables that all stages need.
+
+    Args:
+        install: the install to use.
+        arguments: arguments for Python.
+        offline: forbid access to the Hugging Face Hub.
+    """
     path = install.source_path
-    # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
-    # is the fastest first. Whatever order the shell names, CUDA_VISIBLE_DEVICES=1 so means the
-    # card that was looked at.
+    # Number GPUs by PCI bus, as nvidia-smi does, so that CUDA_VISIBLE_DEVICES=1 means the GPU that
+    # the memory tier was chosen for. CUDA's default is fastest first.
     environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
     if path:
         environment.append(("PYTHONPATH", path))
     if offline:
-        # The weights stage has brought all that is needed. Online, the tokenizers' cache would
-        # be moved on from the commit that the run asked for.
+        # The weights stage has fetched all that is needed. Online, the tokenizers could be
+        # updated to another commit than the one requested.
         environment.append(("HF_HUB_OFFLINE", "1"))
     return Command(
         (install.python, *arguments),
@@ -141,14 +146,14 @@ class MusubiEngine:
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
         config = job.config
-        # It takes a wrong type, choice or name from a file without a word.
+        # musubi-tuner does not validate the values of a file.
         for problem in check_table(TRAIN, options):
             raise UserError(f"train.toml: {problem}")
-        given = ["--config_file", "train.toml"]
+        option_arguments = ["--config_file", "train.toml"]
         if config.engine.arguments == "command_line":
-            given = command_line(options)
-        # accelerate takes what it is not told from the user's own config, and then every card it
-        # sees and any torch.compile backend named there: so it is told all of it.
+            option_arguments = command_line(options)
+        # For every argument that is left out accelerate reads the user's own config, which may
+        # request all GPUs or a torch.compile backend: so none is left out.
         return python_command(
             job.engine,
             *("corrected.py", "-m", "accelerate.commands.launch"),
@@ -159,9 +164,9 @@ class MusubiEngine:
             *("--dynamo_backend", "no"),
             *("--mixed_precision", config.precision.mixed_precision),
             *_corrected("hv_1_5_train_network"),
-            *given,
+            *option_arguments,
             *config.engine.extra_args,
-            # An upload that was asked for must reach the hub.
+            # A requested upload must reach the Hub.
             offline=not any(a.startswith("--huggingface") for a in config.engine.extra_args),
         )
 
@@ -183,8 +188,8 @@ class MusubiEngine:
             return False, None
         why = _cannot_compile(job, gpu)
         if config.training.compile == "auto":
-            # With block swap every linear layer stays uncompiled: on an H100 the steps took as long
-            # as without, after half a minute more at the start (docs/development/musubi-proof.md).
+            # With block swap every linear layer stays uncompiled: on an H100 compiling cost half a
+            # minute at the start and made no step faster (docs/development/musubi-proof.md).
             if why is None and memory.blocks_to_swap and gpu is not None:
                 why = "it gained nothing with block swap (memory.blocks_to_swap)"
                 # 25 frames took 16.8 GB in fp8, compiled: 1.7 s a step; in bf16 with swap 3.1 s.

@@ -1,4 +1,4 @@
-"""Files and folders that options of musubi-tuner alone name: made absolute, and looked into."""
+"""Resolve and check the paths of options that only musubi-tuner has."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from runner.core.paths import absolute, existing_file
 
 
 def resolve_paths(config: RunConfig, cwd: Path) -> RunConfig:
-    """``config`` with the state to resume from and the files of ``engine.extra_args`` absolute.
+    """Make ``training.resume_from`` and the files of ``engine.extra_args`` absolute, from ``cwd``.
 
-    Raises :class:`UserError` for one that is not there, or not what it must be.
+    Raises:
+        UserError: a path does not exist, or is not what the option needs.
     """
     state = config.training.resume_from
     if state is not None:
@@ -26,12 +27,12 @@ def resolve_paths(config: RunConfig, cwd: Path) -> RunConfig:
     )
 
 
-# Options of the trainer that name files, and that the runner has none of its own for.
+# Options of the trainer that name files and have no counterpart among the runner's options.
 _FILE_OPTIONS = ("--base_weights", "--log_tracker_config")
 
 
 def _arguments(words: list[str], cwd: Path) -> Iterator[str]:
-    """``engine.extra_args``, which the rules have been through, with their files made absolute."""
+    """Yield ``engine.extra_args``, already checked by the rules, with absolute files."""
     name = ""
     for word in words:
         if not word.startswith("--"):
@@ -43,18 +44,18 @@ def _arguments(words: list[str], cwd: Path) -> Iterator[str]:
         yield word
 
 
-def _existing_file(name: str, given: str, cwd: Path) -> Path:
-    return existing_file(f"engine.extra_args: {name}", given, cwd)
+def _existing_file(name: str, text: str, cwd: Path) -> Path:
+    return existing_file(f"engine.extra_args: {name}", text, cwd)
 
 
-def _state(key: str, given: str, cwd: Path) -> Path:
-    """A folder that the trainer saved its state in: it loads the files it finds, and no others."""
-    folder = absolute(given, cwd)
+def _state(key: str, text: str, cwd: Path) -> Path:
+    """Check a folder of training state: the trainer ignores files that are missing in it."""
+    folder = absolute(text, cwd)
     if not folder.is_dir():
-        raise UserError(f"{key}={given}: there is no such folder.")
+        raise UserError(f"{key}={text}: there is no such folder.")
     if not (folder / "optimizer.bin").is_file():
         raise UserError(
-            f"{key}={given} is no state folder: training.save_state=true makes them, as "
+            f"{key}={text} is no state folder: training.save_state=true makes them, as "
             "checkpoints/lora-state in the run's folder."
         )
     return folder

@@ -1,4 +1,4 @@
-"""The dataset stage: report on the media, unpack archives, name each item in the run's folder."""
+"""The dataset stage: report on the media, unpack archives, fill the run's ``dataset`` folder."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ REPORT = "dataset_report.html"
 
 
 class Dataset(Stage):
+    """The stage that puts media and JSONL files into the run's folder."""
+
     name = "dataset"
     makes = (MEDIA,)
     refreshes_plan = True
 
     def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
+        """Yield one line if the stage is skipped but later stages need it; pure."""
         if self.name in config.stages.skip and readers:
             yield (
                 "stages.skip=[dataset] would leave the later stages without media: leave it "
@@ -41,19 +44,20 @@ class Dataset(Stage):
             )
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the files of ``dataset``, and the media to unpack; pure."""
         inputs = planning.inputs
         force = self.name in inputs.config.stages.force
         files: list[tuple[str, str]] = []
         for held_out in (False, True):
-            for index, _source, kind, group in groups(inputs, held_out=held_out):
+            for index, _source, media_kind, group in groups(inputs, held_out=held_out):
                 rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group]
-                name = f"dataset/{folder(index, kind, held_out)}.jsonl"
-                files.append((name, jsonl.render(kind, rows)))
+                name = f"dataset/{folder(index, media_kind, held_out)}.jsonl"
+                files.append((name, jsonl.render(media_kind, rows)))
         items = inputs.selection.items
         wanted: dict[str, CacheEntry] = {}
-        for item in filter(_in_store, items):
-            name, place = item.media.cache_key, f"dataset/media/{item.media_name}"
-            add_link(wanted, CacheEntry(name, "media", name, item.media.cache_inputs, (place,)))
+        for item in filter(_in_cache, items):
+            key, link_path = item.media.cache_key, f"dataset/media/{item.media_name}"
+            add_link(wanted, CacheEntry(key, "media", key, item.media.cache_inputs, (link_path,)))
         missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
         pictures = sum(item.media_kind == "image" for item in items)
         summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
@@ -65,7 +69,7 @@ class Dataset(Stage):
         return StagePlan(
             self.name,
             summary,
-            # What lies in a folder is linked into each run's own.
+            # Media of a folder source are linked into each run's folder.
             "done" if wanted and not missing and not unpacked else "to run",
             files=tuple(files),
             entries=tuple(wanted.values()),
@@ -75,17 +79,20 @@ class Dataset(Stage):
         )
 
     def run(self, context: Context) -> None:
-        """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files.
+        """Unpack missing media, then fill ``dataset/`` with links and JSONL files.
 
-        Nothing else is in ``dataset/`` afterwards.
+        Other files in ``dataset/`` are removed.
+
+        Raises:
+            StageError: an entry of the cache cannot be read back as written.
         """
         write_report(context)
         items = context.inputs.selection.items
-        # Most of an archive was unpacked when it was looked at.
+        # Most of an archive was unpacked while it was scanned.
         work = WorkWords("item", "unpacks")
         fill(context, self.name, work, lambda todo: _unpack(context, todo))
         stage = context.plan.stage(self.name)
-        check_unchanged(item.media for item in items if not _in_store(item))
+        check_unchanged(item.media for item in items if not _in_cache(item))
         link_entries(context, stage)
         media = context.run_dir / "dataset" / "media"
         for item in items:
@@ -107,7 +114,7 @@ class Dataset(Stage):
 
 
 def report_on(inputs: Inputs, console: Console, *, keep: bool = False) -> Report:
-    """The report on a run's dataset; ``keep``: whether what is seen of media goes to the cache."""
+    """Make the report on a run's dataset; ``keep``: save the image statistics in the cache."""
     return read_report(
         inputs.sources,
         inputs.selection,
@@ -120,7 +127,7 @@ def report_on(inputs: Inputs, console: Console, *, keep: bool = False) -> Report
 
 
 def write_report(context: Context) -> None:
-    """The report in the run's folder and in MLflow, its worst findings as notices."""
+    """Write the report into the run's folder and MLflow, and show its worst findings."""
     report = report_on(context.inputs, context.console, keep=True)
     file = context.run_dir / REPORT
     write_text(file, html(report, context.plan.name))
@@ -129,29 +136,30 @@ def write_report(context: Context) -> None:
         context.console.notice(notice)
 
 
-def _in_store(item: SelectedItem) -> bool:
-    """Whether the run takes a copy from the store, not a person's own file where it lies."""
+def _in_cache(item: SelectedItem) -> bool:
+    """Return whether the run uses a copy in the shared cache, not the user's own file."""
     return item.media.file is None or item.as_rgb
 
 
 def _unpack(context: Context, todo: frozenset[str]) -> None:
-    items = {
+    media_by_key = {
         item.media.cache_key: item.media
         for item in context.inputs.selection.items
         if f"media/{item.media.cache_key}" in todo
     }
     limit = int(context.inputs.config.dataset.max_archive_gb * 1e9)
-    for archive in {item.archive for item in items.values() if item.archive}:
+    for archive in {media.archive for media in media_by_key.values() if media.archive}:
         check_archive(archive, limit)
 
     def waiting() -> None:
         context.console.line("      waiting for another run, which is unpacking media")
 
+    group = "\0".join(sorted(todo))
     with (
-        BulkWriter(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as writer,
-        context.console.bar("unpacked", len(items)) as bar,
+        BulkWriter(context.cache, "media", group, waiting, anew=media_by_key) as writer,
+        context.console.bar("unpacked", len(media_by_key)) as bar,
     ):
-        unpack(list(items.values()), writer, bar.update)
+        unpack(list(media_by_key.values()), writer, bar.update)
 
 
 DATASET = Dataset()

@@ -1,4 +1,4 @@
-"""The latents stage: every item's latents in the run's cache folder, encoded or found."""
+"""The latents stage: put latents into the run's cache folder, encoding missing ones."""
 
 from __future__ import annotations
 
@@ -6,35 +6,40 @@ from dataclasses import replace
 from typing import Any
 
 from runner.core.command import Command
-from runner.data.select import MediaKind, SelectedItem
+from runner.data.select import SelectedItem
 from runner.engines.base import Engine, Job
 from runner.formats import jsonl
 from runner.formats.cache_files import image_latents_name, video_latents_name
 from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import Crop
+from runner.formats.media_types import MediaKind
 from runner.pipeline.model import CacheEntry, Inputs
 from runner.pipeline.stages.encoding import Encoding, Encodings, add_link
 from runner.pipeline.stages.filling import WorkWords
 from runner.pipeline.tables import narrows, run_cache_folder, table
 from runner.storage.shared_cache import cache_key
 
-# Raised when decoding or resizing changes, so that older latents are not taken for newer ones.
+# Increase when decoding or resizing changes, so that older latents are not reused.
 DECODE_VERSION = 1
 
 
 class Latents(Encoding):
+    """The stage that encodes media with the VAE."""
+
     name = "latents"
     what = "latents"
     work = WorkWords("latent", "encodes")
 
     def command(self, engine: Engine, job: Job, dataset_toml: str) -> Command:
+        """Return the engine's command that encodes latents; pure."""
         return engine.cache_latents(job, dataset_toml)
 
     def encodings(self, inputs: Inputs) -> Encodings:
+        """List the latents of all items, one entry per picture or crop; pure."""
         force = self.name in inputs.config.stages.force
         wanted: dict[str, CacheEntry] = {}
         missing = 0
-        # Items are encoded together whose source, kind and missing lengths are the same.
+        # Items with the same source, media kind and missing lengths are encoded together.
         makers: dict[tuple[int, MediaKind, tuple[int, ...]], list[SelectedItem]] = {}
         for item in inputs.selection.items:
             absent: set[int] = set()
@@ -50,17 +55,17 @@ class Latents(Encoding):
                 makers.setdefault(key, []).append(item)
         tables: list[DatasetTable] = []
         files: list[tuple[str, str]] = []
-        for number, ((source, kind, frames), items) in enumerate(sorted(makers.items())):
+        for number, ((source, media_kind, frames), items) in enumerate(sorted(makers.items())):
             place = f"staging/latents-{number}"
             rows = [(f"dataset/media/{item.media_name}", item.caption) for item in items]
-            files.append((f"{place}.jsonl", jsonl.render(kind, rows)))
-            made = table(inputs.sources[source], kind, "", items)
-            extraction = made.extraction
+            files.append((f"{place}.jsonl", jsonl.render(media_kind, rows)))
+            dataset = table(inputs.sources[source], media_kind, "", items)
+            extraction = dataset.extraction
             if extraction is not None and narrows(extraction):
                 extraction = replace(extraction, target_frames=frames)
             tables.append(
                 replace(
-                    made,
+                    dataset,
                     jsonl=f"{place}.jsonl",
                     cache_directory=place,
                     batch_size=1,
@@ -74,7 +79,7 @@ class Latents(Encoding):
 def _latents_entry(
     inputs: Inputs, item: SelectedItem, crop: Crop | None, *, force: bool
 ) -> CacheEntry:
-    """The cache entry of a picture, or of one crop of a clip."""
+    """Return the cache entry of a picture, or of one crop of a clip."""
     digests = inputs.weights.digests or {}
     task = inputs.config.task.name
     extraction = inputs.sources[item.source].options.extraction
@@ -82,7 +87,7 @@ def _latents_entry(
         "media": item.media.sha256,
         "bucket": list(item.bucket),
         "frames": None if crop is None else [crop.position, crop.frames],
-        # Which decoded frames those are depends on the frame rates alone.
+        # The positions count frames at this rate.
         "source_fps": None if crop is None else extraction.source_fps,
         "vae": digests.get("vae"),
         "vae_tile": inputs.memory.vae_tile or 0,
@@ -93,7 +98,7 @@ def _latents_entry(
     }
     untiled = {**cache_inputs, "vae_tile": 0}
     if not force and f"latents/{cache_key(untiled)}" in inputs.cached:
-        # Tiles save memory and approximate the whole frame, so that what is there is better.
+        # Tiling is an approximation, so an existing untiled entry is preferred.
         cache_inputs = untiled
     if crop is None:
         produced = image_latents_name(item.id, item.media.size)

@@ -1,4 +1,4 @@
-"""The text stage: every item's text embeddings in the run's cache folder, encoded or found."""
+"""The text stage: put text embeddings into the run's cache folder, encoding missing ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from runner.storage.shared_cache import cache_key, json_digest
 
 
 class Text(Encoding):
+    """The stage that encodes captions."""
+
     name = "text"
     what = "encoded captions"
     work = WorkWords("caption", "encodes")
 
     def command(self, engine: Engine, job: Job, dataset_toml: str) -> Command:
+        """Return the engine's command that encodes captions; pure."""
         return engine.cache_text(job, dataset_toml)
 
     def encodings(self, inputs: Inputs) -> Encodings:
+        """List the text embeddings of all items, one entry per distinct caption; pure."""
         digests = inputs.weights.digests or {}
         force = self.name in inputs.config.stages.force
         wanted: dict[str, CacheEntry] = {}
@@ -43,7 +47,7 @@ class Text(Encoding):
         missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
         if not missing:
             return Encodings(wanted, 0, (), ())
-        # Captions are encoded without their media, so one line for each caption is enough.
+        # Captions are encoded without their media, so one line per caption is enough.
         rows = [
             (entry.produced.removesuffix(text_name("")) + ".png", entry.cache_inputs["caption"])
             for entry in missing

@@ -160,7 +160,7 @@ def test_short_clips_are_named(
         (["a.png"], ["--vae_sample_size", "100"], "multiple of 64"),
         (["a.png"], ["--vae_sample_size", "-64"], "multiple of 64"),
         (["a.png", "gone.png"], [], "gone.png: no such file"),
-        (["a.png", "b/a.png"], [], "have one name"),
+        (["a.png", "b/a.png"], [], "would have the same cache files"),
         ([], [], "nothing in its datasets"),
     ],
 )

@@ -110,7 +110,7 @@ def test_bitsandbytes_needs_a_gpu(name: str) -> None:
     with pytest.raises(UserError) as error:
         plan("optimizer=custom", f"optimizer.type={name}", gpu=None)
     assert str(error.value) == (
-        "optimizer=custom needs an NVIDIA card, and none was found: take optimizer=adamw."
+        "optimizer=custom needs an NVIDIA GPU, and none was found: take optimizer=adamw."
     )
     plan("optimizer=custom", f"optimizer.type={name}")
 

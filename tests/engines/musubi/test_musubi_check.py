@@ -152,15 +152,15 @@ def test_our_own_install_is_mended_by_its_command(
 ) -> None:
     mend = "with: scripts/install-musubi"
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: tmp_path / "a/python")
-    assert problem(tmp_path / "a", (), "torch").endswith(f". Mend it {mend}")
+    assert problem(tmp_path / "a", (), "torch").endswith(f". Repair it {mend}")
     assert problem(tmp_path / "b", (), "toml").endswith("to the Python that has them.")
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: tmp_path / "c/python")
     broken = problem(tmp_path / "c", (), torch="raise OSError('libcudart.so')")
-    assert broken.endswith(f"(torch: OSError: libcudart.so). Mend it {mend} --again")
+    assert broken.endswith(f"(torch: OSError: libcudart.so). Repair it {mend} --again")
     with pytest.raises(UserError, match=f"this driver {mend} --again$"):
         check_environment(compose("optimizer=adamw"), command(tmp_path / "c"), CARD)
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: Path("/bin/false"))
-    with pytest.raises(UserError, match=f"Mend it {mend}$"):
+    with pytest.raises(UserError, match=f"Repair it {mend}$"):
         check_environment(compose(), Command(("/bin/false",), (("X", "ours"),)), None)
 
 
@@ -291,7 +291,7 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
             "nvidia-smi's answer could not be read (NVIDIA GB10, [N/A]",
         ),
         ('Field "compute_cap" is not a valid field to query.', 2, "nvidia-smi failed (Field "),
-        ("No devices were found", 6, "no card was found here"),
+        ("No devices were found", 6, "no GPU was found"),
         ("NVIDIA RTX 4090, 24564, 8.9", 0, None),
     ],
 )

@@ -120,7 +120,7 @@ def test_build_follows_the_driver() -> None:
         None: "no NVIDIA driver was found (nvidia-smi): install the driver first, or name the "
         "build of torch yourself with --torch cu128 (cu124, cu128, cu130 or cpu).",
         SMI.format(driver="470.10", cuda="11.4"): "driver 470.10 has CUDA 11.4, and torch needs "
-        "12.0 at least: renew the driver (525 or later, 580 for the newest torch).",
+        "12.0 at least: update the driver (525 or later, 580 for the newest torch).",
         SMI.format(driver="550.1", cuda="N/A"): "nvidia-smi does not say which CUDA version driver "
         "550.1 has: name the build of torch with --torch cu124, cu128 or cu130.",
     }.items():
@@ -155,7 +155,7 @@ def test_install_once(sandbox: Sandbox) -> None:
         f"[1/4] an environment with {sandbox.python}",
         "[2/4] torch==2.9.1, torchvision==0.24.1 (cu128)",
         "[3/4] musubi-tuner v0.3.4 and what it needs",
-        "[4/4] looking at what was installed",
+        "[4/4] checking the installed packages",
         "Done: musubi-tuner v0.3.4 (30c658c), cu128: torch 2.9.1+cu128.",
     ]
     assert len(sandbox.calls()) == 4
@@ -347,7 +347,7 @@ def test_a_run_names_the_command(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("XDG_DATA_HOME", str(sandbox.folder / "data"))
     remedy = (
-        f"in {sandbox.home}: run {TOP}/scripts/install-musubi. Or point "
+        f"in {sandbox.home}: run {musubi_packages.COMMAND}. Or point "
         "engine.path and engine.python to an installed musubi-tuner, or rehearse without it: "
         "engine=diffusers model=tiny."
     )

@@ -1,7 +1,7 @@
-"""Print which modules a run would miss, and why, some versions, and whether torch sees a GPU.
+"""Print which modules are missing and why, some versions, and whether torch sees a GPU.
 
-The argument is JSON: ``find`` names modules that must be there, ``import`` those to import with
-what of each must be in it, ``versions`` packages.
+The argument is JSON: ``find`` lists modules that must exist, ``import`` pairs of a module to import
+and an attribute it must have, ``versions`` packages.
 """
 
 import importlib
