@@ -346,4 +346,4 @@ def test_tiers_are_as_described() -> None:
         tiles = re.search(r"tiles of (\d+)", row)
         if tiles:
             assert int(tiles[1]) == tier.vae_tile, row
-        assert ("one way" in row) == tier.h2d_only, row
+        assert ("one direction" in row) == tier.h2d_only, row
