@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune = parser.add_argument_group(
         "prune",
-        "Shows the entries that match all options, asks, and deletes them, least recently used first.",
+        "Shows the entries that match all options, asks, and deletes them, least recently used "
+        "first.",
     )
     prune.add_argument(
         "--older-than", type=_age, metavar="30d", help="not used for at least this long (h, d, w)"
