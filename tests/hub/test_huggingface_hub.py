@@ -280,7 +280,7 @@ def test_a_page_for_people(hub: Hub, tmp_path: Path) -> None:
     hub.portal = True
     with pytest.raises(errors.LocalEntryNotFoundError, match="firewall and proxy settings"):
         alone(tmp_path)
-    with pytest.raises(StageError, match="answers with something else than a hub does") as caught:
+    with pytest.raises(StageError, match="does not answer as a hub does") as caught:
         fetch(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -201,7 +201,7 @@ def test_wrong_bytes(hub: Hub, tmp_path: Path) -> None:
 def test_wrong_bytes_twice(hub: Hub, tmp_path: Path) -> None:
     wrong = bytes(len(BIG))
     hub.lies["sub/big.safetensors"] = [wrong, wrong]
-    with pytest.raises(StageError, match="arrived twice with other bytes") as caught:
+    with pytest.raises(StageError, match="downloaded twice, and neither copy matches") as caught:
         fetch(tmp_path)
     assert "\n" not in str(caught.value)
     names = [path.name for path in (tmp_path / "hub").rglob("*") if path.is_file()]

@@ -373,7 +373,7 @@ def test_a_refused_artifact_is_sent_again(store: SharedCache, status: int, later
     writer.finish("FINISHED")
     full_key = [artifact.path for artifact in store.client.list_artifacts(writer.run_id)]
     assert full_key == (["lora.safetensors"] if later else [])
-    how = "not sent to MLflow yet" if later else "not taken by MLflow"
+    how = "not sent to MLflow yet" if later else "rejected by MLflow"
     assert writer.problems == [f"artifact lora.safetensors {how}: the server said no"]
 
 
