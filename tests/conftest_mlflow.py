@@ -15,7 +15,7 @@ from runner.tracking.client import connect
 
 
 @dataclass(frozen=True)
-class SharedCache:
+class Store:
     uri: str
     outputs: Path
 
@@ -39,8 +39,8 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(migrated: Path, tmp_path: Path) -> Iterator[SharedCache]:
+def store(migrated: Path, tmp_path: Path) -> Iterator[Store]:
     outputs = tmp_path / "out [é] puts"
     outputs.mkdir()
     shutil.copy(migrated, outputs)
-    yield SharedCache(mlflow_store.sqlite_uri(outputs), outputs)
+    yield Store(mlflow_store.sqlite_uri(outputs), outputs)

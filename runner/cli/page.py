@@ -1,4 +1,4 @@
-"""A plan as a page to read."""
+"""The page that a dry run prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.pipeline.model import Inputs, Plan
 
 
 def page(plan: Plan, inputs: Inputs, report: Report) -> str:
-    """What a dry run prints: the dataset, stages, exact commands, files, steps and epochs."""
+    """Render a plan: dataset, stages, exact commands, files, steps and epochs."""
     lines = [f"{plan.name}: nothing is run or written (dry_run=true)", ""]
     if inputs.engine.missing:
         lines += [

@@ -384,10 +384,10 @@ WRONG = [
     ("prune", "say what to delete"),
     ("purne --unused", "there is no command 'purne'. Did you mean prune?"),
     ("prune --older-than 30", "'30' needs a unit, such as 30d, 12h or 2w"),
-    ("prune --older-than 30x", "'30x' has no unit known here. There are: d, h, w."),
+    ("prune --older-than 30x", "'30x' has an unknown unit. There are: d, h, w."),
     ("prune --older-than -3d", "--older-than"),
-    ("prune --keep-below 20GX", "'20GX' has no unit known here. Did you mean GB?"),
-    ("prune --keep-below much", "'much' is no number with a unit, such as 20GB or 500MB"),
+    ("prune --keep-below 20GX", "'20GX' has an unknown unit. Did you mean GB?"),
+    ("prune --keep-below much", "'much' is not a number with a unit, such as 20GB or 500MB"),
     ("prune --keep-below", "expected one argument"),
     ("prune --dataset cast", "nothing in the cache is of it. Did you mean cats?"),
     ("prune --dryrun", "there is no option --dryrun. Did you mean --dry-run?"),
@@ -421,7 +421,7 @@ def test_errors_are_one_line(
 def test_as_a_program(stocked: Path) -> None:
     done = run_program("prune", "--older-than", "30d", cwd=stocked, module="runner.cache")
     assert (done.code, done.err) == (0, "")
-    assert "there is no terminal to ask at; --yes deletes." in done.out
+    assert "no terminal to ask at; --yes deletes without asking." in done.out
     assert left() == ALL
     code = (
         "import sys; from runner import cache; cache.main([]);"

@@ -19,7 +19,7 @@ from runner.cli import ui
 from runner.tracking.mlflow_run import RunWriter
 
 if TYPE_CHECKING:
-    from conftest_mlflow import SharedCache
+    from conftest_mlflow import Store
 
 pytest_plugins = ["conftest_mlflow"]
 
@@ -43,7 +43,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> bytes:
 
 # The UI opens on the next free port of the loopback alone, shows the runs and artifacts of the
 # store, and leaves no process behind when it is told to end.
-def test_the_ui_shows_the_runs_and_ends_cleanly(store: SharedCache, taken_port: int) -> None:
+def test_the_ui_shows_the_runs_and_ends_cleanly(store: Store, taken_port: int) -> None:
     run = RunWriter.start(
         store.uri, "tests", outputs=store.outputs, name="a run", params={"rank": 8}, tags={}
     )
@@ -84,7 +84,7 @@ def test_the_ui_shows_the_runs_and_ends_cleanly(store: SharedCache, taken_port: 
 
 
 # Ctrl-C while the server is still starting ends it too.
-def test_ctrl_c_during_the_start_ends_the_server(store: SharedCache) -> None:
+def test_ctrl_c_during_the_start_ends_the_server(store: Store) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "runner.ui", "--outputs", str(store.outputs)],
         cwd=TOP,

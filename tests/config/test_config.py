@@ -202,7 +202,7 @@ SAID = {
         "'name=[a b' can't be read: no viable alternative at input '[a b'. Quote values with "
         "spaces or brackets twice, for example 'name=\"a b\"'."
     ),
-    ("rehearsal",): "'rehearsal' is no option: write KEY=VALUE.",
+    ("rehearsal",): "'rehearsal' is not an option: write KEY=VALUE.",
     ("+network.rnk=2",): "There is no option network.rnk. Did you mean network.rank?",
     ("++zzz=1",): "There is no option zzz. `python -m runner --cfg job` lists them all.",
     ("--hlep",): "There is no flag --hlep. Did you mean --help?",

@@ -160,7 +160,7 @@ def test_a_job_that_is_killed(made: Path) -> None:
     assert done.code == 137
     assert "error: The launcher ended the sweep: RuntimeError: a worker died" in done.err
     assert "error: job 1 (training.epochs=100000) in outputs/runs/" in done.err
-    assert "was killed: it could not say how it ended." in done.err
+    assert "was killed before it could record how it ended." in done.err
     assert swept_keys.codes == [0, None]
     assert swept_keys.mlflow() == ("KILLED", ["FINISHED", "KILLED"])
 
@@ -192,7 +192,7 @@ def test_a_signal_ends_the_sweep(
     assert done.code == 128 + number, done.err
     assert swept_keys.codes == [128 + number] * len(working)
     assert swept_keys.mlflow() == ("KILLED", ["KILLED"] * len(working))
-    assert ("1 job of the sweep never began" in done.err) == (launcher == "basic")
+    assert ("1 job of the sweep never started" in done.err) == (launcher == "basic")
     psutil.wait_procs(children, timeout=10)
     assert not any(child.is_running() for child in children)
 

@@ -20,19 +20,19 @@ from runner.tracking.metrics import Point
 from runner.tracking.mlflow_run import NullWriter, RunWriter
 
 if TYPE_CHECKING:
-    from conftest_mlflow import SharedCache
+    from conftest_mlflow import Store
 
 pytest_plugins = ["conftest_mlflow"]
 
 Client = TypeVar("Client")
 
 
-def start(store: SharedCache, **options: Any) -> RunWriter:
+def start(store: Store, **options: Any) -> RunWriter:
     options = {"name": "a run", "params": {}, "tags": {}, **options}
     return RunWriter.start(store.uri, "tests", outputs=store.outputs, **options)
 
 
-def start_with(store: SharedCache, make: Callable[[Any], Client]) -> tuple[RunWriter, Client]:
+def start_with(store: Store, make: Callable[[Any], Client]) -> tuple[RunWriter, Client]:
     """A run that is written through a client of the test's, which has the true one inside."""
     run = store.client.get_run(start(store).run_id).info
     client: Any = make(store.client)
@@ -60,7 +60,7 @@ sys.stdin.readline()
 
 
 # Metrics are in MLflow while the trainer still runs, and all of them are once it has ended.
-def test_metrics_appear_while_training_runs(store: SharedCache, tmp_path: Path) -> None:
+def test_metrics_appear_while_training_runs(store: Store, tmp_path: Path) -> None:
     writer = start(store)
     folder = tmp_path / "tensorboard"
     shown: list[Point] = []
@@ -83,7 +83,7 @@ def test_metrics_appear_while_training_runs(store: SharedCache, tmp_path: Path) 
 
 
 # What is cut or corrupt at the end is said, and a sink that fails does not stop the metrics.
-def test_the_follower_warns_and_goes_on(store: SharedCache, tmp_path: Path) -> None:
+def test_the_follower_warns_and_goes_on(store: Store, tmp_path: Path) -> None:
     from test_tensorboard_tail import append, event_file, scalar
 
     def fail(_: list[Point]) -> None:
@@ -99,7 +99,7 @@ def test_the_follower_warns_and_goes_on(store: SharedCache, tmp_path: Path) -> N
 
 
 # More points than one request takes, odd names and values that are no number: all are stored.
-def test_every_point_is_stored(store: SharedCache) -> None:
+def test_every_point_is_stored(store: Store) -> None:
     writer = start(store)
     odd = [
         Point("lr/d*lr/unet", 0.5, 1, 1000),
@@ -141,7 +141,7 @@ class Flaky:
 
 # Points of a failed call are sent by the next one, once each, also when the server had taken
 # them; the caller sees no exception, and the problem is one line without secrets.
-def test_failed_sends_are_sent_again(store: SharedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sends_are_sent_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
     writer, _ = start_with(store, partial(Flaky, fail=["before", "after", "works"]))
     for point in points(4):
@@ -155,7 +155,7 @@ def test_failed_sends_are_sent_again(store: SharedCache, monkeypatch: pytest.Mon
 
 # If the server stays away, the run still gets its true status, and the loss is said.
 def test_the_status_is_set_even_if_points_are_lost(
-    store: SharedCache, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
     writer, _ = start_with(store, partial(Flaky, fail=["before"] * 99))
@@ -197,7 +197,7 @@ def ends(writer: RunWriter, folder: Path) -> None:
 # Each try to reach a server that hangs takes minutes: after one it is left alone for a while, and
 # the end of a run tries twice, whatever there is to send; what was lost is said.
 def test_a_server_that_is_away_is_asked_seldom(
-    store: SharedCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.tracking.mlflow_run.FINISH_WAIT_SECONDS", 0.0)
     writer, client = start_with(store, Away)
@@ -213,7 +213,7 @@ def test_a_server_that_is_away_is_asked_seldom(
 # Nothing is lost to the rest: when the server is back, during a run or at its end, all is sent.
 @pytest.mark.parametrize("rest", [0.0, 600.0])
 def test_all_is_sent_when_the_server_is_back(
-    store: SharedCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: float
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: float
 ) -> None:
     monkeypatch.setattr("runner.tracking.mlflow_run.REST_SECONDS", rest)
     writer, client = start_with(store, Away)
@@ -233,7 +233,7 @@ def test_all_is_sent_when_the_server_is_back(
 
 
 # Long values are cut with a mark, odd keys are cleaned, nested settings get dotted names.
-def test_parameters_and_tags_fit(store: SharedCache) -> None:
+def test_parameters_and_tags_fit(store: Store) -> None:
     params = {
         "network": {"rank": 8, "alpha": None, "args": ["a=1", True]},
         "lr*": 1e-4,
@@ -258,12 +258,12 @@ def test_parameters_and_tags_fit(store: SharedCache) -> None:
 
 
 # One refused entry does not take the others with it, and refusing is not an exception.
-def test_a_refused_parameter_leaves_the_others(store: SharedCache) -> None:
+def test_a_refused_parameter_leaves_the_others(store: Store) -> None:
     writer = start(store, params={"rank": 8})
     writer.log_params({"alpha": 8, "rank": 16, "seed": 42})
     params = store.client.get_run(writer.run_id).data.params
     assert params == {"rank": "8", "alpha": "8", "seed": "42"}
-    assert len(writer.problems) == 1 and writer.problems[0].startswith("parameters not taken")
+    assert len(writer.problems) == 1 and writer.problems[0].startswith("parameters rejected")
 
 
 class Signalled:
@@ -283,7 +283,7 @@ class Signalled:
 
 # A signal ends the run as KILLED, even in the middle of a call, and what a `finally` says
 # afterwards does not change that.
-def test_a_killed_run_ends_as_killed(store: SharedCache) -> None:
+def test_a_killed_run_ends_as_killed(store: Store) -> None:
     writer, _ = start_with(store, Signalled)
     before = signal.signal(signal.SIGUSR1, lambda *_: writer.finish("KILLED"))
     try:
@@ -298,7 +298,7 @@ def test_a_killed_run_ends_as_killed(store: SharedCache) -> None:
 # No secret reaches the database or an artifact, by whatever way it goes in; other files are
 # stored byte for byte.
 def test_secrets_never_reach_the_store(
-    store: SharedCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "Zx9NothingLikeAToken"
     monkeypatch.setenv("HF_TOKEN", secret)
@@ -328,7 +328,7 @@ def test_secrets_never_reach_the_store(
 
 
 # A file that is not there is a line among the problems, not an exception.
-def test_a_missing_artifact_is_a_problem(store: SharedCache) -> None:
+def test_a_missing_artifact_is_a_problem(store: Store) -> None:
     writer = start(store)
     writer.log_artifact(store.outputs / "lora.safetensors")
     writer.finish("FINISHED")
@@ -365,7 +365,7 @@ class Refusing:
         *((400, False), (404, False), (413, False)),
     ],
 )
-def test_a_refused_artifact_is_sent_again(store: SharedCache, status: int, later: bool) -> None:
+def test_a_refused_artifact_is_sent_again(store: Store, status: int, later: bool) -> None:
     writer, _ = start_with(store, partial(Refusing, status=status))
     file = store.outputs / "lora.safetensors"
     file.write_bytes(b"weights")
@@ -401,7 +401,7 @@ def test_any_path_holds_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 # A store that cannot be used is said in one line before anything starts, within seconds.
 def test_unusable_stores_are_said(
-    store: SharedCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     other = tmp_path / "other"
@@ -423,7 +423,7 @@ def test_unusable_stores_are_said(
 
 # Two processes that make the same experiment at the same moment get the same one.
 def test_an_experiment_made_meanwhile_is_taken(
-    store: SharedCache, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -441,7 +441,7 @@ def test_an_experiment_made_meanwhile_is_taken(
 
 
 # An experiment deleted in the UI is said, since MLflow would refuse every run in it.
-def test_a_deleted_experiment_is_said(store: SharedCache) -> None:
+def test_a_deleted_experiment_is_said(store: Store) -> None:
     root = mlflow_store.artifact_root(store.outputs)
     experiment = mlflow_store.ensure_experiment(store.uri, "gone", root)
     assert mlflow_store.ensure_experiment(store.uri, "gone", root) == experiment

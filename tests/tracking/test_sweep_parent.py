@@ -21,7 +21,7 @@ from runner.tracking.multirun import Sweep
 from runner.tracking.passwords import hidden, revealed
 
 if TYPE_CHECKING:
-    from conftest_mlflow import SharedCache
+    from conftest_mlflow import Store
 
 pytest_plugins = ["conftest_mlflow"]
 
@@ -37,7 +37,7 @@ print(parent_run.open_parent(sys.argv[1], "tests", outputs=outputs, folder=outpu
 """
 
 
-def open_parent(store: SharedCache) -> str:
+def open_parent(store: Store) -> str:
     return parent_run.open_parent(
         store.uri,
         "tests",
@@ -50,12 +50,12 @@ def open_parent(store: SharedCache) -> str:
 
 
 def close_parent(
-    store: SharedCache, status: RunStatus, killed: Collection[str] = ()
+    store: Store, status: RunStatus, killed: Collection[str] = ()
 ) -> tuple[RunStatus, str] | None:
     return parent_run.close_parent(store.outputs / "sweep", status, killed=killed)
 
 
-def child(store: SharedCache, parent: str, rank: int, loss: float | None, status: RunStatus) -> str:
+def child(store: Store, parent: str, rank: int, loss: float | None, status: RunStatus) -> str:
     writer = RunWriter.start(
         store.uri,
         "tests",
@@ -73,7 +73,7 @@ def child(store: SharedCache, parent: str, rank: int, loss: float | None, status
 
 
 # Children that start at once, in threads and in other processes, get one and the same parent.
-def test_all_children_get_one_parent(store: SharedCache) -> None:
+def test_all_children_get_one_parent(store: Store) -> None:
     command = [sys.executable, "-c", JOB, store.uri, str(store.outputs)]
     jobs = [subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(4) as pool:
@@ -99,7 +99,7 @@ def test_all_children_get_one_parent(store: SharedCache) -> None:
     ],
 )
 def test_the_parent_ends_with_the_true_status(
-    store: SharedCache, children: list[RunStatus], asked: RunStatus, status: RunStatus
+    store: Store, children: list[RunStatus], asked: RunStatus, status: RunStatus
 ) -> None:
     parent = open_parent(store)
     for rank, ended in enumerate(children):
@@ -112,7 +112,7 @@ def test_the_parent_ends_with_the_true_status(
 
 
 # The parent holds a table with what was swept and how well it went, best first.
-def test_the_parent_holds_a_summary(store: SharedCache) -> None:
+def test_the_parent_holds_a_summary(store: Store) -> None:
     parent = open_parent(store)
     ids = {
         rank: child(store, parent, rank, loss, "FINISHED")
@@ -135,7 +135,7 @@ def test_the_parent_holds_a_summary(store: SharedCache) -> None:
 
 # A sweep that goes on after its end has the same parent, running again; one whose store was
 # removed gets a new parent; closing what was never opened does nothing.
-def test_a_sweep_can_go_on(store: SharedCache) -> None:
+def test_a_sweep_can_go_on(store: Store) -> None:
     assert close_parent(store, "FINISHED") is None
     parent = open_parent(store)
     close_parent(store, "FAILED")
@@ -147,7 +147,7 @@ def test_a_sweep_can_go_on(store: SharedCache) -> None:
 
 # A child whose process died is ended as killed by the sweep, since nobody else can, and the parent
 # with it.
-def test_a_child_that_died_is_ended(store: SharedCache) -> None:
+def test_a_child_that_died_is_ended(store: Store) -> None:
     parent = open_parent(store)
     died = child(store, parent, 8, None, "FINISHED")
     store.client.update_run(died, status="RUNNING")
@@ -217,4 +217,4 @@ with Sweep.read(Path({str(tmp_path)!r})).job(1, ["network.rank=4"]):
     assert subprocess.run([sys.executable, "-c", code], cwd=TOP).returncode == -signal.SIGKILL
     first, second = begun.records()
     assert (first.exit_code, second.exit_code, second.alive) == (0, None, False)
-    assert second.words(begun.swept_keys) == "job 1 (network.rank=4)"
+    assert second.describe(begun.swept_keys) == "job 1 (network.rank=4)"
