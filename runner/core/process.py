@@ -53,9 +53,11 @@ def raise_on_signals() -> None:
 def signals_deferred() -> Iterator[None]:
     """Hold back signals during the block; raise the first one after it.
 
-    For short work that must not stop half-way, such as opening or closing a run's record.
+    For short work that must not stop half-way, such as opening or closing a run's record. Where the
+    block is part of ending for an earlier signal, that one stands.
     """
     received: list[int] = []
+    ending = isinstance(sys.exc_info()[1], Stopped)
 
     def remember(number: int, _frame: object) -> None:
         received.append(number)
@@ -66,7 +68,7 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+    if received and not ending:
         raise Stopped(received[0])
 
 

@@ -266,3 +266,15 @@ def test_a_killed_runner_takes_its_command_along(tmp_path: Path) -> None:
     finally:
         runner.kill()
         kill(log)
+
+
+# A run that a signal ends is ended by that one, whatever comes while it is being ended.
+def test_the_first_signal_stands() -> None:
+    with pytest.raises(Stopped) as caught:
+        try:
+            raise Stopped(signal.SIGINT)
+        except Stopped:
+            with signals_deferred():
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise
+    assert caught.value.number == signal.SIGINT

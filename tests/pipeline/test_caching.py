@@ -505,7 +505,7 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     media, out, gate = pictures(here / "media", 3), here / "out", here / "gate"
     monkeypatch.setenv("FAKE_GATE", str(gate))
     monkeypatch.setattr("runner.pipeline.stages.encoding._KEEP_SECONDS", 0.0)
-    monkeypatch.setattr("runner.pipeline.stages.encoding._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("runner.pipeline.stages.encoding._UNCHANGED_SECONDS", 0.0)
     early: list[int] = []
 
     def watch() -> None:
@@ -553,7 +553,7 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
         """,
     )
     monkeypatch.setattr(encoding, "_KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(encoding, "_SETTLED_SECONDS", 3600.0)
+    monkeypatch.setattr(encoding, "_UNCHANGED_SECONDS", 3600.0)
     kept: list[bool] = []
     real = SharedCache.commit
 
