@@ -11,7 +11,7 @@ import numpy as np
 from conftest import TOP
 from media_factory import make_clip, pattern
 
-from runner.data.report.looks import SIDE
+from runner.data.report.image_statistics import SIDE
 
 SAMPLE = TOP / "runner" / "data" / "sample"
 PHOTOS = sorted(SAMPLE.rglob("*.jpg"))

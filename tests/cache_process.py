@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runner.data.select import Source
     from runner.engines.base import Engine
     from runner.pipeline.context import Context
-    from runner.pipeline.model import Surroundings
+    from runner.pipeline.model import RunEnvironment
 
 # Run without the packages of the runner's environment, so that it starts at once.
 ENCODER = """
@@ -105,17 +105,17 @@ def context_of(
 
     from runner.pipeline.context import Context
     from runner.pipeline.executor import run_folder
-    from runner.pipeline.inputs import gather, look_around
+    from runner.pipeline.inputs import gather, read_environment
     from runner.pipeline.plan import make_plan
-    from runner.pipeline.verify import use_of
-    from runner.storage.store import Store
+    from runner.pipeline.verify import new_use_lease
+    from runner.storage.shared_cache import SharedCache
     from runner.tracking.mlflow_run import NullWriter
 
     base = [f"output_dir={outputs}", f"dataset.path={media}", "model=tiny", "memory=cpu"]
     base += ["optimizer=adamw", "precision=fp32", "dataset.resolution=[64,48]"]
     config = compose(*base, *overrides)
     engine = engine_on_tiny(config.engine.name)
-    here = look_around(config, Path.cwd(), engine)
+    here = read_environment(config, Path.cwd(), engine)
     inputs = gather(config, here, looked_through(config, Path.cwd(), here))
     plan = make_plan(inputs, engine)
     run_dir = run_folder(outputs, name)
@@ -125,11 +125,11 @@ def context_of(
         inputs=inputs,
         engine=engine,
         run_dir=run_dir,
-        store=Store(inputs.root / "cache"),
+        cache=SharedCache(inputs.root / "cache"),
         console=console or Console.for_stream(sys.stdout),
         writer=NullWriter(),
         plan=plan,
-        use=use_of(inputs, plan, run_dir),
+        use_lease=new_use_lease(inputs, plan, run_dir),
         make_plan=lambda inputs: make_plan(inputs, engine),
     )
 
@@ -144,12 +144,12 @@ def engine_on_tiny(name: str) -> Engine:
     return cast("Engine", engine)
 
 
-def looked_through(config: RunConfig, cwd: Path, here: Surroundings) -> tuple[Source, ...]:
+def looked_through(config: RunConfig, cwd: Path, here: RunEnvironment) -> tuple[Source, ...]:
     """The sources of a config, with nothing unpacked or written."""
-    from runner.data.ingest import Reading, scan_sources
-    from runner.storage.store import Store
+    from runner.data.ingest import ScanOptions, scan_sources
+    from runner.storage.shared_cache import SharedCache
 
-    return scan_sources(config, cwd, Store(here.root / "cache"), Reading())
+    return scan_sources(config, cwd, SharedCache(here.root / "cache"), ScanOptions())
 
 
 def with_musubi(outputs: Path) -> list[str]:
@@ -167,14 +167,14 @@ def prepare(context: Context, end: Path = Path("/")) -> None:
 
     try:
         for number, stage in enumerate(STAGES[1:4], 2):
-            context.look()
+            context.refresh_plan()
             summary = context.plan.stage(stage.name).summary
             context.console.stage(number, 7, stage.name, summary)
             stage.run(context)
         while not end.exists():
             time.sleep(0.02)
     finally:
-        context.use.release()
+        context.use_lease.release()
 
 
 if __name__ == "__main__":

@@ -109,12 +109,12 @@ def fake_item(name: str, **changes: Any) -> Any:
     """An item as a scan finds it: a picture, or a clip when the name says so."""
     import hashlib
 
-    from runner.data.sources import Item
+    from runner.data.sources import SourceMedia
 
     video = Path(name).suffix in (".mp4", ".mov", ".webm", ".mkv", ".avi")
     values: dict[str, Any] = {
         "name": name,
-        "kind": "video" if video else "image",
+        "media_kind": "video" if video else "image",
         "sha256": hashlib.sha256(name.encode()).hexdigest(),
         "bytes": 1000,
         "size": (1280, 720),
@@ -126,7 +126,7 @@ def fake_item(name: str, **changes: Any) -> Any:
         "archive": None,
         "member": None,
     }
-    return Item(**{**values, **changes})
+    return SourceMedia(**{**values, **changes})
 
 
 def fake_facts(
@@ -134,17 +134,17 @@ def fake_facts(
     items: Sequence[Any],
     *,
     cached: frozenset[str] = frozenset(),
-    machine: Any = None,
+    gpu: Any = None,
     digests: bool = True,
 ) -> Any:
     """Facts as a disk would give them, with paths that are the same on every machine."""
     from runner.core.command import Command
     from runner.data.balance import weigh
     from runner.data.select import Source, select, source_options
-    from runner.engines.base import NO_CARD, EngineFacts
+    from runner.engines.base import NO_GPU, EngineInstall
     from runner.engines.registry import engine_named
     from runner.formats.train_toml import WeightPaths
-    from runner.hub.weights import WeightFacts
+    from runner.hub.weights import LocatedWeights
     from runner.pipeline.model import Inputs
 
     sources = tuple(
@@ -160,23 +160,23 @@ def fake_facts(
         ),
     )
     engine = engine_named(config.engine.name)
-    memory, note = engine.memory_plan(config, machine, NO_CARD)
+    memory, note = engine.memory_plan(config, gpu, NO_GPU)
     parts = ("transformer", "vae", "text_encoder", "byt5", "image_encoder")
     return Inputs(
         root=Path("/outputs"),
         python="/venv/bin/python",
         python_path=None,
-        machine=machine,
+        gpu=gpu,
         memory=memory,
         memory_note=note,
-        weights=WeightFacts(
+        weights=LocatedWeights(
             WeightPaths(*(f"/weights/{part}" for part in parts)),
             {part: part for part in parts} if digests else None,
             (Command(("get-weights",)),),
             "weights",
         ),
-        engine=EngineFacts("/engine/bin/python", "engine 1"),
-        cache_identity=engine.cache_identity,
+        engine=EngineInstall("/engine/bin/python", "engine 1"),
+        engine_cache_id=engine.engine_cache_id,
         config=config,
         sources=sources,
         selection=selection,
@@ -185,12 +185,16 @@ def fake_facts(
     )
 
 
-def report_of(config: RunConfig, facts: Any, looks: Any = None, tokens: Any = None) -> Any:
+def report_of(config: RunConfig, facts: Any, statistics: Any = None, tokens: Any = None) -> Any:
     """The dataset report for fake facts; nobody looks at pixels unless looks are given."""
     from runner.data.report.make import make_report
 
     return make_report(
-        facts.sources, facts.selection, task=config.task.name, looks=looks, tokens=tokens or {}
+        facts.sources,
+        facts.selection,
+        task=config.task.name,
+        statistics=statistics,
+        tokens=tokens or {},
     )
 
 

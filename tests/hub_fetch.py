@@ -11,8 +11,8 @@ import pytest
 from conftest import TOP
 from hub_server import Hub, Repository, serve, talk_to
 
-from runner.hub.cache import HubCache, Request
-from runner.hub.fetch import Obtained, obtain
+from runner.hub.fetch import FetchedFile, fetch_files
+from runner.hub.hub_cache import HubCache, Request
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 BIG = random.Random(1).randbytes(3_000_000)
@@ -84,8 +84,8 @@ def cache(tmp_path: Path) -> HubCache:
 
 def fetch(
     tmp_path: Path, *requests: Request, force: bool = False, notes: Notes | None = None
-) -> list[Obtained]:
-    return obtain(requests or (WANTED,), cache(tmp_path), notes or Notes(), force=force)
+) -> list[FetchedFile]:
+    return fetch_files(requests or (WANTED,), cache(tmp_path), notes or Notes(), force=force)
 
 
 def whole(tmp_path: Path) -> None:

@@ -78,15 +78,15 @@ def ended(process: subprocess.Popen[str]) -> str:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from runner.storage.leases import Ledger, Use
+from runner.storage.leases import Leases, UseLease
 what, root, *names = sys.argv[1:]
-ledger = Ledger(Path(root))
+leases = Leases(Path(root))
 if what == "use":
-    use = Use(ledger, "runs/other", {"name": "d", "paths": ["/d"]}, ["weights/tiny-1"])
+    use = UseLease(leases, "runs/other", {"name": "d", "paths": ["/d"]}, ["weights/tiny-1"])
     use.hold(names)
     print("held", flush=True)
     time.sleep(600)
-with ledger.claim(names, "runs/other") as (mine, others):
+with leases.claim(names, "runs/other") as (mine, others):
     print(*sorted(mine), flush=True)
     time.sleep(600)
 """

@@ -14,10 +14,10 @@ from typing import Any
 
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
-from runner.engines.base import Engine, EngineFacts, Job, Machine
+from runner.engines.base import Engine, EngineInstall, Gpu, Job
 from runner.engines.registry import ENGINES
 from runner.formats.train_toml import WeightPaths
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 
 SCRIPT = """
 import json, sys, tomllib
@@ -54,58 +54,54 @@ class ThirdEngine:
     """See the module."""
 
     name = "third"
-    cache_identity = "third-1"
+    engine_cache_id = "third-1"
     own_options: frozenset[str] = frozenset()
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         if config.network.rank % 2:
             yield f"network.rank={config.network.rank}: the third engine takes even ranks."
 
-    def plan_problems(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
+    def plan_problems(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         if clips:
             yield "the third engine takes no clips."
 
-    def plan_notices(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
+    def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         yield f"the third engine counts {steps} steps."
 
-    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+    def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         return config
 
-    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
-        return EngineFacts(sys.executable, "third 1")
+    def locate(self, config: RunConfig, cwd: Path) -> EngineInstall:
+        return EngineInstall(sys.executable, "third 1")
 
     def examine(
         self,
-        facts: EngineFacts,
+        install: EngineInstall,
         config: RunConfig,
         memory: MemoryConfig,
-        machine: Machine | None,
-        without: str,
+        gpu: Gpu | None,
+        no_gpu_reason: str,
         *,
         trains: bool,
-    ) -> EngineFacts:
-        return facts
+    ) -> EngineInstall:
+        return install
 
-    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         return f"{job.engine.version}, looked at"
 
-    def full_version(self, facts: EngineFacts) -> str:
-        return f"{facts.version} in full"
+    def full_version(self, install: EngineInstall) -> str:
+        return f"{install.version} in full"
 
     def memory_plan(
-        self, config: RunConfig, machine: Machine | None, without: str
+        self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         return MemoryConfig(name="a shoebox", vae_tile=0), "the third engine fits anywhere."
 
-    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+    def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
         paths = WeightPaths("spring", "spring", "spring", "spring", "")
-        return WeightFacts(paths, {"vae": "a", "text_encoder": "b"}, (), "one spring")
+        return LocatedWeights(paths, {"vae": "a", "text_encoder": "b"}, (), "one spring")
 
-    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
         return False, None
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:

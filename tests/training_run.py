@@ -13,7 +13,7 @@ import torch
 
 from runner.config.latent_frames import latent_frames
 from runner.engines.diffusers import make_weights, models
-from runner.formats import cache, dataset_toml
+from runner.formats import cache_files, dataset_toml
 from runner.formats.frames import Crop, FrameExtraction
 
 SIZE = (96, 64)
@@ -34,12 +34,12 @@ def write_run(folder: Path, *, task: str = "t2v", images: int = 3, **options: An
     if task == "t2v":
         for index in range(images):
             write_item(folder / "images", f"picture{index}", index)
-        entries.append(dataset_toml.DatasetEntry("image", "images", SIZE, directory="media"))
+        entries.append(dataset_toml.DatasetTable("image", "images", SIZE, directory="media"))
     for index in range(2):
         write_item(folder / "clips", f"clip{index}", 10 + index, frames=9, i2v=task == "i2v")
     extraction = FrameExtraction(target_frames=(9,))
     entries.append(
-        dataset_toml.DatasetEntry(
+        dataset_toml.DatasetTable(
             "video", "clips", SIZE, directory="media", batch_size=2, extraction=extraction
         )
     )
@@ -83,10 +83,10 @@ def write_item(
         condition = torch.zeros(33, *latents.shape[1:])
         condition[:32, 0], condition[32, 0] = latents[:, 0], 1
         siglip = normal(16, models.TINY_TRANSFORMER["image_embed_dim"]).half()
-    path = folder / cache.image_latents_name(name, SIZE)
+    path = folder / cache_files.image_latents_name(name, SIZE)
     if frames > 1:
-        path = folder / cache.video_latents_name(name, Crop(0, frames), SIZE)
-    cache.write_latents(
+        path = folder / cache_files.video_latents_name(name, Crop(0, frames), SIZE)
+    cache_files.write_latents(
         path,
         latents,
         size=SIZE,
@@ -96,8 +96,8 @@ def write_item(
     )
     if text:
         quoted = 5 if seed % 2 else 0
-        cache.write_text(
-            folder / cache.text_name(name),
+        cache_files.write_text(
+            folder / cache_files.text_name(name),
             normal(4 + seed % 5, models.TINY_TRANSFORMER["text_embed_dim"]).bfloat16(),
             normal(quoted, models.TINY_TRANSFORMER["text_embed_2_dim"]),
             caption=name,

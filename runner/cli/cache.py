@@ -1,4 +1,4 @@
-"""What the shared cache holds, by dataset and size; and deletes what is not wanted any more."""
+"""List the shared cache by dataset and size, and delete what is no longer needed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 from runner.core.errors import UserError
 from runner.core.text import did_you_mean, readable
-from runner.storage.store import SHELVES
+from runner.storage.shared_cache import NAMESPACES
 from runner.storage.usage import (
     OTHER,
     UNKNOWN,
-    Kept,
-    Stock,
-    Wish,
+    CacheContents,
+    CacheObject,
+    PruneCriteria,
     by_dataset,
     chosen,
     dataset_key,
@@ -38,34 +38,38 @@ examples:
   python -m runner.cache prune --keep-below 20GB --dry-run
   python -m runner.cache prune --dataset mydata.zip
 
-What a running job uses is never deleted. Deleted entries are made again when a run wants them.
+What a running job uses is never deleted. Deleted entries are made again when a run needs them.
 """
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # One line, without the usage before it.
+        """Print the error as one line, without the usage, and exit with code 2."""
         self.exit(2, f"error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """List or prune. Exit code 2 for wrong options, 1 if something could not be deleted."""
-    parser, given = _parser(), sys.argv[1:] if argv is None else argv
+    """List or prune the shared cache.
+
+    Returns:
+        The exit code: 2 for wrong options, 1 if something could not be deleted.
+    """
+    parser, arguments = _parser(), sys.argv[1:] if argv is None else argv
     try:
-        _known(parser, given)
-        args = parser.parse_args(given)
-        wish = _wish(args)
+        _check_names(parser, arguments)
+        args = parser.parse_args(arguments)
+        criteria = _criteria(args)
         root = args.outputs / "cache"
-        stock = take_stock(root, time.time())
-        if wish is None:
-            _list(root, stock)
+        contents = take_stock(root, time.time())
+        if criteria is None:
+            _list(root, contents)
             return 0
-        return _prune(root, stock, wish, args)
+        return _prune(root, contents, criteria, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read this has seen enough; Python must not try to write the rest at its end.
+        # The reader closed the pipe; keep Python from flushing stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -88,26 +92,33 @@ def _parser() -> argparse.ArgumentParser:
         "--outputs", type=Path, default=Path("outputs"), help="folder of the runs (outputs)"
     )
     prune = parser.add_argument_group(
-        "prune", "Shows what fits all of these, asks, and deletes it, least recently used first."
+        "prune",
+        "Shows the entries that match all options, asks, and deletes them, least recently used "
+        "first.",
     )
     prune.add_argument(
-        "--older-than", type=_age, metavar="30d", help="not used for so long (h d w)"
+        "--older-than", type=_age, metavar="30d", help="not used for at least this long (h, d, w)"
     )
     prune.add_argument(
-        "--keep-below", type=_size, metavar="20GB", help="only until the cache is below this size"
+        "--keep-below",
+        type=_size,
+        metavar="20GB",
+        help="delete only until the cache is smaller than this",
     )
-    prune.add_argument("--dataset", metavar="NAME", help="of this dataset and of no other")
-    prune.add_argument("--unused", action="store_true", help="that no run on record has used")
+    prune.add_argument("--dataset", metavar="NAME", help="used by this dataset only")
+    prune.add_argument("--unused", action="store_true", help="not used by any recorded run")
     prune.add_argument("--verbose", action="store_true", help="name each file")
-    prune.add_argument("--dry-run", action="store_true", help="show, and delete nothing")
+    prune.add_argument(
+        "--dry-run", action="store_true", help="show what would be deleted, and delete nothing"
+    )
     prune.add_argument("--yes", action="store_true", help="delete without asking")
     return parser
 
 
-def _known(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-    """Raise UserError for the first option that there is not, with the nearest that there is."""
+def _check_names(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Reject the first unknown option, suggesting the nearest one."""
     options = [option for option in parser._option_string_actions if option.startswith("--")]
-    for argument in given:
+    for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in options:
             raise UserError(f"there is no option {name}.{did_you_mean(name, options)}")
@@ -129,80 +140,78 @@ def _size(text: str) -> int:
 
 
 def _quantity(text: str, units: dict[str, float], example: str) -> float:
-    """A number with its unit, in either case. Raises ArgumentTypeError with what is meant."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number with a unit, such as {example}")
-    number, unit = found.groups()
+    """Parse a number with a unit, ignoring case."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number with a unit, such as {example}")
+    number, unit = match.groups()
     for name, worth in units.items():
         if unit.lower() == name.lower():
             return float(number) * worth
     raise argparse.ArgumentTypeError(
-        f"{text!r} has no unit known here.{did_you_mean(unit, units)}"
+        f"{text!r} has an unknown unit.{did_you_mean(unit, units)}"
         if unit
         else f"{text!r} needs a unit, such as {example}"
     )
 
 
-def _wish(args: Any) -> Wish | None:
-    """What to delete; None for a list."""
-    given = [
+def _criteria(args: Any) -> PruneCriteria | None:
+    """Return the criteria of ``prune``; None for ``list``."""
+    criteria = [
         f"--{name.replace('_', '-')}"
         for name in ("older_than", "keep_below", "dataset", "unused")
         if getattr(args, name) is not None and getattr(args, name) is not False
     ]
-    manner = [
+    other_options = [
         f"--{name.replace('_', '-')}"
         for name in ("verbose", "dry_run", "yes")
         if getattr(args, name)
     ]
     if args.command == "list":
-        if given or manner:
-            option = (given + manner)[0]
+        if criteria or other_options:
+            option = (criteria + other_options)[0]
             raise UserError(f"{option} is for prune: python -m runner.cache prune {option} ...")
         return None
-    if not given:
+    if not criteria:
         raise UserError(
             "prune: say what to delete, by --older-than, --keep-below, --dataset or --unused"
         )
-    return Wish(args.older_than, args.keep_below, args.dataset, args.unused)
+    return PruneCriteria(args.older_than, args.keep_below, args.dataset, args.unused)
 
 
-def _list(root: Path, stock: Stock) -> None:
-    print(f"{root}: {readable(stock.bytes)}")
-    if not stock.kept:
+def _list(root: Path, contents: CacheContents) -> None:
+    print(f"{root}: {readable(contents.bytes)}")
+    if not contents.kept:
         return
     print()
-    _table(stock, stock.kept)
+    _table(contents, contents.kept)
     print()
-    shared = [one for one in stock.kept if len(one.datasets) > 1]
+    shared = [one for one in contents.kept if len(one.datasets) > 1]
     if shared:
-        print(f"{_sum(shared)} that several datasets use {_s(shared, 'count')} in each.")
-    if any(one.named and not one.datasets for one in stock.kept):
-        print(f"{UNKNOWN}: what no run on record has used.")
-    if any(not one.named for one in stock.kept):
+        print(f"{_sum(shared)} used by several datasets {_s(shared, 'count')} in each.")
+    if any(one.named and not one.datasets for one in contents.kept):
+        print(f"{UNKNOWN}: not used by any recorded run.")
+    if any(not one.named for one in contents.kept):
         print(f"{OTHER}: small files that any run may use.")
-    print(
-        "After a prune the cache/ of finished runs has links that lead nowhere; nothing needs them."
-    )
+    print("After a prune, links in the cache/ of finished runs may be broken; that is harmless.")
 
 
-def _prune(root: Path, stock: Stock, wish: Wish, args: Any) -> int:
-    if wish.dataset is not None:
-        key = dataset_key(stock, wish.dataset)
-        wish = Wish(wish.older_than, wish.keep_below, key, wish.unused)
-    victims = chosen(stock, wish, time.time())
-    if victims:
-        print(f"{root}: {readable(stock.bytes)}, of which this would be deleted:\n")
-        _table(stock, victims)
+def _prune(root: Path, contents: CacheContents, criteria: PruneCriteria, args: Any) -> int:
+    if criteria.dataset is not None:
+        key = dataset_key(contents, criteria.dataset)
+        criteria = PruneCriteria(criteria.older_than, criteria.keep_below, key, criteria.unused)
+    to_delete = chosen(contents, criteria, time.time())
+    if to_delete:
+        print(f"{root}: {readable(contents.bytes)}, of which this would be deleted:\n")
+        _table(contents, to_delete)
         print()
         if args.verbose:
-            for one in victims:
+            for one in to_delete:
                 print(f"  {one.path}  {readable(one.bytes)}")
             print()
-    for line in _stays(stock, wish, victims):
+    for line in _kept_reasons(contents, criteria, to_delete):
         print(line)
-    if not victims:
+    if not to_delete:
         print("Nothing to delete.")
         return 0
     if not args.yes or args.dry_run:
@@ -210,15 +219,15 @@ def _prune(root: Path, stock: Stock, wish: Wish, args: Any) -> int:
             print("Nothing was deleted (--dry-run).")
             return 0
         if not sys.stdin.isatty():
-            print("Nothing was deleted: there is no terminal to ask at; --yes deletes.")
+            print("Nothing was deleted: no terminal to ask at; --yes deletes without asking.")
             return 0
         if not _agreed():
             print("Nothing was deleted.")
             return 0
-    gone = delete(root, victims)
-    print(f"Deleted {_sum(gone)}.")
-    names = {one.name for one in gone}
-    left = [one for one in victims if one.name not in names]
+    deleted = delete(root, to_delete)
+    print(f"Deleted {_sum(deleted)}.")
+    names = {one.name for one in deleted}
+    left = [one for one in to_delete if one.name not in names]
     if left:
         print(f"{_sum(left)} {_s(left, 'stay')}: a run has begun to use them.")
     return 0
@@ -232,41 +241,45 @@ def _agreed() -> bool:
         return False
 
 
-def _stays(stock: Stock, wish: Wish, victims: Sequence[Kept]) -> list[str]:
-    """What one might expect to go, and why it stays."""
+def _kept_reasons(
+    contents: CacheContents, criteria: PruneCriteria, to_delete: Sequence[CacheObject]
+) -> list[str]:
+    """Explain which entries are kept although one would expect them to be deleted."""
     lines: list[str] = []
-    of_it = [one for one in stock.kept if wish.dataset is None or wish.dataset in one.datasets]
+    of_it = [
+        one for one in contents.kept if criteria.dataset is None or criteria.dataset in one.datasets
+    ]
     used = [one for one in of_it if one.in_use]
     if used:
         names = {one.name for one in used}
-        runs = sorted({one.who for one in stock.running if one.names & names})
+        runs = sorted({one.who for one in contents.running if one.names & names})
         lines.append(f"{_sum(used)} {_s(used, 'stay')}: in use by {', '.join(runs)}.")
     shared = [one for one in of_it if len(one.datasets) > 1 and not one.in_use]
-    if wish.dataset is not None and shared:
+    if criteria.dataset is not None and shared:
         lines.append(f"{_sum(shared)} {_s(shared, 'stay')}: other datasets use them too.")
-    left = stock.bytes - sum(one.bytes for one in victims)
-    if wish.keep_below is not None and left > wish.keep_below:
-        lines.append(f"{readable(left)} would be left, more than {readable(wish.keep_below)}.")
+    left = contents.bytes - sum(one.bytes for one in to_delete)
+    if criteria.keep_below is not None and left > criteria.keep_below:
+        lines.append(f"{readable(left)} would be left, more than {readable(criteria.keep_below)}.")
     return lines
 
 
-def _sum(kept: Sequence[Kept]) -> str:
+def _sum(kept: Sequence[CacheObject]) -> str:
     number = f"{len(kept)} entr{'y' if len(kept) == 1 else 'ies'}"
     return f"{number} ({readable(sum(one.bytes for one in kept))})"
 
 
-def _s(kept: Sequence[Kept], verb: str) -> str:
+def _s(kept: Sequence[CacheObject], verb: str) -> str:
     return f"{verb}s" if len(kept) == 1 else verb
 
 
-def _table(stock: Stock, kept: Sequence[Kept]) -> None:
-    """One row a dataset, with the bytes on each shelf, and one for the whole."""
-    others = sorted({one.shelf for one in kept} - set(SHELVES))
-    shelves = (*SHELVES, *others)
-    rows = [("dataset", "entries", *shelves, "last used")]
-    for name, of_it in by_dataset(stock, kept).items():
-        rows.append((name, *_cells(of_it, shelves), _when(stock, name, of_it)))
-    rows.append(("total", *_cells(kept, shelves), ""))
+def _table(contents: CacheContents, kept: Sequence[CacheObject]) -> None:
+    """Print one row per dataset with its size in each namespace, and a total."""
+    others = sorted({one.namespace for one in kept} - set(NAMESPACES))
+    namespaces = (*NAMESPACES, *others)
+    rows = [("dataset", "entries", *namespaces, "last used")]
+    for name, of_it in by_dataset(contents, kept).items():
+        rows.append((name, *_cells(of_it, namespaces), _when(contents, name, of_it)))
+    rows.append(("total", *_cells(kept, namespaces), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -274,22 +287,24 @@ def _table(stock: Stock, kept: Sequence[Kept]) -> None:
         print("  ".join([*cells, row[-1]]).rstrip())
 
 
-def _cells(kept: Iterable[Kept], shelves: Sequence[str]) -> list[str]:
+def _cells(kept: Iterable[CacheObject], namespaces: Sequence[str]) -> list[str]:
     kept = list(kept)
-    sizes = [sum(one.bytes for one in kept if one.shelf == shelf) for shelf in shelves]
+    sizes = [
+        sum(one.bytes for one in kept if one.namespace == namespace) for namespace in namespaces
+    ]
     return [str(len(kept)), *(readable(size) if size else "-" for size in sizes)]
 
 
-def _when(stock: Stock, dataset: str, kept: Sequence[Kept]) -> str:
+def _when(contents: CacheContents, dataset: str, kept: Sequence[CacheObject]) -> str:
     names = {one.name for one in kept if one.in_use}
     if names:
-        return f"in use by {min(one.who for one in stock.running if one.names & names)}"
-    used = stock.used.get(dataset) or max(one.used for one in kept)
+        return f"in use by {min(one.who for one in contents.running if one.names & names)}"
+    used = contents.used.get(dataset) or max(one.used for one in kept)
     return ago(time.time() - used)
 
 
 def ago(seconds: float) -> str:
-    """``just now``, ``5 minutes ago``, ``3 days ago``."""
+    """Describe an age: ``just now``, ``5 minutes ago``, ``3 days ago``."""
     for size, unit in ((86400.0, "day"), (3600.0, "hour"), (60.0, "minute")):
         number = int(seconds // size)
         if number >= 1:

@@ -1,4 +1,4 @@
-"""``python -m runner --help``. Hydra's own takes a second to list the groups."""
+"""The text of ``python -m runner --help``; Hydra's own help takes a second to list the groups."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ usage: python -m runner [GROUP=CHOICE ...] [KEY=VALUE ...]      one run
 Groups (each choice is a short file in conf/):
 {groups}
 
-The ten options people change:
+The ten most used options:
   dataset.path=mydata.zip        zip, folder or JSONL of pictures, clips and captions
-  dataset.trigger_word=ohwx      put before every caption
+  dataset.trigger_word=ohwx      word put before every caption
   dataset.resolution=[544,960]   width and height; buckets keep the area
   dataset.target_frames=[1,25]   frames to train on, each 4N+1
-  network.rank=32                rank; alpha follows it
+  network.rank=32                rank; alpha equals it by default
   optimizer.learning_rate=1e-4   learning rate
   training.epochs=10             passes over the dataset (training.max_steps: steps instead)
-  training.seed=42               -1 draws one and records it
+  training.seed=42               -1 draws a random seed and records it
   name=my-run                    name of the run and of its folder
-  dry_run=true                   show stages, commands and steps; touch nothing
+  dry_run=true                   show stages, commands and steps; write nothing
 
 Examples:
   python -m runner experiment=rehearsal
@@ -41,7 +41,7 @@ Hydra's own flags:            python -m runner --hydra-help
 
 
 def text(conf: Path) -> str:
-    """The help, with the groups and choices that ``conf`` has."""
+    """Build the help, with the groups and choices of the folder ``conf``."""
     lines: list[str] = []
     for group, names in groups(conf).items():
         if names:

@@ -1,4 +1,4 @@
-"""The commonest mistakes on the command line, each answered with the command as it should be."""
+"""Detection of common mistakes on the command line, with the corrected command."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from runner.config.schema import options
 from runner.core.paths import command_here
 from runner.core.text import nearest
 
-# Hydra's flags; --help, --version and --multirun are taken before they are looked at.
+# Hydra's flags, except --help, --version and --multirun, which are handled before this check.
 _FLAGS = (
     *("--hydra-help", "--resolve", "--run", "-r", "--cfg", "-c", "--package", "-p"),
     *("--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
 )
 _PRINTED = ("job", "hydra", "all")
-# What people call options after other trainers' flags, where no table of ours has the name.
+# Names that other trainers use for options, unless a table of the runner has them.
 _OTHER_NAMES = {
     "lr": "optimizer.learning_rate",
     "steps": "training.max_steps",
@@ -35,59 +35,59 @@ _OTHER_NAMES = {
 _MEDIA_LIST = re.compile(r".*\.(zip|jsonl)", re.IGNORECASE)
 
 Choices = Mapping[str, Sequence[str]]
-# What is wrong, and the arguments as they should be; None where nobody can tell.
-_Found = tuple[str, list[str] | None]
+# The problem, and the corrected arguments, or None if the correction is unknown.
+_Correction = tuple[str, list[str] | None]
 
 
 def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> str | None:
     """Describe the first mistake in a command line.
 
     Args:
-        arguments: without ``-m``.
-        choices: the config groups and the choices of each.
-        multirun: whether ``-m`` was among them.
+        arguments: The command line without ``-m``.
+        choices: The config groups and the choices of each.
+        multirun: Whether ``-m`` was among the arguments.
 
     Returns:
-        One line with the command as it should be typed, or None where nothing is known to be wrong.
+        One line with the corrected command, or None if no mistake is known.
     """
     args, described = list(arguments), ""
-    # One line, and a command that is right in all of its parts.
+    # The line describes the first mistake, and its command has all of them corrected.
     for _ in range(len(args) + 1):
-        found = _first(args, choices, multirun)
-        if found is None:
+        correction = _first(args, choices, multirun)
+        if correction is None:
             break
-        what, right = found
+        problem, right = correction
         if right is None:
-            return what
-        described = described or what
+            return problem
+        described = described or problem
         multirun, args = multirun or right == args, right
     return f"{described}: {command(args, multirun=multirun)}" if described else None
 
 
 def undecodable(texts: Iterable[str]) -> str | None:
-    """Describe the first text that has bytes which are no letters here, if one has."""
+    """Describe the first text with bytes that are not valid in this computer's encoding."""
     encoding = sys.getfilesystemencoding()
     for text in texts:
         if any("\udc80" <= letter <= "\udcff" for letter in text):
-            shown = text.encode("utf-8", "backslashreplace").decode()
+            escaped = text.encode("utf-8", "backslashreplace").decode()
             remedy = "rename it" if encoding == "utf-8" else "set PYTHONUTF8=1"
-            return f"{shown!r} is not in {encoding}, in which names are read here: {remedy}."
+            return f"{escaped!r} is not in {encoding}, the encoding of this computer: {remedy}."
     return None
 
 
 def command(arguments: Sequence[str], *, multirun: bool = False) -> str:
-    """The command with these arguments, as a shell takes it."""
+    """Write the command with these arguments, quoted for a shell."""
     flags = ["-m"] if multirun else []
     return f"{command_here('runner')} {shlex.join([*flags, *arguments])}".rstrip()
 
 
-def _first(args: list[str], choices: Choices, multirun: bool) -> _Found | None:
+def _first(args: list[str], choices: Choices, multirun: bool) -> _Correction | None:
     rules = [_print_what, _flag, _bare_word, _plus_or_tilde, _path, _list]
     for rule in rules if multirun else [*rules, _comma]:
         for n in range(len(args)):
-            found = rule(args, n, choices)
-            if found is not None:
-                return found
+            correction = rule(args, n, choices)
+            if correction is not None:
+                return correction
     return None
 
 
@@ -96,14 +96,14 @@ def _known() -> dict[str, Option]:
     return {option.key: option for option in options()}
 
 
-def _print_what(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _print_what(args: list[str], n: int, choices: Choices) -> _Correction | None:
     if args[n] not in ("--cfg", "-c") or (n + 1 < len(args) and args[n + 1] in _PRINTED):
         return None
     rest = [*args[:n], *args[n + 1 :]]
     return f"{args[n]} needs what to print, job for the run's options", ["--cfg", "job", *rest]
 
 
-def _flag(args: list[str], n: int, choices: Choices) -> _Found | None:
+def _flag(args: list[str], n: int, choices: Choices) -> _Correction | None:
     name, equals, value = args[n].partition("=")
     if not name.startswith("-") or name in _FLAGS:
         return None
@@ -129,7 +129,7 @@ def _flag(args: list[str], n: int, choices: Choices) -> _Found | None:
 
 
 def _option_of(name: str, choices: Choices) -> str | None:
-    """The option or group that a flag means: by its key, musubi-tuner's name or its last part."""
+    """Find the option or group that a flag means: by key, musubi-tuner's name or last part."""
     from runner.formats.train_options import TABLE
 
     known = _known()
@@ -145,8 +145,8 @@ def _option_of(name: str, choices: Choices) -> str | None:
     return next((key for key in meant if key in known or key in choices), None)
 
 
-def _bare_word(args: list[str], n: int, choices: Choices) -> _Found | None:
-    """A word without an equals sign: a path alone, or the rest of a value with spaces."""
+def _bare_word(args: list[str], n: int, choices: Choices) -> _Correction | None:
+    """Correct a word without an equals sign: a lone path, or the rest of a value with spaces."""
     word, before = args[n], args[n - 1] if n else ""
     if word.startswith(("-", "~")) or "=" in word or before in _FLAGS:
         return None
@@ -165,27 +165,27 @@ def _bare_word(args: list[str], n: int, choices: Choices) -> _Found | None:
 
 
 def _quoted(option: Option, text: str) -> str:
-    """``text`` as a value: paths are taken as they are, and Hydra reads the rest."""
+    """Quote ``text`` as a value, unless it is a path, which is taken literally."""
     return text if option.path else quote(text, '"')
 
 
-def _plus_or_tilde(args: list[str], n: int, choices: Choices) -> _Found | None:
-    """Plus and tilde: what would be added is there, and nothing can be left out."""
+def _plus_or_tilde(args: list[str], n: int, choices: Choices) -> _Correction | None:
+    """Correct plus and tilde: options can be neither added nor removed."""
     argument = args[n]
     key = argument.lstrip("+~").partition("=")[0]
     rest = [*args[:n], *args[n + 1 :]]
     if argument.startswith("~") and not key.startswith(OPEN_ENDED):
         instead = f"choose another with {key}=..." if key in choices else "leave it out"
-        return f"{argument} would take away options that every run needs ({instead})", rest
+        return f"{argument} would remove options that every run needs ({instead})", rest
     if argument.startswith("+") and key in choices:
         return f"{key} is chosen without a plus", [*args[:n], argument.lstrip("+"), *args[n + 1 :]]
-    # Hydra would add what is no option, and nobody would read it.
+    # Hydra would add an unknown option, which nothing reads.
     wrong = diagnose([argument], choices) if argument.startswith("+") else None
     return (wrong, None) if wrong else None
 
 
-def _path(args: list[str], n: int, choices: Choices) -> _Found | None:
-    """A path as a browser or Windows writes it."""
+def _path(args: list[str], n: int, choices: Choices) -> _Correction | None:
+    """Correct a path written as in a browser or in Windows."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)
     if option is None or not option.path or exists(value):
@@ -198,14 +198,14 @@ def _path(args: list[str], n: int, choices: Choices) -> _Found | None:
         return None
     letter, rest = drive[1], drive[2].replace("\\", "/")
     if not rest.startswith("/"):
-        # The shell takes backslashes away that are not quoted.
+        # The shell removed the unquoted backslashes.
         rest = "/..."
     right = [*args[:n], f"{key}=/mnt/{letter.lower()}{rest}", *args[n + 1 :]]
-    return f"Under WSL drive {letter.upper()}: is the folder /mnt/{letter.lower()}", right
+    return f"In WSL, drive {letter.upper()}: is the folder /mnt/{letter.lower()}", right
 
 
-def _list(args: list[str], n: int, choices: Choices) -> _Found | None:
-    """A list without its brackets."""
+def _list(args: list[str], n: int, choices: Choices) -> _Correction | None:
+    """Correct a list without brackets."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)
     if option is None or not option.type.startswith("list") or not value:
@@ -213,14 +213,14 @@ def _list(args: list[str], n: int, choices: Choices) -> _Found | None:
     parts = _top_level(value)
     if all(part.startswith(("[", "$", "'", '"')) or part == "null" for part in parts):
         return None
-    # A resolution of one number is a square's.
+    # A resolution of one number means a square.
     parts = parts * 2 if key == "dataset.resolution" and len(parts) == 1 else parts
     right = [*args[:n], f"{key}=[{','.join(parts)}]", *args[n + 1 :]]
     return f"{key} is a list, in brackets", right
 
 
-def _comma(args: list[str], n: int, choices: Choices) -> _Found | None:
-    """Commas outside brackets and quotes, which only a sweep takes."""
+def _comma(args: list[str], n: int, choices: Choices) -> _Correction | None:
+    """Correct commas outside brackets and quotes, which mean a sweep."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)
     if len(_top_level(value)) < 2:
@@ -234,7 +234,7 @@ def _comma(args: list[str], n: int, choices: Choices) -> _Found | None:
 
 
 def _top_level(value: str) -> list[str]:
-    """The parts of ``value`` between commas that lie in no bracket, brace or quotation."""
+    """Split ``value`` at the commas outside brackets, braces and quotes."""
     parts, depth, quoted = [""], 0, ""
     for letter in value:
         if quoted:

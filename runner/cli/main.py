@@ -1,4 +1,4 @@
-"""``python -m runner``: compose the config, plan the run, show it or execute it."""
+"""``python -m runner``: compose the config, plan the run, and show or execute the plan."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ if TYPE_CHECKING:
     from runner.tracking.multirun import Job
 
 # Hydra's flags that print the config.
-_SHOWING = ("--cfg", "-c", "--info", "-i")
+_PRINTING_FLAGS = ("--cfg", "-c", "--info", "-i")
 
 
 def main() -> None:
-    """Entry point; ends the process with 0, 1 (failed), 2 (wrong input) or 128 + signal."""
+    """Run the program; exit with 0, 1 (failed), 2 (wrong input) or 128 + n (ended by signal n)."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """Everything, given the command line; returns the exit code."""
+    """Run the program with these arguments.
+
+    Returns:
+        The exit code, see :func:`main`.
+    """
     if any(argument in ("-h", "--help") for argument in arguments):
         from runner.cli import help as help_page
 
@@ -56,34 +60,34 @@ def run(arguments: list[str]) -> int:
     console = Console.for_stream(sys.stdout)
     # argparse takes flags before or after all overrides, not between them.
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    given = [argument for argument in arguments if argument not in flags]
-    rest = hide_passwords(given, os.environ, multirun=bool(flags))
+    others = [argument for argument in arguments if argument not in flags]
+    rest = hide_passwords(others, os.environ, multirun=bool(flags))
     wrong = undecodable([*rest, str(Path.cwd())]) or mistake(
         rest, groups(conf_folder()), multirun=bool(flags)
     )
     if wrong:
         return _refuse(wrong, console)
     sys.argv = [sys.argv[0], *flags, *quote_paths(rest, multirun=bool(flags))]
-    # Hydra would print its own traceback and end with 1; raised, the error can be told better.
+    # Hydra raises its errors instead of printing them, so that they can be explained below.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     raise_on_signals()
-    shows = any(argument.partition("=")[0] in _SHOWING for argument in rest)
-    code = _code_of(compose(_job), rest, console, shows=shows)
+    prints = any(argument.partition("=")[0] in _PRINTING_FLAGS for argument in rest)
+    code = _code_of(compose(_job), rest, console, prints=prints)
     return end_sweep(code, console)
 
 
 def _code_of(
-    call: Callable[[], Any], arguments: list[str], console: Console, *, shows: bool
+    call: Callable[[], Any], arguments: list[str], console: Console, *, prints: bool
 ) -> int:
-    """Call Hydra; returns the exit code of a single run, and of a sweep what its process knows."""
+    """Call Hydra; return a run's exit code, or of a sweep the one that this process knows."""
     from runner.core.process import Stopped
     from runner.tracking.client import safe
 
-    shown = io.StringIO()
+    output = io.StringIO()
     try:
-        if shows:
-            with redirect_stdout(shown):
+        if prints:
+            with redirect_stdout(output):
                 call()
         else:
             call()
@@ -96,12 +100,12 @@ def _code_of(
     except Exception as error:
         return _explain(error, arguments, console)
     finally:
-        print(safe(shown.getvalue()), end="")
+        print(safe(output.getvalue()), end="")
     return 0
 
 
 def _refuse(line: str, console: Console) -> int:
-    """Say in one line, without a secret, what is wrong with the input."""
+    """Print what is wrong with the input, without secrets; return the exit code."""
     from runner.tracking.client import safe
 
     console.error(safe(line))
@@ -109,10 +113,10 @@ def _refuse(line: str, console: Console) -> int:
 
 
 def _job(cfg: DictConfig) -> int:
-    """One run, in a process of its own, the launcher's, or one after the other in this one.
+    """Run a single run, or a job of a sweep, in whatever process the launcher chose.
 
-    A single run's exit code ends the process. A sweep's job has it in its record, and whatever
-    happens the launcher sees no exception: Hydra prints of one what it likes.
+    A single run exits with its code. A job writes the code to its record, and never raises an
+    exception to the launcher, because Hydra would print that in its own way.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -133,7 +137,7 @@ def _job(cfg: DictConfig) -> int:
 
 
 def _run(cfg: DictConfig, job: Job | None) -> int:
-    """Plan a run, and show it or carry it out; returns the exit code."""
+    """Plan a run, and show or execute the plan; return the exit code."""
     from runner.core.console import Console
     from runner.core.process import Stopped
     from runner.pipeline.executor import execute, prepare
@@ -159,13 +163,17 @@ def _run(cfg: DictConfig, job: Job | None) -> int:
     except Stopped as stopped:
         return stopped.exit_code
     except Exception:
-        # A mistake of the runner's own. Python would print the same, with what is secret in it.
+        # A bug of the runner. Python would print the same, but with secrets.
         print(safe(traceback.format_exc()), end="", file=sys.stderr)
         return 1
 
 
 def _composed(cfg: DictConfig) -> Composed:
-    """What Hydra composed, as the one value that travels. Raises UserError for a wrong value."""
+    """Turn Hydra's config into the frozen value that everything else uses.
+
+    Raises:
+        UserError: A value is missing or of the wrong type.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -175,7 +183,7 @@ def _composed(cfg: DictConfig) -> Composed:
     from runner.tracking.passwords import hide_in_config, remember
 
     hydra_config = HydraConfig.get()
-    hide_in_config(cfg, os.environ)  # a launcher may write it down, with what the job returns
+    hide_in_config(cfg, os.environ)  # a launcher may save it with the job's result
     try:
         resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(cfg)
@@ -188,7 +196,7 @@ def _composed(cfg: DictConfig) -> Composed:
 
 
 def _overrides(hydra_config: HydraConf) -> list[str]:
-    """The overrides as they were given: read one by one, their interpolations would be resolved."""
+    """Return the overrides as typed; indexing the config would resolve their interpolations."""
     from omegaconf import OmegaConf
 
     words = OmegaConf.to_container(hydra_config.overrides.task)  # type: ignore[arg-type]
@@ -206,7 +214,7 @@ def _missing(error: Exception) -> str | None:
 
 
 def _explain(error: Exception, arguments: list[str], console: Console) -> int:
-    """Say what went wrong in composition or in a launcher; returns the exit code."""
+    """Print what went wrong in composition or in a launcher; return the exit code."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -222,7 +230,7 @@ def _explain(error: Exception, arguments: list[str], console: Console) -> int:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _refuse(readable(error), console)
     if has_begun():
-        # No job raises: it is the launcher's, which may have lost a process or its cluster.
+        # Jobs never raise, so this is the launcher's, which may have lost a process or its cluster.
         console.error(f"The launcher ended the sweep: {type(error).__name__}: {first_line(error)}")
         return 1
     print(safe("".join(traceback.format_exception(error))), end="", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The command line: paths taken literally, and wrong names answered with the nearest right one.
+"""Overrides: paths are passed on literally, and a wrong name gets a suggestion.
 
-Hydra's override grammar gives meaning to spaces, brackets, quotes and commas, which a path from a
-shell may well contain, and its errors speak of structs and config groups. Both are mended here.
+Hydra's override grammar gives meaning to spaces, brackets, quotes and commas, which a path may
+contain, and its error messages are about structs and config groups. This module fixes both.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ from typing import Any
 from runner.config.schema import SourceConfig, options
 from runner.core.text import did_you_mean, nearest
 
-# Tables whose keys are not the runner's: what an optimizer or a network takes.
+# Tables whose keys are not the runner's, but arguments of an optimizer or a network.
 OPEN_ENDED = ("optimizer.args.", "network.args.")
 
-# What Hydra's grammar takes literally after a backslash, outside quotes.
+# Characters that a backslash escapes in Hydra's grammar, outside quotes.
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
 
 
 def path_keys() -> frozenset[str]:
-    """Options whose values are paths."""
+    """List the options whose values are paths."""
     return frozenset(option.key for option in options() if option.path)
 
 
 def quote_paths(arguments: Sequence[str], *, multirun: bool) -> list[str]:
-    """The arguments as Hydra needs them: paths quoted, an optimizer's own arguments allowed.
+    """Prepare the arguments for Hydra: quote paths, and allow an optimizer's own arguments.
 
-    In a sweep a value with commas stays as it is, to be swept, unless it exists as a path.
+    In a sweep, a value with commas is several values, unless it exists as a path.
     """
     keys = path_keys()
     quoted: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and f"{key}.".startswith(OPEN_ENDED):
-            # Which keys these tables take is the engine's to say; Hydra wants to be told that a
-            # key may be new.
+            # The engine checks the keys of these tables; `++` lets Hydra accept new ones.
             quoted.append(f"++{argument}")
         elif (
             not equals
@@ -54,7 +53,7 @@ def quote_paths(arguments: Sequence[str], *, multirun: bool) -> list[str]:
 
 
 def exists(value: str) -> bool:
-    """Whether a path is there; False for what cannot be one."""
+    """Whether a path exists; False for text that can't be a path."""
     try:
         return Path(value).expanduser().exists()
     except (OSError, ValueError, RuntimeError):
@@ -72,18 +71,18 @@ def _is_quoted(value: str) -> bool:
 
 
 def quote(value: str, mark: str = "'") -> str:
-    """A string that Hydra's grammar reads back as ``value``, without interpolation.
+    """Quote a text so that Hydra's grammar reads it back unchanged, without interpolation.
 
     Args:
-        value: any text.
-        mark: the quotation mark around it, single or double.
+        value: Any text.
+        mark: The quotation mark around it, single or double.
     """
     # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
     return _quoted(value.replace("${", "\\${"), mark)
 
 
 def _quoted(value: str, mark: str = "'") -> str:
-    # A run of backslashes is halved by the grammar only before a quote, and the end is one.
+    # The grammar halves backslashes only before a quotation mark, such as the one at the end.
     escaped = re.sub(rf"(\\*){mark}", lambda m: m.group(1) * 2 + "\\" + mark, value)
     escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
     return mark + escaped + mark
@@ -92,15 +91,18 @@ def _quoted(value: str, mark: str = "'") -> str:
 def hide_passwords(
     arguments: Sequence[str], environment: MutableMapping[str, str], *, multirun: bool
 ) -> list[str]:
-    """The arguments with passwords of addresses moved to variables, which the values then name.
+    """Move the passwords of addresses to environment variables, to which the values then refer.
 
-    Hydra writes and prints what it is given, in several forms; so it is given no password. An
-    address with characters that mean something to its grammar is taken as it was typed.
+    Hydra writes and prints its arguments in several forms, so it must not get a password. An
+    address with characters that have a meaning in Hydra's grammar is taken as it was typed.
 
     Args:
-        arguments: The words of the command line.
+        arguments: The command line.
         environment: Where the variables are set.
-        multirun: Whether a value with commas is several.
+        multirun: Whether a value with commas is several values.
+
+    Returns:
+        The arguments without passwords.
     """
     return [_hide_password(argument, environment, multirun) for argument in arguments]
 
@@ -126,23 +128,23 @@ def _hide_password(argument: str, environment: MutableMapping[str, str], multiru
 
 
 def _value_text(value: Any, change: Callable[[str], str]) -> str:
-    """A parsed value in Hydra's grammar, with every string in it changed."""
+    """Write a parsed value in Hydra's grammar, with ``change`` applied to every string in it."""
     from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 
     if isinstance(value, ChoiceSweep):
-        return ",".join(_value_text(item, change) for item in value.list)
+        return ",".join(_value_text(element, change) for element in value.list)
     if isinstance(value, list):
-        return "[" + ",".join(_value_text(item, change) for item in value) + "]"
+        return "[" + ",".join(_value_text(element, change) for element in value) + "]"
     if isinstance(value, dict):
-        items = (f"{key}:{_value_text(item, change)}" for key, item in value.items())
-        return "{" + ",".join(items) + "}"
+        pairs = (f"{key}:{_value_text(element, change)}" for key, element in value.items())
+        return "{" + ",".join(pairs) + "}"
     if isinstance(value, QuotedString | str):
         return _quoted(change(value.text if isinstance(value, QuotedString) else value))
     return "null" if value is None else str(value).lower()
 
 
 def diagnose(arguments: Iterable[str], choices: Mapping[str, Sequence[str]]) -> str | None:
-    """What is wrong with the first argument that names no option or choice, or None."""
+    """Describe the first argument that names an unknown option or choice, if there is one."""
     known = {option.key for option in options()}
     parts = {key.rsplit(".", 1)[0] for key in known if "." in key}
     open_ended = (*OPEN_ENDED, "hydra.", "hydra/")
@@ -156,7 +158,7 @@ def diagnose(arguments: Iterable[str], choices: Mapping[str, Sequence[str]]) -> 
         if not equals:
             near = nearest(key, [*known, *choices])
             hint = f" Did you mean {near[0]}=...?" if near else ""
-            return f"{argument!r} is no option: write KEY=VALUE.{hint}"
+            return f"{argument!r} is not an option: write KEY=VALUE.{hint}"
         if key in choices:
             wrong = _unknown_choice(key, value, choices[key])
             if wrong:
@@ -180,18 +182,18 @@ def _example(part: str) -> str:
 
 
 def by_last_part(known: Iterable[str]) -> dict[str, str]:
-    """Options by the last part of their key; of several, the one that a person means first."""
+    """Map the last part of a key to its option; of several, to the one most likely meant."""
     usual = ("dataset", "training", "network")
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for key in sorted(known, key=lambda key: (not key.startswith(usual), key)):
-        found.setdefault(key.rpartition(".")[2], key)
-    return found
+        by_name.setdefault(key.rpartition(".")[2], key)
+    return by_name
 
 
 def _option_hint(
     key: str, value: str, known: set[str], choices: Mapping[str, Sequence[str]]
 ) -> str:
-    """The nearest option; a bare name is tried against the last part of every key too."""
+    """Suggest the nearest option; a bare name is also compared with the last part of each key."""
     last = by_last_part(known)
     bare = key.rsplit(".", 1)[-1]
     if bare in last and bare != key:
@@ -208,15 +210,15 @@ def _option_hint(
     return f" Did you mean {near[0]}?" if near else " `python -m runner --cfg job` lists them all."
 
 
-_KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+_TYPE_NAMES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 _WRONG_VALUE = re.compile(
-    r"Value '(?P<value>.*)' (?:of type '.*' could not be converted to (?P<kind>\w+)"
+    r"Value '(?P<value>.*)' (?:of type '.*' could not be converted to (?P<target>\w+)"
     r"|is not a valid (?P<type>\w+))"
 )
 
 
 def readable(error: BaseException) -> str:
-    """An error of Hydra or OmegaConf in the runner's words, one line."""
+    """Describe an error of Hydra or OmegaConf in one plain line."""
     from hydra.errors import OverrideParseException
 
     chain = list(_chain(error))
@@ -232,15 +234,16 @@ def readable(error: BaseException) -> str:
         where = key.group(1) if key else "an option"
         wrong = _WRONG_VALUE.search(text)
         if wrong:
-            kind = _KINDS.get(wrong["kind"] or wrong["type"], wrong["kind"] or wrong["type"])
-            return f"{where}={wrong['value']} must be {kind}."
+            type_name = wrong["target"] or wrong["type"]
+            needed = _TYPE_NAMES.get(type_name, type_name)
+            return f"{where}={wrong['value']} must be {needed}."
         if "is not a ListConfig" in text:
             return f"{where} must be a list, in brackets: {where}=[...]."
-        stranger = re.search(r"Key '(\w+)' not in 'SourceConfig'", text)
-        if stranger:
-            names = [item.name for item in fields(SourceConfig)]
-            hint = did_you_mean(stranger.group(1), names)
-            return f"dataset.sources: there is no option {stranger.group(1)}.{hint}"
+        unknown = re.search(r"Key '(\w+)' not in 'SourceConfig'", text)
+        if unknown:
+            names = [field_.name for field_ in fields(SourceConfig)]
+            hint = did_you_mean(unknown.group(1), names)
+            return f"dataset.sources: there is no option {unknown.group(1)}.{hint}"
     return _first_line(error).rstrip(".") + "."
 
 

@@ -1,4 +1,4 @@
-"""A plan as a page to read."""
+"""The page that a dry run prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.pipeline.model import Inputs, Plan
 
 
 def page(plan: Plan, inputs: Inputs, report: Report) -> str:
-    """What a dry run prints: the dataset, stages, exact commands, files, steps and epochs."""
+    """Render a plan: dataset, stages, exact commands, files, steps and epochs."""
     lines = [f"{plan.name}: nothing is run or written (dry_run=true)", ""]
     if inputs.engine.missing:
         lines += [
@@ -45,7 +45,7 @@ def _overview(plan: Plan, inputs: Inputs) -> list[str]:
     training = config.training
     items = inputs.selection.items
     held_out = sum(item.held_out for item in items)
-    clips = sum(item.kind == "video" for item in items)
+    clips = sum(item.media_kind == "video" for item in items)
     crops = sum(len(item.crops) for item in items)
     buckets = sorted({item.bucket for item in items})
     shapes = ", ".join(f"{width}x{height}" for width, height in buckets[:6])

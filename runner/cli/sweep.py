@@ -1,4 +1,4 @@
-"""A sweep's beginning and end; what lies between is its jobs', in whatever processes they run."""
+"""The start and the end of a sweep; its jobs, in whatever processes, run in between."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from runner.tracking.passwords import hide_in_config, remember
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from runner.tracking.mlflow_run import Status
+    from runner.tracking.mlflow_run import RunStatus
 
-# How the process that starts a sweep finds its folder again when Hydra is done.
+# The sweep's folder, for the process that started it, when Hydra is done.
 FOLDER_VARIABLE = "RUNNER_SWEEP_FOLDER"
-# Ctrl-C reaches the jobs as well, which then end by themselves and say what ended them.
+# Ctrl-C reaches the jobs as well, which get this time to end by themselves and record why.
 _PATIENCE_SECONDS = 3.0
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 class Beginning(Callback):
-    """What Hydra calls when a sweep is composed and before any sweeper or launcher has it."""
+    """A callback that Hydra calls before it hands a composed sweep to a sweeper and a launcher."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the sweep's folder, name it to every job, and take passwords out of the config.
+        """Create the sweep's folder, pass it to every job, and remove passwords from the config.
 
-        Hydra composes each job anew from the overrides, which carry the folder to any process; the
-        config here is only written down and passed on.
+        Hydra composes each job from the overrides, so the folder is added to them; the config here
+        is only saved and passed on.
         """
         try:
             _begin(config)
         except Exception as error:
-            # Of an Exception Hydra makes a warning, and goes on to write the config down.
+            # An Exception would only be a warning for Hydra, which would then save the config.
             raise SystemExit(1) from error
 
 
@@ -57,7 +57,7 @@ def _begin(config: DictConfig) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     hide_in_config(config, os.environ)
-    # The address may be an interpolation; the parent run is ended there, by this process.
+    # The address may be an interpolation, and this process ends the parent run there.
     remember(os.environ.get("MLFLOW_TRACKING_URI"), os.environ)
     with suppress(OmegaConfBaseException):
         remember(config.tracking.uri, os.environ)
@@ -91,19 +91,19 @@ def _new_folder(config: DictConfig) -> Path:
 
 
 def has_begun() -> bool:
-    """Whether this process has a sweep that is not ended."""
+    """Whether this process has a sweep that has not ended."""
     return FOLDER_VARIABLE in os.environ
 
 
 def end_sweep(code: int, console: Console) -> int:
-    """End what :class:`Beginning` began: its jobs, its parent run, and say what became of it.
+    """End a sweep, if there is one: end its jobs and its parent run, and print a summary.
 
     Args:
-        code: How it looks from this process, which knows of a job only what a launcher tells.
-        console: Where to say it.
+        code: The exit code so far, which misses failures of jobs in other processes.
+        console: The console for the summary.
 
     Returns:
-        The sweep's exit code: 128 + n when a signal ended it or one of its jobs, else the worst.
+        The sweep's exit code: 128 + n if signal n ended it or a job, else the highest of its jobs.
     """
     folder = os.environ.pop(FOLDER_VARIABLE, None)
     if folder is None:
@@ -111,7 +111,7 @@ def end_sweep(code: int, console: Console) -> int:
     try:
         with signals_deferred():
             sweep = Sweep.read(Path(folder))
-            code = _End(sweep, _ended_jobs(sweep), code, console).told()
+            code = _End(sweep, _ended_jobs(sweep), code, console).report()
             if sweep.dry_run:
                 shutil.rmtree(sweep.folder, ignore_errors=True)
     except Stopped as stopped:
@@ -123,56 +123,59 @@ def end_sweep(code: int, console: Console) -> int:
 
 
 def _ended_jobs(sweep: Sweep) -> list[JobRecord]:
-    """The jobs when none of them runs on this host: those that still do are told to end."""
+    """Wait until no job runs on this host, asking those that do to end; return all jobs."""
     began = time.monotonic()
-    told = False
+    asked = False
     while True:
         jobs = sweep.records()
         running = [
-            job for job in jobs if job.alive and job.said.get("host") == socket.gethostname()
+            job for job in jobs if job.alive and job.data.get("host") == socket.gethostname()
         ]
         waited = time.monotonic() - began
         if not running or waited > _PATIENCE_SECONDS + GRACE_SECONDS + 5:
             return jobs
-        if waited > _PATIENCE_SECONDS and not told:
-            told = True
+        if waited > _PATIENCE_SECONDS and not asked:
+            asked = True
             for job in running:
                 with suppress(ProcessLookupError, PermissionError):
-                    os.kill(int(job.said["pid"]), signal.SIGTERM)
+                    os.kill(int(job.data["pid"]), signal.SIGTERM)
         time.sleep(0.1)
 
 
 class _End:
-    """What is said and done at a sweep's end."""
+    """The work at the end of a sweep."""
 
     def __init__(self, sweep: Sweep, jobs: list[JobRecord], code: int, console: Console) -> None:
         self.sweep, self.jobs, self.console = sweep, jobs, console
         self.killed = [job for job in jobs if job.exit_code is None and not job.alive]
         self.running = [job for job in jobs if job.exit_code is None and job.alive]
-        self.never = 0 if sweep.jobs is None else max(0, sweep.jobs - len(jobs))
+        self.never_started = 0 if sweep.jobs is None else max(0, sweep.jobs - len(jobs))
         codes = [KILLED_CODE if job.exit_code is None else job.exit_code for job in jobs]
-        codes = [code, *codes, 1 if self.never else 0]
+        codes = [code, *codes, 1 if self.never_started else 0]
         self.code = next((one for one in codes if one >= 128), max(codes))
 
-    def told(self) -> int:
+    def report(self) -> int:
+        """Print what became of the jobs, end the parent run, and return the exit code."""
         if not self.jobs and self.code == 2:
-            self._remove()  # Hydra refused the values of a job: nothing was begun
+            self._remove()  # Hydra refused a job's values, so nothing was started
             return self.code
         for job in self.killed:
-            self.console.error(f"{self._named(job)} was killed: it could not say how it ended.")
+            self.console.error(
+                f"{self._named(job)} was killed before it could record how it ended."
+            )
         for job in self.running:
-            where = f"process {job.said.get('pid')} on {job.said.get('host')}"
-            self.console.error(f"{self._named(job)} still runs ({where}).")
-        if self.never:
-            self.console.error(f"{counted(self.never, 'job')} of the sweep never began.")
+            where = f"process {job.data.get('pid')} on {job.data.get('host')}"
+            self.console.error(f"{self._named(job)} is still running ({where}).")
+        if self.never_started:
+            self.console.error(f"{counted(self.never_started, 'job')} of the sweep never started.")
         if not self.sweep.dry_run:
             self._summary()
         return self.code
 
     def _named(self, job: JobRecord) -> str:
-        folder = job.said.get("run_folder")
+        folder = job.data.get("run_folder")
         where = f" in {shortest(Path(str(folder)))}" if folder else ""
-        return f"{job.words(self.sweep.swept)}{where}"
+        return f"{job.describe(self.sweep.swept_keys)}{where}"
 
     def _summary(self) -> None:
         good = sum(job.exit_code == 0 for job in self.jobs)
@@ -183,9 +186,9 @@ class _End:
         )
         for job in self.jobs:
             if job.exit_code:
-                why = f": {job.said['error']}" if job.said.get("error") else ""
-                words = f"{self._named(job)} ended with exit code {job.exit_code}{why}"
-                self.console.line(f"  {words}")
+                why = f": {job.data['error']}" if job.data.get("error") else ""
+                result = f"{self._named(job)} ended with exit code {job.exit_code}{why}"
+                self.console.line(f"  {result}")
         if page := self._close_parent():
             from runner.pipeline.record import how_to_compare
 
@@ -194,12 +197,12 @@ class _End:
             self.console.line(f"  Compare the runs: {how}")
 
     def _close_parent(self) -> str | None:
-        """End the parent run with what truly came of the sweep; where it is found."""
-        from runner.tracking.sweep import close_parent
+        """End the parent run with the sweep's true status; return the hint where to find it."""
+        from runner.tracking.parent_run import close_parent
 
-        status: Status = "KILLED" if self.code >= 128 else "FAILED" if self.code else "FINISHED"
+        status: RunStatus = "KILLED" if self.code >= 128 else "FAILED" if self.code else "FINISHED"
         killed = [
-            str(job.said["mlflow_run_id"]) for job in self.killed if job.said["mlflow_run_id"]
+            str(job.data["mlflow_run_id"]) for job in self.killed if job.data["mlflow_run_id"]
         ]
         try:
             closed = close_parent(self.sweep.folder, status, killed=killed)

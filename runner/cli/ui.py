@@ -1,4 +1,4 @@
-"""`python -m runner.ui`: the MLflow UI on the runs below `outputs`, for this machine only."""
+"""Start the MLflow UI on the runs of the output folder, for this computer only."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from urllib.parse import quote, urlencode
 from runner.core.errors import UserError
 from runner.tracking import mlflow_store
 from runner.tracking.client import QUIET_ENVIRONMENT, connect, safe
-from runner.tracking.sweep import SWEEP_TAG
+from runner.tracking.parent_run import SWEEP_TAG
 
 HOST = "127.0.0.1"
-START_SECONDS = 180.0  # a server imports for long on a busy machine
+START_SECONDS = 180.0  # on a busy computer the server's imports take long
 STOP_SECONDS = 10.0
 _PORTS_TRIED = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until Ctrl-C or SIGTERM. Exit code 2 wrong options, 1 it failed,
-    130 or 143 ended by a signal."""
+    """Run the server until Ctrl-C or SIGTERM.
+
+    Returns:
+        The exit code: 2 for wrong options, 1 if the server failed, 130 or 143 after a signal.
+    """
     args = _parser().parse_args(argv)
     try:
         return _serve(args.outputs, args.tracking_uri, args.port)
@@ -61,7 +64,7 @@ def _port(text: str) -> int:
 def _serve(outputs: Path, tracking_uri: str | None, first_port: int) -> int:
     uri = tracking_uri or mlflow_store.sqlite_uri(outputs)
     if uri.startswith(("http://", "https://")):
-        print(f"A server runs there already, open {safe(uri)}")
+        print(f"There is already a server: open {safe(uri)}")
         return 0
     outputs = outputs.resolve()
     _check_store(uri, outputs, tracking_uri)
@@ -104,9 +107,9 @@ def _check_store(uri: str, outputs: Path, tracking_uri: str | None) -> None:
 
 
 def newest_sweep(uri: str) -> tuple[str, str] | None:
-    """Experiment id and sweep id of the sweep that was begun last."""
+    """Return the experiment id and the sweep id of the newest sweep, if there is one."""
     client = connect(uri)
-    experiments = [found.experiment_id for found in client.search_experiments()]
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(
         experiments,
         f"tags.`{SWEEP_TAG}` LIKE '%'",
@@ -118,30 +121,32 @@ def newest_sweep(uri: str) -> tuple[str, str] | None:
     return runs[0].info.experiment_id, runs[0].data.tags[SWEEP_TAG]
 
 
-def sweep_page(port: int, experiment: str, sweep: str) -> str:
-    """The page that shows a sweep's runs side by side, best `eval/loss` first.
+def sweep_page(port: int, experiment_id: str, sweep_id: str) -> str:
+    """Return the address of the page that compares a sweep's runs, best ``eval/loss`` first.
 
-    The search leaves the parent out, under which MLflow would fold the runs away.
+    The search excludes the parent run, because MLflow would hide the children under it.
     """
     query = {
-        "searchFilter": f'tags.`{SWEEP_TAG}` = "{sweep}" and metrics.`eval/loss` > 0',
+        "searchFilter": f'tags.`{SWEEP_TAG}` = "{sweep_id}" and metrics.`eval/loss` > 0',
         "orderByKey": "metrics.`eval/loss`",
         "orderByAsc": "true",
         "compareRunsMode": "CHART",
     }
     return (
-        f"http://{HOST}:{port}/#/experiments/{experiment}/runs?{urlencode(query, quote_via=quote)}"
+        f"http://{HOST}:{port}/#/experiments/{experiment_id}/runs?"
+        f"{urlencode(query, quote_via=quote)}"
     )
 
 
 def free_port(first: int) -> int:
-    """The first port from `first` on that nothing on this machine's loopback listens at.
+    """Find a free port on this computer's loopback address, beginning with ``first``.
 
-    Raises UserError if `first` may not be used or 50 ports in a row are taken.
+    Raises:
+        UserError: Only root may use ``first``, or it and the next ports are all taken.
     """
     for port in range(first, min(first + _PORTS_TRIED, 65536)):
         with socket.socket() as probe:
-            # macOS lets a port be bound that another program listens at on all addresses.
+            # macOS allows binding to a port where another program listens on all addresses.
             probe.settimeout(1)
             if probe.connect_ex((HOST, port)) == 0:
                 continue
@@ -169,16 +174,16 @@ def _start(uri: str, outputs: Path, port: int, log: IO[bytes]) -> subprocess.Pop
     root = mlflow_store.artifact_root(outputs).as_uri()
     environment |= QUIET_ENVIRONMENT
     environment |= {
-        # By environment, so that a database's password is in no process list.
+        # In the environment, so that a database's password is in no process list.
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": root,
         "MLFLOW_ARTIFACTS_DESTINATION": root,
-        # It would start about seven job workers.
+        # The server would start about seven job workers.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--host", HOST, "--port", str(port), "--workers", "1"]
-    # A session of its own: Ctrl-C reaches us alone, and we end the whole group.
+    # In a new session: Ctrl-C reaches only this process, which then ends the server's group.
     return subprocess.Popen(
         command,
         cwd=outputs if outputs.is_dir() else None,
@@ -193,8 +198,8 @@ def _start(uri: str, outputs: Path, port: int, log: IO[bytes]) -> subprocess.Pop
 def _wait_until_ready(
     server: subprocess.Popen[bytes], port: int, received: Sequence[int]
 ) -> str | None:
-    """None once the server answers or a signal came, else what went wrong."""
-    # A proxy from the environment must not be asked for our own machine.
+    """Wait until the server answers or a signal comes; return a problem, or None."""
+    # Without a proxy of the environment, which must not be used for this computer.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while not received:
@@ -214,7 +219,7 @@ def _wait_until_ready(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The list it yields is given the signal that asks us to end."""
+    """Collect the signals that ask this process to end in a list."""
     received: list[int] = []
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in ending}
@@ -226,13 +231,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server and whatever it started: asks its process group, then kills it."""
+    """End the server's process group: first with SIGTERM, then with SIGKILL."""
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
         deadline = time.monotonic() + seconds
         try:
             os.killpg(server.pid, number)
             while time.monotonic() < deadline:
-                server.poll()  # takes the leader's status, or its group would never be empty
+                server.poll()  # collects the leader, which would keep its group from being empty
                 os.killpg(server.pid, 0)
                 time.sleep(0.05)
         except (ProcessLookupError, PermissionError):

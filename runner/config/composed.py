@@ -1,4 +1,4 @@
-"""A composed config as it travels: one value that nothing changes afterwards."""
+"""A composed config: one immutable value that is passed through the program."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from runner.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Composed:
-    """What Hydra made of a command line.
+    """A config that Hydra composed from a command line.
 
-    ``config`` is typed, ``resolved`` the same as plain values; ``overrides`` are the words of the
-    command line, and ``choices`` says what was chosen of each config group.
+    Attributes:
+        config: the typed config.
+        resolved: the same config as plain values, interpolations resolved.
+        overrides: the arguments of the command line.
+        choices: the choice made in each config group.
     """
 
     config: RunConfig

@@ -1,4 +1,4 @@
-"""Where the config groups lie, and what they offer."""
+"""The folder of config groups, and the choices of each group."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def conf_folder() -> Path:
-    """The folder of config groups, in a checkout and in an installed wheel alike."""
+    """Return the folder of config groups, in a checkout or an installed wheel."""
     return Path(__file__).resolve().parents[2] / "conf"
 
 
 def groups(conf: Path) -> dict[str, list[str]]:
-    """Config groups and their choices, from the files."""
+    """List the choices of each config group from its YAML files."""
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())

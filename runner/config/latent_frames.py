@@ -1,22 +1,22 @@
-"""How frames of a clip become latent frames: counts of the form 4N+1; pure."""
+"""Frame counts of clips and of their latents (4N+1 frames give N+1 latent frames); pure."""
 
 from __future__ import annotations
 
-# The VAE joins four frames in one latent frame, after a first frame of its own.
+# The first frame has a latent frame of its own; each further one joins four frames.
 _STRIDE = 4
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames that the VAE makes of ``frames`` frames: of 4N+1, N+1."""
+    """Count the latent frames that the VAE makes from ``frames`` frames (4N+1 give N+1)."""
     return (frames - 1) // _STRIDE + 1
 
 
 def valid_frames(frames: int) -> int:
-    """The largest 4N+1 that is not above ``frames``, which is at least 1."""
+    """Return the largest 4N+1 that is not above ``frames``, which must be at least 1."""
     return (frames - 1) // _STRIDE * _STRIDE + 1
 
 
 def nearest_frames(frames: int) -> tuple[int, int]:
-    """The two counts of the form 4N+1 around ``frames``."""
+    """Return the nearest counts of the form 4N+1 below and above ``frames``."""
     below = max(1, valid_frames(frames))
     return below, below + _STRIDE

@@ -1,4 +1,4 @@
-"""How an option is defined: a dataclass field with its meaning, and what it takes and needs."""
+"""How an option is defined: a dataclass field with its meaning, accepted values and needs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Bounds:
-    """Between what a number must be; None for no bound."""
+    """Bounds of a numeric option; None means unbounded."""
 
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
 
 
-# In which of a run's digests an option is (runner.pipeline.digests).
-# both: in either as it is set. asked: in the resume key alone; the LoRA does not depend on it, or
-# the fingerprint has what became of it. planned: in the fingerprint alone, by what was encoded with
-# it. neither: it changes nothing that is learned or kept, or only labels a choice.
+# Which of a run's digests contain an option (runner.pipeline.digests).
+# both: the option's value is in both digests.
+# asked: only in the resume key; the LoRA does not depend on it, or the fingerprint has its effect.
+# planned: only in the fingerprint, through the keys of the entries encoded with it.
+# neither: it changes nothing that is learned or kept, or only labels a choice.
 Counts = Literal["both", "asked", "planned", "neither"]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Without which values of another option an option does nothing; and what to say besides."""
+    """The values of another option without which an option has no effect.
+
+    Attributes:
+        key: the other option.
+        values: its values with which the option has an effect.
+        hint: ends the notice for an option that has none.
+    """
 
     key: str
     values: tuple[str, ...]
@@ -43,10 +50,18 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with its meaning, and the values it takes: choices of a text, or bounds.
+    """Define an option: its default, its help text, and which values it accepts.
 
-    ``path`` marks values that are file-system paths, which are taken literally from the shell.
-    ``counts`` is that of the option's group, unless given.
+    Args:
+        default: the value when nothing sets it.
+        help: the meaning, for docs/options.md and the command line's help.
+        counts: which digests contain it; None for those of its group.
+        needs: the values of another option without which it has no effect.
+        choices: the accepted texts; empty when any text is.
+        path: whether the value is a file-system path, which is taken exactly as the shell gives it.
+        at_least: the smallest accepted number.
+        above: the number that the value must exceed.
+        below: the number that the value must stay below.
     """
     metadata = {
         "help": help,
@@ -62,7 +77,7 @@ def option(
 
 
 def part(cls: type, counts: Counts | None = None) -> Any:
-    """A nested group of options, which count in the digests as ``counts`` says."""
+    """Define a nested group of options, which count in the digests as ``counts`` says."""
     return field(default_factory=cls, metadata={"counts": counts})
 
 

@@ -1,4 +1,4 @@
-"""Rules on options, alone and together, checked before anything is read or written; pure."""
+"""Rules on single options and on combinations, checked before anything else; pure."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from runner.core.text import did_you_mean
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Every rule that holds for all engines and is broken, one line each."""
+    """Yield one line for each broken rule, of those that hold for all engines."""
     for rule in (_choices, _texts, _numbers, _frames, _combinations):
         yield from rule(config)
 
 
 def value_of(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     for part in key.split("."):
         config = getattr(config, part)
     return config
 
 
 def _values(config: RunConfig) -> Iterator[tuple[Option, str, Any]]:
-    """Every option with its key and value, and what sources have of their own of the dataset's."""
+    """Yield every option with its key and value, then the values that sources set themselves."""
     for option in options():
         yield option, option.key, value_of(config, option.key)
         group, _, name = option.key.rpartition(".")
@@ -58,7 +58,7 @@ def _texts(config: RunConfig) -> Iterator[str]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                yield f"network.{key}: {pattern!r} is no regular expression: {error}."
+                yield f"network.{key}: {pattern!r} is not a regular expression: {error}."
     for argument in config.engine.extra_args:
         secret = _SECRET_FLAG.match(argument)
         if secret:
@@ -172,11 +172,11 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     model = config.model
     if config.precision.fp8_scaled and not config.precision.fp8_base:
         yield "precision.fp8_scaled=true needs precision.fp8_base=true."
-    most = model.blocks - 3
-    if (config.memory.blocks_to_swap or 0) > most and model.source == "hub":
+    maximum = model.blocks - 3
+    if (config.memory.blocks_to_swap or 0) > maximum and model.source == "hub":
         yield (
             f"memory.blocks_to_swap={config.memory.blocks_to_swap} is too many: the network has "
-            f"{model.blocks} blocks and at most {most} can be swapped."
+            f"{model.blocks} blocks and at most {maximum} can be swapped."
         )
     if config.scheduler.warmup_steps and config.scheduler.name == "constant":
         yield (

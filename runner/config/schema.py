@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from runner.config.option import Bounds, Counts, Needs, Option, option, part
 
-# What a source of media can be; auto tells it from the path.
+# Kinds of media source; auto detects the kind from the path.
 SourceKind = Literal["zip", "folder", "jsonl", "hub", "sample"]
 SOURCE_KINDS = ("auto", *get_args(SourceKind))
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
@@ -27,36 +27,38 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = option("hunyuan15_720p", "Which weights to train on.", counts="neither")
+    name: str = option("hunyuan15_720p", "Weights to train on.", counts="neither")
     source: str = option(
         "hub",
         "Where the weights come from: the Hugging Face hub, or made at random (tiny).",
         choices=("hub", "random"),
     )
     repository: str = option("", "Hub repository of the transformer and the VAE.")
-    revision: str = option("main", "Branch, tag or commit of that repository.")
-    transformer: str = option("", "The transformer's file in it.")
-    vae: str = option("", "The VAE's file in it.")
+    revision: str = option("main", "Branch, tag or commit of model.repository.")
+    transformer: str = option("", "Transformer file in model.repository.")
+    vae: str = option("", "VAE file in model.repository.")
     encoders_repository: str = option("", "Hub repository of the text and image encoders.")
-    encoders_revision: str = option("main", "Branch, tag or commit of that repository.")
+    encoders_revision: str = option("main", "Branch, tag or commit of model.encoders_repository.")
     qwen_tokenizer_revision: str = option("main", "Revision of Qwen/Qwen-Image (tokenizer).")
     byt5_tokenizer_revision: str = option("main", "Revision of google/byt5-small (tokenizer).")
-    text_encoder: str = option("", "The Qwen2.5-VL file in it.")
-    byt5: str = option("", "The ByT5 file in it.")
-    image_encoder: str = option("", "The SigLIP file in it (i2v only).")
+    text_encoder: str = option("", "Qwen2.5-VL file in model.encoders_repository.")
+    byt5: str = option("", "ByT5 file in model.encoders_repository.")
+    image_encoder: str = option("", "SigLIP file in model.encoders_repository (i2v only).")
     blocks: int = option(
-        54, "Double blocks in the transformer; bounds memory.blocks_to_swap.", counts="neither"
+        54,
+        "Double blocks in the transformer; all but 3 can be swapped (memory.blocks_to_swap).",
+        counts="neither",
     )
 
 
 @dataclass
 class EngineConfig:
-    name: str = option("musubi", "Which set of executables runs the stages.")
+    name: str = option("musubi", "Training engine: musubi-tuner, or the embedded diffusers engine.")
     path: str | None = option(
         None, "An existing musubi-tuner checkout (default: the installed one).", path=True
     )
     python: str | None = option(
-        None, "The Python that runs it (default: its own environment's).", path=True
+        None, "Python that runs musubi-tuner (default: that of its own environment).", path=True
     )
     arguments: str = option(
         "file",
@@ -64,15 +66,19 @@ class EngineConfig:
         choices=("file", "command_line"),
         counts="neither",
     )
-    extra_args: list[str] = option([], "More arguments for the trainer, given as they are.")
+    extra_args: list[str] = option(
+        [], "Extra command-line arguments for the trainer, passed on unchanged."
+    )
 
 
 @dataclass
 class SourceConfig:
-    """One of several datasets; what it leaves out it takes from ``dataset``."""
+    """One of several datasets; options that are not set are inherited from ``dataset``."""
 
     path: str = option("", "Zip, folder or JSONL file; owner/name with hub.", path=True)
-    kind: str = option("auto", "What the path is.", choices=SOURCE_KINDS)
+    kind: str = option(
+        "auto", "Kind of source; auto detects it from the path.", choices=SOURCE_KINDS
+    )
     revision: str | None = None
     trigger_word: str | None = None
     default_caption: str | None = None
@@ -89,13 +95,14 @@ class SourceConfig:
     bucket_no_upscale: bool | None = None
     regularisation: bool = option(
         False,
-        "Media of the subject's kind, not of the subject: they keep the model from forgetting. "
-        "No trigger word is added, none is held out, and weight says how often they are seen.",
+        "Regularisation set: media of the subject's class but not of the subject, so that the "
+        "model does not forget the class. They get no trigger word from dataset, are never held "
+        "out, and weight sets how often they are seen.",
     )
     weight: float | None = option(
         None,
-        "Regularisation samples in an epoch for each sample of the other sources (default 1). "
-        "Repeats, or a part of the set, are chosen to come nearest.",
+        "Ratio of regularisation samples to all other samples in an epoch (default 1). The set is "
+        "repeated, or a part of it is taken, to come as close to this as possible.",
         above=0,
     )
 
@@ -104,7 +111,7 @@ class SourceConfig:
 class DatasetConfig:
     kind: str = option(
         "auto",
-        "What the path is; auto tells it from the path, hub is a dataset of the Hugging Face hub.",
+        "Kind of source; auto detects it from the path, hub is a dataset of the Hugging Face hub.",
         choices=SOURCE_KINDS,
     )
     path: str = option(
@@ -112,51 +119,58 @@ class DatasetConfig:
     )
     revision: str = option(
         "main",
-        "Branch, tag or commit (hub). A branch is looked up once: stages.force=[dataset] does it "
-        "again.",
+        "Branch, tag or commit (hub). A branch is resolved once; stages.force=[dataset] resolves "
+        "it again.",
     )
-    trigger_word: str | None = option(None, "Put before every caption that lacks it.")
-    default_caption: str | None = option(None, "Caption of media that have none.")
+    trigger_word: str | None = option(
+        None, "Word put before every caption that does not contain it."
+    )
+    default_caption: str | None = option(None, "Caption for media without one.")
     missing_captions: str = option(
         "error", "What to do about media with no caption.", choices=("error", "skip")
     )
-    resolution: list[int] = option([544, 960], "Width and height, pixels; buckets keep the area.")
-    batch_size: int = option(1, "Items in a batch.", at_least=1)
-    num_repeats: int = option(1, "How often each item is seen in an epoch.", at_least=1)
-    target_frames: list[int] = option([1, 13, 25], "Frames to train on, each 4N+1 (clips).")
+    resolution: list[int] = option(
+        [544, 960], "Width and height in pixels; buckets have about the same area."
+    )
+    batch_size: int = option(1, "Items per batch.", at_least=1)
+    num_repeats: int = option(1, "How often each item is seen per epoch.", at_least=1)
+    target_frames: list[int] = option(
+        [1, 13, 25], "Lengths of the crops cut from clips, in frames, each of the form 4N+1."
+    )
     frame_extraction: str = option(
-        "head", "Which frames of a clip are taken.", choices=FRAME_EXTRACTIONS
+        "head", "How crops are placed in a clip.", choices=FRAME_EXTRACTIONS
     )
     frame_stride: int = option(
         1,
-        "Frames between two windows (slide).",
+        "Frames between the starts of crops (slide).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("slide",)),
     )
     frame_sample: int = option(
         1,
-        "Windows in a clip (uniform).",
+        "Crops per clip and length (uniform).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("uniform",)),
     )
     max_frames: int = option(
         129,
-        "Most frames of a clip (full).",
+        "Maximum length of a crop in frames (full).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("full",)),
     )
     source_fps: float | None = option(
         None,
-        "Frame rate of the clips, to bring them to 24 a second; null keeps every frame.",
+        "Frame rate of the clips; frames are dropped to reach 24 per second. null keeps every "
+        "frame.",
         above=0,
     )
     enable_bucket: bool = option(True, "Keep aspect ratios by sorting into buckets.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture to its bucket.")
     validation_fraction: float = option(
-        0.0, "Share of items held out for eval/loss.", at_least=0, below=1
+        0.0, "Fraction of the items held out for eval/loss.", at_least=0, below=1
     )
     max_archive_gb: float = option(
-        100.0, "Refuse a zip that unpacks to more than this.", above=0, counts="neither"
+        100.0, "Refuse a zip that unpacks to more than this many GB.", above=0, counts="neither"
     )
     sources: list[SourceConfig] = field(
         default_factory=list,
@@ -174,13 +188,13 @@ class NetworkConfig:
     name: str = option("lora", "Kind of adapter.", choices=("lora", "loha", "lokr"))
     rank: int = option(32, "Rank (network_dim).", at_least=1)
     alpha: float = option(
-        "${.rank}", "Scale is alpha / rank; follows the rank unless set.", above=0
+        "${.rank}", "LoRA alpha (the scale is alpha / rank); equal to the rank unless set.", above=0
     )
     dropout: float | None = option(None, "Dropout inside the adapter.", at_least=0, below=1)
     weights: str | None = option(
         None, "A LoRA of an earlier run to start from (its lora.safetensors).", path=True
     )
-    include: list[str] = option([], "Regular expressions of module names to add.")
+    include: list[str] = option([], "Regular expressions of module names to train as well.")
     exclude: list[str] = option([], "Regular expressions of module names to leave out.")
     args: dict[str, Any] = option({}, "More network arguments.")
 
@@ -189,55 +203,65 @@ class NetworkConfig:
 class OptimizerConfig:
     name: str = option("adamw8bit", "Optimizer.", counts="neither")
     # "???" is OmegaConf for a value that must be given.
-    type: str = option("???", "Its name or class path for the trainer.")
-    learning_rate: float = option(1e-4, "Learning rate; belongs to the optimizer.", above=0)
+    type: str = option("???", "Name or class path of the optimizer, for the trainer.")
+    learning_rate: float = option(1e-4, "Learning rate; the default is the optimizer's.", above=0)
     args: dict[str, Any] = option({}, "The optimizer's own arguments.")
 
 
 @dataclass
 class SchedulerConfig:
     name: str = option("constant", "Learning-rate schedule.")
-    warmup_steps: int = option(0, "Steps over which the rate climbs.", at_least=0)
+    warmup_steps: int = option(0, "Warm-up steps.", at_least=0)
     num_cycles: int = option(
         1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
     )
     power: float = option(1.0, "Exponent (polynomial).", at_least=0)
-    min_lr_ratio: float | None = option(None, "Final share of the rate (cosine_with_min_lr, rex).")
+    min_lr_ratio: float | None = option(
+        None,
+        "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex).",
+    )
 
 
 @dataclass
 class PrecisionConfig:
-    name: str = option("bf16", "Precision of the frozen network.", counts="neither")
+    name: str = option("bf16", "Precision preset.", counts="neither")
     mixed_precision: str = option("bf16", "Mixed precision.", choices=("bf16", "fp16", "no"))
-    dit_dtype: str | None = option(None, "Type the transformer is loaded in.")
+    dit_dtype: str | None = option(None, "dtype the transformer is loaded in.")
     fp8_base: bool = option(False, "Keep the frozen transformer in fp8.")
     fp8_scaled: bool = option(False, "Scale each fp8 weight block (needs fp8_base).")
 
 
 @dataclass
 class MemoryConfig:
-    name: str = option("auto", "Memory tier; auto is told from the card.")
-    blocks_to_swap: int | None = option(None, "Transformer blocks kept in main memory.", at_least=0)
+    name: str = option("auto", "Memory tier; auto picks it from the GPU's memory.")
+    blocks_to_swap: int | None = option(
+        None, "Block swap: number of transformer blocks kept in main memory.", at_least=0
+    )
     checkpointing: str | None = option(
         None, "Gradient checkpointing.", choices=("none", "full", "offload")
     )
     vae_tile: int | None = option(
-        None, "VAE tile, pixels; 0 encodes whole frames.", at_least=0, counts="planned"
+        None, "VAE tile in pixels; 0 encodes whole frames.", at_least=0, counts="planned"
     )
     fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.", counts="planned")
-    text_batch_size: int | None = option(None, "Captions encoded at once.", at_least=1)
+    text_batch_size: int | None = option(None, "Captions encoded in one batch.", at_least=1)
     pinned: bool | None = option(None, "Pin main memory for block swap.")
-    h2d_only: bool | None = option(None, "Swap blocks in one direction only.")
+    h2d_only: bool | None = option(
+        None,
+        "Block swap copies blocks to the GPU only, never back.",
+    )
 
 
 @dataclass
 class TrainingConfig:
-    epochs: int = option(10, "Passes over the dataset.", at_least=1)
-    max_steps: int | None = option(None, "Steps instead of epochs.", at_least=1)
+    epochs: int = option(10, "Number of epochs.", at_least=1)
+    max_steps: int | None = option(None, "Number of optimizer steps; overrides epochs.", at_least=1)
     seed: int = option(42, "Random seed; -1 draws one and records it.", at_least=-1, counts="asked")
-    gradient_accumulation_steps: int = option(1, "Batches in one optimizer step.", at_least=1)
-    max_grad_norm: float = option(1.0, "Gradient clipping; 0 is none.", at_least=0)
-    attention: str = option("sdpa", "Attention code.", choices=("sdpa", "flash", "xformers"))
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", at_least=1)
+    max_grad_norm: float = option(1.0, "Maximum gradient norm; 0 disables clipping.", at_least=0)
+    attention: str = option(
+        "sdpa", "Attention implementation.", choices=("sdpa", "flash", "xformers")
+    )
     compile: str = option(
         "auto", "torch.compile.", choices=("auto", "always", "none"), counts="asked"
     )
@@ -254,7 +278,7 @@ class TrainingConfig:
     )
     sigmoid_scale: float = option(
         1.0,
-        "Spread of the timesteps (shift, sigmoid).",
+        "Scale of the normal values before the sigmoid (shift, sigmoid).",
         above=0,
         needs=Needs("training.timestep_sampling", ("shift", "sigmoid", "sigma", "logsnr")),
     )
@@ -265,10 +289,13 @@ class TrainingConfig:
         1, "Epochs between checkpoints; null for none.", at_least=1, counts="asked"
     )
     save_every_steps: int | None = option(
-        None, "Steps between checkpoints, besides those.", at_least=1, counts="asked"
+        None, "Steps between additional checkpoints; null for none.", at_least=1, counts="asked"
     )
     keep_last: int | None = option(
-        None, "Checkpoints kept of each kind; null keeps all.", at_least=1, counts="asked"
+        None,
+        "Number of epoch checkpoints, and of step checkpoints, to keep; null keeps all.",
+        at_least=1,
+        counts="asked",
     )
     save_state: bool = option(
         False,
@@ -277,19 +304,19 @@ class TrainingConfig:
     )
     resume_from: str | None = option(
         None,
-        "A state folder (checkpoints/lora-state) to take weights, optimizer and schedule from; "
-        "musubi-tuner then counts its steps from 0.",
+        "State folder (such as checkpoints/lora-state) to resume weights, optimizer and schedule "
+        "from; musubi-tuner restarts its step count at 0.",
         path=True,
     )
-    save_precision: str = option("bf16", "Type of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
-    data_workers: int = option(2, "Processes that read the cache.", at_least=0, counts="neither")
+    save_precision: str = option("bf16", "dtype of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
+    data_workers: int = option(2, "Data loader worker processes.", at_least=0, counts="neither")
     i2v_unscaled_condition: bool = option(
         False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
     )
     resume: str = option(
         "auto",
-        "For continuing an unfinished run; for now a run started again trains from the start, and "
-        "keeps all earlier stages.",
+        "Not implemented yet: a run that is started again trains from the beginning, and reuses "
+        "the finished earlier stages.",
         choices=("auto", "none"),
         counts="neither",
     )
@@ -297,24 +324,24 @@ class TrainingConfig:
 
 @dataclass
 class SamplingConfig:
-    name: str = option("none", "Previews while training.", choices=("none", "prompts"))
+    name: str = option("none", "Previews during training.", choices=("none", "prompts"))
     prompts: list[str] = option([], "One preview for each prompt.")
     negative_prompt: str = option("", "What previews should not show.")
     image_path: str | None = option(None, "First frame of the previews (i2v).", path=True)
     every_epochs: int = option(1, "Epochs between previews.", at_least=1)
-    at_first: bool = option(False, "Also before training.")
-    width: int = option(544, "Preview width, pixels, a multiple of 16.")
-    height: int = option(960, "Preview height, pixels, a multiple of 16.")
-    frames: int = option(25, "Preview frames, 4N+1.")
+    at_first: bool = option(False, "Also make previews before the first step.")
+    width: int = option(544, "Preview width in pixels, a multiple of 16.")
+    height: int = option(960, "Preview height in pixels, a multiple of 16.")
+    frames: int = option(25, "Length of a preview in frames, of the form 4N+1.")
     steps: int = option(20, "Sampling steps.", at_least=1)
-    guidance_scale: float = option(6.0, "Classifier-free guidance; 1 is none.")
-    flow_shift: float = option(7.0, "Timestep shift in sampling.")
+    guidance_scale: float = option(6.0, "Classifier-free guidance; 1 disables it.")
+    flow_shift: float = option(7.0, "Timestep shift of the previews.")
     seed: int = option(42, "Seed of the previews.", at_least=0, below=2**64)
 
 
 @dataclass
 class MetadataConfig:
-    """What the LoRA file says of itself (model-spec keys), shown by those who load it."""
+    """Metadata written to the LoRA file (model-spec keys), shown by programs that load it."""
 
     title: str | None = option(None, "Title in the LoRA file (default: the run's name).")
     author: str | None = option(None, "Author in the LoRA file.")
@@ -333,13 +360,13 @@ class TrackingConfig:
 
 @dataclass
 class StagesConfig:
-    skip: list[str] = option([], "Stages to leave out.")
-    force: list[str] = option([], "Stages to run although their work is done.")
+    skip: list[str] = option([], "Stages to skip.")
+    force: list[str] = option([], "Stages to run again even if their results exist.")
 
 
 @dataclass
 class RunConfig:
-    """A whole run."""
+    """The options of a whole run."""
 
     task: TaskConfig = part(TaskConfig, "both")
     model: ModelConfig = part(ModelConfig, "asked")
@@ -361,37 +388,37 @@ class RunConfig:
     output_dir: str = option(
         "outputs", "Folder for runs, caches and the MLflow store.", path=True, counts="neither"
     )
-    dry_run: bool = option(False, "Show what would run, and touch nothing.", counts="neither")
+    dry_run: bool = option(False, "Show what would run; write nothing.", counts="neither")
 
 
 def options(
     cls: type = RunConfig, prefix: str = "", counts: Counts | None = None
 ) -> Iterator[Option]:
-    """Every option with its dotted key, in the order of definition."""
+    """Yield every option with its dotted key, in the order of definition."""
     hints = get_type_hints(cls)
-    for item in fields(cls):
-        hint = hints[item.name]
-        key = prefix + item.name
+    for field_ in fields(cls):
+        hint = hints[field_.name]
+        key = prefix + field_.name
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from options(hint, key + ".", item.metadata.get("counts"))
+            yield from options(hint, key + ".", field_.metadata.get("counts"))
             continue
-        if item.default is not MISSING:
-            default: Any = item.default
+        if field_.default is not MISSING:
+            default: Any = field_.default
         else:
-            assert item.default_factory is not MISSING
-            default = item.default_factory()
+            assert field_.default_factory is not MISSING
+            default = field_.default_factory()
         name = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else hint
         yield Option(
             key,
             str(name).replace("runner.config.schema.", "").replace("typing.", ""),
             default,
-            item.metadata.get("help", ""),
-            item.metadata.get("choices", ()),
-            item.metadata.get("path", False),
-            item.metadata.get("bounds", Bounds()),
-            item.metadata.get("counts") or counts,
-            item.metadata.get("needs"),
+            field_.metadata.get("help", ""),
+            field_.metadata.get("choices", ()),
+            field_.metadata.get("path", False),
+            field_.metadata.get("bounds", Bounds()),
+            field_.metadata.get("counts") or counts,
+            field_.metadata.get("needs"),
         )
 
 

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, text, files, processes. It knows nothing of training."""
+"""Errors, text, files and processes, used by all other packages; nothing about training."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, synced, renamed."""
+"""Atomic writes: a file is written under a temporary name, synced and renamed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path, *, keep_suffix: bool = False, sync: bool = True) -> Iterator[Path]:
-    """A place beside ``path`` to write to, which becomes ``path`` when the block ends well.
+    """Write a file atomically: a temporary file replaces ``path`` if the block succeeds.
 
-    The folder is made. The place is a hidden name with an ending that no reader of caches or
-    LoRAs takes for one of its files; ``keep_suffix`` is for writers that go by the ending. Without
-    ``sync`` a power cut may leave it torn, which is for what can be told from whole and made again.
+    Args:
+        path: the file to write; its folder is made if missing.
+        keep_suffix: whether the temporary name ends as ``path`` does, for writers that choose the
+            format by it. Otherwise no reader of cache files or LoRAs takes it for one of them.
+        sync: False is faster, but a power failure may leave a truncated file: only for files that
+            are validated when read and can be made again.
+
+    Yields:
+        The temporary path, in the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(
@@ -31,18 +37,18 @@ def whole(path: Path, *, keep_suffix: bool = False, sync: bool = True) -> Iterat
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write ``content`` so that ``path`` is whole or as it was; ``sync`` as in :func:`whole`."""
+    """Write ``content`` to ``path`` atomically; ``sync`` as in :func:`whole`."""
     with whole(path, sync=sync) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str, *, sync: bool = True) -> None:
-    """Write ``text`` as UTF-8 so that ``path`` is whole or as it was; ``sync`` as there."""
+    """Write ``text`` to ``path`` as UTF-8, atomically; ``sync`` as in :func:`whole`."""
     write_bytes(path, text.encode("utf-8"), sync=sync)
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or the renames in a folder, survive a power cut."""
+    """Flush a file's bytes, or the renames in a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A command as it will be run and as a person can run it; pure."""
+"""A command, as the program runs it and as a user can run it in a shell; pure."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments, and what changes in the environment. The working folder is the run's."""
+    """Arguments and changes to the environment; the working folder is the run's folder."""
 
     argv: tuple[str, ...]
     set_env: tuple[tuple[str, str], ...] = ()
     unset_env: tuple[str, ...] = ()
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The environment to run in, from the runner's own."""
+        """Return the environment to run in, derived from the runner's own."""
         kept = {key: value for key, value in base.items() if key not in self.unset_env}
         return kept | dict(self.set_env)
 
     def shell(self) -> str:
-        """One line of shell, with each option on a line of its own when it is long."""
+        """Render the command for a shell; a long one has each option on a line of its own."""
         words = [shlex.quote(word) for word in self.argv]
         prefix: list[str] = []
         if self.unset_env or self.set_env:

@@ -1,4 +1,4 @@
-"""What a person sees: colours and bars on a terminal, plain lines in a file."""
+"""Output for the user: colours and bars on a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress, TaskID
 
-# In a file a line of progress is worth having only now and then.
+# Seconds between lines of progress where the output is no terminal.
 PLAIN_SECONDS = 10.0
 
 
 class Console:
-    """Prints to one stream."""
+    """Output to one stream."""
 
     def __init__(self, rich: RichConsole) -> None:
         self._rich = rich
         self.fancy = rich.is_terminal and not rich.is_dumb_terminal
-        # Notices that must not come before the error that they are less than.
+        # Notices to print after the error.
         self.after_error: list[str] = []
 
     @classmethod
     def for_stream(cls, stream: TextIO) -> Console:
-        """A console for ``stream``: fancy when that is a terminal."""
+        """Make a console for ``stream``: fancy when that is a terminal."""
         from rich.console import Console as RichConsole
 
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal may have no letters for a path's name, and a name need not be UTF-8.
+            # The stream's encoding may lack characters of a path, and a path need not be UTF-8.
             stream.reconfigure(errors="backslashreplace")
         # Rich would wrap a file's lines at 80; there every line stays whole.
         width = None if stream.isatty() else 10_000
@@ -43,20 +43,21 @@ class Console:
         return cls(RichConsole(file=stream, width=width, no_color=no_color, highlight=False))
 
     def line(self, text: str = "", style: str | None = None) -> None:
-        """Print one line as it is."""
+        """Print one line unchanged."""
         self._rich.print(text, style=style, markup=False, soft_wrap=True)
 
     def heading(self, text: str) -> None:
+        """Print a heading after an empty line."""
         self.line()
         self.line(text, style="bold")
 
     def notice(self, text: str) -> None:
-        """Something worth knowing that stops nothing."""
+        """Print something worth knowing that does not stop the run."""
         # Rich breaks a long line between words.
         self._rich.print(f"note: {text}", style="yellow", markup=False)
 
     def error(self, text: str) -> None:
-        """The one line that says what is wrong; on standard error."""
+        """Print the line that says what is wrong to standard error, then the notices held back."""
         from rich.console import Console as RichConsole
 
         RichConsole(stderr=True, highlight=False, width=None if self.fancy else 10_000).print(
@@ -66,7 +67,7 @@ class Console:
             self.notice(self.after_error.pop(0))
 
     def stage(self, number: int, count: int, name: str, summary: str) -> None:
-        """A stage begins, or is seen to be done."""
+        """Print that a stage starts, or that it is done already."""
         self.line(f"[{number}/{count}] {name:<9} {summary}", style="bold cyan")
 
     def bar(
@@ -82,15 +83,15 @@ class Console:
 
         Args:
             what: what is counted, in the plural.
-            total: how many there are.
-            start: how many of them were there before.
-            in_bytes: whether bytes are counted.
-            detail: what is going on before the first.
+            total: the number of units.
+            start: how many of them were done before.
+            in_bytes: whether the units are bytes.
+            detail: what is going on until the first :meth:`Bar.update`.
         """
         return Bar(self, what, total, start=start, in_bytes=in_bytes, detail=detail)
 
     def progress(self, clock: Callable[[], str], *, in_bytes: bool) -> Progress:
-        """Bars on a terminal; ``clock`` gives the times of the first one, a few times a second."""
+        """Make bars for a terminal; ``clock`` returns the times shown behind the first one."""
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -119,7 +120,7 @@ class Console:
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """A bar on a terminal; a line every ten seconds and one at the end elsewhere."""
+    """A bar on a terminal; elsewhere a line every ten seconds and one at the end."""
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class Bar(AbstractContextManager["Bar"]):
         return self
 
     def update(self, done: int, detail: str = "", left: float | None = None) -> None:
-        """``done`` of the total are through; ``left`` seconds remain, where that is known."""
+        """Show that ``done`` units are finished; ``left``: the seconds that remain, if known."""
         self.done, self.detail, self.left = done, detail or self.detail, left
         if self._progress is not None:
             self._progress.update(self._task, completed=done, detail=self.detail)
@@ -162,13 +163,13 @@ class Bar(AbstractContextManager["Bar"]):
         self.tick()
 
     def tick(self) -> None:
-        """Show that time goes by, where no terminal does."""
+        """Print the next line of progress if it is due, where there is no terminal."""
         if self._progress is None and time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             self._print()
 
     def beside(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` of something that is made on the way, on a bar below this one."""
+        """Show the progress of something made meanwhile, such as previews, on a bar below."""
         before, task = self._others.get(what, (-1, None))
         if done == before:
             return
@@ -185,28 +186,28 @@ class Bar(AbstractContextManager["Bar"]):
         seconds = time.monotonic() - self._started
         made = self.done - self.start
         if self.in_bytes:
-            words = [f"      {self.what} {readable(self.done)} of {readable(self.total)}"]
+            parts = [f"      {self.what} {readable(self.done)} of {readable(self.total)}"]
             if made > 0 and seconds > 0:
-                words.append(f"{readable(made / seconds)}/s")
-            words.append(self.detail)
+                parts.append(f"{readable(made / seconds)}/s")
+            parts.append(self.detail)
         else:
-            words = [f"      {self.what} {self.done}/{self.total}", self.detail]
-        words.append(self._clock())
-        line = "  ".join(word for word in words if word)
+            parts = [f"      {self.what} {self.done}/{self.total}", self.detail]
+        parts.append(self._clock())
+        line = "  ".join(part for part in parts if part)
         if line != self._last:
             self.console.line(line)
         self._last = line
 
     def _clock(self) -> str:
-        """The time since the start, and the time left where that is known."""
-        words = f"{duration(time.monotonic() - self._started)} elapsed"
+        """Return the time since the start, and the time left if that is known."""
+        text = f"{duration(time.monotonic() - self._started)} elapsed"
         left = self.left if self.left is not None else self._left()
         if left is not None and self.done < self.total:
-            words += f", {duration(left)} left"
-        return words
+            text += f", {duration(left)} left"
+        return text
 
     def _left(self) -> float | None:
-        """Seconds left at the pace since the first was through; start-up is not counted."""
+        """Estimate the seconds left, from the first finished unit on, without start-up."""
         if self._first is None:
             return None
         first, when = self._first
@@ -216,7 +217,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:

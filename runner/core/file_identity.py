@@ -1,13 +1,13 @@
-"""What tells a file from others, and from itself before it was changed."""
+"""The identity of a file and its content, from stat."""
 
 from __future__ import annotations
 
 import os
 
-# Device, inode, size, and times of change of content and of inode, in nanoseconds.
+# Device, inode, size, and the modification times of content and inode, in nanoseconds.
 Identity = tuple[int, int, int, int, int]
 
 
 def identity_of(stat: os.stat_result) -> Identity:
-    """A file's identity, which changes whenever its bytes are written anew."""
+    """Return a file's identity, which changes whenever the file is written again."""
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)

@@ -1,4 +1,4 @@
-"""Paths as they are given and as they are shown."""
+"""Paths as users type them and as messages show them."""
 
 from __future__ import annotations
 
@@ -12,39 +12,48 @@ from runner.core.errors import UserError
 
 
 def absolute(path: str, cwd: Path) -> Path:
-    """``path`` with ``~`` expanded, from ``cwd`` when it is relative."""
+    """Make ``path`` absolute: ``~`` is expanded, and a relative one starts at ``cwd``."""
     return Path(os.path.normpath(cwd / Path(path).expanduser()))
 
 
 def checkout() -> str | None:
-    """The folder to put on PYTHONPATH when the runner is used from a checkout, else None."""
+    """Return the folder to put on PYTHONPATH if the runner runs from a checkout, else None."""
     top = Path(__file__).resolve().parents[2]
     return str(top) if (top / "pyproject.toml").is_file() else None
 
 
 def shortest(path: Path) -> str:
-    """A path as one would type it here: relative below the working folder, else absolute."""
+    """Shorten a path: relative if it is below the working folder, else absolute."""
     cwd = Path.cwd()
     return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
 
 
 def command_here(module: str) -> str:
-    """A command for one of the runner's modules that works in the shell it was started from.
+    """Return a command for one of the runner's modules that works in the user's shell.
 
-    ``python`` alone is another Python where this one's environment is not activated.
+    If this Python's environment is not activated, ``python`` alone would be another Python.
     """
     if module == "runner" and Path(sys.argv[0]).name == "runner":
         return "runner"
-    found = shutil.which("python")
+    on_path = shutil.which("python")
     ours = Path(sys.executable)
     # Not resolved: an environment's Python is a link to the one it was made with.
-    known = found is not None and Path(found).parent == ours.parent
+    known = on_path is not None and Path(on_path).parent == ours.parent
     return f"{'python' if known else shlex.quote(shortest(ours))} -m {module}"
 
 
-def given_file(key: str, given: str, cwd: Path) -> Path:
-    """The file that an option names, absolute. Raises :class:`UserError` if it is not there."""
-    path = absolute(given, cwd)
+def existing_file(key: str, text: str, cwd: Path) -> Path:
+    """Return the absolute path of a file that an option names.
+
+    Args:
+        key: the option.
+        text: its value, as typed.
+        cwd: the folder that a relative path starts at.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = absolute(text, cwd)
     if not path.is_file():
-        raise UserError(f"{key}={given}: there is no such file.")
+        raise UserError(f"{key}={text}: there is no such file.")
     return path

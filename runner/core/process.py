@@ -1,4 +1,4 @@
-"""Run a command: its own process group, its output in a log, signals passed on."""
+"""Run a command in a process group of its own, with its output in a log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runner.core.errors import StageError
+from runner.core.errors import StageError, plain_reason
 
-# How long a stopped command may take to end by itself before it is killed.
+# Seconds that a stopped command has to end by itself before it is killed.
 GRACE_SECONDS = 15.0
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -24,14 +24,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal asked the run to end. Not an Exception, so that nothing takes it for a failure."""
+    """A signal that ends the run; not an Exception, so that nothing treats it as a failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
     def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
-        return Stopped, (self.number,)  # what a launcher brings back from another process
+        return Stopped, (self.number,)  # needed by launchers that pickle it in another process
 
     @property
     def exit_code(self) -> int:
@@ -51,12 +51,12 @@ def raise_on_signals() -> None:
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Hold back signals inside, so that what is begun there is also ended; raise them after.
+    """Hold back signals during the block; raise the first one after it.
 
-    For short work that must not stop half-way, such as opening or closing a run's record.
+    For short work that must not stop half-way, such as opening or closing a run's record. Where the
+    block is part of ending for an earlier signal, that one stands.
     """
     received: list[int] = []
-    # Where the block is part of ending for an earlier signal, that one stands.
     ending = isinstance(sys.exc_info()[1], Stopped)
 
     def remember(number: int, _frame: object) -> None:
@@ -82,11 +82,19 @@ def run(
     tick_seconds: float = 0.25,
     explain: Callable[[Path], str] | None = None,
 ) -> None:
-    """Run ``argv`` to its end, its output appended to ``log``.
+    """Run a command and wait for its end; on an exception, end its whole process group first.
 
-    ``on_tick`` is called a few times a second. Raises :class:`StageError` when the command fails,
-    with what ``explain`` (:func:`last_error` unless given) makes of its log; on :class:`Stopped`
-    the whole process group is ended first.
+    Args:
+        argv: the command.
+        cwd: its working folder.
+        env: its environment.
+        log: the file that its output is appended to.
+        on_tick: called every ``tick_seconds`` while it runs.
+        tick_seconds: the interval.
+        explain: turns the log of a failed command into a message (default: :func:`last_error`).
+
+    Raises:
+        StageError: the command can't be started, or fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -117,26 +125,26 @@ def run(
                 end_group(process)
             raise
     if process.returncode:
-        why = (explain or last_error)(log)
-        raise StageError(f"{why} ({_ended(process.returncode)}; log: {log})")
+        reason = (explain or last_error)(log)
+        raise StageError(f"{reason} ({_ended(process.returncode)}; log: {log})")
 
 
 def _ended(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
-    name = next((item.name for item in signal.Signals if item == -code), f"signal {-code}")
+    name = next((sig.name for sig in signal.Signals if sig == -code), f"signal {-code}")
     return f"ended by {signal_words(name)}"
 
 
 def _end_with_parent() -> None:
-    """In the new process: ask Linux to end it when the runner is killed outright."""
+    """In the new process: ask Linux to end it if the runner is killed."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a command and everything it started: first asked, then killed."""
+    """End a command and everything it started: SIGTERM first, SIGKILL after the grace period."""
     _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
@@ -153,9 +161,9 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 TRACEBACK = "Traceback (most recent call last):"
-# What is missing from a model can be told in more than 20 kB, on one line.
+# Bytes read from the end of a log; a "missing keys" error can exceed 20 kB on one line.
 _WINDOW = 1_000_000
-_MOST = 500
+_MAX_LENGTH = 500
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # "train.py: error: ..." is how argparse refuses an argument, "error: ..." how the runner's own
 # executables do.
@@ -164,13 +172,13 @@ _KILLED = {"SIGKILL": "SIGKILL, as the system does when memory runs out"}
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that best says what went wrong: the last that is an error, or the last."""
+    """Return the line of a log that best says what went wrong: the last error, or the last line."""
     lines = log_lines(log)
     return "it failed and left no log" if lines is None else best_line(lines)
 
 
 def log_lines(log: Path) -> list[str] | None:
-    """The lines of a log's end that hold something, without colours; None when it can't be read."""
+    """Read the last non-empty lines of a log, without colours; None when it can't be read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _WINDOW))
@@ -182,24 +190,24 @@ def log_lines(log: Path) -> list[str] | None:
 
 
 def best_line(lines: list[str]) -> str:
-    """The line that best says what went wrong, cut to a length that can be read."""
+    """Return the line that best says what went wrong, cut to a readable length."""
     if not lines:
         return "it failed and printed nothing"
-    told = _raised(lines) or _looks_like_one(lines) or lines[-1].strip()
-    return told if len(told) <= _MOST else f"{told[:_MOST]} ..."
+    best = plain_reason(_raised(lines) or _last_error_line(lines) or lines[-1].strip())
+    return best if len(best) <= _MAX_LENGTH else f"{best[:_MAX_LENGTH]} ..."
 
 
 def signal_words(name: str) -> str:
-    """A signal that ended a process, with what that usually means."""
+    """Describe a signal that ended a process, with its usual cause."""
     return _KILLED.get(name, name)
 
 
 def _raised(lines: list[str]) -> str | None:
-    """What the last traceback ends with, unless the program refused its options after it."""
+    """Return the end of the last traceback, or a refusal of options printed after it."""
     for start in reversed(range(len(lines))):
         if not lines[start].endswith(TRACEBACK):
             continue
-        # What Python could not clean up at its end did not make it end.
+        # Errors ignored during interpreter shutdown are not the cause.
         if start and lines[start - 1].startswith("Exception ignored in"):
             continue
         after = [line for line in lines[start + 1 :] if not line[0].isspace()]
@@ -208,7 +216,7 @@ def _raised(lines: list[str]) -> str | None:
     return None
 
 
-def _looks_like_one(lines: list[str]) -> str | None:
+def _last_error_line(lines: list[str]) -> str | None:
     for line in reversed(lines):
         head, _, rest = line.strip().partition(":")
         if " " not in head and (

@@ -1,4 +1,4 @@
-"""Words for numbers and names, and the nearest right name for a wrong one; pure."""
+"""Text helpers: plurals, sizes, durations, suggestions for misspelt names; pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 
 def nearest(wrong: str, right: Iterable[str], *, limit: int = 1) -> list[str]:
-    """Names in ``right`` that resemble ``wrong``, best first; none when nothing is close."""
+    """Return names in ``right`` that resemble ``wrong``, best first; none if nothing is close."""
     names = sorted(set(right))
     lowered: dict[str, str] = {}
     for name in names:
         lowered.setdefault(name.lower(), name)
-    found = difflib.get_close_matches(wrong.lower(), list(lowered), n=limit, cutoff=0.5)
-    return [lowered[name] for name in found]
+    close = difflib.get_close_matches(wrong.lower(), list(lowered), n=limit, cutoff=0.5)
+    return [lowered[name] for name in close]
 
 
 def did_you_mean(wrong: str, right: Iterable[str]) -> str:
-    """`` Did you mean X?``, or the whole list when nothing is close and it is short."""
+    """Suggest the most similar name, or list all if none is similar and there are few."""
     names = sorted(set(right))
     close = nearest(wrong, names)
     if close:
@@ -28,19 +28,19 @@ def did_you_mean(wrong: str, right: Iterable[str]) -> str:
 
 
 def named(names: Iterable[str], limit: int = 5) -> str:
-    """A few names, and how many more there are."""
+    """List a few names, and say how many more there are."""
     listed = list(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 clip``, ``2 clips``."""
+    """Count a noun: ``1 clip``, ``2 clips``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:
-    """``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
+    """Format seconds: ``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
     whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def readable(count: float) -> str:
-    """Bytes as ``740 bytes``, ``3.1 MB`` or ``16.7 GB``."""
+    """Format bytes: ``740 bytes``, ``3.1 MB`` or ``16.7 GB``."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

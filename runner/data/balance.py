@@ -1,7 +1,7 @@
-"""How often regularisation sets are seen beside what is trained on; pure.
+"""Balance regularisation sets against the other sources; pure.
 
-A regularisation set shows the model what its subject's kind looks like otherwise, so that it does
-not forget. Its share is what matters, whatever its size.
+A regularisation set shows the model other examples of the subject's class, so that it does not
+forget the class. What matters is the set's share of an epoch, whatever its size.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from runner.data.select import SelectedItem, Selection, Source
 
 
 def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source, ...], Selection]:
-    """Bring each regularisation source to its weight.
+    """Apply the weight of each regularisation source.
 
-    Its samples (pictures and crops) of an epoch come as near to ``weight`` times those of all
-    ordinary sources together as whole repeats allow. A set that is larger than that gives a part
-    of its items, chosen by content: the same each time, and for a larger weight those and more.
-    Raises :class:`UserError` when there is nothing else to train on.
+    Its samples (pictures and crops) in an epoch are to be ``weight`` times those of all other
+    sources together, as closely as whole repeats allow. From a larger set a part of the items is
+    taken, chosen by content hash: reproducible, and growing with the weight.
+
+    Returns:
+        The sources with their repeats, and the selection without the items that are not taken.
+
+    Raises:
+        UserError: there is nothing else to train on.
     """
     if not any(source.options.regularisation for source in sources):
         return tuple(sources), selection
@@ -29,17 +34,18 @@ def weigh(sources: Sequence[Source], selection: Selection) -> tuple[tuple[Source
     others = _ordinary_samples(sources, selection)
     if not others and held_out:
         raise UserError(
-            "dataset.validation_fraction holds out all items but those of regularisation sets: "
+            "dataset.validation_fraction holds out all items except those of regularisation sets: "
             "lower it."
         )
     if not others:
         raise UserError(
-            "Only regularisation sets have media to train on: give a source that is none."
+            "Only regularisation sets have media to train on: add a source that is not a "
+            "regularisation set."
         )
     weighed, notices = list(sources), list(selection.notices)
     kept = [item for item in selection.items if not _is_regularisation(sources, item)]
     for index, source in enumerate(sources):
-        # What another source holds out must not be trained on by this way.
+        # Do not train on media that another source holds out.
         items = [
             item
             for item in selection.items
@@ -65,7 +71,7 @@ def _is_regularisation(sources: Sequence[Source], item: SelectedItem) -> bool:
 
 
 def _ordinary_samples(sources: Sequence[Source], selection: Selection) -> int:
-    """The samples of an epoch that are of no regularisation set."""
+    """Count the samples of an epoch that are not of a regularisation set."""
     return sum(
         _samples(item) * sources[item.source].options.num_repeats
         for item in selection.items
@@ -74,12 +80,12 @@ def _ordinary_samples(sources: Sequence[Source], selection: Selection) -> int:
 
 
 def _samples(item: SelectedItem) -> int:
-    """What one item is in an epoch without repeats: a picture, or the crops of a clip."""
+    """Count the samples of one item without repeats: 1 for a picture, else a clip's crops."""
     return max(1, len(item.crops))
 
 
 def _choose(items: Sequence[SelectedItem], wanted: float) -> tuple[list[SelectedItem], int]:
-    """The items and repeats that come nearest to so many samples; at least one item."""
+    """Choose the items and repeats that come closest to so many samples; at least one item."""
     total = sum(_samples(item) for item in items)
     if total <= wanted:
         below = int(wanted / total) if total else 1
@@ -96,6 +102,6 @@ def _choose(items: Sequence[SelectedItem], wanted: float) -> tuple[list[Selected
 
 
 def _draw(item: SelectedItem) -> str:
-    # Not the digest itself, by which items are held out.
+    # Not the digest itself, which decides already what is held out.
     parts = f"regularisation\0{item.media.sha256}\0{item.caption}"
     return hashlib.sha256(parts.encode()).hexdigest()

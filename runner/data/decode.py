@@ -1,4 +1,4 @@
-"""Pixels of pictures and clips, decoded and resized as musubi-tuner v0.3.4 does it.
+"""Decode and resize pictures and clips as musubi-tuner v0.3.4 does.
 
 PIL, OpenCV and PyAV are imported where they are used, so that importing this module is quick.
 """
@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 
 
 def resize_to_bucket(image: np.ndarray, size: Size) -> np.ndarray:
-    """Scale a picture until it covers `size`, then cut the middle out.
+    """Scale a picture until it covers ``size``, then crop its centre.
 
-    image: [H, W, 3] uint8, RGB; the result has `size` (width, height in pixels), same layout.
-    Lanczos (PIL) when it grows, area averaging (OpenCV) when it shrinks: musubi's choice, and so
-    its pixels.
+    Enlarging uses Lanczos (PIL), shrinking area averaging (OpenCV), as in musubi-tuner, so that the
+    pixels are the same.
+
+    Args:
+        image: [H, W, 3] uint8, RGB.
+        size: width and height in pixels.
+
+    Returns:
+        The picture of that size, in the same layout.
     """
     height, width = image.shape[:2]
     if (width, height) == size:
@@ -44,17 +50,21 @@ def resize_to_bucket(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB; an alpha channel is dropped, not blended.
+    """Convert a picture to mode RGB; an alpha channel is dropped, not blended.
 
-    musubi converts every mode so except RGBA, on which it crashes.
+    musubi-tuner converts every mode this way except RGBA, on which it crashes.
     """
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(path: Path | str | BinaryIO) -> np.ndarray:
-    """A picture as [H, W, 3] uint8, RGB, as stored: no EXIF rotation, the first frame if animated.
+    """Load a picture as stored: without EXIF rotation, the first frame if animated.
 
-    Raises UserError when it can't be read.
+    Returns:
+        [H, W, 3] uint8, RGB.
+
+    Raises:
+        UserError: it can't be read.
     """
     import numpy as np
     from PIL import Image
@@ -67,12 +77,17 @@ def load_image(path: Path | str | BinaryIO) -> np.ndarray:
 
 
 def load_clip(path: Path | str, extraction: FrameExtraction, resolution: Size) -> np.ndarray:
-    """The kept frames of a clip in its bucket: [F, H, W, 3] uint8, RGB.
+    """Load the kept frames of a clip, resized to its bucket.
 
-    Decoding stops after the last frame that a crop can need; `crops(F, extraction)` then cuts.
-    The bucket follows the first frame's size, and musubi's bucket flags don't apply to clips.
+    Decoding stops after the last frame that a crop can need; ``crops(F, extraction)`` gives the
+    crops. The bucket depends on the size of the first frame; musubi-tuner's bucket flags don't
+    apply to clips.
 
-    Raises UserError when the clip can't be decoded or holds no frame.
+    Returns:
+        [F, H, W, 3] uint8, RGB.
+
+    Raises:
+        UserError: the clip can't be decoded or has no frame.
     """
     import av
     import numpy as np
@@ -85,7 +100,7 @@ def load_clip(path: Path | str, extraction: FrameExtraction, resolution: Size) -
             if not container.streams.video:
                 raise UserError(f"{path} can't be decoded as a clip: it has no video stream")
             container.streams.video[0].thread_type = "AUTO"
-            # `choose` comes first in zip, so that no frame beyond its end is decoded.
+            # `choose` comes first in zip, so that no frame after its end is decoded.
             chosen = zip(choose(extraction), container.decode(video=0), strict=False)
             for keep, frame in chosen:
                 if not keep:
@@ -95,7 +110,7 @@ def load_clip(path: Path | str, extraction: FrameExtraction, resolution: Size) -
     except av.FFmpegError as error:
         raise UserError(f"{path} can't be decoded as a clip: {error}") from None
     if not frames:
-        raise UserError(f"{path} holds no frame that can be decoded")
+        raise UserError(f"{path} has no frame that can be decoded")
     return np.stack(frames)
 
 

@@ -1,4 +1,4 @@
-"""The sources of a config, looked through; a real run unpacks archives in the same pass."""
+"""Scan the sources of a config; a real run also extracts archives in the same pass."""
 
 from __future__ import annotations
 
@@ -11,91 +11,105 @@ from typing import TYPE_CHECKING
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.data.select import Source, SourceOptions, is_refused, is_used, source_options
-from runner.storage.store import Store
+from runner.data.select import Source, SourceOptions, is_refused, source_options, would_be_selected
+from runner.storage.shared_cache import SharedCache
 
 if TYPE_CHECKING:
-    from runner.data.sources.entries import Entry
-    from runner.data.sources.look import Keeper
-    from runner.hub.progress import Watcher
+    from runner.data.sources.listing import ListedMedia
+    from runner.data.sources.media_reader import ArchiveExtractor
+    from runner.hub.progress import DownloadListener
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How sources are read. progress: called with a source's path and the media read and found so
-    far. waiting: called when another run is unpacking. keep: whether media of archives go into the
-    store, datasets of the hub are fetched (`watch` shows that), and what is found out is noted;
-    else nothing is written. refused: why a run that was asked for will not begin. force: whether
-    branches of the hub are looked up again."""
+class ScanOptions:
+    """Options for scanning sources.
+
+    Attributes:
+        progress: called with a source's path and the numbers of media scanned and in all.
+        waiting: called when another run is extracting the same archive.
+        keep: whether to extract archives into the shared cache, fetch datasets of the hub, and save
+            the scan index; otherwise nothing is written.
+        refused: the reason why the run cannot start; a missing dataset of the hub then raises it.
+        watch: shows the download of a dataset of the hub.
+        force: whether to resolve branches of the hub again.
+    """
 
     progress: Progress | None = None
     waiting: Callable[[], None] = lambda: None
     keep: bool = False
     refused: str | None = None
-    watch: Callable[[], AbstractContextManager[Watcher]] = lambda: _shown()
+    watch: Callable[[], AbstractContextManager[DownloadListener]] = lambda: _shown()
     force: bool = False
 
 
 def scan_sources(
-    config: RunConfig, cwd: Path, store: Store, reading: Reading
+    config: RunConfig, cwd: Path, store: SharedCache, reading: ScanOptions
 ) -> tuple[Source, ...]:
-    """Look into each source: what media it has, and their captions.
+    """Scan each source for its media and their captions.
 
-    Raises :class:`UserError` for sources that can't be used, and a store that can't be written to.
+    Args:
+        config: the run's config.
+        cwd: the folder that relative paths start at.
+        store: the shared cache.
+        reading: how to scan.
+
+    Raises:
+        UserError: a source can't be used, or the shared cache can't be written to.
     """
     from runner.data.sources import scan
 
-    found: list[Source] = []
+    sources: list[Source] = []
     limit = int(config.dataset.max_archive_gb * 1e9)
-    places = [
-        # All are there before the first is read, which can take long.
-        _place(options, cwd, store, reading)
-        for options in source_options(config.dataset)
+    # Locate all sources first, since scanning takes long.
+    located_sources = [
+        _locate_source(options, cwd, store, reading) for options in source_options(config.dataset)
     ]
-    for place in places:
-        options, task = place.options, config.task.name
+    for located in located_sources:
+        options, task = located.options, config.task.name
         unpacked: list[int] = []
         scanned = scan(
-            place.kind,
-            place.path,
+            located.source_kind,
+            located.path,
             max_bytes=limit,
-            progress=_report(reading.progress, place.shown),
+            progress=_report(reading.progress, located.shown),
             memos=store.root / "scans",
             keep=_keep(store, options, task, reading, unpacked.append) if reading.keep else None,
         )
-        found.append(
+        sources.append(
             Source(
                 options,
-                place.kind,
-                place.shown,
+                located.source_kind,
+                located.shown,
                 scanned.items,
                 scanned.ignored,
-                place.commit,
+                located.commit,
                 sum(unpacked),
             )
         )
-    return tuple(found)
+    return tuple(sources)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one source lies on this machine, and as what it is shown."""
+class _LocatedSource:
+    """The path of one source on this computer, and its name in messages."""
 
     options: SourceOptions
-    kind: str
+    source_kind: str
     path: Path
     shown: str
     commit: str | None = None
 
 
-def _place(options: SourceOptions, cwd: Path, store: Store, reading: Reading) -> _Place:
+def _locate_source(
+    options: SourceOptions, cwd: Path, store: SharedCache, reading: ScanOptions
+) -> _LocatedSource:
     from runner.data.sources import locate
 
-    if options.kind != "hub":
-        kind, path = locate(options.path, options.kind, cwd=cwd)
-        return _Place(options, kind, path, str(path))
+    if options.source_kind != "hub":
+        kind, path = locate(options.path, options.source_kind, cwd=cwd)
+        return _LocatedSource(options, kind, path, str(path))
     from runner.hub.dataset import HubDatasets
     from runner.hub.remote import hush
 
@@ -103,20 +117,20 @@ def _place(options: SourceOptions, cwd: Path, store: Store, reading: Reading) ->
     datasets = HubDatasets(store.root)
     if reading.keep:
         with reading.watch() as watcher:
-            here = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
+            dataset = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
     else:
         if reading.refused and datasets.find(options.path, options.revision) is None:
             raise UserError(reading.refused)
-        here = datasets.planned(options.path, options.revision)
-    kind, path = locate(str(here.folder), "auto", cwd=cwd)
-    return _Place(options, kind, path, str(here), here.commit)
+        dataset = datasets.planned(options.path, options.revision)
+    kind, path = locate(str(dataset.folder), "auto", cwd=cwd)
+    return _LocatedSource(options, kind, path, str(dataset), dataset.commit)
 
 
-def _shown() -> AbstractContextManager[Watcher]:
+def _shown() -> AbstractContextManager[DownloadListener]:
     from runner.core.console import Console
-    from runner.hub.progress import Shown
+    from runner.hub.progress import DownloadProgress
 
-    return Shown(Console.for_stream(sys.stdout))
+    return DownloadProgress(Console.for_stream(sys.stdout))
 
 
 def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] | None:
@@ -130,27 +144,29 @@ def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] 
 
 
 def _keep(
-    store: Store,
+    store: SharedCache,
     options: SourceOptions,
     task: str,
-    reading: Reading,
+    reading: ScanOptions,
     unpacked: Callable[[int], None],
-) -> Callable[[Sequence[Entry]], AbstractContextManager[Keeper | None] | None]:
-    def keep(entries: Sequence[Entry]) -> AbstractContextManager[Keeper | None] | None:
-        # What will be refused leaves no trace.
-        if is_refused(entries, options, task):
+) -> Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]:
+    def keep(
+        media: Sequence[ListedMedia],
+    ) -> AbstractContextManager[ArchiveExtractor | None] | None:
+        # Write nothing for a source that will be rejected.
+        if is_refused(media, options, task):
             return None
-        if entries[0].archive is None:
+        if media[0].archive is None:
             return nullcontext()
-        return unpacking(entries[0].archive)
+        return unpacking(media[0].archive)
 
     @contextmanager
-    def unpacking(archive: Path) -> Iterator[Keeper]:
-        from runner.data.sources.look import Keeper
+    def unpacking(archive: Path) -> Iterator[ArchiveExtractor]:
+        from runner.data.sources.media_reader import ArchiveExtractor
         from runner.storage.bulk_writer import BulkWriter
 
         with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
-            yield Keeper(writer, lambda item: is_used(item, options, task))
+            yield ArchiveExtractor(writer, lambda media: would_be_selected(media, options, task))
         unpacked(writer.added)
 
     return keep

@@ -1,8 +1,7 @@
-"""From what the sources hold to the items a run trains on; pure.
+"""Select the items of a run from the scanned sources; pure.
 
-Here is decided which media are used and why others are not, each item's bucket and crops, its
-caption as the encoder sees it, its names in the run's folder, and which side of the validation
-split it is on.
+This module decides which media are used (and why others are not), and for each item its bucket,
+crops, final caption, file names in the run's folder, and side of the validation split.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from runner.config.schema import DatasetConfig, SourceConfig
 from runner.core.errors import UserError
@@ -22,20 +21,19 @@ from runner.core.text import counted, named
 from runner.formats.bucket import Size, bucket_size
 from runner.formats.captions import with_trigger
 from runner.formats.frames import Crop, FrameExtraction, crops, kept_frames
+from runner.formats.media_types import MediaKind
 
 if TYPE_CHECKING:
-    from runner.data.sources import Item
-    from runner.data.sources.entries import Entry
-
-Kind = Literal["image", "video"]
+    from runner.data.sources import SourceMedia
+    from runner.data.sources.listing import ListedMedia
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options of one source, with what it leaves out taken from ``dataset``."""
+    """The options of one source, completed from ``dataset``."""
 
     path: str
-    kind: str
+    source_kind: str
     revision: str
     trigger_word: str | None
     default_caption: str | None
@@ -52,15 +50,15 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """One source: its options and what a scan of it found.
+    """One source: its options and the result of its scan.
 
-    ``commit`` is that of a hub's, ``unpacked`` the media that this run took out of its archive.
+    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run.
     """
 
     options: SourceOptions
-    kind: str
+    source_kind: str
     path: str
-    items: tuple[Item, ...]
+    items: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
     unpacked: int = field(default=0, compare=False)
@@ -72,8 +70,8 @@ class SelectedItem:
 
     id: str
     source: int
-    kind: Kind
-    media: Item
+    media_kind: MediaKind
+    media: SourceMedia
     caption: str
     bucket: Size
     crops: tuple[Crop, ...]
@@ -81,7 +79,7 @@ class SelectedItem:
 
     @property
     def as_rgb(self) -> bool:
-        """Whether the run gets an RGB copy instead of the file itself."""
+        """Whether the run uses an RGB copy instead of the file itself."""
         return self.media.as_rgb
 
     @property
@@ -93,52 +91,53 @@ class SelectedItem:
 
 @dataclass(frozen=True)
 class Selection:
-    """The items of a run, and one line for everything left out or worth knowing."""
+    """The items of a run, and one notice for everything left out or worth knowing."""
 
     items: tuple[SelectedItem, ...]
     notices: tuple[str, ...]
 
-    def of(self, source: int, kind: Kind, *, held_out: bool) -> list[SelectedItem]:
-        """The items of one source and kind on one side of the split, in order."""
+    def of(self, source: int, media_kind: MediaKind, *, held_out: bool) -> list[SelectedItem]:
+        """Return the items of one source and media kind on one side of the split, in order."""
         return [
             item
             for item in self.items
-            if (item.source, item.kind, item.held_out) == (source, kind, held_out)
+            if (item.source, item.media_kind, item.held_out) == (source, media_kind, held_out)
         ]
 
     @property
     def has_held_out(self) -> bool:
+        """Whether any item is held out."""
         return any(item.held_out for item in self.items)
 
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """What the samples of a batch have in common; a picture has 1 frame."""
+    """The properties that all samples of a batch share; a picture has 1 frame."""
 
     source: int
-    kind: Kind
+    media_kind: MediaKind
     bucket: Size
     frames: int
 
 
 def shapes(sources: Sequence[Source], selection: Selection) -> dict[Shape, int]:
-    """How many samples of each shape an epoch trains on, repeats included, in order."""
+    """Count the samples of each shape in an epoch, repeats included, sorted by shape."""
     counts: dict[Shape, int] = {}
     for item in selection.items:
         if item.held_out:
             continue
         repeats = sources[item.source].options.num_repeats
         for crop in item.crops or (None,):
-            shape = Shape(item.source, item.kind, item.bucket, crop.frames if crop else 1)
+            shape = Shape(item.source, item.media_kind, item.bucket, crop.frames if crop else 1)
             counts[shape] = counts.get(shape, 0) + repeats
     return dict(sorted(counts.items()))
 
 
 def source_options(dataset: DatasetConfig) -> list[SourceOptions]:
-    """One entry for ``dataset.path``, or one for each of ``dataset.sources``."""
+    """Return the options of ``dataset.path``, or of each of ``dataset.sources``."""
     kind = dataset.kind
     if kind == "sample" and dataset.path != "sample":
-        # A path given to a recipe that takes the sample, as the rehearsal does, is meant.
+        # A path given to a recipe whose default is the sample (rehearsal) replaces the sample.
         kind = "auto"
     sources = list(dataset.sources) or [SourceConfig(path=dataset.path, kind=kind)]
     return [_merge(dataset, source) for source in sources]
@@ -152,9 +151,9 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
     width, height = pick("resolution")
     return SourceOptions(
         path=source.path,
-        kind=source.kind,
+        source_kind=source.kind,
         revision=pick("revision"),
-        # The word stands for what is learned, which a regularisation set does not show.
+        # A regularisation set does not show the subject, so it inherits no trigger word.
         trigger_word=source.trigger_word if source.regularisation else pick("trigger_word"),
         default_caption=pick("default_caption"),
         missing_captions=dataset.missing_captions,
@@ -179,8 +178,9 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
 def select(sources: Sequence[Source], *, task: str, validation_fraction: float) -> Selection:
     """Choose the items of a run.
 
-    Raises :class:`UserError` when media lack captions and nothing says what to do about them,
-    when i2v has pictures alone, or when nothing is left to train on.
+    Raises:
+        UserError: captions are missing and no option says what to do, i2v has only pictures, or
+            nothing is left to train on.
     """
     chosen: list[SelectedItem] = []
     notices: list[str] = []
@@ -190,30 +190,30 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
         left = _without_missing_captions(source, notices)
         if task == "i2v":
             left = _clips_only(left, notices)
-        chosen += _place(index, source, left, task, validation_fraction, notices)
+        chosen += _items_of_source(index, source, left, task, validation_fraction, notices)
     if not chosen:
         raise UserError(_nothing_left(sources, task, notices))
     ordinary = [item for item in chosen if not sources[item.source].options.regularisation]
-    notices += _about_the_split(ordinary, validation_fraction)
+    notices += _split_notices(ordinary, validation_fraction)
     return Selection(tuple(sorted(chosen, key=lambda item: (item.source, item.id))), tuple(notices))
 
 
 def _nothing_left(sources: Sequence[Source], task: str, notices: Sequence[str]) -> str:
-    """Why there is nothing to train on."""
+    """Return the message that there is nothing to train on, and why."""
     where = ", ".join(source.path for source in sources)
-    found = [item.kind for source in sources for item in source.items]
-    if task == "i2v" and found and "video" not in found:
+    media_kinds = [media.media_kind for source in sources for media in source.items]
+    if task == "i2v" and media_kinds and "video" not in media_kinds:
         have = "has" if len(sources) == 1 else "have"
         return (
-            f"task=i2v learns motion from clips, and {where} {have} pictures alone "
-            f"({len(found)}): add clips, or take task=t2v."
+            f"task=i2v learns motion from clips, and {where} {have} only pictures "
+            f"({len(media_kinds)}): add clips, or take task=t2v."
         )
     why = f" {' '.join(notices)}" if notices else ""
     return f"Nothing to train on in {where}.{why}"
 
 
-def _about_the_split(ordinary: Sequence[SelectedItem], fraction: float) -> Iterator[str]:
-    """What is to be said of the split; UserError where it leaves nothing to train on."""
+def _split_notices(ordinary: Sequence[SelectedItem], fraction: float) -> Iterator[str]:
+    """Yield notices on the validation split; UserError if it leaves nothing to train on."""
     held_out = sum(item.held_out for item in ordinary)
     if ordinary and held_out == len(ordinary):
         raise UserError(
@@ -223,7 +223,7 @@ def _about_the_split(ordinary: Sequence[SelectedItem], fraction: float) -> Itera
     if fraction and ordinary and not held_out:
         yield (
             f"dataset.validation_fraction={fraction:g} holds out none of the {len(ordinary)} "
-            "items, which is chance with few: raise it."
+            "items (this can happen with few items): raise it."
         )
 
 
@@ -232,12 +232,12 @@ def _unreadable(source: Source) -> Iterator[str]:
         yield f"{name} is left out: {why}."
 
 
-def _lacks_caption(source: Source, item: Item) -> bool:
-    return not item.caption and source.options.default_caption is None
+def _has_no_caption(source: Source, media: SourceMedia) -> bool:
+    return not media.caption and source.options.default_caption is None
 
 
 def _refuse_missing_captions(source: Source) -> None:
-    missing = [item.name for item in source.items if _lacks_caption(source, item)]
+    missing = [media.name for media in source.items if _has_no_caption(source, media)]
     if missing and source.options.missing_captions == "error":
         raise UserError(
             f"{len(missing)} of {len(source.items)} media in {source.path} have no caption: "
@@ -247,45 +247,45 @@ def _refuse_missing_captions(source: Source) -> None:
         )
 
 
-def _without_missing_captions(source: Source, notices: list[str]) -> list[Item]:
-    missing = [item.name for item in source.items if _lacks_caption(source, item)]
+def _without_missing_captions(source: Source, notices: list[str]) -> list[SourceMedia]:
+    missing = [media.name for media in source.items if _has_no_caption(source, media)]
     if missing:
         notices.append(f"{len(missing)} media without a caption are left out: {named(missing)}.")
-    return [item for item in source.items if not _lacks_caption(source, item)]
+    return [media for media in source.items if not _has_no_caption(source, media)]
 
 
-def _clips_only(items: list[Item], notices: list[str]) -> list[Item]:
-    pictures = [item.name for item in items if item.kind == "image"]
+def _clips_only(media: list[SourceMedia], notices: list[str]) -> list[SourceMedia]:
+    pictures = [one.name for one in media if one.media_kind == "image"]
     if pictures:
         notices.append(
             f"task=i2v learns from clips: {counted(len(pictures), 'picture')} left out: "
             f"{named(pictures)}."
         )
-    return [item for item in items if item.kind == "video"]
+    return [one for one in media if one.media_kind == "video"]
 
 
-def is_used(item: Item, options: SourceOptions, task: str) -> bool:
-    """Whether :func:`select` would take the item, so far as it alone can tell."""
-    if not item.caption and options.default_caption is None:
+def would_be_selected(media: SourceMedia, options: SourceOptions, task: str) -> bool:
+    """Return whether :func:`select` would take the media, judged without the others."""
+    if not media.caption and options.default_caption is None:
         return False
-    if item.kind == "image":
+    if media.media_kind == "image":
         return task != "i2v"
     try:
-        extraction = _targets(options, task, [])
+        extraction = _extraction_for_task(options, task, [])
     except UserError:
         return False
-    return bool(crops(len(kept_frames(item.frames, extraction.source_fps)), extraction))
+    return bool(crops(len(kept_frames(media.frames, extraction.source_fps)), extraction))
 
 
-def is_refused(listing: Sequence[Entry], options: SourceOptions, task: str) -> bool:
-    """Whether :func:`select` will take nothing of a source, if all its media can be read."""
+def is_refused(listing: Sequence[ListedMedia], options: SourceOptions, task: str) -> bool:
+    """Return whether :func:`select` would reject the whole source, all its media being readable."""
     needed = options.missing_captions == "error" and options.default_caption is None
-    if not listing or (needed and not all(entry.caption for entry in listing)):
+    if not listing or (needed and not all(listed.caption for listed in listing)):
         return True
-    return task == "i2v" and all(entry.kind == "image" for entry in listing)
+    return task == "i2v" and all(listed.media_kind == "image" for listed in listing)
 
 
-def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtraction:
+def _extraction_for_task(options: SourceOptions, task: str, notices: list[str]) -> FrameExtraction:
     extraction = options.extraction
     if task != "i2v" or extraction.mode == "full" or 1 not in extraction.target_frames:
         return extraction
@@ -299,89 +299,90 @@ def _targets(options: SourceOptions, task: str, notices: list[str]) -> FrameExtr
     return replace(extraction, target_frames=rest)
 
 
-def _place(
+def _items_of_source(
     index: int,
     source: Source,
-    items: list[Item],
+    media: list[SourceMedia],
     task: str,
     validation_fraction: float,
     notices: list[str],
 ) -> Iterator[SelectedItem]:
     options = source.options
     extraction = options.extraction
-    if any(item.kind == "video" for item in items):
-        extraction = _targets(options, task, notices)
-    short: list[str] = []
-    lost: set[int] = set()
-    times: Counter[tuple[str, str, str]] = Counter()
-    for item in items:
-        caption = with_trigger(item.caption or options.default_caption or "", options.trigger_word)
-        if item.kind == "image":
-            windows: tuple[Crop, ...] = ()
+    if any(one.media_kind == "video" for one in media):
+        extraction = _extraction_for_task(options, task, notices)
+    too_short: list[str] = []
+    dropped: set[int] = set()
+    occurrences: Counter[tuple[str, str, str]] = Counter()
+    for one in media:
+        caption = with_trigger(one.caption or options.default_caption or "", options.trigger_word)
+        if one.media_kind == "image":
+            item_crops: tuple[Crop, ...] = ()
             bucket = bucket_size(
-                item.size,
+                one.size,
                 options.resolution,
                 enable_bucket=options.enable_bucket,
                 bucket_no_upscale=options.bucket_no_upscale,
             )
         else:
             # musubi-tuner ignores both bucket flags when it caches clips.
-            bucket = bucket_size(item.size, options.resolution)
-            kept = len(kept_frames(item.frames, extraction.source_fps))
-            windows = tuple(crops(kept, extraction))
-            if not windows:
-                short.append(f"{item.name} ({kept} frames)")
+            bucket = bucket_size(one.size, options.resolution)
+            kept = len(kept_frames(one.frames, extraction.source_fps))
+            item_crops = tuple(crops(kept, extraction))
+            if not item_crops:
+                too_short.append(f"{one.name} ({kept} frames)")
                 continue
             if extraction.mode == "head":
-                has = {crop.frames for crop in windows}
-                lost |= {f for f in extraction.target_frames if f <= kept and f not in has}
-        # A row given twice is to be seen twice, and the trainer knows its samples by their ids.
-        same = (item.name, item.sha256, caption)
-        times[same] += 1
+                lengths = {crop.frames for crop in item_crops}
+                dropped |= {f for f in extraction.target_frames if f <= kept and f not in lengths}
+        # A JSONL row may be repeated on purpose; the second item then needs an id of its own.
+        same = (one.name, one.sha256, caption)
+        occurrences[same] += 1
         yield SelectedItem(
-            id=item_id(index, item, caption, times[same]),
+            id=item_id(index, one, caption, occurrences[same]),
             source=index,
-            kind=item.kind,
-            media=item,
+            media_kind=one.media_kind,
+            media=one,
             caption=caption,
             bucket=bucket,
-            crops=windows,
-            held_out=not options.regularisation and is_held_out(item.sha256, validation_fraction),
+            crops=item_crops,
+            held_out=not options.regularisation and is_held_out(one.sha256, validation_fraction),
         )
-    if lost:
+    if dropped:
+        targets = ", ".join(str(f) for f in sorted(dropped))
         notices.append(
-            f"dataset.source_fps={extraction.source_fps:g} is below 24, and the trainer then stops "
-            f"reading a clip early: targets of {', '.join(str(f) for f in sorted(lost))} frames "
-            "are lost. Leave dataset.source_fps unset to keep them."
+            f"dataset.source_fps={extraction.source_fps:g} is below 24, so the trainer stops "
+            f"reading clips early and cuts no crops of {targets} frames. Leave dataset.source_fps "
+            "unset to keep them."
         )
-    if short:
-        least = min(extraction.target_frames)
+    if too_short:
+        shortest = min(extraction.target_frames)
         notices.append(
-            f"{len(short)} clips are shorter than every target ({least} frames and up) and are "
-            f"left out: {named(short)}."
+            f"{len(too_short)} clips are shorter than every target ({shortest} frames and up) and "
+            f"are left out: {named(too_short)}."
         )
 
 
-def item_id(source: int, item: Item, caption: str, time: int = 1) -> str:
-    """A readable key for one item, different for equal media with two captions.
+def item_id(source: int, media: SourceMedia, caption: str, occurrence: int = 1) -> str:
+    """Make a readable id for one item; equal media with different captions have different ids.
 
-    ``time`` counts from 1 where a source has the very same item more than once.
     Only letters, digits and ``-`` are used, since musubi-tuner puts it into glob patterns.
+    ``occurrence`` numbers equal items of one source from 1.
     """
-    stem = unicodedata.normalize("NFKD", PurePosixPath(item.name).stem)
+    stem = unicodedata.normalize("NFKD", PurePosixPath(media.name).stem)
     slug = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-").lower()[:32] or "item"
-    again = (str(time),) if time > 1 else ()
-    parts = "\0".join((str(source), item.name, item.sha256, caption, *again))
+    again = (str(occurrence),) if occurrence > 1 else ()
+    parts = "\0".join((str(source), media.name, media.sha256, caption, *again))
     return f"{slug}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
 
 
 def is_held_out(sha256: str, fraction: float) -> bool:
-    """Whether media with this digest are held out; the same media always fall the same way."""
+    """Return whether media with this digest are held out; it depends on the digest alone."""
     return int(sha256[:13], 16) < fraction * 16**13
 
 
 def dataset_fingerprint(items: Iterable[SelectedItem]) -> str:
-    """A digest of what is trained on: media, captions, buckets and crops, in any order."""
+    """Digest what is trained on: media, captions, buckets and crops, whatever their order."""
     lines = sorted(
         repr(
             (

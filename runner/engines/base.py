@@ -1,8 +1,8 @@
-"""What an engine is: everything in which engines differ, asked of one object.
+"""Interface of a training engine: everything in which engines differ.
 
-Its rules, what it can do, where it lies, its plan for a GPU's memory, the weights it needs, the
-command of each stage, and what the log of a failed process means. :mod:`runner.engines.registry`
-knows the engines by name; nothing outside this room does.
+That is its rules, its abilities, its location, its memory options for a GPU, the weights it needs,
+the command of each stage, and the meaning of a failed process's log. Only
+:mod:`runner.engines.registry` knows the engines by name; nothing outside this package does.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.formats.train_toml import WeightPaths
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 
-# Why there is no Machine, unless the driver has something else to say.
-NO_CARD = "no card was found here"
+# Why there is no Gpu, unless the driver gives another reason.
+NO_GPU = "no GPU was found"
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The card that training will run on, read from its driver."""
+class Gpu:
+    """The GPU that training will run on, as its driver reports it."""
 
     name: str
     memory_gb: float
@@ -31,10 +31,15 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class EngineFacts:
-    """Where an engine lies and what it can do there.
+class EngineInstall:
+    """An engine's location and abilities on this computer.
 
-    ``missing`` says why it cannot run, ``cannot_compile`` why torch.compile cannot work in it.
+    Attributes:
+        python: path of its Python.
+        version: its version, for records.
+        source_path: folder to put on PYTHONPATH, for a checkout that is not installed.
+        missing: why it cannot run, or None.
+        cannot_compile: why torch.compile cannot work with it, or None.
     """
 
     python: str
@@ -46,14 +51,14 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class Job:
-    """What the commands of one run are made of.
+    """Everything that the commands of one run depend on.
 
-    Paths in commands are relative to the run's folder unless absolute; ``memory`` has every option
+    Paths in commands are relative to the run's folder unless absolute. ``memory`` has every option
     filled in.
     """
 
     config: RunConfig
-    engine: EngineFacts
+    engine: EngineInstall
     weights: WeightPaths
     memory: MemoryConfig
 
@@ -63,103 +68,126 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """As ``engine.name`` has it."""
+        """The value of ``engine.name`` that selects it."""
 
     @property
-    def cache_identity(self) -> str:
-        """What tells its latents and text embeddings from those of others in the shared cache."""
+    def engine_cache_id(self) -> str:
+        """Id that marks its latents and text embeddings in the shared cache."""
 
     @property
     def own_options(self) -> frozenset[str]:
-        """Options of train.toml that its trainer knows beyond musubi-tuner's."""
+        """Options of train.toml that its trainer knows in addition to musubi-tuner's."""
 
     def problems(self, config: RunConfig) -> Iterator[str]:
-        """Every rule of its own that ``config`` breaks, one line each; pure."""
+        """Yield one line for each of its own rules that ``config`` breaks; pure."""
 
-    def plan_problems(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
-        """Rules that need to know the card or the data; pure.
+    def plan_problems(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
+        """Yield one line for each broken rule that depends on the GPU or the data; pure.
 
-        ``steps`` is the number of optimizer steps, and ``clips`` says whether there are any.
+        Args:
+            job: the run.
+            gpu: the GPU, if there is one.
+            steps: number of optimizer steps.
+            clips: whether the dataset has clips.
         """
 
-    def plan_notices(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
-        """What goes through but is hardly what was meant, or does nothing; pure."""
+    def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
+        """Yield warnings about settings that do nothing or are probably unintended; pure."""
 
-    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
-        """``config`` with the paths absolute that only it takes, from ``cwd``. Reads only.
+    def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
+        """Make the paths of this engine's own options absolute, from ``cwd``. Reads only.
 
-        Raises :class:`runner.core.errors.UserError` for one that is not what it must be.
+        Raises:
+            UserError: a path does not exist, or is not what the option needs.
         """
 
-    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
-        """Where it lies, and why it cannot run if it can't. Reads only."""
+    def locate(self, config: RunConfig, cwd: Path) -> EngineInstall:
+        """Find the engine, or the reason why it cannot run. Reads only."""
 
     def examine(
         self,
-        facts: EngineFacts,
+        install: EngineInstall,
         config: RunConfig,
         memory: MemoryConfig,
-        machine: Machine | None,
-        without: str,
+        gpu: Gpu | None,
+        no_gpu_reason: str,
         *,
         trains: bool,
-    ) -> EngineFacts:
-        """``facts`` with what its own Python must be asked, if there will be a training.
+    ) -> EngineInstall:
+        """Complete ``install`` with what only its own Python knows. Reads only.
 
-        ``without`` says why there is no ``machine``. Reads only; raises
-        :class:`runner.core.errors.UserError` for a Python that can't be asked.
+        Args:
+            install: the result of :meth:`locate`.
+            config: the run's config.
+            memory: the memory options of the run.
+            gpu: the GPU, if there is one.
+            no_gpu_reason: why there is no GPU.
+            trains: whether the run will train; if not, its Python need not be started.
+
+        Raises:
+            UserError: its Python cannot be started or gives no answer.
         """
 
-    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
-        """Raise :class:`runner.core.errors.UserError` if it lacks what the run will need.
+    def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
+        """Check, before any stage, that nothing the run needs is missing.
 
-        Asked before any stage; ``trains`` is whether there will be a training. Returns its version
-        as records have it.
+        Returns:
+            Its version, for records.
+
+        Raises:
+            UserError: something is missing.
         """
 
-    def full_version(self, facts: EngineFacts) -> str:
-        """Its version, with those of the libraries it stands on where they are the runner's."""
+    def full_version(self, install: EngineInstall) -> str:
+        """Return its version, with those of the runner's own libraries if it uses them."""
 
     def memory_plan(
-        self, config: RunConfig, machine: Machine | None, without: str
+        self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
-        """The memory options with everything filled in for a card, and a line if it is a guess."""
+        """Fill in the memory options for a GPU.
 
-    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
-        """Where the weights it needs are or will be; ``root`` is the output folder. Reads only."""
-
-    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
-        """Whether to use torch.compile, and why not when it would be expected; pure.
-
-        Raises :class:`runner.core.errors.UserError` when it was asked for and cannot work.
+        Returns:
+            The options, and a notice if they are a guess.
         """
 
-    def cache_latents(self, job: Job, dataset_toml: str) -> Command: ...
+    def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
+        """Locate the weights it needs, present or not; ``root`` is the output folder."""
 
-    def cache_text(self, job: Job, dataset_toml: str) -> Command: ...
+    def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
+        """Decide whether to use torch.compile; pure.
+
+        Returns:
+            The decision, and a notice if it is off although the config wants it.
+
+        Raises:
+            UserError: torch.compile was requested and cannot work.
+        """
+
+    def cache_latents(self, job: Job, dataset_toml: str) -> Command:
+        """Return the command that encodes latents; pure."""
+
+    def cache_text(self, job: Job, dataset_toml: str) -> Command:
+        """Return the command that encodes captions; pure."""
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
-        """The trainer's command; ``options`` are those of train.toml; pure."""
+        """Return the trainer's command; ``options`` are those of train.toml; pure."""
 
     def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
-        """The command that writes ``evaluation.json``, if it has one."""
+        """Return the command that writes ``evaluation.json``, if the engine has one; pure."""
 
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
-        """Files that its commands read in the run's folder besides datasets, by name; pure.
+        """Return the text of each file that its commands read in the run's folder; pure.
 
-        ``options`` are those of train.toml. Files of the package are as its code.
+        Datasets are not among them. ``options`` are those of train.toml. Files that the package
+        ships are read from it.
         """
 
     def failure(self, log: Path) -> str:
-        """What the log of a process that failed says went wrong, in one line."""
+        """Explain in one line, from its log, why a process failed."""
 
 
 def latents_arguments(job: Job, dataset_toml: str) -> list[str]:
-    """Arguments of the script that caches latents, which every engine's takes."""
+    """Return the arguments that every engine's script for latents accepts."""
     arguments = ["--dataset_config", dataset_toml, "--vae", job.weights.vae]
     arguments += ["--vae_sample_size", str(job.memory.vae_tile or 0)]
     if job.config.task.name == "i2v":
@@ -168,7 +196,7 @@ def latents_arguments(job: Job, dataset_toml: str) -> list[str]:
 
 
 def text_arguments(job: Job, dataset_toml: str) -> list[str]:
-    """Arguments of the script that caches text embeddings, which every engine's takes."""
+    """Return the arguments that every engine's script for text embeddings accepts."""
     return [
         *("--dataset_config", dataset_toml),
         *("--text_encoder", job.weights.text_encoder),

@@ -1,4 +1,4 @@
-"""Memory options for a card of a given size: the tiers of ``conf/memory``."""
+"""Memory options for a GPU of a given size: the tiers of ``conf/memory``."""
 
 from __future__ import annotations
 
@@ -7,36 +7,41 @@ from typing import Any
 
 from runner.config.groups import conf_folder
 from runner.config.schema import MemoryConfig
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 
-# The tiers, smallest first, and the least memory in GB (1,024 MiB) of a card that holds each.
+# The tiers, smallest first, and the GPU memory in GB (1,024 MiB) that each needs at least.
 TIERS = (("12gb", 11.0), ("16gb", 15.0), ("24gb", 22.0), ("48gb", 44.0), ("80gb", 76.0))
 
 
-def largest_tier(machine: Machine | None, without: str) -> tuple[str, str | None]:
-    """The largest tier that a card holds, and a line that says why when it was a guess.
+def largest_tier(gpu: Gpu | None, no_gpu_reason: str) -> tuple[str, str | None]:
+    """Choose the largest memory tier that fits the GPU.
 
-    ``without`` says why there is no ``machine``.
+    Args:
+        gpu: the GPU, if there is one.
+        no_gpu_reason: why there is no GPU.
+
+    Returns:
+        The tier, and a notice if it is a guess.
     """
-    if machine is None:
-        told = without.replace("no card", "No card")
-        return "24gb", f"{told}: memory=auto is planned as memory=24gb."
-    fitting = [name for name, least in TIERS if machine.memory_gb >= least]
+    if gpu is None:
+        reason = no_gpu_reason.replace("no GPU", "No GPU")
+        return "24gb", f"{reason}: memory=auto is planned as memory=24gb."
+    fitting = [name for name, needed_gb in TIERS if gpu.memory_gb >= needed_gb]
     if fitting:
         return fitting[-1], None
     return "12gb", (
-        f"{machine.name} has {machine.memory_gb:.0f} GB, less than the smallest tier: planned as "
+        f"{gpu.name} has {gpu.memory_gb:.0f} GB, less than the smallest tier: planned as "
         "memory=12gb."
     )
 
 
 def filled(chosen: MemoryConfig, tier: str) -> MemoryConfig:
-    """``chosen`` with what it leaves open taken from a tier, under the tier's name."""
+    """Fill the options that ``chosen`` leaves open from a tier, and take the tier's name."""
     from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "memory" / f"{tier}.yaml"))
-    for item in fields(MemoryConfig):
-        own = getattr(chosen, item.name)
-        if item.name != "name" and own is not None:
-            values[item.name] = own
-    return MemoryConfig(**{item.name: values[item.name] for item in fields(MemoryConfig)})
+    for field in fields(MemoryConfig):
+        own = getattr(chosen, field.name)
+        if field.name != "name" and own is not None:
+            values[field.name] = own
+    return MemoryConfig(**{field.name: values[field.name] for field in fields(MemoryConfig)})

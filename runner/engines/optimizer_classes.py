@@ -1,8 +1,8 @@
 """The optimizers that are known by name: their classes, arguments and usual learning rates; pure.
 
-The arguments are recorded from the libraries (torch 2.13, transformers 5.23, prodigyopt 1.1.2,
+The arguments are copied from the libraries (torch 2.13, transformers 5.23, prodigyopt 1.1.2,
 schedulefree 1.4.1, bitsandbytes 0.50.2), because importing them takes seconds;
-`tests/engines/test_optimizer_classes.py` compares with those that are installed.
+``tests/engines/test_optimizer_classes.py`` compares them with the installed libraries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from runner.config.schema import OptimizerConfig
 
-# Names that need no module, in any case; every other one without a dot is looked up in torch.optim.
+# Short names, in upper or lower case; any other name without a dot is a class of torch.optim.
 _SHORT = {
     "adamw": "torch.optim.AdamW",
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
@@ -29,25 +29,25 @@ TORCH_NAMES = (
 
 
 def class_path(optimizer_type: str) -> str:
-    """The full path of the class that an ``optimizer.type`` means."""
+    """Return the full path of the class that an ``optimizer.type`` names."""
     if "." in optimizer_type:
         return optimizer_type
     return _SHORT.get(optimizer_type.lower(), f"torch.optim.{optimizer_type}")
 
 
 def class_name(optimizer_type: str) -> str:
-    """The class's own name, without the modules it lies in."""
+    """Return the name of the class without its module."""
     return class_path(optimizer_type).rpartition(".")[2]
 
 
 def is_adafactor(optimizer_type: str) -> bool:
-    """Whether it is the Adafactor of transformers, which may set its own rate."""
+    """Return whether it is the Adafactor of transformers, which may set its own learning rate."""
     path = class_path(optimizer_type)
     return path.startswith("transformers.") and path.endswith(".Adafactor")
 
 
 def ignores_learning_rate(optimizer: OptimizerConfig) -> bool:
-    """Whether Adafactor would set its own steps; warmup_init turns relative_step on."""
+    """Return whether Adafactor sets its own rate (relative_step, which warmup_init implies)."""
     args = optimizer.args
     return is_adafactor(optimizer.type) and bool(
         args.get("relative_step", True) or args.get("warmup_init", False)
@@ -55,20 +55,20 @@ def ignores_learning_rate(optimizer: OptimizerConfig) -> bool:
 
 
 def is_schedule_free(optimizer_type: str) -> bool:
-    """Whether the schedule is left out: both trainers go by the end of the optimizer's name."""
+    """Return whether the trainers use no schedule: both go by the end of the optimizer's name."""
     return optimizer_type.lower().endswith("schedulefree")
 
 
 def finds_its_rate(optimizer_type: str) -> bool:
-    """Whether it is Prodigy, a D-Adaptation, or made from one, by its name."""
+    """Return whether it is Prodigy, D-Adaptation or a variant, judged by name."""
     return re.search("prodigy|dadapt", class_name(optimizer_type).lower()) is not None
 
 
 @dataclass(frozen=True)
 class Argument:
-    """What the value of an argument must be, in words, and whether a value is that."""
+    """The values that an argument accepts: a description and a check."""
 
-    words: str
+    description: str
     fits: Callable[[Any], bool]
 
 
@@ -108,7 +108,7 @@ _RATE_OF_MUON = Argument(
     "original, match_rms_adamw or null", lambda v: isinstance(v, str | None) and v in _MUON_RATES
 )
 
-# What an argument's value must be, wherever it has this name; exceptions follow.
+# The values of each argument name, in all optimizers; exceptions are given with ARGUMENTS.
 _BY_NAME: dict[str, Argument] = {
     **dict.fromkeys(
         (
@@ -182,7 +182,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Argument]] = {
     "schedulefree.RAdamScheduleFree": _arguments(
         "betas eps weight_decay r weight_lr_power foreach silent_sgd_phase", foreach=_FLAG
     ),
-    # Less those that it has for their names alone: amsgrad, optim_bits and args.
+    # Without amsgrad, optim_bits and args, which it accepts and ignores.
     "bitsandbytes.optim.AdamW8bit": _arguments("betas eps weight_decay min_8bit_size is_paged"),
     "bitsandbytes.optim.Lion8bit": _arguments("betas weight_decay min_8bit_size is_paged"),
 }
@@ -190,15 +190,15 @@ ARGUMENTS: Mapping[str, Mapping[str, Argument]] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Between which learning rates a LoRA is trained at all, and which one is usual."""
+    """The range of learning rates that train a LoRA at all, and the usual one."""
 
     low: float
     high: float
     usual: float
 
 
-# By the class's name, the first that fits. The usual rates are those of conf/optimizer; a hundred
-# times less hardly moves a LoRA in a run's steps, and a hundred times more mostly diverges.
+# The first pattern that fits the class's name counts. The usual rates are those of conf/optimizer;
+# a hundredth of one hardly moves a LoRA in a run's steps, a hundred times as much mostly diverges.
 _RATES = (
     # They multiply the rate that they find.
     (r"prodigy|dadapt", Rates(0.1, 10, 1.0)),
@@ -212,10 +212,10 @@ _RATES = (
 
 
 def usual_rates(optimizer: OptimizerConfig) -> Rates | None:
-    """What learning rates are usual for an optimizer; None if that is not known."""
+    """Return the usual learning rates of an optimizer; None if they are not known."""
     name = class_name(optimizer.type).lower()
-    found = next((rates for pattern, rates in _RATES if re.search(pattern, name)), None)
-    if found and is_adafactor(optimizer.type) and optimizer.args.get("scale_parameter", True):
+    rates = next((rates for pattern, rates in _RATES if re.search(pattern, name)), None)
+    if rates and is_adafactor(optimizer.type) and optimizer.args.get("scale_parameter", True):
         # It multiplies the rate by the size of the weights, which begin at zero.
-        return Rates(found.low, 1.0, 1e-2)
-    return found
+        return Rates(rates.low, 1.0, 1e-2)
+    return rates

@@ -1,4 +1,4 @@
-"""The engines by name; the only place that knows them all."""
+"""The engines by name; the only module that knows them all."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ def _diffusers() -> Engine:
     return DiffusersEngine()
 
 
-# Each is made when it is asked for, so that the others are not imported.
+# Only the engine that is used is imported.
 ENGINES: dict[str, Callable[[], Engine]] = {"musubi": _musubi, "diffusers": _diffusers}
 
 
 def engine_named(name: str) -> Engine:
-    """The engine of that name. Raises :class:`UserError` with the nearest for an unknown one."""
+    """Return the engine of that name.
+
+    Raises:
+        UserError: there is none; the message suggests the nearest name.
+    """
     if name not in ENGINES:
         raise UserError(f"engine.name={name} is not a choice.{did_you_mean(name, ENGINES)}")
     return ENGINES[name]()

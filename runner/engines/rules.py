@@ -1,7 +1,7 @@
-"""Rules that the engines share on what train.toml, dataset.toml and the prompts say; pure.
+"""Rules on train.toml, dataset.toml and the prompts that the engines share; pure.
 
-An engine's own rules ask these, and add what it alone refuses. Those that hold whatever the engine
-is are in :mod:`runner.config.rules`; what these need of the formats that one can't import.
+Each engine's own rules include these and add to them. Rules that hold for every possible engine are
+in :mod:`runner.config.rules`, which cannot import the formats that these need.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ NETWORK_ARGS = {
 
 
 def problems(config: RunConfig, *, more_network_args: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every shared rule that ``config`` breaks, one line each.
+    """Yield one line for each shared rule that ``config`` breaks.
 
-    ``more_network_args`` are those that the engine knows besides the usual ones.
+    Args:
+        config: the run's config.
+        more_network_args: network arguments that the engine knows in addition to the usual ones.
     """
     yield from rules_optimizer.problems(config)
     yield from _precision(config)
@@ -40,12 +42,12 @@ def problems(config: RunConfig, *, more_network_args: tuple[str, ...] = ()) -> I
 
 
 def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
-    """Shared rules that need to know the number of optimizer steps."""
+    """Yield one line for each broken shared rule that depends on the number of steps."""
     return rules_optimizer.plan_problems(config, steps=steps)
 
 
 def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
-    """What goes through but is hardly what was meant, once the data are known."""
+    """Yield warnings about settings that do nothing or are probably unintended."""
     yield from rules_optimizer.notices(config, steps=steps)
     if config.network.dropout and config.network.name != "lora":
         yield (
@@ -58,7 +60,7 @@ def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]
 
 
 def datasets(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Each source of media with its key; ``dataset`` itself where there are no others."""
+    """Yield each source of media with its option key: ``dataset`` itself if it lists none."""
     if not config.dataset.sources:
         yield "dataset", config.dataset
     for number, source in enumerate(config.dataset.sources):
@@ -66,7 +68,7 @@ def datasets(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def own(source: Any, dataset: Any, key: str) -> Any:
-    """An option of a source, or the dataset's where it has none of its own."""
+    """Return an option of a source, or the dataset's value if the source does not set it."""
     value = getattr(source, key)
     return getattr(dataset, key) if value is None else value
 
@@ -90,7 +92,7 @@ def _network(config: RunConfig) -> Iterator[str]:
         include = [re.compile(pattern) for pattern in network.include]
         exclude = [re.compile(pattern) for pattern in network.exclude]
     except re.error:
-        return  # Told by the rules that hold for every engine.
+        return  # Reported by the rules of runner.config.rules.
     if include and not exclude:
         yield (
             "network.include does nothing alone, it adds back what network.exclude leaves out: "
@@ -127,13 +129,13 @@ def _network_args(config: RunConfig, more: tuple[str, ...]) -> Iterator[str]:
 
 
 def _loraplus(config: RunConfig, ratio: Any) -> Iterator[str]:
-    kind = config.optimizer.type
+    optimizer = config.optimizer.type
     if not _number(ratio) or not ratio > 0:
         yield f"network.args.loraplus_lr_ratio={ratio} must be a number above 0."
-    elif ratio != 1 and finds_its_rate(kind):
+    elif ratio != 1 and finds_its_rate(optimizer):
         yield (
             f"network.args.loraplus_lr_ratio={ratio} makes two learning rates, and "
-            f"{class_name(kind)} takes one: leave it out, or take another optimizer."
+            f"{class_name(optimizer)} takes one: leave it out, or take another optimizer."
         )
     elif ratio != 1 and ignores_learning_rate(config.optimizer):
         yield (
@@ -148,7 +150,7 @@ def _number(value: Any) -> bool:
 
 
 def _previews(config: RunConfig) -> Iterator[str]:
-    """What would be read otherwise in the file of prompts, a line each with options after it."""
+    """Find prompts that would be misread in the prompt file: one per line, options after it."""
     sampling = config.sampling
     if sampling.name != "prompts":
         return
@@ -167,7 +169,7 @@ def _previews(config: RunConfig) -> Iterator[str]:
             yield f"sampling.image_path={path!r} begins or ends with a space: rename the file."
     for key in ("guidance_scale", "flow_shift"):
         value = getattr(sampling, key)
-        # musubi-tuner reads the line's numbers without a sign or an exponent.
+        # musubi-tuner's prompt lines know neither signs nor exponents in numbers.
         if not 0.01 <= value <= 1000:
             yield f"sampling.{key}={value:g} must be between 0.01 and 1000."
 
@@ -196,8 +198,8 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
 
 
 def _without_what_they_need(config: RunConfig) -> Iterator[str]:
-    """Options that are set, while the one that their definition names has another value."""
-    found = [source for _, source in datasets(config)]
+    """Notices of options that are set while the option that they need has another value."""
+    sources = [source for _, source in datasets(config)]
     for option in options():
         needs = option.needs
         if needs is None:
@@ -205,14 +207,14 @@ def _without_what_they_need(config: RunConfig) -> Iterator[str]:
         group, _, name = option.key.rpartition(".")
         if group == "dataset":
             other = needs.key.removeprefix("dataset.")
-            taken = {own(source, config.dataset, other) for source in found}
-            values = {own(source, config.dataset, name) for source in found} - {option.default}
-            if values and taken.isdisjoint(needs.values):
+            chosen = {own(source, config.dataset, other) for source in sources}
+            values = {own(source, config.dataset, name) for source in sources} - {option.default}
+            if values and chosen.isdisjoint(needs.values):
                 yield f"{option.key} does nothing without {needs.key}={needs.values[0]}."
             continue
-        value, chosen = value_of(config, option.key), value_of(config, needs.key)
-        if value != option.default and chosen not in needs.values:
-            yield f"{option.key}={value:g} does nothing with {needs.key}={chosen}{needs.hint}."
+        value, other_value = value_of(config, option.key), value_of(config, needs.key)
+        if value != option.default and other_value not in needs.values:
+            yield f"{option.key}={value:g} does nothing with {needs.key}={other_value}{needs.hint}."
 
 
 def _buckets_of_clips(config: RunConfig) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Rules on optimizers and learning-rate schedules that the engines share; pure.
 
-Both trainers read the optimizer's name and the schedule's options from train.toml alike, and take
-schedules from transformers.
+Both trainers read the optimizer's name and the schedule's options from train.toml in the same way,
+and use the schedules of transformers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SCHEDULERS = (
     "polynomial",
     "rex",
 )
-# The trainers give step() no closure, and a LoRA's gradients are dense.
+# The trainers call step() without a closure, and a LoRA's gradients are dense.
 _UNUSABLE = {"lbfgs": "a closure", "sparseadam": "sparse gradients"}
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Every rule on optimizer and schedule that is broken, one line each."""
+    """Yield one line for each broken rule on the optimizer and its schedule."""
     yield from _type(config)
     yield from _arguments(config)
     yield from _together(config)
@@ -48,14 +48,14 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
-    """Rules that need to know the number of optimizer steps."""
+    """Yield one line for each broken rule that depends on the number of optimizer steps."""
     warmup = config.scheduler.warmup_steps
     if config.scheduler.name == "rex" and warmup > steps:
         yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
 
 
 def notices(config: RunConfig, *, steps: int) -> Iterator[str]:
-    """What goes through but is hardly what was meant."""
+    """Yield warnings about accepted but probably unintended settings."""
     warmup, optimizer = config.scheduler.warmup_steps, config.optimizer
     if warmup >= steps:
         yield (
@@ -85,7 +85,7 @@ def _type(config: RunConfig) -> Iterator[str]:
     elif needs:
         yield f"optimizer.type={name} needs {needs}, which the trainer does not give it."
     elif "." in name or name.lower().endswith("8bit") or name.lower() in SHORT_NAMES:
-        return  # Which 8-bit optimizers have short names is each engine's own.
+        return  # Each engine has its own short names of 8-bit optimizers.
     elif name not in TORCH_NAMES:
         hint = did_you_mean(name, [*SHORT_NAMES, *TORCH_NAMES])
         yield f"optimizer.type={name} is not in torch.optim: give its full path.{hint}"
@@ -104,7 +104,7 @@ def _arguments(config: RunConfig) -> Iterator[str]:
                 f"optimizer.type={optimizer.type} has no argument {key}.{did_you_mean(key, known)}"
             )
         elif known is not None and not known[key].fits(value):
-            yield f"optimizer.args.{key}={value} must be {known[key].words}."
+            yield f"optimizer.args.{key}={value} must be {known[key].description}."
 
 
 def _finite(value: Any) -> bool:
@@ -114,7 +114,7 @@ def _finite(value: Any) -> bool:
 
 
 def _together(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the optimizer and the schedule or rate that it is given."""
+    """Find optimizers that do not work with the schedule or the learning rate."""
     optimizer, scheduler = config.optimizer, config.scheduler
     scheduled = scheduler.name != "constant" or scheduler.warmup_steps > 0
     if scheduled and ignores_learning_rate(optimizer):

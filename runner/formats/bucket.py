@@ -1,7 +1,7 @@
-"""Which size a picture or a clip is trained at, chosen as musubi-tuner v0.3.4 chooses it.
+"""The size that a picture or clip is trained at, chosen as musubi-tuner v0.3.4 does.
 
-A bucket is a width and a height, both multiples of 16 pixels, with about the area of the asked
-resolution. Training puts items of one bucket in one batch; the latent caches are made at that size.
+A bucket is a width and a height, both multiples of 16 pixels, with about the area of the resolution
+asked for. A batch has items of one bucket only; latents are encoded at the bucket's size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from runner.core.errors import UserError
 
 Size = tuple[int, int]  # width, height, pixels
 
-# The VAE shrinks 16 times in space and the transformer takes whole latents.
+# The VAE divides width and height by 16.
 STEP = 16
 
 
@@ -21,12 +21,13 @@ def _floor(value: int) -> int:
 
 
 def bucket_sizes(resolution: Size) -> list[Size]:
-    """All buckets for a resolution, sorted by width then height.
+    """Return all buckets for a resolution, sorted by width, then height.
 
-    Widths run from half the side of the square of the same area up to that side, in steps of 16
-    pixels; each height fills the area; every bucket is there upright and lying.
+    The shorter side runs from half the side of the square of the same area up to that side, in
+    steps of 16 pixels; the longer one fills the area. Each bucket exists in portrait and landscape.
 
-    Raises UserError when the resolution is too small to hold one bucket.
+    Raises:
+        UserError: the resolution is too small for a bucket.
     """
     width, height = resolution
     area = width * height
@@ -51,28 +52,33 @@ def bucket_size(
     enable_bucket: bool = True,
     bucket_no_upscale: bool = False,
 ) -> Size:
-    """The size (pixels) a medium of `media_size` is resized and cropped to.
+    """Choose the size that a picture or clip is resized and cropped to.
 
-    With `enable_bucket` off it is the resolution itself. With `bucket_no_upscale` a medium of no
-    more pixels than the resolution keeps its size, cut down to multiples of 16. Otherwise it is
-    the bucket whose width-to-height ratio differs least, the first in order if several do.
+    For clips both flags must keep their defaults: musubi-tuner ignores them when it encodes clips.
 
-    For clips both flags must be left at their defaults: musubi ignores them when it caches video.
+    Args:
+        media_size: width and height in pixels.
+        resolution: width and height that were asked for.
+        enable_bucket: choose the bucket with the most similar aspect ratio, the first if several
+            are; if off, the result is the resolution itself.
+        bucket_no_upscale: keep the size of media with no more pixels than the resolution, cut down
+            to multiples of 16.
 
-    Raises UserError when nothing of the medium would remain, or the resolution is too small.
+    Raises:
+        UserError: nothing of the picture would remain, or the resolution is too small.
     """
     width, height = media_size
     if width < 1 or height < 1:
         raise UserError(f"a picture of {width}x{height} pixels can't be put in a bucket")
     if not enable_bucket:
         return resolution
-    # Before the short cut below, so that a bad resolution is named whatever the medium is.
+    # First, so that a bad resolution is reported whatever the media size.
     sizes = bucket_sizes(resolution)
     if bucket_no_upscale and width * height <= resolution[0] * resolution[1]:
         if width < STEP or height < STEP:
             raise UserError(
                 f"a picture of {width}x{height} pixels is too small to be kept at its own size "
-                f"(the least is {STEP}x{STEP}): remove it or set dataset.bucket_no_upscale=false"
+                f"(the minimum is {STEP}x{STEP}): remove it or set dataset.bucket_no_upscale=false"
             )
         return _floor(width), _floor(height)
     ratio = width / height

@@ -1,4 +1,4 @@
-"""Captions as the text encoder is given them."""
+"""Captions in the form that the text encoders get."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _ASPECTS = (
 TEMPLATE_HEAD = "<|im_start|>system\n" + " \n".join(_ASPECTS) + "<|im_end|>\n<|im_start|>user\n"
 TEMPLATE_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
-MAX_TOKENS = 1024  # of caption and tail; what is longer is cut
+MAX_TOKENS = 1024  # of caption and tail; the rest is cut off
 MAX_GLYPH_TOKENS = 128  # bytes of quoted text, with its frame
 _QUOTED = (re.compile(r'"(.*?)"'), re.compile(r"“(.*?)”"))
 
 
 def with_trigger(caption: str, trigger_word: str | None) -> str:
-    """`"trigger, caption"`, stripped of outer white space.
+    """Put the trigger word before a caption, ``"trigger, caption"``, and strip white space.
 
-    The trigger is not put twice: a caption that holds it as a whole word, in any case, stays as it
-    is. A blank caption becomes the trigger alone; without a trigger only the stripping is done.
+    A caption that already contains the trigger as a whole word (ignoring case) is only stripped. A
+    blank caption becomes the trigger alone.
     """
     caption = caption.strip()
     trigger = (trigger_word or "").strip()
@@ -40,9 +40,10 @@ def with_trigger(caption: str, trigger_word: str | None) -> str:
 
 
 def glyph_text(caption: str) -> str | None:
-    """What ByT5 reads: `Text "...". ` for each text between double quotes, straight ones first.
+    """Return what ByT5 reads: ``Text "...". `` for each quoted text, straight quotes first.
 
-    None when the caption quotes nothing.
+    Returns:
+        The text, or None when the caption quotes nothing.
     """
-    found = [text for pattern in _QUOTED for text in pattern.findall(caption)]
-    return "".join(f'Text "{text}". ' for text in found) or None
+    quoted = [text for pattern in _QUOTED for text in pattern.findall(caption)]
+    return "".join(f'Text "{text}". ' for text in quoted) or None

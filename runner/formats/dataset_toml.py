@@ -1,7 +1,7 @@
-"""musubi-tuner's dataset.toml: `[general]` defaults and one `[[datasets]]` table for each set.
+"""musubi-tuner's dataset.toml: `[general]` defaults and one `[[datasets]]` table per set.
 
 Keys, types and defaults are those of musubi-tuner v0.3.4, as far as HunyuanVideo 1.5 uses them.
-Paths are kept as written; musubi takes them relative to the working directory.
+Paths are kept as written; musubi-tuner takes them relative to the working directory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from runner.formats.frames import FrameExtraction
 
 
 @dataclass(frozen=True)
-class DatasetEntry:
-    """One `[[datasets]]` table. Exactly one of `jsonl` and `directory` is given.
+class DatasetTable:
+    """One ``[[datasets]]`` table.
 
-    `resolution` is width and height in pixels; `extraction` belongs to video and is then needed.
+    Attributes:
+        kind: image or video.
+        cache_directory: the folder of its latent and text files.
+        resolution: width and height in pixels.
+        jsonl, directory: the source of media and captions; exactly one of them is set.
+        extraction: how crops are cut from clips; required for video, None for image.
     """
 
     kind: Literal["image", "video"]
@@ -37,37 +42,38 @@ class DatasetEntry:
     extraction: FrameExtraction | None = None
 
 
-def render(entries: Sequence[DatasetEntry]) -> str:
-    """The file's text: equal entries give equal text, and every table is complete.
+def render(datasets: Sequence[DatasetTable]) -> str:
+    """Render a dataset.toml; equal datasets give equal text, and every key is written.
 
-    Raises UserError for entries that musubi would refuse or misread.
+    Raises:
+        UserError: musubi-tuner would refuse or misread a dataset.
     """
     import tomli_w
 
-    _check(entries)
-    return tomli_w.dumps({"datasets": [_table(entry) for entry in entries]})
+    _check(datasets)
+    return tomli_w.dumps({"datasets": [_table(dataset) for dataset in datasets]})
 
 
-def _table(entry: DatasetEntry) -> dict[str, Any]:
+def _table(dataset: DatasetTable) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    if entry.jsonl is not None:
-        table[f"{entry.kind}_jsonl_file"] = entry.jsonl
+    if dataset.jsonl is not None:
+        table[f"{dataset.kind}_jsonl_file"] = dataset.jsonl
     else:
-        table[f"{entry.kind}_directory"] = entry.directory
+        table[f"{dataset.kind}_directory"] = dataset.directory
     table |= {
-        "cache_directory": entry.cache_directory,
-        "resolution": list(entry.resolution),
-        "caption_extension": entry.caption_extension,
-        "batch_size": entry.batch_size,
-        "num_repeats": entry.num_repeats,
-        "enable_bucket": entry.enable_bucket,
-        "bucket_no_upscale": entry.bucket_no_upscale,
+        "cache_directory": dataset.cache_directory,
+        "resolution": list(dataset.resolution),
+        "caption_extension": dataset.caption_extension,
+        "batch_size": dataset.batch_size,
+        "num_repeats": dataset.num_repeats,
+        "enable_bucket": dataset.enable_bucket,
+        "bucket_no_upscale": dataset.bucket_no_upscale,
     }
-    if entry.extraction is not None:
-        extraction = entry.extraction
+    if dataset.extraction is not None:
+        extraction = dataset.extraction
         values = {key: getattr(extraction, name) for key, (name, _) in _EXTRACTION.items()}
-        # musubi takes a list, not a tuple; of rates a float only, and an absent key for "keep
-        # every frame".
+        # musubi-tuner accepts a list, not a tuple, and for the rate only a float; to keep every
+        # frame the key must be missing.
         values["target_frames"] = list(extraction.target_frames)
         if extraction.source_fps is None:
             del values["source_fps"]
@@ -77,23 +83,23 @@ def _table(entry: DatasetEntry) -> dict[str, Any]:
     return table
 
 
-def _check(entries: Sequence[DatasetEntry]) -> None:
-    caches: set[str] = set()
-    for number, entry in enumerate(entries, 1):
+def _check(datasets: Sequence[DatasetTable]) -> None:
+    cache_directories: set[str] = set()
+    for number, dataset in enumerate(datasets, 1):
         where = f"dataset {number}"
-        if (entry.jsonl is None) == (entry.directory is None):
+        if (dataset.jsonl is None) == (dataset.directory is None):
             raise UserError(f"{where}: exactly one of a jsonl file and a directory is needed")
-        if (entry.kind == "video") != (entry.extraction is not None):
+        if (dataset.kind == "video") != (dataset.extraction is not None):
             raise UserError(f"{where}: frame extraction belongs to video, and to video only")
-        if entry.cache_directory in caches:
+        if dataset.cache_directory in cache_directories:
             raise UserError(
-                f"{where}: cache_directory {entry.cache_directory!r} is another dataset's: "
+                f"{where}: cache_directory {dataset.cache_directory!r} is another dataset's: "
                 "each needs its own"
             )
-        caches.add(entry.cache_directory)
+        cache_directories.add(dataset.cache_directory)
 
 
-# Each reader checks one value and gives it back, or raises ValueError saying what is wanted.
+# Each reader checks and returns one value, or raises ValueError with what it must be.
 
 
 def _text(value: Any) -> str:
@@ -108,7 +114,7 @@ def _flag(value: Any) -> bool:
     return value
 
 
-def _whole(value: Any) -> int:
+def _positive_int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError("a whole number of at least 1")
     return value
@@ -117,7 +123,7 @@ def _whole(value: Any) -> int:
 def _resolution(value: Any) -> Size:
     try:
         width, height = value if isinstance(value, list) else (value, value)
-        return _whole(width), _whole(height)
+        return _positive_int(width), _positive_int(height)
     except ValueError:
         raise ValueError("[width, height] in pixels, or one number for both") from None
 
@@ -125,7 +131,7 @@ def _resolution(value: Any) -> Size:
 def _lengths(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError("a list of numbers of frames")
-    return tuple(_whole(item) for item in value)
+    return tuple(_positive_int(number) for number in value)
 
 
 def _mode(value: Any) -> str:
@@ -135,9 +141,9 @@ def _mode(value: Any) -> str:
 
 
 def _rate(value: Any) -> float:
-    # musubi refuses 30 and takes 30.0.
+    # musubi-tuner refuses 30 and accepts 30.0.
     if not isinstance(value, float) or not 0 < value < float("inf"):
-        raise ValueError("frames a second with a decimal point, such as 30.0")
+        raise ValueError("frames per second with a decimal point, such as 30.0")
     return value
 
 
@@ -145,18 +151,18 @@ _Reader = Callable[[Any], Any]
 _SHARED: dict[str, _Reader] = {
     "resolution": _resolution,
     "caption_extension": _text,
-    "batch_size": _whole,
-    "num_repeats": _whole,
+    "batch_size": _positive_int,
+    "num_repeats": _positive_int,
     "enable_bucket": _flag,
     "bucket_no_upscale": _flag,
 }
-# Keys of a clip's frames, with the names that FrameExtraction has for them.
+# Keys about the frames of clips, with their names in FrameExtraction.
 _EXTRACTION: dict[str, tuple[str, _Reader]] = {
     "target_frames": ("target_frames", _lengths),
     "frame_extraction": ("mode", _mode),
-    "frame_stride": ("stride", _whole),
-    "frame_sample": ("sample", _whole),
-    "max_frames": ("max_frames", _whole),
+    "frame_stride": ("stride", _positive_int),
+    "frame_sample": ("sample", _positive_int),
+    "max_frames": ("max_frames", _positive_int),
     "source_fps": ("source_fps", _rate),
 }
 _IMAGE: dict[str, _Reader] = {
@@ -170,15 +176,16 @@ _VIDEO: dict[str, _Reader] = {
     "cache_directory": _text,
     **{key: reader for key, (_, reader) in _EXTRACTION.items()},
 }
-# DatasetEntry's default for buckets is the runner's; a file that leaves the key out means off.
+# musubi-tuner's own defaults, which apply to a file that omits these keys; DatasetTable's differ.
 _MUSUBI_DEFAULTS: dict[str, Any] = {"resolution": (960, 544), "enable_bucket": False}
 
 
-def parse(text: str) -> list[DatasetEntry]:
-    """Entries of a dataset.toml; the inverse of `render`, and `[general]` counts too.
+def parse(text: str) -> list[DatasetTable]:
+    """Parse a dataset.toml; the inverse of :func:`render`, with support for ``[general]``.
 
-    Raises UserError for text that is not TOML, unknown keys, wrong types, and tables that lack a
-    source or a cache directory.
+    Raises:
+        UserError: the text is not TOML, a key is unknown, a value has a wrong type, or a table has
+            no source or no cache directory.
     """
     try:
         document = tomllib.loads(text)
@@ -192,9 +199,9 @@ def parse(text: str) -> list[DatasetEntry]:
     if not isinstance(general, dict) or not isinstance(tables, list):
         raise UserError("dataset.toml: general must be a [general] table, datasets [[datasets]]")
     shared = _MUSUBI_DEFAULTS | _read(general, _SHARED, "[general]")
-    entries = [_entry(table, shared, number) for number, table in enumerate(tables, 1)]
-    _check(entries)
-    return entries
+    datasets = [_parse_table(table, shared, number) for number, table in enumerate(tables, 1)]
+    _check(datasets)
+    return datasets
 
 
 def _read(table: Mapping[str, Any], readers: Mapping[str, _Reader], where: str) -> dict[str, Any]:
@@ -211,7 +218,7 @@ def _read(table: Mapping[str, Any], readers: Mapping[str, _Reader], where: str) 
     return values
 
 
-def _entry(table: Any, shared: Mapping[str, Any], number: int) -> DatasetEntry:
+def _parse_table(table: Any, shared: Mapping[str, Any], number: int) -> DatasetTable:
     where = f"dataset {number}"
     if not isinstance(table, dict):
         raise UserError(f"dataset.toml, {where}: must be a [[datasets]] table")
@@ -231,8 +238,8 @@ def _entry(table: Any, shared: Mapping[str, Any], number: int) -> DatasetEntry:
         values["cache_directory"] = directory
     extraction = None
     if kind == "video":
-        given = {name: values.pop(key) for key, (name, _) in _EXTRACTION.items() if key in values}
-        extraction = FrameExtraction(**given)
-    return DatasetEntry(
+        frames = {name: values.pop(key) for key, (name, _) in _EXTRACTION.items() if key in values}
+        extraction = FrameExtraction(**frames)
+    return DatasetTable(
         kind=kind, jsonl=jsonl, directory=directory, extraction=extraction, **values
     )

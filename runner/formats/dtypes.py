@@ -1,4 +1,4 @@
-"""Names of number types, as options and files say them: short (bf16) and long (bfloat16)."""
+"""Names of dtypes in options and files: short (bf16) and long (bfloat16)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Each short name's long one, which is also torch's.
+# The long name, which is torch's, of each short one.
 LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHORT = tuple(LONG_NAMES)
 LONG = tuple(LONG_NAMES.values())
@@ -15,9 +15,9 @@ HALF = ("bf16", "fp16")
 
 
 def torch_dtype(name: str | None) -> torch.dtype:
-    """The type of either name; float32 for every other word, such as no (mixed precision)."""
+    """Return the torch dtype of a short or long name; float32 for any other, such as no."""
     import torch
 
     long = LONG_NAMES.get(name or "", name)
-    found: torch.dtype = getattr(torch, long) if long in LONG else torch.float32
-    return found
+    dtype: torch.dtype = getattr(torch, long) if long in LONG else torch.float32
+    return dtype

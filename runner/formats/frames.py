@@ -1,7 +1,7 @@
 """Which frames of a clip are trained on, chosen as musubi-tuner v0.3.4 chooses them.
 
-Two steps: frames are dropped so that a clip of a known rate plays at the model's 24 frames a
-second (`kept_frames`), then crops of the wanted lengths are cut from what was kept (`crops`).
+First, frames are dropped so that a clip of a known rate plays at the model's 24 frames per second
+(:func:`kept_frames`); then crops of the target lengths are cut from those kept (:func:`crops`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ MODEL_FPS = 24.0
 
 @dataclass(frozen=True)
 class FrameExtraction:
-    """How crops are cut from a clip; names and defaults are musubi's.
+    """How crops are cut from a clip; names and defaults are musubi-tuner's.
 
-    target_frames: lengths of the crops, in frames, each 4N+1 (others are cut down to that).
-    mode: one of FRAME_EXTRACTIONS. head: from the first frame; chunk: one after the other; slide:
-        every `stride` frames; uniform: `sample` positions spread evenly; full: one crop, the whole
-        clip.
-    max_frames: the most frames of a "full" crop.
-    source_fps: frames a second of the clips; None keeps every decoded frame.
+    Attributes:
+        target_frames: lengths of the crops in frames; rounded down to the form 4N+1.
+        mode: one of FRAME_EXTRACTIONS. head: one crop from the first frame; chunk: one after the
+            other; slide: one every ``stride`` frames; uniform: ``sample`` crops spread evenly;
+            full: one crop of the whole clip.
+        stride: frames between the starts of crops (slide).
+        sample: crops per length (uniform).
+        max_frames: maximum length of the crop (full).
+        source_fps: frames per second of the clips; None keeps every decoded frame.
     """
 
     target_frames: tuple[int, ...] = (1,)
@@ -40,16 +43,16 @@ class FrameExtraction:
 
 @dataclass(frozen=True, order=True)
 class Crop:
-    """A run of kept frames: the first one's number (from 0) and how many."""
+    """A piece of a clip: the index of its first kept frame (from 0) and its length in frames."""
 
     position: int
     frames: int
 
 
 def _positions(source_fps: float | None) -> Iterator[int]:
-    """Where each decoded frame falls at 24 frames a second; endless."""
+    """Yield the position at 24 frames per second of each decoded frame, without end."""
     step = 1.0 if source_fps is None else MODEL_FPS / source_fps
-    # A running sum, not a product: musubi adds up, and the rounding differs.
+    # A running sum, not a product: musubi-tuner adds up, and the rounding differs.
     total = 0.0
     while True:
         yield int(total)
@@ -57,7 +60,7 @@ def _positions(source_fps: float | None) -> Iterator[int]:
 
 
 def _kept_positions(source_fps: float | None) -> Iterator[tuple[bool, int]]:
-    """For each decoded frame: is it kept, and where it falls. A place is filled once."""
+    """Yield (kept, position) for each decoded frame; only the first at a position is kept."""
     previous = -1
     for position in _positions(source_fps):
         yield position != previous, position
@@ -65,9 +68,9 @@ def _kept_positions(source_fps: float | None) -> Iterator[tuple[bool, int]]:
 
 
 def kept_frames(decoded: int, source_fps: float | None) -> list[int]:
-    """Numbers (from 0) of the decoded frames that are kept, of a clip of `decoded` frames.
+    """Return the indices of the frames that are kept, of a clip of ``decoded`` frames.
 
-    Above 24 frames a second frames are dropped; below, all are kept and none repeated.
+    Above 24 frames per second some are dropped; below, all are kept and none is repeated.
     """
     flags = islice(_kept_positions(source_fps), decoded)
     return [index for index, (kept, _) in enumerate(flags) if kept]
@@ -82,11 +85,11 @@ def _lengths(extraction: FrameExtraction) -> list[int]:
 
 
 def choose(extraction: FrameExtraction) -> Iterator[bool]:
-    """For each decoded frame in turn, whether it is loaded; ends where none further is needed.
+    """Yield for each decoded frame whether it is loaded; end when no more frames are needed.
 
-    musubi stops a "head" extraction by the place a frame falls on, not by the number of frames
-    kept. Below 24 frames a second it so loads too few for its longest target: `crops` says the
-    same.
+    musubi-tuner ends a "head" extraction by a frame's position at 24 frames per second, not by the
+    number of kept frames. Below that rate it therefore loads too few frames for the longest target;
+    :func:`crops` accounts for this.
     """
     longest = max(_lengths(extraction), default=0)
     kept = 0
@@ -100,11 +103,13 @@ def choose(extraction: FrameExtraction) -> Iterator[bool]:
 
 
 def crops(frame_count: int, extraction: FrameExtraction) -> list[Crop]:
-    """Crops cut from a clip of `frame_count` kept frames, in musubi's order, each once.
+    """Return the different crops of a clip of ``frame_count`` kept frames, in musubi-tuner's order.
 
-    Empty when the clip is shorter than every target: musubi leaves such a clip out in silence.
+    There are none when the clip is shorter than every target; musubi-tuner skips such a clip
+    without a message.
 
-    Raises UserError for an unknown mode.
+    Raises:
+        UserError: the mode is unknown.
     """
     mode = extraction.mode
     if mode not in FRAME_EXTRACTIONS:
@@ -117,10 +122,10 @@ def crops(frame_count: int, extraction: FrameExtraction) -> list[Crop]:
         return [Crop(0, valid_frames(min(frame_count, extraction.max_frames)))]
     lengths = _lengths(extraction)
     if _from_head(extraction):
-        places = (place for kept, place in _kept_positions(extraction.source_fps) if kept)
-        loaded = takewhile(lambda place: place < max(lengths), islice(places, frame_count))
+        positions = (at for kept, at in _kept_positions(extraction.source_fps) if kept)
+        loaded = takewhile(lambda at: at < max(lengths), islice(positions, frame_count))
         frame_count = sum(1 for _ in loaded)
-    found: list[Crop] = []
+    result: list[Crop] = []
     for length in lengths:
         last = frame_count - length
         if last < 0:
@@ -134,13 +139,13 @@ def crops(frame_count: int, extraction: FrameExtraction) -> list[Crop]:
             starts = range(0, last + 1, extraction.stride)
         else:
             starts = _spread(last, extraction.sample)
-        found += (Crop(start, length) for start in starts)
-    # Uniform positions of a short clip coincide; musubi writes that cache file several times.
-    return list(dict.fromkeys(found))
+        result += (Crop(start, length) for start in starts)
+    # Uniform positions of a short clip coincide; musubi-tuner writes that file several times.
+    return list(dict.fromkeys(result))
 
 
 def _spread(last: int, count: int) -> list[int]:
-    """`count` positions from 0 to `last`, rounded down; numpy.linspace's arithmetic."""
+    """Return ``count`` positions from 0 to ``last``, rounded down, as numpy.linspace does."""
     if count < 2:
         return [0][:count]
     step = last / (count - 1)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 
-def render(kind: Literal["image", "video"], rows: Iterable[tuple[str, str]]) -> str:
-    """One ``{"image_path": ..., "caption": ...}`` (or ``video_path``) a line."""
+def render(media_kind: Literal["image", "video"], rows: Iterable[tuple[str, str]]) -> str:
+    """Render one ``{"image_path": ..., "caption": ...}`` (or ``video_path``) per line."""
     return "".join(
-        json.dumps({f"{kind}_path": path, "caption": caption}, ensure_ascii=False) + "\n"
+        json.dumps({f"{media_kind}_path": path, "caption": caption}, ensure_ascii=False) + "\n"
         for path, caption in rows
     )

@@ -1,11 +1,12 @@
 """LoRA files: musubi-tuner's names, and the conversion to ComfyUI's and back.
 
-A file holds `lora_unet_double_blocks_<n>_<module>.{lora_down.weight,lora_up.weight,alpha}`, module
-being one of Tencent's fourteen Linears of a double block with `_` for `.`. ComfyUI's network has q,
-k and v in one Linear and other names for three modules; the conversion, its tripled alpha and its
-hashes are those of musubi-tuner v0.3.4's converter for this model. That one has none for LoHa and
-LoKr: theirs follow from what ComfyUI's weight adapters compute (`comfy/weight_adapter/loha.py`,
-`lokr.py`): (w1_a @ w1_b) * (w2_a @ w2_b) * alpha / rank, and kron(w1, w2).
+Keys are ``lora_unet_double_blocks_<n>_<module>.{lora_down.weight,lora_up.weight,alpha}``, where the
+module is one of Tencent's fourteen Linears of a double block, with ``_`` for ``.``. ComfyUI's
+network has q, k and v in one Linear and other names for three modules; the conversion, its tripled
+alpha and its hashes are those of musubi-tuner v0.3.4's converter for this model. That converter
+does not handle LoHa and LoKr: their conversion follows from what ComfyUI's weight adapters compute
+(``comfy/weight_adapter/loha.py``, ``lokr.py``): (w1_a @ w1_b) * (w2_a @ w2_b) * alpha / rank, and
+kron(w1, w2).
 
 Importing this module costs milliseconds; torch and safetensors are loaded by the conversions.
 """
@@ -38,11 +39,12 @@ _COMFYUI = {
 }
 _MUSUBI = {theirs: ours for ours, theirs in _COMFYUI.items()}
 _JOINED = re.compile(r"(img|txt)_attn_(q|k|v)")
-# The tensors that tell a file's kind, and on which side of them the rank is.
+# The tensors that identify a file's adapter, and which of their dimensions is the rank.
 _RANK_OF = {"lora_down.weight": ("lora", 0), "hada_w1_b": ("loha", 0), "lokr_w2_a": ("lokr", 1)}
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
-# The tensors of a module of each kind. A LoKr's second factor is whole where the rank is no less.
-_KINDS = {
+# The tensors of a module of each adapter. A LoKr's second factor is one full matrix if the rank is
+# not smaller than it.
+_ADAPTER_OF_LEAVES = {
     frozenset(_LEAVES): "lora",
     frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")): "loha",
     frozenset(("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha")): "lokr",
@@ -56,15 +58,16 @@ _PAIRS = {
 
 
 def lora_name(module: str) -> str:
-    """The file's name of a Tencent module: `double_blocks.0.img_mlp.fc1` with its prefix."""
+    """Name a Tencent module such as ``double_blocks.0.img_mlp.fc1`` as LoRA files do."""
     return _PREFIX + module.replace(".", "_")
 
 
 def sshs_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Metadata:
-    """The two hashes by which web interfaces know a LoRA file.
+    """Compute the two hashes by which web interfaces identify a LoRA file.
 
-    Both are over the file as saved with its `ss_` metadata alone: `sshs_model_hash` is the SHA-256
-    of the tensor bytes, `sshs_legacy_hash` the first eight digits of that of the 64 KiB at 1 MiB.
+    Both are over the file as saved with only its ``ss_`` metadata: ``sshs_model_hash`` is the
+    SHA-256 of the tensor bytes, ``sshs_legacy_hash`` the first eight digits of the SHA-256 of the
+    64 KiB at 1 MiB.
     """
     from safetensors.torch import save
 
@@ -77,19 +80,19 @@ def sshs_hashes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Met
     }
 
 
-class Described(NamedTuple):
-    """What a LoRA file holds: lora, loha or lokr, its rank and its alpha."""
+class LoraInfo(NamedTuple):
+    """The adapter in a LoRA file (lora, loha or lokr), its rank and its alpha."""
 
     kind: str
     rank: int
     alpha: float
 
 
-def describe(file: Path) -> Described:
-    """Look into a file with musubi-tuner's names, reading little of it.
+def describe(file: Path) -> LoraInfo:
+    """Describe a LoRA file with musubi-tuner's names, without loading all of it.
 
     Raises:
-        UserError: it can't be read, or is no such file; ComfyUI's is named as what it is.
+        UserError: it can't be read, or is not such a file (the message names a file of ComfyUI's).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -108,28 +111,32 @@ def describe(file: Path) -> Described:
                     rank = handle.get_slice(key).get_shape()[side]
                     alpha = f"{name}.alpha"
                     scale = float(handle.get_tensor(alpha)) if alpha in keys else float(rank)
-                    return Described(kind, rank, scale)
+                    return LoraInfo(kind, rank, scale)
             for key in keys:
                 name, _, leaf = key.partition(".")
                 if _NAME.fullmatch(name) and leaf == "lokr_w2" and f"{name}.alpha" in keys:
-                    # Beside a whole second factor musubi-tuner's alpha is the rank, and no scale.
+                    # With a full second factor, musubi-tuner writes the rank as alpha; it does not
+                    # scale the update.
                     scale = float(handle.get_tensor(f"{name}.alpha"))
-                    return Described("lokr", round(scale), scale)
+                    return LoraInfo("lokr", round(scale), scale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
-    raise UserError(f"{file} is no LoRA of this model")
+    raise UserError(f"{file} is not a LoRA of this model")
 
 
 def to_comfyui(
     state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 ) -> tuple[dict[str, Tensor], Metadata | None]:
-    """musubi's file for ComfyUI.
+    """Convert musubi-tuner's file for ComfyUI.
 
-    q, k and v join into `_qkv`: their downs stacked [3r, in], their ups as blocks of the diagonal
-    [3 * out, 3r], alpha tripled because the rank is; both pairs of a LoHa likewise. Three Kronecker
-    products make none, so that a LoKr's are written out, [3 * out, in], as one with a first factor
-    of 1. One of the three that was not trained counts as zero. Hashes are computed anew; a file
-    without metadata stays without.
+    q, k and v are joined into ``_qkv``: their downs stacked [3r, in], their ups as blocks on the
+    diagonal [3 * out, 3r], and alpha tripled like the rank; both pairs of a LoHa likewise. Three
+    Kronecker products cannot be joined into one, so LoKr updates are expanded to one full matrix
+    [3 * out, in], with a w1 of 1. One of the three that was not trained counts as zero. The hashes
+    are computed again.
+
+    Returns:
+        The tensors, and the metadata; None if the file had none.
 
     Raises:
         UserError: not a LoRA of this model, or one whose q, k and v differ in rank or alpha.
@@ -153,7 +160,7 @@ def to_comfyui(
 def from_comfyui(
     state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 ) -> tuple[dict[str, Tensor], Metadata | None]:
-    """ComfyUI's file for musubi; the inverse of `to_comfyui`.
+    """Convert ComfyUI's file for musubi-tuner; the inverse of :func:`to_comfyui`.
 
     Raises:
         UserError: not a LoRA or LoHa of this model.
@@ -165,7 +172,7 @@ def from_comfyui(
         if module in ("img_attn_qkv", "txt_attn_qkv"):
             for index, part in enumerate("qkv"):
                 stem = f"{name.removesuffix('qkv')}{part}"
-                for down, up in _PAIRS[_KINDS[frozenset(leaves)]]:
+                for down, up in _PAIRS[_ADAPTER_OF_LEAVES[frozenset(leaves)]]:
                     rows = leaves[down].chunk(3, dim=0)[index]
                     rank = rows.shape[0]
                     block = leaves[up].chunk(3, dim=0)[index][:, index * rank : (index + 1) * rank]
@@ -179,37 +186,37 @@ def from_comfyui(
 
 
 def _grouped(
-    state: Mapping[str, Tensor], task: str, kinds: tuple[str, ...]
+    state: Mapping[str, Tensor], direction: str, adapters: tuple[str, ...]
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module name, then leaf; only whole modules of ``kinds`` pass."""
+    """Group tensors by module name, then leaf; refuse incomplete modules and other adapters."""
     result: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         name, _, leaf = key.partition(".")
         result.setdefault(name, {})[leaf] = tensor
     for name, leaves in result.items():
-        kind = _KINDS.get(frozenset(leaves))
-        if kind is None:
+        adapter = _ADAPTER_OF_LEAVES.get(frozenset(leaves))
+        if adapter is None:
             raise UserError(
-                f"LoRA file: {name!r} has {sorted(leaves)}, wanted {sorted(_LEAVES)}, or all of a "
-                "LoHa's or LoKr's"
+                f"LoRA file: {name!r} has {sorted(leaves)}, but a module has {sorted(_LEAVES)}, "
+                "or all tensors of a LoHa or LoKr"
             )
-        if kind not in kinds:
+        if adapter not in adapters:
             raise UserError(
-                f"LoRA file: {name!r} is of network={kind}, and conversion {task} covers "
-                f"{' and '.join(kinds)}"
+                f"LoRA file: {name!r} is of network={adapter}, and conversion {direction} covers "
+                f"{' and '.join(adapters)}"
             )
     return result
 
 
 def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of q, k and v in one module."""
+    """Join q, k and v into one module."""
     import torch
 
     first = next(iter(parts.values()))
-    kind = _KINDS[frozenset(first)]
-    if any(_KINDS[frozenset(other)] != kind for other in parts.values()):
-        raise UserError(f"LoRA file: q, k and v of {stem!r} are of different kinds")
-    if kind == "lokr":
+    adapter = _ADAPTER_OF_LEAVES[frozenset(first)]
+    if any(_ADAPTER_OF_LEAVES[frozenset(other)] != adapter for other in parts.values()):
+        raise UserError(f"LoRA file: q, k and v of {stem!r} are different adapters")
+    if adapter == "lokr":
         updates = {part: kronecker(leaves) for part, leaves in parts.items()}
         zero = torch.zeros_like(next(iter(updates.values())))
         whole = torch.cat([updates.get(part, zero) for part in "qkv"])
@@ -225,7 +232,7 @@ def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
         if not same_shape or float(other["alpha"]) != float(first["alpha"]):
             raise UserError(f"LoRA file: q, k and v of {stem!r} differ in rank or alpha")
     result = {}
-    for down, up in _PAIRS[kind]:
+    for down, up in _PAIRS[adapter]:
         rank, rows = first[down].shape[0], first[up].shape[0]
         downs = first[down].new_zeros((3 * rank, first[down].shape[1]))
         ups = torch.zeros((3 * rows, 3 * rank), dtype=first[down].dtype, device=first[down].device)
@@ -239,10 +246,10 @@ def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
 
 
 def kronecker(leaves: Mapping[str, Tensor]) -> Tensor:
-    """The update [out, in] of a LoKr module in float32: kron(w1, w2) * scale.
+    """Compute the update [out, in] of a LoKr module in float32: kron(w1, w2) * scale.
 
-    The scale is alpha / rank, and 1 where w2 is whole, in musubi-tuner (networks/lokr.py) as in
-    ComfyUI.
+    The scale is alpha / rank, or 1 if w2 is one full matrix, in musubi-tuner (networks/lokr.py) and
+    in ComfyUI.
     """
     import torch
 

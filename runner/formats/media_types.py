@@ -1,4 +1,4 @@
-"""Which files are pictures and clips, told from their names; pure."""
+"""Recognise pictures and clips by their file names; pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ VIDEO_EXTENSIONS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 
 
 def hidden(name: str) -> bool:
-    """Whether a file is none of the person's: hidden, or a companion that macOS adds."""
+    """Return whether to ignore a file: it is hidden, or was added by macOS."""
     return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
 
 
-def media_kind(name: str) -> MediaKind | None:
-    """What a file is by its ending, None when it is no medium."""
+def media_kind_of(name: str) -> MediaKind | None:
+    """Return the media kind by the file's extension, None for other files."""
     extension = posixpath.splitext(name)[1].lower()
     if extension in IMAGE_EXTENSIONS:
         return "image"

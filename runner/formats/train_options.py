@@ -1,8 +1,8 @@
-"""The trainer's options: one table of what each means, which both engines and train.toml use; pure.
+"""Table of the trainer's options, shared by train.toml and both engines; pure.
 
 Names, types and defaults are those of ``hv_1_5_train_network.py`` in musubi-tuner v0.3.4, whose
-``--config_file`` reads train.toml, save for what the embedded engine has of its own. Options that
-stand at the trainer's own default are written too where that could change what is learnt.
+``--config_file`` reads train.toml, except for options of the embedded engine's own. An option that
+equals the trainer's default is written as well if another default would change the result.
 """
 
 from __future__ import annotations
@@ -20,23 +20,29 @@ NETWORK_MODULES = {
     "loha": "networks.loha",
     "lokr": "networks.lokr",
 }
-# Schedules that have a number of cycles, and those that have a least rate.
+# Schedules with a number of cycles, and schedules with a minimum learning rate.
 WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr")
 WITH_LEAST_RATE = ("cosine_with_min_lr", "rex")
 
 FOLDERS = "the run's folder, set by the runner"
 
-# What the embedded engine does with an option: acts on it; takes it, because it changes speed,
-# memory or messages and never what is learnt; or takes it as long as it is switched off.
+# Support of an option in the embedded engine. acts: implemented. harmless: accepted and ignored,
+# since it affects only speed, memory or messages. off: accepted only when switched off.
 Embedded = Literal["acts", "harmless", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """What the values of a train.toml are made of.
+    """The values that a train.toml is rendered from.
 
-    memory: the resolved tier. seed: the resolved seed. name: the run's, which the LoRA file has for
-    a title unless it is given one. own: the options that the engine knows besides musubi-tuner's.
+    Attributes:
+        config: the run's config.
+        weights: the files of the model.
+        memory: the memory options of the resolved tier.
+        name: the run's name, the default title in the LoRA file.
+        seed: the resolved seed.
+        compile_blocks: whether the transformer's blocks are compiled.
+        own: the options that the engine has besides musubi-tuner's.
     """
 
     config: RunConfig
@@ -50,14 +56,16 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Row:
-    """What one of the trainer's options means.
+    """The meaning of one of the trainer's options.
 
-    instead: the key or the words for what to use instead of it, where the runner sets it itself.
-    value: a key whose value it has, or a function that gives it; None leaves it out. Without one it
-    is the value at ``instead``.
-    original: its place among the options of the script that the runner grew out of.
-    own: whether it is an engine's own, and not musubi-tuner's.
-    in_lora: whether the LoRA file's metadata say it, as ``ss_`` and its name.
+    Attributes:
+        instead: the runner's option that sets it, or a phrase for what does.
+        value: the dotted key or the function that supplies its value; the key in ``instead`` if
+            None. An option whose value is None is not written.
+        original: its position among the options of the script that the runner grew out of.
+        embedded: its support in the embedded engine.
+        own: whether it is an engine's own, and not musubi-tuner's.
+        in_lora: whether it is written to the LoRA file's metadata, as ``ss_<name>``.
     """
 
     instead: str | None
@@ -78,7 +86,7 @@ def row(
     own: bool = False,
     in_lora: bool = False,
 ) -> Any:
-    """A dataclass field with its :class:`Row`; one without a default must be given."""
+    """Define a dataclass field with its :class:`Row`; a field without a default is required."""
     metadata = {"row": Row(instead, value, original, embedded, own, in_lora)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -95,7 +103,8 @@ def _checkpoints_by_epoch(r: Rendering) -> int | None:
 
 
 def _checkpoints_by_step(r: Rendering) -> int | None:
-    # Counted in steps: the checkpoint of the step itself, and those of so many before it.
+    # musubi-tuner counts in steps: it keeps the newest checkpoint and those of this many steps
+    # before it.
     keep, steps = r.config.training.keep_last, r.config.training.save_every_steps
     return (keep - 1) * steps if keep and steps else None
 
@@ -108,7 +117,7 @@ def _network_args(r: Rendering) -> list[str] | None:
 
 
 def optimizer_args(optimizer: OptimizerConfig) -> list[str]:
-    """The optimizer's own arguments as the trainers read them: a name and a Python literal."""
+    """Render the optimizer's own arguments as the trainers read them: ``name=<Python literal>``."""
     return [f"{key}={value!r}" for key, value in optimizer.args.items()]
 
 
@@ -122,9 +131,10 @@ def _of_previews(value: Callable[[Rendering], Any]) -> Callable[[Rendering], Any
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """A train.toml's options, in the order in which they are rendered.
+    """The options of a train.toml, in the order in which they are rendered.
 
-    The embedded engine reads them into this class. What it does not act on stays at its default.
+    The embedded engine reads a train.toml into this class. Options that it does not support keep
+    their defaults.
     """
 
     task: str = row("task", "task.name", default="t2v", original=7)
@@ -222,7 +232,7 @@ class TrainOptions:
         original=27,
         embedded="harmless",
     )
-    # xformers is refused without it.
+    # musubi-tuner requires split_attn with xformers.
     split_attn: bool = row(
         "training.attention=xformers", _uses("xformers"), default=False, embedded="harmless"
     )
@@ -232,9 +242,9 @@ class TrainOptions:
         default=False,
         embedded="harmless",
     )
-    # With torch's limit of 8, graphs for the third shape and on were left out of compiling in a
-    # run of 12 shapes with block swap (docs/development/musubi-proof.md); 32 is what musubi-tuner
-    # advises. engine.extra_args may change it: the command line goes over train.toml.
+    # torch's default limit of 8 is too low: in a run with 12 shapes and block swap, shapes after
+    # the second were not compiled (docs/development/musubi-proof.md). musubi-tuner recommends 32.
+    # engine.extra_args can override it: the command line takes precedence over train.toml.
     compile_cache_size_limit: int | None = row(
         None, lambda r: 32 if r.compile_blocks else None, default=None, embedded="harmless"
     )
@@ -270,7 +280,7 @@ class TrainOptions:
         default=0,
         in_lora=True,
     )
-    # With a least rate they are half waves: an even number of them ends at the full rate.
+    # For cosine_with_min_lr these are half cycles: an even number ends at the full learning rate.
     lr_scheduler_num_cycles: int = row(
         "scheduler.num_cycles", _of_schedules(WITH_CYCLES, "num_cycles"), default=1
     )
@@ -338,8 +348,8 @@ class TrainOptions:
         "metadata.tags", lambda r: ",".join(r.config.metadata.tags) or None, default=None
     )
     training_comment: str | None = row("metadata.comment", default=None, in_lora=True)
-    # Leave the first frame's latent unscaled, as musubi-tuner does in training, where the
-    # published pipelines scale it.
+    # Leave the latent of the first frame unscaled, as musubi-tuner does in training; the published
+    # pipelines scale it.
     i2v_unscaled_condition: bool = row(
         "training.i2v_unscaled_condition",
         lambda r: r.config.training.i2v_unscaled_condition if r.config.task.name == "i2v" else None,
@@ -352,13 +362,13 @@ TABLE: Mapping[str, Row] = {option.name: option.metadata["row"] for option in fi
 
 
 def train_options(rendering: Rendering) -> dict[str, Any]:
-    """The options that train.toml says, in its order."""
-    found = {
+    """Return the options to write to train.toml, in its order."""
+    values = {
         name: _value(option, rendering)
         for name, option in TABLE.items()
         if not option.own or name in rendering.own
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _value(option: Row, rendering: Rendering) -> Any:

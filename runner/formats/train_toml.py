@@ -1,4 +1,4 @@
-"""The trainer's files: train.toml's text, and the previews' prompts; pure."""
+"""The texts of the trainer's files: train.toml and the prompts of the previews; pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runner.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class WeightPaths:
-    """Files, or for the tiny model folders, that the trainer loads."""
+    """The files that the trainer loads; folders for the tiny model."""
 
     transformer: str
     vae: str
@@ -21,14 +21,14 @@ class WeightPaths:
 
 
 def render(options: Mapping[str, Any]) -> str:
-    """The options as TOML text."""
+    """Render the options as TOML."""
     import tomli_w
 
     return tomli_w.dumps(dict(options))
 
 
 def sample_prompts(config: RunConfig, image: str | None) -> str:
-    """The previews' prompts in musubi-tuner's one-line-a-prompt form."""
+    """Render the prompts of the previews in musubi-tuner's form, one line per prompt."""
     sampling = config.sampling
     tail = (
         f" --w {sampling.width} --h {sampling.height} --f {sampling.frames}"

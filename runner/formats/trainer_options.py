@@ -1,9 +1,9 @@
-"""What musubi-tuner's scripts accept: their recorded options, and checks against them; pure.
+"""The recorded options of musubi-tuner's scripts, and checks against them; pure.
 
-``trainer_options.json`` beside this file is made from the real parsers by
-``scripts/record-musubi-options``. Arguments are read as argparse reads them, save that a shortened
-name is refused. A ``train.toml`` is held to the same types, because musubi-tuner puts what it reads
-there beside parsed arguments without a check: a wrong type, choice or name goes unnoticed there.
+``scripts/record-musubi-options`` makes ``trainer_options.json``, beside this file, from the real
+parsers. Arguments are parsed as argparse does, except that abbreviated names are rejected. A
+``train.toml`` is checked against the same types, because musubi-tuner itself takes its values
+unchecked: it would not notice a wrong type, choice or name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LATENTS = "hv_1_5_cache_latents.py"
 TEXT = "hv_1_5_cache_text_encoder_outputs.py"
 TRAIN = "hv_1_5_train_network.py"
 
-_KINDS = {
+_TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
     "_int_or_float": "a whole number, a share or a percentage",
@@ -36,7 +36,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ScriptOption:
-    """One option of a script; ``name`` has no dashes, ``type`` is that of argparse by name."""
+    """One option of a script; ``name`` has no dashes, ``type`` is the name of argparse's type."""
 
     name: str
     flag: bool
@@ -49,10 +49,13 @@ class ScriptOption:
 
 @dataclass(frozen=True)
 class Wrong:
-    """What is wrong with a value in a file; of a list, ``part`` is the first wrong part.
+    """A wrong value in a file.
 
-    list: it must be one. type: it is of none of the option's types. share: it is no whole number
-    and no share below 1. choice: it is none of the option's choices.
+    Attributes:
+        what: what is wrong. list: the value must be a list. type: it has none of the option's
+            types. share: it is neither a whole number nor a fraction below 1. choice: it is none of
+            the option's choices.
+        part: the value, or the first wrong element of a list.
     """
 
     what: Literal["list", "type", "share", "choice"]
@@ -61,7 +64,7 @@ class Wrong:
 
 @cache
 def recorded() -> Mapping[str, Any]:
-    """The recorded file: ``version``, ``commit`` and ``scripts``."""
+    """Read the recorded file: ``version``, ``commit`` and ``scripts``."""
     text = (files("runner.formats") / "trainer_options.json").read_text(encoding="utf-8")
     record: Mapping[str, Any] = json.loads(text)
     return record
@@ -69,19 +72,25 @@ def recorded() -> Mapping[str, Any]:
 
 @cache
 def options(script: str) -> Mapping[str, ScriptOption]:
-    """A script's options by name without dashes; KeyError for an unknown script."""
-    found = {}
-    for dashed, entry in recorded()["scripts"][script].items():
+    """Return a script's options by name without dashes.
+
+    Raises:
+        KeyError: the script is unknown.
+    """
+    by_name = {}
+    for dashed, recorded_option in recorded()["scripts"][script].items():
         name = dashed.lstrip("-")
-        values = {**entry, "choices": tuple(entry.get("choices", ()))}
-        found[name] = ScriptOption(name, **values)
-    return found
+        values = {**recorded_option, "choices": tuple(recorded_option.get("choices", ()))}
+        by_name[name] = ScriptOption(name, **values)
+    return by_name
 
 
 def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values that ``arguments`` give, and every problem with them, one line each.
+    """Parse a script's arguments.
 
-    Options that are required but missing are not among the problems.
+    Returns:
+        The values by option name, and one line for each problem. A missing required option is not
+        a problem here.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -94,31 +103,31 @@ def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
             continue
         dashed, equals, inline = word.partition("=")
         option = known.get(dashed[2:]) if dashed.startswith("--") else None
-        given = [inline] if equals else []
-        while not equals and rest and not _is_option(rest[0]) and _takes(option, len(given)):
-            given.append(rest.pop(0))
+        words = [inline] if equals else []
+        while not equals and rest and not _is_option(rest[0]) and _takes(option, len(words)):
+            words.append(rest.pop(0))
         if option is None:
             names = [f"--{name}" for name in known]
             problems.append(f"{script} has no option {dashed}.{did_you_mean(dashed, names)}")
         elif option.flag:
             values[option.name] = True
-            if given:
-                problems.append(f"{dashed} takes no value, not {given[0]!r}.")
-        elif option.nargs is None and not given:
+            if words:
+                problems.append(f"{dashed} takes no value, not {words[0]!r}.")
+        elif option.nargs is None and not words:
             problems.append(f"{dashed} needs a value.")
         else:
-            read = [_read(option, text, problems) for text in given]
+            read = [_read(option, text, problems) for text in words]
             values[option.name] = read if option.nargs else read[0]
     return values, problems
 
 
 def types_of(option: ScriptOption) -> tuple[type, ...]:
-    """The types that a value in a file, or for a list each part of it, may have."""
+    """Return the types that a value in a file may have; for a list, each of its elements."""
     return (bool,) if option.flag else _TYPES.get(option.type, (str,))
 
 
 def flattened(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A TOML table given as ``--config_file``, as musubi-tuner reads it: sections are one table."""
+    """Flatten a TOML file as musubi-tuner does for ``--config_file``: sections are one table."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat.update(value if isinstance(value, Mapping) else {key: value})
@@ -126,7 +135,7 @@ def flattened(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wrong_value(option: ScriptOption, value: Any) -> Wrong | None:
-    """What is wrong with a value that a file gives to the option, or None."""
+    """Check the value that a file gives to the option; None when it is right."""
     if option.nargs is None:
         return _wrong_part(option, value)
     if not isinstance(value, list):
@@ -135,19 +144,19 @@ def wrong_value(option: ScriptOption, value: Any) -> Wrong | None:
 
 
 def check_table(script: str, table: Mapping[str, Any]) -> list[str]:
-    """Every problem with a TOML table given as ``--config_file``; sections count as one table."""
+    """Return one line for each problem with a TOML table given as ``--config_file``."""
     problems: list[str] = []
     known = options(script)
     for key, value in flattened(table).items():
         if key not in known:
             problems.append(f"{script} has no option {key}.{did_you_mean(key, known)}")
         elif wrong := wrong_value(known[key], value):
-            problems.append(_said(known[key], wrong))
+            problems.append(_message(known[key], wrong))
     return problems
 
 
 def arguments_of(script: str, table: Mapping[str, Any]) -> list[str]:
-    """The table as arguments of the script, in the table's order; a false flag is left out."""
+    """Turn the table into arguments of the script, in its order; a false flag is omitted."""
     known = options(script)
     arguments: list[str] = []
     for key, value in table.items():
@@ -157,7 +166,7 @@ def arguments_of(script: str, table: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
         elif _is_option(str(value)):
-            # As a word of its own argparse would take it for an option.
+            # As an argument of its own, argparse would take it for an option.
             arguments += [f"--{key}={value}"]
         else:
             arguments += [f"--{key}", str(value)]
@@ -165,12 +174,12 @@ def arguments_of(script: str, table: Mapping[str, Any]) -> list[str]:
 
 
 def _is_option(word: str) -> bool:
-    """Whether argparse takes the word for an option: a dash begins it, and it is no number."""
+    """Whether argparse takes the word for an option: it starts with a dash and is not a number."""
     return len(word) > 1 and word[0] == "-" and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
 
 
 def _takes(option: ScriptOption | None, number: int) -> bool:
-    """Whether one more word belongs to the option; an unknown one swallows all that follow."""
+    """Whether the option takes one more word; an unknown option takes all that follow."""
     return option is None or option.nargs is not None or (not option.flag and number == 0)
 
 
@@ -184,14 +193,14 @@ def _read(option: ScriptOption, text: str, problems: list[str]) -> Any:
         elif option.type == "_int_or_float":
             value = _int_or_float(text)
     except ValueError:
-        problems.append(f"--{option.name} must be {_KINDS[option.type]}, not {text!r}.")
+        problems.append(f"--{option.name} must be {_TYPE_WORDS[option.type]}, not {text!r}.")
     if option.choices and value not in option.choices:
         problems.append(f"--{option.name} can't be {text!r}.{did_you_mean(text, option.choices)}")
     return value
 
 
 def _int_or_float(text: str) -> int | float:
-    """As musubi-tuner reads steps: 100 is steps, 0.1 and 10% are a share of all steps."""
+    """Read a number of steps as musubi-tuner does: 0.1 and 10% are fractions of all steps."""
     if text.endswith("%"):
         return float(text[:-1]) / 100
     number = float(text)
@@ -209,7 +218,7 @@ def _wrong_part(option: ScriptOption, value: Any) -> Wrong | None:
     return None
 
 
-def _said(option: ScriptOption, wrong: Wrong) -> str:
+def _message(option: ScriptOption, wrong: Wrong) -> str:
     name, value = option.name, wrong.part
     if wrong.what == "choice":
         return f"{name} can't be {value!r}.{did_you_mean(str(value), option.choices)}"
@@ -217,7 +226,7 @@ def _said(option: ScriptOption, wrong: Wrong) -> str:
         return f"{name}={value!r} must be a whole number or a share below 1."
     if wrong.what == "list":
         return f"{name}={value!r} must be a list."
-    what = "true or false" if option.flag else _KINDS.get(option.type, "a text")
+    what = "true or false" if option.flag else _TYPE_WORDS.get(option.type, "a text")
     if option.type == "float":
         what += " with a decimal point"
     return f"{name}={value!r} must be {what}."

@@ -1,10 +1,10 @@
 """Weight names of the HunyuanVideo 1.5 transformer: Tencent's and diffusers'.
 
-Tencent's checkpoints (`tencent/HunyuanVideo-1.5`) name the weights as its own code does;
-`diffusers.HunyuanVideo15Transformer3DModel` holds the same weights under other names. Two tensors
-differ in more than their name: the text refiner's attention is one fused `self_attn_qkv` (rows: q,
-then k, then v) against three projections, and the final layer's modulation gives shift before scale
-against scale before shift.
+Tencent's checkpoints (``tencent/HunyuanVideo-1.5``) name the weights as its own code does;
+``diffusers.HunyuanVideo15Transformer3DModel`` has the same weights under other names. Two tensors
+differ in more than their name. The text refiner's attention is one fused ``self_attn_qkv`` (rows:
+q, then k, then v), in diffusers three projections. The final layer's modulation gives shift before
+scale, in diffusers scale before shift.
 
 Importing this module costs milliseconds; torch is loaded only by the conversions.
 """
@@ -91,7 +91,7 @@ _SPLIT = ("attn.to_q", "attn.to_k", "attn.to_v")
 
 
 def module_to_diffusers(module: str) -> str:
-    """The diffusers name of a Tencent module, such as `double_blocks.3.img_mlp.fc1`.
+    """Return the diffusers name of a Tencent module, such as ``double_blocks.3.img_mlp.fc1``.
 
     Raises:
         UserError: the model has no such module, or it is the refiner's fused projection, which
@@ -108,7 +108,11 @@ def module_to_diffusers(module: str) -> str:
 
 
 def module_to_tencent(module: str) -> str:
-    """The inverse of `module_to_diffusers`. Raises UserError likewise."""
+    """Return Tencent's name of a diffusers module; the inverse of :func:`module_to_diffusers`.
+
+    Raises:
+        UserError: the model has no such module.
+    """
     if match := _DIFFUSERS_BLOCK.fullmatch(module):
         name = _BLOCK_BACK.get(match[2])
         return f"double_blocks.{match[1]}.{name}" if name else _unknown(module)
@@ -120,7 +124,7 @@ def module_to_tencent(module: str) -> str:
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tencent's weights under diffusers' names; the input is left alone.
+    """Rename Tencent's weights to diffusers' names; the input is not changed.
 
     Raises:
         UserError: a weight that is not HunyuanVideo 1.5's under Tencent's names.
@@ -139,7 +143,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' weights under Tencent's names; the inverse of `to_diffusers`.
+    """Rename diffusers' weights to Tencent's names; the inverse of :func:`to_diffusers`.
 
     Raises:
         UserError: a weight that is not the diffusers model's, or a refiner projection without
@@ -156,7 +160,9 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = [state.get(f"{stem}{name}.{leaf}") for name in _SPLIT]
             whole = [part for part in parts if part is not None]
             if len(whole) != len(_SPLIT):
-                raise UserError(f"transformer weights: {stem}attn lacks one of to_q, to_k, to_v")
+                raise UserError(
+                    f"transformer weights: {stem}attn is missing one of to_q, to_k, to_v"
+                )
             fused = f"txt_in.individual_token_refiner.blocks.{match[1]}.{_FUSED}.{leaf}"
             if match[2] == _SPLIT[0]:
                 result[fused] = torch.cat(whole)
@@ -176,6 +182,6 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 def _unknown(module: str) -> str:
     raise UserError(
-        f"transformer weights: {module!r} is no module of HunyuanVideo 1.5; "
+        f"transformer weights: {module!r} is not a module of HunyuanVideo 1.5; "
         "give Tencent's checkpoint (transformer/<resolution>_<task>), not a repackaged one"
     )

@@ -1,7 +1,7 @@
-"""Files from the Hugging Face hub, kept in the cache that all its clients share.
+"""Files from the Hugging Face hub, in the Hugging Face cache that all its clients share.
 
-``cache`` reads and fills that cache, ``remote`` asks the hub, ``fetch`` brings what is missing;
-``python -m runner.hub`` is the weights stage's command. huggingface_hub does the talking (headers,
-tokens, redirects, retries); what is ours is a download that goes on where it was cut, and whose
-bytes are compared with their digest. docs/development/hub.md has what each does, tested.
+``hub_cache`` reads and fills that cache, ``remote`` asks the hub, ``fetch`` downloads what is
+missing; ``python -m runner.hub`` is the weights stage's command. huggingface_hub handles headers,
+tokens, redirects and retries; this package adds downloads that resume and are verified against
+their hash. docs/development/hub.md describes what each of the two does, as tested.
 """

@@ -1,8 +1,7 @@
-"""A dataset of the Hugging Face hub: its media, captions and zips, in the hub's cache.
+"""Datasets of the Hugging Face hub: media, captions and zips, in the Hugging Face cache.
 
-They are used where they lie in the cache, as a folder is. Which files a commit has is noted, so
-that a dataset that is here needs no hub; a branch that has moved since is looked at again only
-with ``stages.force=[dataset]``.
+They are used from the cache like a folder. The files of a commit are noted, so that a cached
+dataset needs no network; a branch is looked up again only with ``stages.force=[dataset]``.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from typing import TYPE_CHECKING
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
 from runner.core.text import counted, readable
-from runner.formats.media_types import hidden, media_kind
-from runner.hub.cache import HubCache, Request
+from runner.formats.media_types import hidden, media_kind_of
+from runner.hub.hub_cache import HubCache, Request
 
 if TYPE_CHECKING:
-    from runner.hub.progress import Watcher
+    from runner.hub.progress import DownloadListener
     from runner.hub.remote import Remote
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Media inside these can't be got at as files.
+# Container formats whose media are not files.
 _PACKED = (".parquet", ".arrow", ".tar")
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One repository at one commit; `folder` is its snapshot in the cache."""
+    """One repository at one commit; ``folder`` is its snapshot in the cache."""
 
     repository: str
     revision: str
@@ -45,60 +44,71 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class _Listed(Request):
-    """All of a repository that matters, before its names are known."""
+    """A request for all useful files of a repository, before their names are known."""
 
     def matches(self, file: str) -> bool:
+        """Whether a file is useful, or holds media that can't be read."""
         return is_wanted(file) or file.lower().endswith(_PACKED)
 
 
 class HubDatasets:
-    """Datasets in the user's cache; ``root`` is the folder of the runner's own notes."""
+    """The datasets in the user's Hugging Face cache; ``root`` is the shared cache's folder."""
 
     def __init__(self, root: Path) -> None:
         self._notes = root / "hub"
         self._cache = HubCache.of_user(root / "weights" / "checked", repo_type="dataset")
 
     def fetch(
-        self, repository: str, revision: str, watcher: Watcher, *, force: bool = False
+        self, repository: str, revision: str, watcher: DownloadListener, *, force: bool = False
     ) -> HubDataset:
-        """Have the dataset in the cache, every file whole. Nothing is asked where it is already.
+        """Fetch and verify a dataset; the hub is not asked if all of it is cached.
 
-        Raises :class:`UserError` for a dataset that can't be used, and :class:`StageError` where
-        it can't be had.
+        Args:
+            repository: ``owner/name``.
+            revision: A branch, tag or commit.
+            watcher: Listens to the download.
+            force: Ask the hub anyway, and verify every file again.
+
+        Raises:
+            UserError: The dataset can't be used.
+            StageError: It can't be downloaded.
         """
-        from runner.hub.fetch import obtain
+        from runner.hub.fetch import fetch_files
 
-        here = None if force else self.find(repository, revision)
-        if here is not None:
-            return here
+        cached = None if force else self.find(repository, revision)
+        if cached is not None:
+            return cached
         remote = self._look_up(repository, revision)
         names = _usable(remote)
-        obtain([_request(remote, names)], self._cache, watcher, force=force)
-        # Without it the next run asks the hub once more.
+        fetch_files([_request(remote, names)], self._cache, watcher, force=force)
+        # Without the note, the next run only asks the hub again.
         with suppress(OSError):
             write_text(self._note(repository, remote.commit), json.dumps({"files": names}) + "\n")
         return self._made(repository, revision, remote.commit)
 
     def planned(self, repository: str, revision: str) -> HubDataset:
-        """The dataset if it is here, for a dry run: nothing is fetched or noted.
+        """Return the dataset if it is cached, for a dry run; nothing is fetched or noted.
 
-        Raises :class:`UserError` saying how much there is to fetch where it isn't, and as
-        :meth:`fetch` does.
+        Raises:
+            UserError: It is not cached (the message says how much there is to fetch), or it can't
+                be used.
+            StageError: It can't be looked up.
         """
-        here = self.find(repository, revision)
-        if here is not None:
-            return here
+        cached = self.find(repository, revision)
+        if cached is not None:
+            return cached
         remote = self._look_up(repository, revision)
         names = _usable(remote)
-        lacking = [
+        missing_files = [
             file
             for file in remote.files
             if file.name in names and not self._cache.find(repository, remote.commit, file.name)
         ]
-        if lacking:
+        if missing_files:
             raise UserError(
-                f"the dataset {repository} is not on this machine yet "
-                f"({counted(len(lacking), 'file')}, {readable(sum(f.size for f in lacking))} at "
+                f"the dataset {repository} is not on this computer yet "
+                f"({counted(len(missing_files), 'file')}, "
+                f"{readable(sum(f.size for f in missing_files))} at "
                 f"commit {remote.commit[:12]}), and dry_run=true fetches nothing. Start without "
                 "dry_run, which fetches it first, or run: "
                 f"hf download {repository} --repo-type dataset --revision {revision}"
@@ -106,11 +116,15 @@ class HubDatasets:
         return self._made(repository, revision, remote.commit)
 
     def find(self, repository: str, revision: str) -> HubDataset | None:
-        """The dataset where all of it is known to be here."""
+        """Return the dataset if all of it is cached, else None.
+
+        Raises:
+            UserError: ``repository`` is not the name of a dataset.
+        """
         if not _NAME.fullmatch(repository):
             raise UserError(
                 f"dataset=hub needs the name of a dataset, dataset.path=owner/name: {repository!r} "
-                "is none."
+                "is not one."
             )
         commit = self._cache.commit(repository, revision)
         if commit is None:
@@ -135,17 +149,17 @@ class HubDatasets:
 
         if offline():
             raise StageError(
-                f"HF_HUB_OFFLINE is set and the dataset {repository} ({revision}) was not fetched "
-                "whole by an earlier run: run once without it."
+                f"HF_HUB_OFFLINE is set and the dataset {repository} ({revision}) was not "
+                "completely fetched by an earlier run: run once without it."
             )
         listed = _Listed(repository, revision, (), option="dataset.revision", repo_type="dataset")
         return look_up(listed)
 
 
 def is_wanted(file: str) -> bool:
-    """Whether a file of a repository is a medium, a caption, or an archive of them."""
+    """Whether a file of a repository is a picture, a clip, a caption or an archive."""
     known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
-    return not hidden(file) and (known or media_kind(file) is not None)
+    return not hidden(file) and (known or media_kind_of(file) is not None)
 
 
 def _usable(remote: Remote) -> list[str]:
@@ -156,10 +170,10 @@ def _usable(remote: Remote) -> list[str]:
     what = f"the dataset {remote.request.repository}"
     packed = [name for name in names if name not in wanted]
     if packed:
-        kinds = ", ".join(sorted({PurePosixPath(name).suffix for name in packed}))
+        suffixes = ", ".join(sorted({PurePosixPath(name).suffix for name in packed}))
         raise UserError(
-            f"{what} keeps its media inside {kinds} files, which can't be read here: save them as "
-            "pictures or clips with a .txt beside each (datasets.load_dataset reads them), and "
+            f"{what} keeps its media inside {suffixes} files, which can't be read here: save them "
+            "as pictures or clips with a .txt beside each (datasets.load_dataset reads them), and "
             "give that folder."
         )
     raise UserError(f"{what} has no picture, clip or zip.")
@@ -170,7 +184,7 @@ def _holds_media(name: str) -> bool:
 
 
 def _request(remote: Remote, names: Iterable[str]) -> Request:
-    """The files of the very commit that was listed; the branch may move meanwhile."""
+    """Request the files of the commit that was listed, because the branch may have moved."""
     request = remote.request
     return Request(
         request.repository,

@@ -1,4 +1,4 @@
-"""Have files of the hub on this machine: look, ask, check what can be known, bring, check."""
+"""Downloads from the Hugging Face hub: check access and space, fetch what is missing, verify."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 from runner.core.errors import StageError
 from runner.core.text import counted, readable
-from runner.hub.cache import Cached, HubCache, Request, read_sha256
-from runner.hub.progress import Watcher
+from runner.hub.hub_cache import HubCache, HubFile, Request, read_sha256
+from runner.hub.progress import DownloadListener
 from runner.hub.remote import Remote, RemoteFile, check_access, download, look_up, offline
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Obtained:
-    """A file that is here, whole, and which it is."""
+class FetchedFile:
+    """A verified file in the Hugging Face cache, and where it is from."""
 
     repository: str
     revision: str
@@ -35,10 +35,7 @@ class Obtained:
 
 @dataclass(frozen=True)
 class _Missing:
-    """A file to bring: where its bytes will lie, and where they grow until they are whole.
-
-    Older versions of huggingface_hub resume from this name as well.
-    """
+    """A file to download, with the paths of its blob and of the partial download."""
 
     remote: Remote
     file: RemoteFile
@@ -46,70 +43,81 @@ class _Missing:
 
     @property
     def partial(self) -> Path:
+        """The partial download, under the name that older huggingface_hub versions resume from."""
         return self.blob.with_name(self.blob.name + ".incomplete")
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         return f"{self.file.name} of {self.remote.request.repository}"
 
     @property
-    def have(self) -> int:
-        """The bytes of it that are here."""
+    def downloaded(self) -> int:
+        """The number of bytes downloaded so far."""
         return min(self.file.size, _size(self.partial))
 
 
-def obtain(
-    requests: Sequence[Request], cache: HubCache, watcher: Watcher, *, force: bool = False
-) -> list[Obtained]:
-    """Have every file of ``requests`` in the cache, each read once and found whole.
+def fetch_files(
+    requests: Sequence[Request], cache: HubCache, watcher: DownloadListener, *, force: bool = False
+) -> list[FetchedFile]:
+    """Make sure that every requested file is in the Hugging Face cache and verified.
 
-    Where all of a request is here the hub is not asked, whatever its branch points at by now;
-    with ``force`` it is asked, and every file is read again. Raises :class:`StageError`, in one
-    line, before the first byte where what is wrong can be known then: no such repository, file or
-    revision, no access, no network, no space.
+    Args:
+        requests: The files, for each repository. If all files of a request are cached, the hub is
+            not asked, even if the branch has moved.
+        cache: The Hugging Face cache.
+        watcher: Listens to what happens.
+        force: Ask the hub anyway, and verify every file again.
+
+    Returns:
+        The files, see :func:`recorded`.
+
+    Raises:
+        StageError: With a message of one line. A missing repository, file or revision, no access,
+            no network and no disk space are noticed before the download starts.
     """
     for request in requests:
-        _check_here(request, cache, watcher, again=force)
-    lacking = [request for request in requests if cache.lacking(request)]
+        _verify_present_files(request, cache, watcher, again=force)
+    missing_files = [request for request in requests if cache.missing_files(request)]
     if not offline():
-        _fetch([look_up(one) for one in (requests if force else lacking)], cache, watcher)
-    elif lacking:
-        raise StageError(_lacking_offline(lacking, cache))
+        _fetch([look_up(one) for one in (requests if force else missing_files)], cache, watcher)
+    elif missing_files:
+        raise StageError(_missing_offline_message(missing_files, cache))
     for request in requests:
         _point_branch(request, cache, watcher)
-        # Where there are no links, a file has a new place by now.
-        _check_here(request, cache, watcher, again=False)
-    found = recorded(requests, cache)
-    if found is None or any(map(cache.lacking, requests)):
+        # Without symbolic links, a file's path has changed.
+        _verify_present_files(request, cache, watcher, again=False)
+    fetched = recorded(requests, cache)
+    if fetched is None or any(map(cache.missing_files, requests)):
         raise StageError("files of the hub were changed while they were fetched: start again.")
-    return found
+    return fetched
 
 
-def recorded(requests: Sequence[Request], cache: HubCache) -> list[Obtained] | None:
-    """The files of ``requests`` that are here; None unless each was read and found whole."""
-    found = []
+def recorded(requests: Sequence[Request], cache: HubCache) -> list[FetchedFile] | None:
+    """Return the cached files of ``requests``, or None if one of them was never verified."""
+    fetched = []
     for request in requests:
         repository, revision = request.repository, request.revision
         commit = cache.commit(repository, revision) or ""
-        for name, one in cache.here(request).items():
-            sha256, size = cache.known_sha256(one), _size(one.blob)
+        for name, hub_file in cache.here(request).items():
+            sha256, size = cache.known_sha256(hub_file), _size(hub_file.blob)
             if sha256 is None:
                 return None
-            found.append(
-                Obtained(repository, revision, commit, name, size, sha256, request.option, one.path)
+            option, path = request.option, hub_file.path
+            fetched.append(
+                FetchedFile(repository, revision, commit, name, size, sha256, option, path)
             )
-    return found
+    return fetched
 
 
-def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: Watcher) -> None:
-    """Bring what is missing of ``remotes``, and let their revisions point at it."""
+def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: DownloadListener) -> None:
+    """Download what is missing of ``remotes``, and point their revisions at it."""
     todo = []
     for remote in remotes:
         missing = _missing(remote, cache, watcher)
         if missing:
             check_access(remote, missing[0].file)
         todo += missing
-    _bring(todo, cache, watcher)
+    _download_all(todo, cache, watcher)
     for remote in remotes:
         repository = remote.request.repository
         for file in remote.files:
@@ -118,35 +126,41 @@ def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: Watcher) -> None
         cache.point(repository, remote.request.revision, remote.commit)
 
 
-def _check_here(request: Request, cache: HubCache, watcher: Watcher, *, again: bool) -> None:
-    for name, cached in cache.here(request).items():
-        _is_whole(cached, f"{name} of {request.repository}", cache, watcher, again=again)
+def _verify_present_files(
+    request: Request, cache: HubCache, watcher: DownloadListener, *, again: bool
+) -> None:
+    for name, hub_file in cache.here(request).items():
+        _verify(hub_file, f"{name} of {request.repository}", cache, watcher, again=again)
 
 
-def _is_whole(
-    cached: Cached, what: str, cache: HubCache, watcher: Watcher, *, again: bool = False
+def _verify(
+    hub_file: HubFile, what: str, cache: HubCache, watcher: DownloadListener, *, again: bool = False
 ) -> bool:
-    """Read a file that is here, if it never was, and throw it away when it is damaged."""
-    if not again and cache.known_sha256(cached):
+    """Verify a cached file unless that was done before, and delete it if it is damaged.
+
+    Returns:
+        Whether the file is valid.
+    """
+    if not again and cache.known_sha256(hub_file):
         return True
-    size = _size(cached.blob)
+    size = _size(hub_file.blob)
     sha256, right = read_sha256(
-        cached.blob, cached.etag, lambda done: watcher.checking(what, done, size)
+        hub_file.blob, hub_file.etag, lambda done: watcher.checking(what, done, size)
     )
     if right:
-        cache.remember(cached.blob, sha256)
+        cache.remember(hub_file.blob, sha256)
         return True
-    damaged = f"{what} is damaged: the bytes of {cached.blob} are not those its name stands for"
+    damaged = f"{what} is damaged: the content of {hub_file.blob} does not match its hash"
     if offline():
         raise StageError(f"{damaged}. Run once without HF_HUB_OFFLINE to fetch it again.")
-    watcher.line(f"{damaged}. It is thrown away and fetched again.")
-    cached.blob.unlink()
+    watcher.line(f"{damaged}. It is deleted and fetched again.")
+    hub_file.blob.unlink()
     return False
 
 
-def _lacking_offline(requests: Sequence[Request], cache: HubCache) -> str:
+def _missing_offline_message(requests: Sequence[Request], cache: HubCache) -> str:
     parts = "; ".join(
-        f"{', '.join(cache.lacking(request))} of {request.repository} ({request.revision})"
+        f"{', '.join(cache.missing_files(request))} of {request.repository} ({request.revision})"
         for request in requests
     )
     return (
@@ -155,20 +169,20 @@ def _lacking_offline(requests: Sequence[Request], cache: HubCache) -> str:
     )
 
 
-def _missing(remote: Remote, cache: HubCache, watcher: Watcher) -> list[_Missing]:
+def _missing(remote: Remote, cache: HubCache, watcher: DownloadListener) -> list[_Missing]:
     repository = remote.request.repository
     files = [
         _Missing(remote, file, cache.blob(repository, file.etag))
         for file in remote.files
         if cache.find(repository, remote.commit, file.name) is None
     ]
-    # The same bytes can be here for another revision.
+    # The same blob may be cached for another revision.
     return [one for one in files if not _has_blob(one, cache, watcher)]
 
 
-def _has_blob(one: _Missing, cache: HubCache, watcher: Watcher) -> bool:
-    cached = Cached(one.blob, one.blob, one.file.etag)
-    return one.blob.is_file() and _is_whole(cached, one.what, cache, watcher)
+def _has_blob(one: _Missing, cache: HubCache, watcher: DownloadListener) -> bool:
+    hub_file = HubFile(one.blob, one.blob, one.file.etag)
+    return one.blob.is_file() and _verify(hub_file, one.description, cache, watcher)
 
 
 def _size(path: Path) -> int:
@@ -178,21 +192,21 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _bring(todo: Sequence[_Missing], cache: HubCache, watcher: Watcher) -> None:
+def _download_all(todo: Sequence[_Missing], cache: HubCache, watcher: DownloadListener) -> None:
     if not todo:
         return
-    lacking = sum(one.file.size - one.have for one in todo)
+    missing_bytes = sum(one.file.size - one.downloaded for one in todo)
     free = free_space(cache.folder)
-    if lacking > free:
+    if missing_bytes > free:
         raise StageError(
-            f"{counted(len(todo), 'file')} ({readable(lacking)}) must be fetched, and only "
+            f"{counted(len(todo), 'file')} ({readable(missing_bytes)}) must be fetched, and only "
             f"{readable(free)} are free at {cache.folder}: free some, or put the cache elsewhere "
             "with HF_HOME."
         )
-    watcher.begin([(one.file.name, one.file.size, one.have) for one in todo])
+    watcher.begin([(one.file.name, one.file.size, one.downloaded) for one in todo])
     for number, one in enumerate(todo):
         try:
-            _bring_one(number, one, cache, watcher)
+            _download_one(number, one, cache, watcher)
         except OSError as error:
             if error.errno in _FULL:
                 raise StageError(
@@ -208,20 +222,20 @@ def _bring(todo: Sequence[_Missing], cache: HubCache, watcher: Watcher) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes of the file system that ``folder`` is or will be on."""
+    """Return the free bytes of the file system that ``folder`` is or will be on."""
     for place in (folder, *folder.parents):
         if place.exists():
             return shutil.disk_usage(place).free
     return shutil.disk_usage("/").free
 
 
-def _bring_one(number: int, one: _Missing, cache: HubCache, watcher: Watcher) -> None:
+def _download_one(number: int, one: _Missing, cache: HubCache, watcher: DownloadListener) -> None:
     repository, etag = one.remote.request.repository, one.file.etag
     lock = cache.lock(repository, etag)
-    with _locked(lock, on_wait=lambda: watcher.bytes(number, one.have)):
-        # Another run, or another program, may have made it while this one waited.
+    with _locked(lock, on_wait=lambda: watcher.bytes(number, one.downloaded)):
+        # Another process may have downloaded it meanwhile.
         if not _has_blob(one, cache, watcher):
-            sha256 = _whole(number, one, watcher)
+            sha256 = _download_verified(number, one, watcher)
             with one.partial.open("rb+") as handle:
                 os.fsync(handle.fileno())
             one.partial.replace(one.blob)
@@ -230,8 +244,8 @@ def _bring_one(number: int, one: _Missing, cache: HubCache, watcher: Watcher) ->
     watcher.brought(number)
 
 
-def _whole(number: int, one: _Missing, watcher: Watcher) -> str:
-    """Download until the bytes are right, twice at most; returns their sha256."""
+def _download_verified(number: int, one: _Missing, watcher: DownloadListener) -> str:
+    """Download and verify a file, at most twice; return its SHA-256."""
     name, size = one.file.name, one.file.size
     for last in (False, True):
         download(one.remote, one.file, one.partial, lambda done: watcher.bytes(number, done))
@@ -244,16 +258,17 @@ def _whole(number: int, one: _Missing, watcher: Watcher) -> str:
         if not last:
             watcher.line(f"{name} arrived damaged and is fetched again.")
     raise StageError(
-        f"{one.what} arrived twice with other bytes than the hub names ({one.file.etag[:12]}): "
-        "nothing of it is kept. Try again later, or another mirror (HF_ENDPOINT)."
+        f"{one.description} was downloaded twice, and neither copy matches the hub's hash "
+        f"({one.file.etag[:12]}): nothing of it is kept. Try again later, or another mirror "
+        "(HF_ENDPOINT)."
     )
 
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock that clients of the hub hold while they make a blob.
+    """Hold the lock that every client of the hub holds while it writes a blob.
 
-    The system lets go of it when its process dies.
+    The operating system releases it when the process dies.
     """
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -261,7 +276,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            # A timeout on entering; what happens inside is not timed.
+            # The timeout is for acquiring the lock only.
             lock = WeakFileLock(path, timeout=0.5)
             lock.__enter__()
         except Timeout:
@@ -274,7 +289,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-def _point_branch(request: Request, cache: HubCache, watcher: Watcher) -> None:
+def _point_branch(request: Request, cache: HubCache, watcher: DownloadListener) -> None:
     commit = cache.commit(request.repository, request.revision)
     if request.branch is None or commit is None:
         return

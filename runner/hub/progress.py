@@ -1,7 +1,7 @@
-"""What a person sees of a download: one bar for all of it, and a line for each file.
+"""The progress of a download: one bar for all of it, and a line for each file.
 
-Where another process has the console, ``python -m runner.hub`` also writes what happens into the
-file that the variable RUNNER_HUB_PROGRESS names, and a :class:`Follower` shows it there.
+If another process owns the console, ``python -m runner.hub`` writes its progress to the file that
+the variable RUNNER_HUB_PROGRESS names, and that process shows it with a :class:`Follower`.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from runner.core.console import Bar, Console
 from runner.core.text import counted, readable
 
 VARIABLE = "RUNNER_HUB_PROGRESS"
-# How often bytes are written down for another process.
+# The least time between two reports of bytes to another process.
 _SECONDS = 0.2
-# Reading less than this takes no time worth showing.
+# Smaller files are verified so fast that a bar is not worth it.
 _LONG = 500_000_000
 
 
-class Watcher(Protocol):
-    """Is told what happens; files are named by their number in the list that it begins with."""
+class DownloadListener(Protocol):
+    """A listener to a download; it gets a list of files first, and then their indices in it."""
 
     def begin(self, todo: Sequence[tuple[str, int, int]]) -> None:
-        """These files (name, size, bytes of it that are here) will be brought."""
+        """Start the download of these files: name, size, and bytes already present."""
 
     def bytes(self, number: int, done: int) -> None:
-        """A file being brought has so many bytes now."""
+        """Report that ``done`` bytes of a file are present."""
 
     def checking(self, name: str, done: int, size: int) -> None:
-        """A file is being read to see that it is whole."""
+        """Report that ``done`` bytes of a file were verified."""
 
     def brought(self, number: int) -> None:
-        """A file is here and whole."""
+        """Report that a file was downloaded and verified."""
 
     def line(self, text: str) -> None:
-        """Something worth a line."""
+        """Show a message to the user."""
 
 
-class Shown(AbstractContextManager["Shown"]):
-    """Shows :func:`runner.hub.fetch.obtain` on a console, and writes it into the file ``told``."""
+class DownloadProgress(AbstractContextManager["DownloadProgress"]):
+    """A listener that shows a download on a console and records it in ``progress_file``."""
 
-    def __init__(self, console: Console, told: Path | None = None) -> None:
+    def __init__(self, console: Console, progress_file: Path | None = None) -> None:
         self._console = console
-        self._told = told
+        self._progress_file = progress_file
         self._files: list[tuple[str, int]] = []
         self._done: list[int] = []
         self._bar: Bar | None = None
@@ -56,11 +56,11 @@ class Shown(AbstractContextManager["Shown"]):
         self._last = 0.0
 
     def begin(self, todo: Sequence[tuple[str, int, int]]) -> None:
-        """A bar over all bytes, from those that are here."""
-        self._tell("begin", todo)
+        """Open a bar over all bytes, beginning with those that are present."""
+        self._record("begin", todo)
         self._end_reading()
         self._files = [(name, size) for name, size, _ in todo]
-        self._done = [here for _, _, here in todo]
+        self._done = [present for _, _, present in todo]
         start, total = sum(self._done), sum(size for _, size in self._files)
         self._console.line(
             f"      {counted(len(todo), 'file')} to fetch, {readable(total)}"
@@ -69,16 +69,16 @@ class Shown(AbstractContextManager["Shown"]):
         self._bar = self._console.bar("fetched", total, start=start, in_bytes=True).__enter__()
 
     def bytes(self, number: int, done: int) -> None:
-        """The bar, and how far this file is."""
-        self._tell("bytes", number, done, now=False)
+        """Update the bar and the percentage of this file."""
+        self._record("bytes", number, done, now=False)
         self._done[number] = done
         name, size = self._files[number]
         place = f"{number + 1}/{len(self._files)}"
         self._update(f"{place} {short(name)} {done / max(1, size):.0%}")
 
     def checking(self, name: str, done: int, size: int) -> None:
-        """On the download's bar while there is one; else a bar of its own for large files."""
-        self._tell("checking", name, done, size, now=done >= size)
+        """Show a verification in the download's bar, or in a separate bar for a large file."""
+        self._record("checking", name, done, size, now=done >= size)
         if self._bar is not None:
             self._update(f"checking {short(name)} {done / max(1, size):.0%}")
             return
@@ -93,24 +93,24 @@ class Shown(AbstractContextManager["Shown"]):
             self._end_reading()
 
     def brought(self, number: int) -> None:
-        """One line for a file that is here."""
-        self._tell("brought", number)
+        """Print a line for a finished file."""
+        self._record("brought", number)
         name, size = self._files[number]
         self._done[number] = size
         self._console.line(f"      {name}  {readable(size)}")
 
     def line(self, text: str) -> None:
-        """A notice."""
-        self._tell("line", text)
+        """Print a notice."""
+        self._record("line", text)
         self._console.notice(text)
 
-    def _tell(self, what: str, *given: object, now: bool = True) -> None:
-        if self._told is None or not (now or time.monotonic() - self._last >= _SECONDS):
+    def _record(self, event: str, *arguments: object, now: bool = True) -> None:
+        if self._progress_file is None or not (now or time.monotonic() - self._last >= _SECONDS):
             return
         self._last = time.monotonic()
-        # A full disk ends the download with a line of its own.
-        with suppress(OSError), self._told.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([what, *given]) + "\n")
+        # If the disk is full, the download itself reports that.
+        with suppress(OSError), self._progress_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([event, *arguments]) + "\n")
 
     def _update(self, detail: str) -> None:
         if self._bar is not None:
@@ -123,48 +123,48 @@ class Shown(AbstractContextManager["Shown"]):
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self._end_reading()
         if self._bar is not None:
             self._bar.detail = ""
-            self._bar.__exit__(kind, error, traceback)
+            self._bar.__exit__(exc_type, error, traceback)
             self._bar = None
 
 
 class Follower(AbstractContextManager["Follower"]):
-    """Shows on a console what another process, which has ``variables`` set, fetches."""
+    """A console view of the downloads of another process, started with ``variables``."""
 
     def __init__(self, file: Path, console: Console) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
         self._file, self._read, self._rest = file, 0, ""
-        self._shown = Shown(console)
+        self._progress = DownloadProgress(console)
         self.variables = {VARIABLE: str(file.absolute())}
 
     def update(self) -> None:
-        """Show what happened since the last time."""
+        """Show what happened since the last call."""
         with self._file.open(encoding="utf-8") as file:
             file.seek(self._read)
             *lines, self._rest = (self._rest + file.read()).split("\n")
             self._read = file.tell()
         for line in lines:
-            what, *given = json.loads(line)
-            getattr(self._shown, what)(*given)
+            event, *arguments = json.loads(line)
+            getattr(self._progress, event)(*arguments)
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self.update()
-        self._shown.__exit__(kind, error, traceback)
+        self._progress.__exit__(exc_type, error, traceback)
         self._file.unlink(missing_ok=True)
 
 
 def short(name: str) -> str:
-    """The end of a long path."""
+    """Shorten a long path to its end."""
     return name if len(name) <= 40 else f"...{name[-37:]}"

@@ -1,7 +1,7 @@
-"""Ask the hub: what a revision is, how large its files are, whether we may have them, and bytes.
+"""Queries to the Hugging Face hub: commits, file sizes, access, and downloads.
 
-Every failure is one :class:`StageError` that says what is wrong and what to do. Tokens are found
-and sent by huggingface_hub, to the hub alone; nothing here prints one.
+Every failure is a :class:`StageError` that says what is wrong and what to do. huggingface_hub finds
+the token and sends it to the hub only; nothing here prints it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import TypeVar
 
 from runner.core.errors import StageError
 from runner.core.text import did_you_mean
-from runner.hub.cache import Request
+from runner.hub.hub_cache import Request
 
 T = TypeVar("T")
 
-# The hub is asked so often before a run gives up, waiting 1, 2, 4 and 8 seconds between.
+# The number of attempts, with pauses of 1, 2, 4 and 8 seconds between them.
 ATTEMPTS = 5
 PAUSE = 1.0
-# How often a download's progress is told, in bytes.
+# Bytes between two reports of a download's progress.
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub; ``etag`` names its bytes, see :mod:`runner.hub.cache`."""
+    """A file on the hub; for ``etag`` see :mod:`runner.hub.hub_cache`."""
 
     name: str
     size: int
@@ -37,7 +37,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Remote:
-    """What a request comes to on the hub."""
+    """A request resolved on the hub: the commit and its wanted files."""
 
     request: Request
     commit: str
@@ -52,19 +52,23 @@ def offline() -> bool:
 
 
 def hush() -> None:
-    """Keep huggingface_hub's warnings (of retries, of rate limits) off the screen."""
+    """Silence huggingface_hub's warnings about retries and rate limits."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
 
 
 def look_up(request: Request) -> Remote:
-    """The commit of a request and its files with their sizes; no file is touched."""
+    """Find the commit of a request and the sizes of its files, without downloading.
+
+    Raises:
+        StageError: A required file is not there, or the hub can't be used.
+    """
     from huggingface_hub import HfApi, constants
 
     api = HfApi(endpoint=constants.ENDPOINT)
     ask = api.dataset_info if request.repo_type == "dataset" else api.model_info
-    info = _patiently(
+    info = _with_retries(
         request,
         lambda: ask(
             request.repository,
@@ -80,7 +84,7 @@ def look_up(request: Request) -> Remote:
                 f"{request.repository} has no file {file} at {request.option}={request.revision}."
                 + did_you_mean(file, siblings)
             )
-    found = []
+    files = []
     for name, sibling in siblings.items():
         if request.matches(name):
             etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
@@ -88,23 +92,24 @@ def look_up(request: Request) -> Remote:
             if etag is None or size is None or info.sha is None:
                 raise StageError(
                     f"{constants.ENDPOINT} names no size or digest for {name} of "
-                    f"{request.repository}: it is no complete hub (HF_ENDPOINT)."
+                    f"{request.repository}: it is not a complete hub (HF_ENDPOINT)."
                 )
-            found.append(RemoteFile(name, size, etag))
-    # The required files come last: once they are here, so are the optional ones, and a run cut
-    # between the two is not taken for complete.
-    found.sort(key=lambda file: (file.name in request.files, file.name))
-    return Remote(request, str(info.sha), tuple(found))
+            files.append(RemoteFile(name, size, etag))
+    # Required files come last: once they are cached, the optional ones are too, so an interrupted
+    # download never looks complete.
+    files.sort(key=lambda file: (file.name in request.files, file.name))
+    return Remote(request, str(info.sha), tuple(files))
 
 
 def check_access(remote: Remote, file: RemoteFile) -> None:
-    """Ask for a file's head as a download would; what a repository is may be told to all.
+    """Request a file's headers, because a gated repository lists files that it does not give.
 
-    Raises :class:`StageError` when the file is refused or is not the one that was listed.
+    Raises:
+        StageError: The file is refused, or its size is not the one that was listed.
     """
     from huggingface_hub import get_hf_file_metadata
 
-    head = _patiently(remote.request, lambda: get_hf_file_metadata(_url(remote, file)))
+    head = _with_retries(remote.request, lambda: get_hf_file_metadata(_url(remote, file)))
     if head.size is not None and head.size != file.size:
         raise StageError(
             f"the hub contradicts itself: {file.name} of {remote.request.repository} is listed "
@@ -115,10 +120,16 @@ def check_access(remote: Remote, file: RemoteFile) -> None:
 def download(
     remote: Remote, file: RemoteFile, partial: Path, progress: Callable[[int], None]
 ) -> None:
-    """Bring ``partial`` to the file's full size, from where it ends now.
+    """Download a file, resuming at the end of ``partial``; the content is not verified.
 
-    ``progress`` is called with the bytes that are there. The bytes are not checked here. Raises
-    :class:`StageError` when nothing more arrives; what did is kept.
+    Args:
+        remote: The repository at its commit.
+        file: The file.
+        partial: The path of the partial download.
+        progress: Called with the number of bytes present.
+
+    Raises:
+        StageError: Nothing more arrives. The partial download is kept.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
@@ -146,14 +157,14 @@ def download(
         try:
             _stream(remote, file, partial, have, progress)
         except (httpx2.RequestError, httpx2.InvalidURL, HfHubHTTPError) as error:
-            if not _passing(error) or failures == ATTEMPTS:
-                raise StageError(told(error, remote.request, file.name)) from error
+            if not _is_transient(error) or failures == ATTEMPTS:
+                raise StageError(error_message(error, remote.request, file.name)) from error
 
 
 def _stream(
     remote: Remote, file: RemoteFile, partial: Path, have: int, progress: Callable[[int], None]
 ) -> None:
-    """One answer of the hub, written as it arrives."""
+    """Write one response of the hub as it arrives."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -161,7 +172,7 @@ def _stream(
         http_stream_backoff,
     )
 
-    # Encoded bytes can't be counted or gone on from.
+    # A compressed response can't be resumed.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -172,13 +183,13 @@ def _stream(
             headers=headers,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             follow_redirects=True,
-            # Failures are counted by the caller, which knows whether anything arrived.
+            # The caller counts failures, because it knows whether anything arrived.
             retry_on_exceptions=(),
             retry_on_status_codes=(408, 429),
         ) as response,
         partial.open("r+b" if have else "wb") as handle,
     ):
-        if response.status_code == 416:  # It has less than we do: start anew.
+        if response.status_code == 416:  # Our partial file is longer: start again.
             handle.truncate(0)
             return
         hf_raise_for_status(response)
@@ -188,16 +199,16 @@ def _stream(
                 handle.truncate(0)
                 return
             handle.seek(have)
-        else:  # The whole file, asked for or not.
+        else:  # The complete file, requested or not.
             handle.truncate(0)
             have = 0
-        told_at = have
-        # Pieces are taken as they arrive: gathered to a size, those of a cut connection are lost.
+        reported_at = have
+        # No chunk size: a lost connection would lose what was gathered for a chunk.
         for piece in response.iter_bytes():
             handle.write(piece)
             have += len(piece)
-            if have - told_at >= CHUNK or have >= file.size:
-                told_at = have
+            if have - reported_at >= CHUNK or have >= file.size:
+                reported_at = have
                 progress(min(have, file.size))
             if have > file.size:
                 raise StageError(
@@ -215,8 +226,8 @@ def _url(remote: Remote, file: RemoteFile) -> str:
     )
 
 
-def _patiently(request: Request, call: Callable[[], T]) -> T:
-    """``call()``, again after failures that pass."""
+def _with_retries(request: Request, call: Callable[[], T]) -> T:
+    """Call ``call``, with retries after transient errors."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -225,20 +236,22 @@ def _patiently(request: Request, call: Callable[[], T]) -> T:
         try:
             return call()
         except (httpx2.RequestError, httpx2.InvalidURL, HfHubHTTPError) as error:
-            if not _passing(error) or attempt == ATTEMPTS - 1:
-                raise StageError(told(error, request)) from error
+            if not _is_transient(error) or attempt == ATTEMPTS - 1:
+                raise StageError(error_message(error, request)) from error
             time.sleep(PAUSE * 2**attempt)
         except JSONDecodeError as error:
             raise StageError(
-                f"{constants.ENDPOINT} answers with something else than a hub does: check "
+                f"{constants.ENDPOINT} does not answer as a hub does: check "
                 "HF_ENDPOINT, and whether this network wants you to log in first."
             ) from error
-        except ValueError as error:  # A name that is none.
-            raise StageError(f"{request.repository} can't be looked up: {_words(error)}") from error
+        except ValueError as error:  # not a valid name
+            raise StageError(
+                f"{request.repository} can't be looked up: {_reason(error)}"
+            ) from error
     raise AssertionError("unreachable")
 
 
-def _passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     import httpx2
 
@@ -252,12 +265,12 @@ def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def told(error: Exception, request: Request, file: str | None = None) -> str:
-    """What went wrong at the hub, in one line."""
+def error_message(error: Exception, request: Request, file: str | None = None) -> str:
+    """Describe a failure of the hub, in one line."""
     from huggingface_hub import constants, errors, get_token
 
-    where, repository = constants.ENDPOINT, request.repository
-    page = f"{where}/{'datasets/' if request.repo_type == 'dataset' else ''}{repository}"
+    endpoint, repository = constants.ENDPOINT, request.repository
+    page = f"{endpoint}/{'datasets/' if request.repo_type == 'dataset' else ''}{repository}"
     what = "dataset" if request.repo_type == "dataset" else "repository"
     token = "the token in use does not open it" if get_token() else "no token is set"
     if isinstance(error, errors.GatedRepoError):
@@ -272,23 +285,23 @@ def told(error: Exception, request: Request, file: str | None = None) -> str:
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repository} has no file {file or ''} at {request.option}={request.revision}."
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no {what} {repository} at {where}, or it is private and {token}."
+        return f"there is no {what} {repository} at {endpoint}, or it is private and {token}."
     status = _status(error)
     if status in (401, 403):
         return (
-            f"{where} refuses {repository} (HTTP {status}) and {token}: log in with "
+            f"{endpoint} refuses {repository} (HTTP {status}) and {token}: log in with "
             "`hf auth login` or set HF_TOKEN to a token that may read it."
         )
     if status is not None:
-        return f"{where} answers HTTP {status} for {repository}. Try again later." + _KEPT
-    return f"{where} can't be reached ({_words(error)}): check the connection." + _KEPT
+        return f"{endpoint} answers HTTP {status} for {repository}. Try again later." + _KEPT
+    return f"{endpoint} can't be reached ({_reason(error)}): check the connection." + _KEPT
 
 
 _KEPT = " What was downloaded is kept."
 
 
-def _words(error: Exception) -> str:
-    """The first line of an error, unless it quotes the headers that could not be sent."""
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, unless it quotes headers, which hold the token."""
     import httpx2
 
     if isinstance(error, httpx2.LocalProtocolError | UnicodeError):

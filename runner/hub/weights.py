@@ -1,4 +1,4 @@
-"""Where a model's weights lie on this machine, and what it takes to have them; reads only."""
+"""A model's weights: their paths on this computer, and how to fetch them. Reads only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from runner.config.schema import ModelConfig, RunConfig
 from runner.core.command import Command
 from runner.core.paths import checkout
 from runner.formats.train_toml import WeightPaths
-from runner.hub.cache import HubCache, Request
+from runner.hub.hub_cache import HubCache, Request
 
 
 @dataclass(frozen=True)
-class WeightFacts:
-    """Where the weights are or will be, and the digest of each once they are there.
+class LocatedWeights:
+    """The paths that the weights have or will have, and how to fetch them.
 
-    ``commands`` bring them. ``tokenizer`` is the folder of the text encoder's, where it is on this
-    machine. ``requests`` are the files of the hub among them. ``checked``: all that is here was
-    read, and found whole.
+    Attributes:
+        paths: The files' paths.
+        digests: A digest for each part; None while something is missing.
+        commands: The commands that fetch them.
+        summary: A line about them, for plans.
+        tokenizer: The folder of the text encoder's tokenizer, if it is on this computer.
+        requests: Those of the files that are on the hub.
+        checked: Whether all cached files were verified.
     """
 
     paths: WeightPaths
@@ -34,11 +39,12 @@ class WeightFacts:
 
     @property
     def present(self) -> bool:
+        """Whether nothing is missing."""
         return self.digests is not None
 
 
-# musubi-tuner loads these from the hub's cache while it runs, by the branch main. What it can't do
-# without, and what it takes besides.
+# musubi-tuner itself loads these from the Hugging Face cache, at the branch main: these files, and
+# optional ones (the patterns of their requests).
 _QWEN = "Qwen/Qwen-Image"
 _QWEN_FILES = (
     "tokenizer/merges.txt",
@@ -50,7 +56,7 @@ _BYT5_FILES = ("config.json", "tokenizer_config.json")
 
 
 def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
-    """The files a task needs, by repository."""
+    """List the files that a task needs, one request per repository."""
     encoders: tuple[str, ...] = (model.text_encoder, model.byt5)
     if task == "i2v":
         encoders = (*encoders, model.image_encoder)
@@ -86,10 +92,10 @@ def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
     )
 
 
-def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
-    """Where the weights of a model of the hub are or will be; reads only."""
+def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
+    """Locate the weights of a model that is on the hub; reads only."""
     model, requests = config.model, hub_requests(config.model, config.task.name)
-    cache = checked_cache(root)
+    cache = user_hub_cache(root)
     hub, encoders, qwen, byt5 = requests
 
     def path(request: Request, file: str) -> str:
@@ -98,11 +104,11 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
 
     def digest(request: Request, *files: str) -> str | None:
         commit = cache.commit(request.repository, request.revision)
-        found = [cache.find(request.repository, commit, file) for file in files]
-        parts = [None if cached is None else cache.name_of(cached) for cached in found]
+        hub_files = [cache.find(request.repository, commit, file) for file in files]
+        parts = [None if one is None else cache.name_of(one) for one in hub_files]
         if None in parts:
             return None
-        # A tokenizer is several files; one digest of theirs stands for all.
+        # A tokenizer is several files, which get one digest.
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     i2v = config.task.name == "i2v"
@@ -116,16 +122,16 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
     }
     if i2v:
         digests["image_encoder"] = digest(encoders, model.image_encoder)
-    lacking = sum(len(cache.lacking(request)) for request in requests)
+    missing_files = sum(len(cache.missing_files(request)) for request in requests)
     unchecked = sum(cache.unchecked(request) for request in requests)
     complete = None not in digests.values() and all(cache.pointed(r) for r in requests)
     number = sum(len(request.files) for request in requests)
     summary = f"{number} files of {model.repository}, its encoders and tokenizers"
-    if lacking:
-        summary += f", {lacking} to fetch"
+    if missing_files:
+        summary += f", {missing_files} to fetch"
     if unchecked:
         summary += f", {unchecked} to check"
-    return WeightFacts(
+    return LocatedWeights(
         WeightPaths(
             transformer=path(hub, model.transformer),
             vae=path(hub, model.vae),
@@ -143,20 +149,20 @@ def hub_weights(config: RunConfig, root: Path) -> WeightFacts:
 
 
 def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
-    """The folder of Qwen2.5-VL's tokenizer when it is in the hub's cache; never goes online."""
-    cache = checked_cache(root)
+    """Return the folder of Qwen2.5-VL's tokenizer, or None if it is not cached."""
+    cache = user_hub_cache(root)
     commit = cache.commit(_QWEN, model.qwen_tokenizer_revision)
-    found = [cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
-    # The parent of the name in the snapshot, not of the blob that it leads to.
+    hub_files = [cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
+    # The folder in the snapshot, not that of the blobs.
     return (
         None
-        if commit is None or None in found
+        if commit is None or None in hub_files
         else cache.place(_QWEN, commit, _QWEN_FILES[0]).parent
     )
 
 
-def checked_cache(root: Path) -> HubCache:
-    """The hub's cache, with what was checked noted below the output folder."""
+def user_hub_cache(root: Path) -> HubCache:
+    """Open the Hugging Face cache, with notes on verified files in the output folder."""
     return HubCache.of_user(root / "cache" / "weights" / "checked")
 
 
@@ -165,8 +171,7 @@ def _joined(parts: Iterable[str | None]) -> str:
 
 
 def _command(requests: Iterable[Request], cache: HubCache, root: Path, *, force: bool) -> Command:
-    """What fetches them, at their commits where those are known; all are asked for together, so
-    that one that can't be had is told before the first is fetched."""
+    """Build the one command for all requests, so that each is checked before any is fetched."""
     argv = [sys.executable, "-m", "runner.hub"]
     for number, request in enumerate(requests):
         commit = cache.commit(request.repository, request.revision)

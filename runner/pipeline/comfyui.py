@@ -1,7 +1,7 @@
-"""A LoRA file as ComfyUI loads it, and back: ``python -m runner.stages.convert``.
+"""Convert LoRA files to ComfyUI's form and back: ``python -m runner.stages.convert``.
 
-A process of its own, whose start imports little before torch. That must be: safetensors' numpy
-reader knows no bf16, in which LoRAs are saved.
+It runs in a process of its own, because it needs torch: safetensors' numpy reader does not support
+bf16, in which LoRAs are saved.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from runner.core.process import Stopped, raise_on_signals
 
 
 def convert(source: Path, destination: Path, *, reverse: bool = False) -> int:
-    """Write ``source`` as ComfyUI loads it to ``destination``, whole or not at all.
+    """Convert a LoRA file to ComfyUI's form, and write it atomically.
 
-    With ``reverse`` ComfyUI's file is written as musubi-tuner has it.
+    Args:
+        source: the LoRA file to read.
+        destination: the file to write.
+        reverse: convert from ComfyUI's form to musubi-tuner's.
 
     Returns:
-        How many tensors were written.
+        The number of tensors written.
 
     Raises:
         UserError: ``source`` can't be read, or is no LoRA of this model.
@@ -61,15 +64,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--reverse", action="store_true", help="from ComfyUI's to musubi-tuner's")
     parser.add_argument("source", type=Path, metavar="FROM.safetensors")
     parser.add_argument("destination", type=Path, metavar="TO.safetensors")
-    given = parser.parse_args(arguments)
-    number = convert(given.source, given.destination, reverse=given.reverse)
-    print(f"{given.source} -> {given.destination}: {number} tensors")
+    parsed = parser.parse_args(arguments)
+    number = convert(parsed.source, parsed.destination, reverse=parsed.reverse)
+    print(f"{parsed.source} -> {parsed.destination}: {number} tensors")
 
 
 def command_line() -> int:
-    """Convert as the command line says; the exit code.
+    """Run the command line.
 
-    2 with one line for a file that can't be converted, 1 with one for a disk that can't be written.
+    Returns:
+        The exit code: 2 for a file that can't be converted, 1 for one that can't be written, each
+        with one line on standard error.
     """
     raise_on_signals()
     try:

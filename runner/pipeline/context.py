@@ -1,4 +1,4 @@
-"""What the stages of one run work with."""
+"""The objects that the stages of one run work with."""
 
 from __future__ import annotations
 
@@ -9,67 +9,68 @@ from pathlib import Path
 from runner.core.command import Command
 from runner.core.console import Console
 from runner.engines.base import Engine
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 from runner.pipeline import verify
 from runner.pipeline.model import Inputs, Plan
-from runner.storage.leases import Use
-from runner.storage.store import Fault, Store
+from runner.storage.leases import UseLease
+from runner.storage.shared_cache import Fault, SharedCache
 from runner.tracking.mlflow_run import Writer
 
 
 @dataclass
 class Context:
-    """A run at work: its folder, its plan as of now, and where it writes what happens.
+    """A run in progress: its folder, its current plan, and where it reports.
 
-    ``make_plan`` makes the plan of other inputs. ``launched`` are the commands that were started of
-    each stage, in their order.
+    Attributes:
+        make_plan: makes a new plan from changed inputs.
+        launched: the commands started so far, in order, for each stage.
     """
 
     inputs: Inputs
     engine: Engine
     run_dir: Path
-    store: Store
+    cache: SharedCache
     console: Console
     writer: Writer
     plan: Plan
-    use: Use
+    use_lease: UseLease
     make_plan: Callable[[Inputs], Plan]
     launched: dict[str, list[Command]] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    _reported: set[str] = field(default_factory=set)
     _stale: bool = False
 
-    def look(self) -> Plan:
-        """Look at what the plan counts on; where that changed, the plan is made anew.
+    def refresh_plan(self) -> Plan:
+        """Verify the entries that the plan needs, and plan again if something changed.
 
-        What the plan counts on is kept from being pruned before it is looked at.
+        The entries are leased before they are verified, so that they cannot be pruned.
         """
 
-        def faults(stored: Collection[str]) -> dict[str, Fault]:
-            self.use.hold(stored)
-            return verify.read_through(self.store, stored, self.console)
+        def faults(full_keys: Collection[str]) -> dict[str, Fault]:
+            self.use_lease.hold(full_keys)
+            return verify.check_all_bytes(self.cache, full_keys, self.console)
 
         known = None if self._stale else self.plan
-        settled = verify.settle(self.inputs, self.make_plan, faults, known)
-        self.inputs, self.plan, self._stale = settled.inputs, settled.plan, False
-        new = [one for one in settled.found if one.entry.stored not in self._told]
+        verified = verify.plan_with_valid_cache(self.inputs, self.make_plan, faults, known)
+        self.inputs, self.plan, self._stale = verified.inputs, verified.plan, False
+        new = [fault for fault in verified.faults if fault.entry.full_key not in self._reported]
         for line in verify.notices(new):
             self.console.notice(line)
-        self._told |= {one.entry.stored for one in new if one.fault != "absent"}
+        self._reported |= {fault.entry.full_key for fault in new if fault.fault != "absent"}
         return self.plan
 
-    def look_at_weights(self) -> WeightFacts:
-        """Look where the weights are, after some were brought; the next look plans with them."""
+    def refresh_weights(self) -> LocatedWeights:
+        """Locate the weights again after a download; the next :meth:`refresh_plan` uses them."""
         weights = self.engine.weights(self.inputs.config, self.inputs.root)
         if weights != self.inputs.weights:
-            # What entries are called is known only now, and others may have made some meanwhile.
-            self.inputs = replace(self.inputs, weights=weights, cached=self.store.names())
+            # Cache keys depend on the weights, and other runs may have made entries meanwhile.
+            self.inputs = replace(self.inputs, weights=weights, cached=self.cache.names())
             self._stale = True
         return weights
 
-    def made(self, stored: Collection[str]) -> None:
-        """These entries (``shelf/name``) were made as the plan wants them, which so stays true."""
-        self.inputs = replace(self.inputs, cached=self.inputs.cached.union(stored))
+    def mark_made(self, full_keys: Collection[str]) -> None:
+        """Record that these entries (``namespace/key``) now exist; the plan stays valid."""
+        self.inputs = replace(self.inputs, cached=self.inputs.cached.union(full_keys))
 
     def log(self, stage: str) -> Path:
-        """The log of one stage."""
+        """Return the path of a stage's log."""
         return self.run_dir / "logs" / f"{stage}.log"

@@ -1,13 +1,13 @@
-"""The two digests of a run: of what gave its result, and of what was asked for; pure.
+"""The two digests of a run: of everything that decides its result, and of the request; pure.
 
 The fingerprint (MLflow's tag ``config.fingerprint``) is equal for runs that must give the same
-LoRA, however they were written down: the seed that was drawn, the media, captions and weights by
-content, paths absolute. The resume key (``config.resume_key``) is equal for the same command given
-again: the seed as asked, media and weights by name. Which code ran, and on what GPU, is in neither:
-MLflow has it as ``runner.commit``, ``engine.version`` and ``gpu``.
+LoRA, however they were requested: it has the seed that was drawn, media, captions and weights by
+content, and absolute paths. The resume key (``config.resume_key``) is equal when the same command
+is given again: it has the seed as requested, and media and weights by name. The version of the code
+and the GPU are in neither; MLflow has them as ``runner.commit``, ``engine.version`` and ``gpu``.
 
-An option is digested where it differs from its default, so that one that is new changes no digest
-of earlier runs while nobody sets it.
+Only options that differ from their defaults are digested, so that a new option does not change the
+digests of earlier runs.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from runner.config.schema import DatasetConfig, SourceConfig, options
 from runner.data.select import SourceOptions, source_options
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
-from runner.storage.store import key_of
+from runner.storage.shared_cache import json_digest
 
-# Options that each source may have of its own: they are digested source by source.
+# Options that each source may set for itself: they are digested for each source.
 _OF_SOURCES = frozenset(
     {f"dataset.{item.name}" for item in fields(SourceConfig)}
     | {"dataset.missing_captions", "dataset.sources"}
 )
-# The first default of each option whose default has changed since. Left out is what had it: else
-# an earlier run and a later one would be equal that differ in it.
+# The first default of each option whose default has changed since. Digests leave out this value and
+# not the new default; otherwise earlier and later runs that differ in it would seem equal.
 FIRST_DEFAULTS: Mapping[str, Any] = {}
 
 
 def resume_key(inputs: Inputs) -> str:
-    """The digest of what was asked for."""
+    """Return the digest of what was requested."""
     return _digest(
         {
             **_set(inputs, ("both", "asked")),
@@ -45,16 +45,19 @@ def resume_key(inputs: Inputs) -> str:
 
 
 def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
-    """The digest of what gives a run's result; None while its weights are not there.
+    """Return the digest of everything that decides a run's result; None if weights are missing.
 
-    ``plan`` is that of these inputs: the names of its cached latents and captions say what they
-    are made of, the encoders, a VAE tile and fp8 among it.
+    Args:
+        inputs: the inputs of the plan.
+        plan: the plan of these inputs. The keys of its latents and captions are digests of their
+            cache inputs, among them the encoders, the VAE tile and fp8.
+        engine: the run's engine.
     """
     weights = inputs.weights.digests
     if weights is None:
         return None
-    compiled, _ = engine.compiles(inputs.job, inputs.machine)
-    cached = (entry for entry in plan.entries if entry.shelf != "media")
+    compiled, _ = engine.compiles(inputs.job, inputs.gpu)
+    cached = (entry for entry in plan.entries if entry.namespace != "media")
     return _digest(
         {
             **_set(inputs, ("both",)),
@@ -69,45 +72,45 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
     )
 
 
-def _digest(made_of: Mapping[str, Any]) -> str:
-    return key_of(made_of)[:16]
+def _digest(cache_inputs: Mapping[str, Any]) -> str:
+    return json_digest(cache_inputs)[:16]
 
 
 def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
-    """The options among ``which`` that are not at their defaults, by key.
+    """Return the options among ``which`` that differ from their defaults, by key.
 
-    One that nobody has decided on counts in both digests.
+    An option without a row in the table counts in both digests.
     """
-    config, facts = inputs.config, inputs.engine
-    found: dict[str, Any] = {}
+    config, install = inputs.config, inputs.engine
+    changed: dict[str, Any] = {}
     for option in options(type(config)):
         key, value = option.key, value_of(config, option.key)
         counted = (option.counts or "both") in which and key not in _OF_SOURCES
         if counted and value != FIRST_DEFAULTS.get(key, option.default):
-            found[key] = value
-    # These alone are given as typed, and known as absolute.
-    located = {"engine.path": facts.source_path, "engine.python": facts.python}
-    return found | {key: place for key, place in located.items() if key in found}
+            changed[key] = value
+    # Only these are not yet absolute in the config.
+    located = {"engine.path": install.source_path, "engine.python": install.python}
+    return changed | {key: path for key, path in located.items() if key in changed}
 
 
 def _asked_sources(inputs: Inputs) -> list[dict[str, Any]]:
-    """Each source: where it is, and what of its options is not at its default."""
+    """Return the place of each source, and its options that differ from the defaults."""
     first = {k.rpartition(".")[2]: v for k, v in FIRST_DEFAULTS.items() if k in _OF_SOURCES}
     default = _flat(source_options(DatasetConfig(**first))[0])
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for asked, source in zip(source_options(inputs.config.dataset), inputs.sources, strict=True):
-        place: dict[str, Any] = {"kind": source.kind}
-        if asked.kind == "hub":
+        place: dict[str, Any] = {"kind": source.source_kind}
+        if asked.source_kind == "hub":
             place = {"kind": "hub", "path": asked.path, "revision": asked.revision}
-        elif source.kind != "sample":
+        elif source.source_kind != "sample":
             place["path"] = source.path
         changed = {key: value for key, value in _flat(asked).items() if value != default[key]}
-        found.append(place | changed)
-    return found
+        result.append(place | changed)
+    return result
 
 
 def _flat(asked: SourceOptions) -> dict[str, Any]:
     values = asdict(asked)
-    for place in ("path", "kind", "revision"):
+    for place in ("path", "source_kind", "revision"):
         del values[place]
     return values | values.pop("extraction")

@@ -1,4 +1,4 @@
-"""Carry out a plan: stages in order, each in the log and in MLflow, ended as it truly ended."""
+"""Execute a plan: run the stages in order, and record each with its real outcome."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from runner.engines.registry import engine_named
 from runner.pipeline import stages, verify
 from runner.pipeline.acquire import acquire
 from runner.pipeline.context import Context
-from runner.pipeline.given_files import settle
-from runner.pipeline.inputs import gather, look_around, refusal
+from runner.pipeline.inputs import gather, read_environment, refusal
 from runner.pipeline.model import Inputs, Plan, StagePlan
+from runner.pipeline.option_paths import resolve_paths
 from runner.pipeline.plan import commands_sh, make_plan
-from runner.pipeline.record import Recorder, Status, check_tracking, how_to_compare
+from runner.pipeline.record import Recorder, RunStatus, check_tracking, how_to_compare
 from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.base import LORA
 from runner.pipeline.stages.convert import COMFYUI_LORA
 from runner.pipeline.stages.evaluate import EVALUATION
-from runner.storage.leases import Use
-from runner.storage.store import Store
+from runner.storage.leases import UseLease
+from runner.storage.shared_cache import SharedCache
 from runner.tracking.client import safe
 from runner.tracking.multirun import Job
 from runner.tracking.secrets import redact_mapping, secret_values
 
-# The commands that were started of each stage.
+# The commands that were started, for each stage.
 Launched = Mapping[str, Sequence[Command]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before it begins: what it is planned from, and its plan."""
+    """A run before it begins: its config, its engine, its plan and the inputs of the plan."""
 
     composed: Composed
     inputs: Inputs
@@ -59,51 +59,66 @@ class Prepared:
 
 
 def check(config: RunConfig, engine: Engine) -> None:
-    """Raise :class:`UserError` for the first rule that ``config`` breaks."""
+    """Check a config by all rules that need nothing else.
+
+    Raises:
+        UserError: the first rule that ``config`` breaks.
+    """
     for problem in chain(rules.problems(config), engine.problems(config), stages.problems(config)):
         raise UserError(problem)
 
 
 def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
-    """Check a config and plan it.
+    """Check a config and plan the run.
 
-    Fetches and unpacks the sources, unless it is a dry run. Raises :class:`UserError` before
-    anything but the shared cache is written, and :class:`runner.core.process.Stopped` when a
-    signal ended it.
+    Fetches and unpacks the sources, unless it is a dry run. Writes only to the shared cache.
+
+    Raises:
+        UserError: the run cannot be planned.
+        Stopped: a signal arrived.
     """
     engine = engine_named(composed.config.engine.name)
     check(composed.config, engine)
-    config = settle(composed.config, engine, cwd)
+    config = resolve_paths(composed.config, engine, cwd)
     raise_on_signals()
     check_tracking(config)
-    here = look_around(config, cwd, engine)
-    inputs = gather(config, here, acquire(config, cwd, here, console))
-    cache = Store(inputs.root / "cache")
-    # Sizes alone: a dry run must not read gigabytes.
-    settled = verify.settle(inputs, _planner(engine), partial(cache.faults, read=False))
-    return Prepared(replace(composed, config=config), settled.inputs, engine, settled.plan)
+    environment = read_environment(config, cwd, engine)
+    inputs = gather(config, environment, acquire(config, cwd, environment, console))
+    cache = SharedCache(inputs.root / "cache")
+    # Compare sizes only: a dry run must not read gigabytes.
+    verified = verify.plan_with_valid_cache(
+        inputs, _planner(engine), partial(cache.faults, read=False)
+    )
+    return Prepared(replace(composed, config=config), verified.inputs, engine, verified.plan)
 
 
 def execute(prepared: Prepared, console: Console, job: Job | None) -> None:
-    """Run what was prepared, as the job of a sweep if there is one.
+    """Carry out a prepared run.
 
-    Raises :class:`UserError` before it begins, :class:`StageError` after a stage failed, and
-    :class:`runner.core.process.Stopped` when a signal ended the run.
+    Args:
+        prepared: the run.
+        console: where progress is shown.
+        job: the job of a sweep that this run is, if any.
+
+    Raises:
+        UserError: the run cannot begin.
+        StageError: a stage failed.
+        Stopped: a signal ended the run.
     """
     inputs, engine = prepared.inputs, prepared.engine
-    if why := refusal(inputs.config, inputs):
-        raise UserError(why)
-    version = engine.check(inputs.job, inputs.machine, trains=stages.trains(inputs.config))
+    if reason := refusal(inputs.config, inputs):
+        raise UserError(reason)
+    version = engine.check(inputs.job, inputs.gpu, trains=stages.trains(inputs.config))
     inputs = replace(inputs, engine=replace(inputs.engine, version=version))
-    _Run(replace(prepared, inputs=inputs), console, job).through()
+    _Run(replace(prepared, inputs=inputs), console, job).carry_out()
 
 
 def _planner(engine: Engine) -> Callable[[Inputs], Plan]:
     return lambda inputs: make_plan(inputs, engine)
 
 
-def _ending(error: BaseException) -> tuple[Status, str]:
-    """How MLflow should show a run that ended with ``error``."""
+def _ending(error: BaseException) -> tuple[RunStatus, str]:
+    """Return the MLflow status and the message for a run that ended with ``error``."""
     if isinstance(error, Stopped):
         return "KILLED", f"ended by {error}"
     if isinstance(error, StageError | UserError):
@@ -112,7 +127,11 @@ def _ending(error: BaseException) -> tuple[Status, str]:
 
 
 def run_folder(root: Path, name: str) -> Path:
-    """A new folder ``runs/<date>/<time>-<name>`` that no other run has."""
+    """Create a new folder ``runs/<date>/<time>-<name>`` for a run.
+
+    Raises:
+        UserError: it cannot be created.
+    """
     now = time.localtime()
     day = root / "runs" / time.strftime("%Y-%m-%d", now)
     slug = re.sub(r"[^\w.,=+-]+", "-", name).strip("-.")[:100] or "run"
@@ -133,27 +152,27 @@ def run_folder(root: Path, name: str) -> Path:
 
 
 class _Run:
-    """One run from its folder to its end."""
+    """One run, from the creation of its folder to its end."""
 
     def __init__(self, prepared: Prepared, console: Console, job: Job | None) -> None:
         self.composed, self.inputs = prepared.composed, prepared.inputs
         self.engine, self.plan = prepared.engine, prepared.plan
         self.console, self.job = console, job
         self.started = time.time()
-        # Of each stage that has begun, its plan as it was then.
+        # The plan of each stage at the time it began.
         self.begun: dict[str, StagePlan] = {}
 
-    def through(self) -> None:
-        """Run every stage; the run's status is settled whatever happens."""
+    def carry_out(self) -> None:
+        """Run all stages; the run's final status is always recorded."""
         folder = run_folder(self.inputs.root, self.plan.name)
-        use = verify.use_of(self.inputs, self.plan, folder)
+        use = verify.new_use_lease(self.inputs, self.plan, folder)
         try:
-            self._through(folder, use)
+            self._run_recorded(folder, use)
         finally:
             with signals_deferred():
                 use.release()
 
-    def _through(self, folder: Path, use: Use) -> None:
+    def _run_recorded(self, folder: Path, use: UseLease) -> None:
         recorder: Recorder | None = None
         try:
             with signals_deferred():
@@ -172,10 +191,10 @@ class _Run:
             raise
         with signals_deferred():
             recorder.finish("FINISHED", "")
-        self._closing_words(context, recorder)
+        self._show_results(context, recorder)
 
-    def _begin(self, folder: Path, recorder: Recorder, use: Use) -> Context:
-        """Say what will be done, and write the run's files."""
+    def _begin(self, folder: Path, recorder: Recorder, use: UseLease) -> Context:
+        """Show the heading and notices, and write the run's files."""
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
             self.console.notice(notice)
@@ -186,16 +205,16 @@ class _Run:
             inputs=self.inputs,
             engine=self.engine,
             run_dir=folder,
-            store=Store(self.inputs.root / "cache"),
+            cache=SharedCache(self.inputs.root / "cache"),
             console=self.console,
             writer=recorder.writer,
             plan=self.plan,
-            use=use,
+            use_lease=use,
             make_plan=_planner(self.engine),
         )
 
     def _open(self, folder: Path) -> Recorder:
-        """The run's record; when there can be none, the folder goes and so does the run."""
+        """Open the run's record; if that fails, delete the folder and re-raise."""
         try:
             return Recorder.open(
                 self.composed, self.inputs, self.engine, self.plan, folder, self.job
@@ -209,21 +228,21 @@ class _Run:
 
         resolved = {**self.composed.resolved}
         resolved["training"] = {**resolved["training"], "seed": self.inputs.seed}
-        # Before it is YAML, which would quote and fold a password.
-        shown = redact_mapping(resolved, secret_values(os.environ))
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(shown)))
+        # Redact before conversion to YAML, which could quote and fold a password.
+        redacted = redact_mapping(resolved, secret_values(os.environ))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted)))
         overrides = "".join(f"{override}\n" for override in self.composed.overrides)
         write_text(folder / "overrides.txt", safe(overrides))
         self._write_plan(folder, self.plan, {})
 
     def _write_plan(self, folder: Path, plan: Plan, launched: Launched) -> None:
-        """Write what the commands read, and the script of the commands."""
+        """Write the commands' input files and ``commands.sh``."""
         for name, text in plan.files:
             write_text(folder / name, text)
         self._write_script(folder, plan, launched)
 
     def _write_script(self, folder: Path, plan: Plan, launched: Launched) -> None:
-        """Write ``commands.sh``: what ran of the stages so far, and what is planned of others."""
+        """Write ``commands.sh``: the commands that ran so far, and those still planned."""
         stages = tuple(self._as_run(stage, launched.get(stage.name)) for stage in plan.stages)
         script = folder / "commands.sh"
         write_text(script, commands_sh(replace(plan, stages=stages)))
@@ -232,12 +251,12 @@ class _Run:
     def _as_run(self, stage: StagePlan, ran: Sequence[Command] | None) -> StagePlan:
         begun = self.begun.get(stage.name, stage)
         if ran is None:
-            # Work that is done by now stays in the script, with the commits that its branches
-            # turned out to be.
+            # A stage whose work has been done meanwhile stays in the script, with the commits that
+            # its branches resolved to.
             return stage if stage.to_run else replace(stage, state=begun.state)
         if not ran:
             return replace(begun, commands=(), state="done" if begun.to_run else begun.state)
-        # What ran as planned is shown with the commits that its branches turned out to be.
+        # What ran as planned is shown with the commits that its branches resolved to.
         as_planned = tuple(ran) == begun.commands and stage.commands
         return replace(begun, commands=as_planned or tuple(ran), state="to run")
 
@@ -247,9 +266,9 @@ class _Run:
         written = self.plan
         for number, stage in enumerate(todo, 1):
             with _named(f"stage {stage.name}", context.run_dir):
-                # Commands, paths and cache keys become final only when the weights are there, and
-                # what is damaged in the cache is found when it is read.
-                if stage.looks and context.look() is not written:
+                # Commands, paths and cache keys are final only once the weights are present, and
+                # damaged entries are found only by reading them.
+                if stage.refreshes_plan and context.refresh_plan() is not written:
                     written = context.plan
                     self._write_plan(context.run_dir, written, context.launched)
             recorder.result_of(context.inputs, context.plan, self.engine)
@@ -266,7 +285,7 @@ class _Run:
                     self._write_script(context.run_dir, context.plan, context.launched)
                 recorder.stage(stage.name, time.monotonic() - began)
 
-    def _closing_words(self, context: Context, recorder: Recorder) -> None:
+    def _show_results(self, context: Context, recorder: Recorder) -> None:
         console, folder = self.console, context.run_dir
         console.heading(f"{self.plan.name} finished in {duration(time.time() - self.started)}")
         evaluation = folder / EVALUATION
@@ -294,13 +313,13 @@ class _Run:
 
 @contextmanager
 def _named(what: str, folder: Path) -> Iterator[None]:
-    """Failures inside are told as those of ``what``."""
+    """Re-raise failures in the block as :class:`StageError`, prefixed with ``what``."""
     try:
         yield
     except (StageError, UserError, OSError) as error:
-        why = describe_os_error(error, folder) if isinstance(error, OSError) else error
-        # A trainer's last words may hold a token.
-        raise StageError(safe(f"{what} failed: {why}")) from error
+        reason = describe_os_error(error, folder) if isinstance(error, OSError) else error
+        # The last line of a trainer's log may hold a token.
+        raise StageError(safe(f"{what} failed: {reason}")) from error
 
 
 def _summary(stage: StagePlan) -> str:

@@ -1,4 +1,4 @@
-"""Reads what a plan needs to know from the disk, the card and the environment; writes nothing."""
+"""Collect the inputs of a plan from the disk, the GPU and the environment; writes nothing."""
 
 from __future__ import annotations
 
@@ -15,88 +15,94 @@ from runner.config.schema import RunConfig
 from runner.core.paths import absolute, checkout
 from runner.data.balance import weigh
 from runner.data.select import Source, select
-from runner.engines.base import NO_CARD, Engine, Machine
-from runner.pipeline.model import Inputs, Surroundings
+from runner.engines.base import NO_GPU, Engine, Gpu
+from runner.pipeline.model import Inputs, RunEnvironment
 from runner.pipeline.stages import STAGES, trains
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 
-def look_around(config: RunConfig, cwd: Path, engine: Engine) -> Surroundings:
-    """What is here besides the dataset.
+def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnvironment:
+    """Read everything that a plan depends on, except the dataset.
 
-    Raises :class:`runner.core.errors.UserError` for an engine's Python that can't be asked.
+    Raises:
+        UserError: the engine's Python cannot be started or gives no answer.
     """
     root = absolute(config.output_dir, cwd)
-    machine, without = find_machine()
-    memory, note = engine.memory_plan(config, machine, without)
+    gpu, no_gpu_reason = find_gpu()
+    memory, note = engine.memory_plan(config, gpu, no_gpu_reason)
     weights = engine.weights(config, root)
-    facts = engine.locate(config, cwd)
-    facts = engine.examine(facts, config, memory, machine, without, trains=trains(config))
-    return Surroundings(
+    install = engine.locate(config, cwd)
+    install = engine.examine(install, config, memory, gpu, no_gpu_reason, trains=trains(config))
+    return RunEnvironment(
         root=root,
         python=sys.executable,
         python_path=checkout(),
-        machine=machine,
+        gpu=gpu,
         memory=memory,
         memory_note=note,
         weights=weights,
-        engine=facts,
-        cache_identity=engine.cache_identity,
+        engine=install,
+        engine_cache_id=engine.engine_cache_id,
     )
 
 
-def gather(config: RunConfig, here: Surroundings, sources: Sequence[Source]) -> Inputs:
-    """Everything that a plan is made from, given what its sources hold.
+def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Source]) -> Inputs:
+    """Combine config, environment and scanned sources into the inputs of a plan.
 
-    Raises :class:`runner.core.errors.UserError` for sources that can't be trained on.
+    Raises:
+        UserError: the sources cannot be trained on.
     """
     fraction = config.dataset.validation_fraction
     chosen = select(sources, task=config.task.name, validation_fraction=fraction)
     weighed, selection = weigh(sources, chosen)
     return Inputs(
-        **{item.name: getattr(here, item.name) for item in fields(here)},
+        **{field.name: getattr(environment, field.name) for field in fields(environment)},
         config=config,
         sources=weighed,
         selection=selection,
-        cached=Store(here.root / "cache").names(),
+        cached=SharedCache(environment.root / "cache").names(),
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
     )
 
 
-def refusal(config: RunConfig, here: Surroundings) -> str | None:
-    """Why a run can't begin on this machine, though it can be planned."""
+def refusal(config: RunConfig, environment: RunEnvironment) -> str | None:
+    """Return the reason why a run can be planned but not started on this computer, or None."""
     for stage in STAGES:
-        if why := stage.refusal(config, here):
-            return why
-    if here.engine.missing:
-        return f"engine={config.engine.name}: {here.engine.missing}"
+        if reason := stage.refusal(config, environment):
+            return reason
+    if environment.engine.missing:
+        return f"engine={config.engine.name}: {environment.engine.missing}"
     return None
 
 
-def find_machine() -> tuple[Machine | None, str]:
-    """The first card the driver shows, or None with what is so."""
+def find_gpu() -> tuple[Gpu | None, str]:
+    """Find the first visible GPU.
+
+    Returns:
+        The GPU and an empty text, or None and the reason.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None, NO_CARD
+        return None, NO_GPU
     query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
-        return None, NO_CARD
+        return None, NO_GPU
     if visible is not None:
         query.append(f"--id={visible.split(',')[0]}")
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
         return None, "nvidia-smi did not answer"
-    said = ((done.stdout + done.stderr).strip().splitlines() or ["it said nothing"])[0]
-    if said.startswith("No devices were found"):
-        return None, NO_CARD
+    answer = ((done.stdout + done.stderr).strip().splitlines() or ["it said nothing"])[0]
+    if answer.startswith("No devices were found"):
+        return None, NO_GPU
     if done.returncode:
-        return None, f"nvidia-smi failed ({said.rstrip('.')})"
+        return None, f"nvidia-smi failed ({answer.rstrip('.')})"
     try:
-        name, memory, capability = (part.strip() for part in said.split(","))
+        name, memory, capability = (part.strip() for part in answer.split(","))
         major, minor = capability.split(".")
-        return Machine(name, int(memory) / 1024, (int(major), int(minor))), ""
+        return Gpu(name, int(memory) / 1024, (int(major), int(minor))), ""
     except ValueError:
-        # A card that shares the system's memory (GB10) has [N/A] for its own.
-        return None, f"nvidia-smi's answer could not be read ({said})"
+        # A GPU that shares the computer's memory (GB10) reports [N/A].
+        return None, f"nvidia-smi's answer could not be read ({answer})"

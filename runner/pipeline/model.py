@@ -1,4 +1,4 @@
-"""What a plan is made from, and what it is made of."""
+"""The inputs of a plan, and the plan itself."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from typing import Any, Literal
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.data.select import Selection, Source
-from runner.engines.base import Engine, EngineFacts, Job, Machine
-from runner.hub.weights import WeightFacts
+from runner.engines.base import Engine, EngineInstall, Gpu, Job
+from runner.hub.weights import LocatedWeights
 
 State = Literal["done", "to run", "skipped"]
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What disk, card and environment say, the dataset left aside."""
+class RunEnvironment:
+    """Everything that a plan depends on except config and dataset: disk, GPU and environment."""
 
     root: Path
     python: str
     python_path: str | None
-    machine: Machine | None
+    gpu: Gpu | None
     memory: MemoryConfig
     memory_note: str | None
-    weights: WeightFacts
-    engine: EngineFacts
-    # The engine's, in whose name entries lie in the shared cache.
-    cache_identity: str
+    weights: LocatedWeights
+    engine: EngineInstall
+    engine_cache_id: str
 
 
 @dataclass(frozen=True)
-class Inputs(Surroundings):
-    """Everything that a plan is made from; gathered by :mod:`runner.pipeline.inputs`."""
+class Inputs(RunEnvironment):
+    """Everything that a plan depends on; gathered by :mod:`runner.pipeline.inputs`."""
 
     config: RunConfig
     sources: tuple[Source, ...]
@@ -44,16 +43,20 @@ class Inputs(Surroundings):
 
     @property
     def job(self) -> Job:
-        """What the engine's commands are made of."""
+        """The part that the engine's commands depend on."""
         return Job(self.config, self.engine, self.weights.paths, self.memory)
 
 
 @dataclass(frozen=True)
 class Planning:
-    """What a stage is planned from: the inputs, and what was worked out for all stages.
+    """The basis of a stage's plan: the inputs, and values computed once for all stages.
 
-    ``options`` are those of train.toml, ``steps`` the optimizer steps. ``needed`` is what the
-    stages that will run need of others.
+    Attributes:
+        inputs: the inputs of the plan.
+        engine: the run's engine.
+        options: the options of train.toml.
+        steps: number of optimizer steps.
+        needed: outputs of other stages that the stages to run depend on.
     """
 
     inputs: Inputs
@@ -64,27 +67,39 @@ class Planning:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A cache entry: the file that the engine writes, its place in the store, and its links."""
+class CacheEntry:
+    """An entry of the shared cache that a run uses.
+
+    Attributes:
+        produced: name of the file that the engine writes.
+        namespace: ``media``, ``latents`` or ``text``.
+        name: its key.
+        cache_inputs: what the key is the digest of.
+        links: paths in the run's folder that are linked to it.
+    """
 
     produced: str
-    shelf: str
+    namespace: str
     name: str
-    made_of: dict[str, Any]
+    cache_inputs: dict[str, Any]
     links: tuple[str, ...]
 
     @property
-    def stored(self) -> str:
-        """``shelf/name``."""
-        return f"{self.shelf}/{self.name}"
+    def full_key(self) -> str:
+        """``namespace/key``."""
+        return f"{self.namespace}/{self.name}"
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a plan.
+    """The plan of one stage.
 
-    ``files`` are written into the run's folder before ``commands`` are run. ``without_commands`` is
-    what the runner's own process does beside them, as ``commands.sh`` has it.
+    Attributes:
+        files: path and text of each file to write into the run's folder before ``commands``.
+        entries: the cache entries that it makes or uses.
+        missing: number of things it still has to make.
+        outputs: what it makes in the run's folder.
+        without_commands: what the runner itself does besides the commands, for ``commands.sh``.
     """
 
     name: str
@@ -92,7 +107,7 @@ class StagePlan:
     state: State
     commands: tuple[Command, ...] = ()
     files: tuple[tuple[str, str], ...] = ()
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[CacheEntry, ...] = ()
     missing: int = 0
     outputs: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
@@ -100,6 +115,7 @@ class StagePlan:
 
     @property
     def to_run(self) -> bool:
+        """Whether there is something to do."""
         return self.state == "to run"
 
 
@@ -117,12 +133,16 @@ class Plan:
     fingerprint: str
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """Every cache entry that the run counts on."""
+    def entries(self) -> tuple[CacheEntry, ...]:
+        """Every cache entry that the run needs."""
         return tuple(entry for stage in self.stages for entry in stage.entries)
 
     def stage(self, name: str) -> StagePlan:
-        """The stage of that name; KeyError when the plan has none."""
+        """Return the stage of that name.
+
+        Raises:
+            KeyError: the plan has none.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage

@@ -1,8 +1,8 @@
-"""Inputs and an engine in, Plan out; pure.
+"""Make a plan from inputs and an engine; pure.
 
-A plan holds everything a run does: ordered stages with their exact commands, the files they read
-that the runner writes, what they make, and whether that is there already. A dry run prints the
-very object that a real run executes.
+A plan holds everything a run does: the stages in order with their exact commands, the files that
+the runner writes for them, their outputs, and whether these exist already. A dry run prints the
+same object that a real run executes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from runner.pipeline.tables import tables
 
 
 def default_name(config: RunConfig) -> str:
-    """A run's name when none is given."""
+    """Return the name of a run for which none is given."""
     return f"{config.task.name}-{config.network.name}{config.network.rank}-{config.optimizer.name}"
 
 
 def make_plan(inputs: Inputs, engine: Engine) -> Plan:
-    """The plan of a run. The same arguments give an equal plan.
+    """Plan a run. Equal arguments give equal plans.
 
-    Raises :class:`UserError` for options that the data make impossible.
+    Raises:
+        UserError: the options are impossible with this GPU or dataset.
     """
     config, job = inputs.config, inputs.job
     name = config.name or default_name(config)
-    compiled, compile_note = engine.compiles(job, inputs.machine)
+    compiled, compile_note = engine.compiles(job, inputs.gpu)
     per_epoch = steps_per_epoch(inputs)
     total = config.training.max_steps or config.training.epochs * per_epoch
-    clips = any(item.kind == "video" for item in inputs.selection.items)
-    for problem in engine.plan_problems(job, inputs.machine, steps=total, clips=clips):
+    clips = any(item.media_kind == "video" for item in inputs.selection.items)
+    for problem in engine.plan_problems(job, inputs.gpu, steps=total, clips=clips):
         raise UserError(problem)
     options = train_options(
         Rendering(
@@ -65,10 +66,12 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
         total,
         needed=frozenset(n for s in offered if s.name not in left_out for n in s.needs),
     )
-    stages = tuple(_as_asked(config, stage.plan(planning), left_out) for stage in offered)
+    stages = tuple(
+        _apply_skip_and_force(config, stage.plan(planning), left_out) for stage in offered
+    )
     notices = [
         *inputs.selection.notices,
-        *engine.plan_notices(job, inputs.machine, steps=total, clips=clips),
+        *engine.plan_notices(job, inputs.gpu, steps=total, clips=clips),
         *(note for note in (inputs.memory_note, compile_note) if note),
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),
@@ -85,7 +88,9 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     )
 
 
-def _as_asked(config: RunConfig, stage: StagePlan, left_out: frozenset[str]) -> StagePlan:
+def _apply_skip_and_force(
+    config: RunConfig, stage: StagePlan, left_out: frozenset[str]
+) -> StagePlan:
     if stage.name in left_out:
         return replace(stage, state="skipped")
     if stage.name in config.stages.force and stage.state == "done":
@@ -94,7 +99,7 @@ def _as_asked(config: RunConfig, stage: StagePlan, left_out: frozenset[str]) -> 
 
 
 def _files(inputs: Inputs, engine: Engine, options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the commands read in the run's folder, beside what single stages write."""
+    """Return the files that the commands read, except those that single stages write."""
     config = inputs.config
     files = [("dataset.toml", render_dataset(tables(inputs, held_out=False)))]
     files += engine.files(inputs.job, options).items()
@@ -107,7 +112,7 @@ def _files(inputs: Inputs, engine: Engine, options: Mapping[str, Any]) -> list[t
 
 
 def steps_per_epoch(inputs: Inputs) -> int:
-    """Optimizer steps in an epoch: batches of equal shape, over gradient accumulation."""
+    """Count the optimizer steps of an epoch: batches of equal shape, over gradient accumulation."""
     batches = sum(
         math.ceil(count / inputs.sources[shape.source].options.batch_size)
         for shape, count in shapes(inputs.sources, inputs.selection).items()
@@ -116,7 +121,7 @@ def steps_per_epoch(inputs: Inputs) -> int:
 
 
 def commands_sh(plan: Plan) -> str:
-    """A script that runs the plan's commands by hand, in the run's folder."""
+    """Write a shell script that repeats the plan's commands in the run's folder."""
     lines = ["#!/bin/sh", f"# {plan.name}: what was run, in order.", "set -e"]
     lines.append('cd "$(dirname "$0")"')
     for stage in plan.stages:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from runner.tracking.mlflow_run import NullWriter, RunWriter
     from runner.tracking.multirun import Job
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
-# Files of the run's folder that MLflow keeps as artifacts, beside the LoRA files and the logs.
+# Files of the run's folder that MLflow keeps as artifacts, besides the LoRA files and the logs.
 _ARTIFACTS = (
     "config.yaml",
     "overrides.txt",
@@ -49,7 +49,11 @@ _LORAS = ("lora.safetensors", "lora_comfyui.safetensors")
 
 
 def tracking_uri(tracking: TrackingConfig, root: Path) -> str | None:
-    """Where MLflow keeps the runs; None for ``tracking=none``."""
+    """Return MLflow's tracking URI; None for ``tracking=none``.
+
+    Raises:
+        UserError: ``tracking=server`` has no address.
+    """
     if tracking.name == "none":
         return None
     from runner.tracking.mlflow_store import sqlite_uri
@@ -70,13 +74,13 @@ def _server_uri(tracking: TrackingConfig) -> str:
 
 
 def how_to_compare(name: str, uri: str | None, output_dir: str, page: str) -> str:
-    """The command or the address that shows a run beside the others.
+    """Return the command or address that shows a run next to the others.
 
     Args:
-        name: The option ``tracking.name``.
-        uri: The option ``tracking.uri``.
-        output_dir: The option ``output_dir``, as it was typed.
-        page: The run's page on a server.
+        name: the option ``tracking.name``.
+        uri: the option ``tracking.uri``.
+        output_dir: the option ``output_dir``, as typed.
+        page: the run's page on a server.
     """
     if name == "server":
         return page
@@ -87,7 +91,11 @@ def how_to_compare(name: str, uri: str | None, output_dir: str, page: str) -> st
 
 
 def check_tracking(config: RunConfig) -> None:
-    """Refuses a server that can't be used before media are read, which may take long."""
+    """Check the tracking server before media are read, which may take long.
+
+    Raises:
+        UserError: the server cannot be used.
+    """
     if config.tracking.name == "server" and not config.dry_run:
         from runner.tracking.server import check_server
 
@@ -95,10 +103,10 @@ def check_tracking(config: RunConfig) -> None:
 
 
 class Recorder:
-    """Writes down what happens to a run while it happens."""
+    """The record of a run in progress, in ``run.json`` and in MLflow."""
 
     def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, key: str) -> None:
-        """``key`` is the run's resume key."""
+        """Start the record; ``key`` is the run's resume key."""
         self.writer, self.run_dir = writer, run_dir
         self._stages: dict[str, float] = {}
         self._started = time.time()
@@ -110,7 +118,7 @@ class Recorder:
 
     @property
     def problems(self) -> list[str]:
-        """What could not be written down, one line each."""
+        """What could not be recorded, one line each."""
         return [*self._problems, *(f"MLflow: {problem}" for problem in self.writer.problems)]
 
     def _problem(self, line: str) -> None:
@@ -127,9 +135,13 @@ class Recorder:
         run_dir: Path,
         job: Job | None,
     ) -> Recorder:
-        """Start the MLflow run, under its sweep's parent when there is one."""
+        """Start the MLflow run, as a child of its sweep's run if there is a sweep.
+
+        Raises:
+            UserError: the tracking store cannot be used.
+        """
         from runner.tracking import mlflow_run, mlflow_store
-        from runner.tracking.sweep import child_tags, open_parent
+        from runner.tracking.parent_run import child_tags, open_parent
 
         config, resolved, choices = composed.config, composed.resolved, composed.choices
         key = resume_key(inputs)
@@ -154,11 +166,13 @@ class Recorder:
                 outputs=inputs.root,
                 folder=sweep.folder,
                 sweep_id=sweep.id,
-                name="sweep " + " ".join(sweep.swept or sweep.overrides),
+                name="sweep " + " ".join(sweep.swept_keys or sweep.overrides),
                 tags={"sweep.overrides": " ".join(sweep.overrides)},
             )
             tags |= child_tags(parent, sweep.id)
-            values = [f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept]
+            values = [
+                f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept_keys
+            ]
             name = " ".join([name, *values])
         writer = mlflow_run.RunWriter.start(
             uri,
@@ -178,20 +192,20 @@ class Recorder:
         if plan is self._plan:
             return
         self._plan = plan
-        found = fingerprint(inputs, plan, engine)
-        if found not in (None, self._fingerprint):
-            self._fingerprint = found
+        digest = fingerprint(inputs, plan, engine)
+        if digest not in (None, self._fingerprint):
+            self._fingerprint = digest
             self._write("RUNNING", "")
-            self.writer.set_tags({"config.fingerprint": found})
+            self.writer.set_tags({"config.fingerprint": digest})
 
     def files(self) -> None:
-        """Send the files that say what the run is; again when they changed."""
+        """Send the files that describe the run to MLflow; called again after they change."""
         for name in _ARTIFACTS:
             if (self.run_dir / name).is_file():
                 self.writer.log_artifact(self.run_dir / name)
 
     def stage(self, name: str, seconds: float) -> None:
-        """A stage has ended, well or not."""
+        """Record that a stage has ended, successfully or not."""
         self._stages[name] = round(seconds, 3)
         self._write("RUNNING", "")
         log = self.run_dir / "logs" / f"{name}.log"
@@ -202,8 +216,8 @@ class Recorder:
         if log.is_file():
             self.writer.log_artifact(log, "logs")
 
-    def finish(self, status: Status, why: str) -> None:
-        """Settle how the run ended, first in its folder, then in MLflow."""
+    def finish(self, status: RunStatus, why: str) -> None:
+        """Record the final status, first in ``run.json``, then in MLflow."""
         why = safe(why)
         self._write(status, why)
         with self.writer.queued():
@@ -233,9 +247,9 @@ class Recorder:
 
     @contextmanager
     def tolerant(self, file: Path) -> Iterator[None]:
-        """Inside, that ``file`` can't be written is a problem to be told of at the end, no failure.
+        """Treat errors of writing ``file`` in the block as problems to report, not as failures.
 
-        A full disk must neither hide why a run failed nor keep its end from MLflow.
+        A full disk must neither hide why a run failed nor keep its status from MLflow.
         """
         try:
             yield
@@ -244,7 +258,7 @@ class Recorder:
 
 
 def _value(resolved: Mapping[str, Any], choices: Mapping[str, str], key: str) -> Any:
-    """A swept key's value in this run: a group's choice, or an option's value."""
+    """Return the value of a swept key in this run: a group's choice, or an option's value."""
     if key in choices:
         return choices[key]
     value: Any = resolved
@@ -254,7 +268,7 @@ def _value(resolved: Mapping[str, Any], choices: Mapping[str, str], key: str) ->
 
 
 def host_tags(inputs: Inputs, engine: Engine, plan: Plan) -> dict[str, str]:
-    """Where a run ran and with what, for MLflow."""
+    """Return MLflow tags for the computer, the versions and the dataset of a run."""
     from runner import __version__
 
     return {
@@ -264,13 +278,17 @@ def host_tags(inputs: Inputs, engine: Engine, plan: Plan) -> dict[str, str]:
         "engine.version": engine.full_version(inputs.engine),
         "dataset.fingerprint": plan.fingerprint,
         "host": socket.gethostname(),
-        "gpu": inputs.machine.name if inputs.machine else "none",
+        "gpu": inputs.gpu.name if inputs.gpu else "none",
         "python": ".".join(str(part) for part in sys.version_info[:3]),
     }
 
 
 def code_version() -> str:
-    """The checkout's commit, with a mark when files differ from it; the version when installed."""
+    """Describe the runner's version.
+
+    Returns:
+        The checkout's commit, marked if files differ from it; the package's version if installed.
+    """
     from runner import __version__
 
     top = checkout()
@@ -291,7 +309,7 @@ def code_version() -> str:
 
 
 def parameters(composed: Composed, inputs: Inputs) -> dict[str, Any]:
-    """What MLflow shows as parameters: the groups chosen, and every option that is set."""
+    """Return MLflow's parameters: the chosen groups, and every option that is set."""
     params: dict[str, Any] = {
         group: choice
         for group, choice in composed.choices.items()

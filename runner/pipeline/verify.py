@@ -1,4 +1,4 @@
-"""A plan that counts on nothing in the cache but what is there and as it was committed."""
+"""Plan only on cache entries that exist and are undamaged."""
 
 from __future__ import annotations
 
@@ -9,85 +9,98 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from runner.core.console import Bar, Console
 from runner.core.text import named
-from runner.pipeline.model import Entry, Inputs, Plan, StagePlan
-from runner.storage.leases import Ledger, Use
-from runner.storage.store import Fault, Store
+from runner.pipeline.model import CacheEntry, Inputs, Plan, StagePlan
+from runner.storage.leases import Leases, UseLease
+from runner.storage.shared_cache import Fault, SharedCache
 
-# Reading less than this is done before a bar could be read.
-_SHOWN_BYTES = 2e9
+# Below this size no progress bar is shown.
+_BAR_MIN_BYTES = 2e9
 
 _WHAT = {"media": "unpacked media", "latents": "latents", "text": "encoded captions"}
 _WHY = {"damaged": "damaged in the cache", "unchecked": "cached without a checksum"}
 
 
 @dataclass(frozen=True)
-class Found:
-    """An entry that can't be counted on, the stage that wants it, and why."""
+class EntryFault:
+    """A faulty entry, the stage that needs it, and the fault."""
 
     stage: StagePlan
-    entry: Entry
+    entry: CacheEntry
     fault: Fault
 
 
 @dataclass(frozen=True)
-class Settled:
-    """A plan whose finished work has no fault, what it is made from, and what was found."""
+class VerifiedPlan:
+    """A plan that depends only on valid entries, its inputs, and the faults that were found."""
 
     inputs: Inputs
     plan: Plan
-    found: tuple[Found, ...]
+    faults: tuple[EntryFault, ...]
 
 
-def settle(
+def plan_with_valid_cache(
     inputs: Inputs,
     make_plan: Callable[[Inputs], Plan],
     faults: Callable[[Collection[str]], dict[str, Fault]],
     plan: Plan | None = None,
-) -> Settled:
-    """``plan``, or the first that counts on just what is there.
+) -> VerifiedPlan:
+    """Repeat planning until the plan depends only on valid entries.
 
-    ``faults`` tells which of the entries (``shelf/name``) that a plan counts on are wrong. A plan
-    made without those may count on others, which are then looked at too.
+    A plan made without the faulty entries may need others, which are then checked too.
+
+    Args:
+        inputs: the inputs of the plan.
+        make_plan: makes a plan from inputs.
+        faults: returns the faulty ones among entries, given as ``namespace/key``.
+        plan: the plan to begin with; made from ``inputs`` if not given.
     """
-    found: dict[str, Found] = {}
+    entry_faults: dict[str, EntryFault] = {}
     while True:
         if plan is None:
             plan = make_plan(inputs)
-        wanted = {entry.stored: (stage, entry) for stage in plan.stages for entry in stage.entries}
-        wrong = faults(wanted)
-        found |= {one: Found(*wanted[one], fault) for one, fault in wrong.items()}
-        there = inputs.cached.union(wanted).difference(wrong)
-        if there == inputs.cached:
-            return Settled(inputs, plan, tuple(found.values()))
-        # Something was lost, or another run has made what this one was to make.
-        inputs, plan = replace(inputs, cached=there), None
+        wanted = {
+            entry.full_key: (stage, entry) for stage in plan.stages for entry in stage.entries
+        }
+        faulty = faults(wanted)
+        entry_faults |= {key: EntryFault(*wanted[key], fault) for key, fault in faulty.items()}
+        valid = inputs.cached.union(wanted).difference(faulty)
+        if valid == inputs.cached:
+            return VerifiedPlan(inputs, plan, tuple(entry_faults.values()))
+        # An entry is missing or damaged, or another run has made one meanwhile.
+        inputs, plan = replace(inputs, cached=valid), None
 
 
-def read_through(store: Store, stored: Collection[str], console: Console) -> dict[str, Fault]:
-    """:meth:`Store.faults`, bytes and all, with a bar when that takes a while."""
+def check_all_bytes(
+    cache: SharedCache, full_keys: Collection[str], console: Console
+) -> dict[str, Fault]:
+    """Find faulty entries by reading all their bytes, with a progress bar if they are large."""
     with ExitStack() as stack:
         bars: list[Bar] = []
 
         def progress(done: int, total: int) -> None:
-            if total >= _SHOWN_BYTES and not bars:
+            if total >= _BAR_MIN_BYTES and not bars:
                 bar = console.bar("cache checked", total, in_bytes=True)
                 bars.append(stack.enter_context(bar))
             for bar in bars:
                 bar.update(done)
 
-        return store.faults(stored, read=True, progress=progress)
+        return cache.faults(full_keys, read=True, progress=progress)
 
 
-def notices(found: Sequence[Found]) -> list[str]:
-    """A line for each kind of fault on each shelf."""
+def notices(entry_faults: Sequence[EntryFault]) -> list[str]:
+    """Return one line for each fault in each namespace."""
     lines: list[str] = []
-    for shelf, what in _WHAT.items():
-        for wanted, why in _WHY.items():
-            those = [one for one in found if (one.entry.shelf, one.fault) == (shelf, wanted)]
-            if not those:
+    for namespace, what in _WHAT.items():
+        for fault, why in _WHY.items():
+            faulty = [
+                one
+                for one in entry_faults
+                if (one.entry.namespace, one.fault) == (namespace, fault)
+            ]
+            if not faulty:
                 continue
-            names = sorted(PurePosixPath(one.entry.links[0]).name for one in those)
-            skipped = any(one.stage.state == "skipped" for one in those)
+            names = sorted(PurePosixPath(one.entry.links[0]).name for one in faulty)
+            skipped = any(one.stage.state == "skipped" for one in faulty)
             fate = "left out, as the stage is skipped" if skipped else "made again"
             was, is_ = ("was", "is") if len(names) == 1 else ("were", "are")
             lines.append(
@@ -96,12 +109,12 @@ def notices(found: Sequence[Found]) -> list[str]:
     return lines
 
 
-def use_of(inputs: Inputs, plan: Plan, run_dir: Path) -> Use:
-    """The record of what a run uses, holding nothing yet."""
+def new_use_lease(inputs: Inputs, plan: Plan, run_dir: Path) -> UseLease:
+    """Create the lease for the entries that a run uses; it holds none yet."""
     root = inputs.root / "cache"
     paths = [source.path for source in inputs.sources]
     names = (
-        "sample" if source.options.kind == "sample" else PurePath(source.path).name
+        "sample" if source.options.source_kind == "sample" else PurePath(source.path).name
         for source in inputs.sources
     )
     dataset = {
@@ -117,4 +130,4 @@ def use_of(inputs: Inputs, plan: Plan, run_dir: Path) -> Use:
     )
     run = run_dir.relative_to(inputs.root).as_posix()
     always = {"weights/checked", *("/".join(parts) for parts in weights)}
-    return Use(Ledger(root), run, dataset, always)
+    return UseLease(Leases(root), run, dataset, always)

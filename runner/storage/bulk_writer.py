@@ -1,7 +1,7 @@
-"""Many files into the store at once: written, synced together, then renamed.
+"""Write many files into the shared cache: written, synced together, then renamed.
 
-A file under its final name is whole, after a power cut too. What a cut leaves behind lies in
-`incoming` and is cleared by the next run that takes something in; what was renamed before it stays.
+A file under its final name is complete, also after a power failure. Leftovers of a crash are in
+``incoming`` and are deleted by the next BulkWriter; files that were already renamed are kept.
 """
 
 from __future__ import annotations
@@ -18,45 +18,56 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from runner.core.errors import UserError
-from runner.storage.leases import Ledger
-from runner.storage.store import Arrival, Shelf, Store, key_of, scan
+from runner.storage.leases import Leases
+from runner.storage.shared_cache import FinishedFile, Namespace, SharedCache, json_digest, scan
 
 Write = Callable[[bytes | memoryview], None]
 
-# So much is synced and renamed at a time: what a crash can cost, and what an interrupt waits for.
+# Bytes that are synced and renamed at a time: what a crash can lose, and an interrupt waits for.
 BATCH_BYTES = 64 << 20
 
-# Below the cache's root; what is claimed is called by it too.
+# Folder below the root of the cache; also the prefix of the lease's name.
 _FOLDER = "incoming"
 _WHO = "unpacking"
 
 
-class CannotKeep(UserError):
-    """The store can't be written to."""
+class CacheNotWritable(UserError):
+    """The shared cache can't be written to."""
 
 
 class BulkWriter(AbstractContextManager["BulkWriter"]):
-    """Takes files into one shelf from many threads; one process at a time has a block of a name.
+    """Writes files into one namespace from many threads.
 
-    name: of what is taken in, so that those who take in the same wait for each other, and no others
-    do. waiting: called when another process has it. anew: entries to make though they are there.
-    added: how many it took.
+    Only one process at a time can be inside the block of a given name.
+
+    Attributes:
+        added: the number of files added so far.
     """
 
     def __init__(
         self,
-        store: Store,
-        shelf: Shelf,
+        store: SharedCache,
+        namespace: Namespace,
         name: str,
         waiting: Callable[[], None] = lambda: None,
         anew: Collection[str] = (),
     ) -> None:
-        self.store, self.shelf, self.waiting, self.anew = store, shelf, waiting, anew
-        self.folder = store.root / _FOLDER / f"{shelf}-{key_of({'of': name})[:16]}"
-        self._ledger = Ledger(store.root)
+        """Prepare to write; nothing is touched before the block is entered.
+
+        Args:
+            store: the cache to write to.
+            namespace: where the entries go.
+            name: names what is written, such as an archive; writers of the same name wait for each
+                other.
+            waiting: called when another process holds the name.
+            anew: keys to write although the entries exist.
+        """
+        self.store, self.namespace, self.waiting, self.anew = store, namespace, waiting, anew
+        self.folder = store.root / _FOLDER / f"{namespace}-{json_digest({'of': name})[:16]}"
+        self._leases = Leases(store.root)
         self._turn = ExitStack()
         self._claimed: set[str] = set()
-        self._arrivals: list[Arrival] = []
+        self._arrivals: list[FinishedFile] = []
         self._bytes = 0
         self.added = 0
         self._mutex = threading.Lock()
@@ -65,56 +76,65 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         self._commits: list[Future[None]] = []
 
     def __enter__(self) -> BulkWriter:
-        turn = self._ledger.turn(f"{_FOLDER}/{self.folder.name}", _WHO, self.waiting)
+        turn = self._leases.turn(f"{_FOLDER}/{self.folder.name}", _WHO, self.waiting)
         try:
-            # Before the claim, which a disk that they have filled might not take.
+            # Before taking the lease: leftovers may have filled the disk.
             self._clear_leftovers()
             with ExitStack() as stack:
                 stack.enter_context(turn)
-                # Of a process that was waited for and died.
+                # Left by a process that died while this one waited for it.
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self._turn = stack.pop_all()
         except OSError as error:
-            raise self._told(error) from error
+            raise self._not_writable(error) from error
         return self
 
     def _clear_leftovers(self) -> None:
-        """Remove what processes left behind that were killed."""
+        """Delete what killed processes left behind."""
         dead: list[Path] = []
-        with self._ledger.guard():
-            living = self._ledger.claimed()
-            for found in scan(self.folder.parent):
-                if found.is_dir() and f"{_FOLDER}/{found.name}" not in living:
-                    # Nobody's from here on; gigabytes are deleted when others need not wait for it.
-                    hidden = Path(found.path).with_name(f".{key_of({'of': found.name})[:16]}")
+        with self._leases.locked():
+            living = self._leases.claimed()
+            for leftover in scan(self.folder.parent):
+                if leftover.is_dir() and f"{_FOLDER}/{leftover.name}" not in living:
+                    # Renamed, it is nobody's; the files are deleted after the lock is released.
+                    digest = json_digest({"of": leftover.name})[:16]
+                    hidden = Path(leftover.path).with_name(f".{digest}")
                     dead.append(hidden.with_suffix(f".{os.getpid()}.tmp"))
-                    Path(found.path).rename(dead[-1])
+                    Path(leftover.path).rename(dead[-1])
         for folder in dead:
             shutil.rmtree(folder, ignore_errors=True)
 
     def claim(self, name: str) -> bool:
-        """Whether the entry is to be made, by who asks: it is not there and no one else makes it.
+        """Reserve a key for the caller, since a source may contain equal media several times.
 
-        Equal media may lie in a source several times.
+        Returns:
+            Whether the caller is to write the entry: False if it exists or is reserved already.
         """
         with self._mutex:
-            there = name not in self.anew and self.store.has(self.shelf, name)
+            there = name not in self.anew and self.store.has(self.namespace, name)
             if name in self._claimed or there:
                 return False
             self._claimed.add(name)
             return True
 
     def write(self, fill: Callable[[Write], object]) -> Path:
-        """A new file of what `fill` gives to the function it is called with.
+        """Write a new file, not yet an entry.
 
-        Raises CannotKeep where the disk that is written to fails, and what `fill` raises.
+        Args:
+            fill: called with a function that appends bytes to the file.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            CacheNotWritable: the disk can't be written to. What ``fill`` raises is passed on.
         """
         place = self.folder / str(next(self._numbers))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             out = _open(place)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._not_writable(error) from error
 
         def write(data: bytes | memoryview) -> None:
             view = memoryview(data)
@@ -122,28 +142,28 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
                 while view:
                     view = view[out.write(view) :]
             except OSError as error:
-                raise self._told(error) from error
+                raise self._not_writable(error) from error
 
         try:
             try:
                 fill(write)
                 _begin_writeback(out.fileno())
             finally:
-                _close(out, self._told)
+                _close(out, self._not_writable)
         except BaseException:
             place.unlink(missing_ok=True)
             raise
         return place
 
-    def add(self, file: Path, name: str, made_of: Mapping[str, Any], sha256: str) -> None:
-        """Take a file that `write` made, of this digest, as the entry `name`."""
+    def add(self, file: Path, name: str, cache_inputs: Mapping[str, Any], sha256: str) -> None:
+        """Commit a file that :meth:`write` made, with this digest, as the entry ``name``."""
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise self._told(error) from error
+            raise self._not_writable(error) from error
         with self._mutex:
             replace = name in self.anew
-            self._arrivals.append(Arrival(name, file, made_of, sha256, replace))
+            self._arrivals.append(FinishedFile(name, file, cache_inputs, sha256, replace))
             self._bytes += size
             self.added += 1
             if self._bytes >= BATCH_BYTES:
@@ -151,18 +171,18 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def _hand_over(self) -> None:
         batch, self._arrivals, self._bytes = self._arrivals, [], 0
-        self._commits.append(self._committer.submit(self.store.commit_all, self.shelf, batch))
+        self._commits.append(self._committer.submit(self.store.commit_all, self.namespace, batch))
 
-    def _told(self, error: OSError) -> CannotKeep:
-        words = error.strerror or str(error)
-        return CannotKeep(
-            f"{self.store.root} can't be written to ({words}): free some space, or name another "
+    def _not_writable(self, error: OSError) -> CacheNotWritable:
+        reason = error.strerror or str(error)
+        return CacheNotWritable(
+            f"{self.store.root} can't be written to ({reason}): free some space, or name another "
             "folder with output_dir."
         )
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
@@ -175,7 +195,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
                 commit.result()
         except OSError as failure:
             if error is None:
-                raise self._told(failure) from failure
+                raise self._not_writable(failure) from failure
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._turn.close()
@@ -185,15 +205,15 @@ def _open(place: Path) -> BinaryIO:
     return cast(BinaryIO, place.open("wb", buffering=0))
 
 
-def _close(out: BinaryIO, told: Callable[[OSError], CannotKeep]) -> None:
+def _close(out: BinaryIO, not_writable: Callable[[OSError], CacheNotWritable]) -> None:
     try:
         out.close()
-    except OSError as error:  # Where a file system over a network is full, it says so here.
-        raise told(error) from error
+    except OSError as error:  # A full network file system reports the error on close.
+        raise not_writable(error) from error
 
 
 def _begin_writeback(descriptor: int) -> None:
-    """Have the system write the file out from now on, so that syncing it later is quick."""
+    """Ask the system to start writing the file to disk, so that syncing it later is quick."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is not None:
         with suppress(OSError):

@@ -1,15 +1,18 @@
-"""Who makes which entries of the cache at the moment, and who uses which.
+"""Leases: which process is making, and which is using, which entries of the shared cache.
 
-A process that makes entries puts a claim on them, and a run keeps a record of those it uses. Each
-is a small JSON file with a lock file beside it, which its process holds: the system lets go of that
-when the process dies, however it dies, and the claim is then void.
+A process that makes entries takes a lease on them (in ``claims/``), and a run holds a lease on
+those it uses (in ``uses/``). A lease is a small JSON file and a lock file beside it that the
+process keeps locked. The operating system releases the lock when the process ends, however it ends,
+and then the lease is no longer held.
 
-One file a process, and not one an entry: thousands of open lock files pass the limit on open files,
-and locks shared by several entries would make runs on different datasets wait for each other. The
-files are read and written under one more lock, the guard, which is held for milliseconds and never
-while waiting for a claim. Nobody waits for an entry while holding a claim on one, so that no two
-processes can wait for each other; a turn to unpack, which is waited for in between, is named by the
-very entries that are claimed, or taken before any is.
+There is one file per process, not per entry: thousands of open lock files would exceed the limit on
+open files, and locks shared by several entries would make runs on different datasets wait for each
+other. The files are read and written while holding one more lock, that of the whole cache, which is
+held for milliseconds and never while waiting for a lease.
+
+No process waits for entries that another makes while it holds a lease for making entries itself, so
+there is no deadlock. The one lease that a process does wait for, that for unpacking an archive, is
+either taken before any entry is leased, or named by exactly the entries already leased.
 """
 
 from __future__ import annotations
@@ -25,18 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.core.atomic import write_text
-from runner.storage.store import key_of, scan
+from runner.storage.shared_cache import json_digest, scan
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# How often a waiting process looks whether a claim is gone.
-_LOOK_SECONDS = 0.2
+# Seconds after which a waiting process checks the leases again.
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Record:
-    """A claim or a use: what it says, and whether its process lives."""
+class Lease:
+    """One lease: its id, its JSON, and whether its process is alive."""
 
     id: str
     data: dict[str, Any]
@@ -44,20 +47,20 @@ class Record:
 
     @property
     def names(self) -> frozenset[str]:
-        """What it names: ``shelf/name`` of entries, or the folder of a bulk writer."""
+        """The leased names: full keys of entries, or the folder of a bulk writer."""
         names = self.data.get("names")
         return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
     @property
     def who(self) -> str:
-        """The run, and its process."""
+        """The run that holds the lease, and its process."""
         host = self.data.get("host")
         where = "" if host == socket.gethostname() else f" on {host}"
         return f"{self.data.get('run')} (process {self.data.get('pid')}{where})"
 
 
-class Records:
-    """A folder of records."""
+class LeaseFolder:
+    """A folder of leases."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,29 +72,33 @@ class Records:
         return self.folder / f"{id_}.lock"
 
     def open(self, id_: str, data: dict[str, Any]) -> BaseFileLock:
-        """Write a record that lives as long as the lock that is returned is held."""
+        """Write a lease and lock it.
+
+        Returns:
+            The lock; the lease is held until it is released.
+        """
         from filelock import FileLock
 
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._lock(id_))
-        # Someone who looks whether it is held holds it for a moment.
+        # :meth:`alive` of another process acquires the lock briefly, so wait for it.
         lock.acquire(poll_interval=0.01)
         self.write(id_, data)
         return lock
 
     def write(self, id_: str, data: dict[str, Any]) -> None:
-        """Write a record's words, whole or not at all."""
+        """Write the JSON of a lease, atomically."""
         write_text(self._file(id_), json.dumps(data, ensure_ascii=False))
 
     def close(self, id_: str, lock: BaseFileLock, *, keep: bool) -> None:
-        """Let a record go; with ``keep`` its words stay, of a process that has ended."""
+        """Release a lease; with ``keep`` its JSON stays, as the record of a run that has ended."""
         if not keep:
             self._file(id_).unlink(missing_ok=True)
         lock.release()
         self._lock(id_).unlink(missing_ok=True)
 
     def alive(self, id_: str) -> bool:
-        """Whether a process holds the record."""
+        """Return whether a living process holds the lease."""
         from filelock import FileLock, Timeout
 
         place = self._lock(id_)
@@ -103,12 +110,12 @@ class Records:
         except Timeout:
             return True
         except OSError:
-            # Another user's, which can't be looked at: rather wait than make things twice.
+            # Another user's lock file: assume that it is held, so that nothing is made twice.
             return place.exists()
 
-    def all(self) -> list[Record]:
-        """Every record that can be read."""
-        found: list[Record] = []
+    def all(self) -> list[Lease]:
+        """Read every lease in the folder."""
+        leases: list[Lease] = []
         for file in scan(self.folder):
             id_, dot, ending = file.name.rpartition(".")
             if dot and ending == "json" and id_ and not id_.startswith("."):
@@ -116,44 +123,47 @@ class Records:
                     data = json.loads(Path(file.path).read_bytes())
                 except (OSError, ValueError):
                     data = {}
-                found.append(Record(id_, data if isinstance(data, dict) else {}, self.alive(id_)))
-        return found
+                leases.append(Lease(id_, data if isinstance(data, dict) else {}, self.alive(id_)))
+        return leases
 
     def remove(self, id_: str) -> None:
-        """Remove a record whose process has ended."""
+        """Remove a lease whose process has ended."""
         self._file(id_).unlink(missing_ok=True)
         self._lock(id_).unlink(missing_ok=True)
 
-    def sweep(self, *, keep: bool) -> list[Record]:
-        """Every record of a living process; of the others the locks go, and unless ``keep`` all.
+    def remove_dead(self, *, keep: bool) -> list[Lease]:
+        """Remove the lock files of dead processes, and their JSON too unless ``keep`` is set.
 
-        To be called under the guard, since a record that is just being opened looks like a scrap.
+        Call this with the cache locked: a lease that is just being opened looks like a leftover.
+
+        Returns:
+            The leases of living processes.
         """
-        records = self.all()
-        living = {record.id for record in records if record.alive}
-        for record in records:
-            if not record.alive and not keep:
-                self._file(record.id).unlink(missing_ok=True)
+        leases = self.all()
+        living = {lease.id for lease in leases if lease.alive}
+        for lease in leases:
+            if not lease.alive and not keep:
+                self._file(lease.id).unlink(missing_ok=True)
         for file in scan(self.folder):
             id_, _, ending = file.name.rpartition(".")
-            # Words are written under the guard, so that what is half-written now will stay so.
+            # JSON is written with the cache locked, so a temporary file found here is a leftover.
             if (ending == "lock" and id_ not in living) or ending == "tmp":
                 with suppress(OSError):
                     Path(file.path).unlink()
-        return [record for record in records if record.alive]
+        return [lease for lease in leases if lease.alive]
 
 
-class Ledger:
-    """The claims and uses of one cache."""
+class Leases:
+    """All leases on one cache: ``claims`` for making entries, ``uses`` for using them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.claims = Records(root / "claims")
-        self.uses = Records(root / "uses")
+        self.claims = LeaseFolder(root / "claims")
+        self.uses = LeaseFolder(root / "uses")
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Hold what must be held to change claims and uses, or to delete entries."""
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the whole cache, needed to change leases or to delete entries."""
         from filelock import FileLock
 
         self.root.mkdir(parents=True, exist_ok=True)
@@ -163,19 +173,28 @@ class Ledger:
     @contextmanager
     def claim(
         self, names: Collection[str], run: str
-    ) -> Iterator[tuple[frozenset[str], tuple[Record, ...]]]:
-        """Claim those of ``names`` that nobody else makes, for as long as the block lasts.
+    ) -> Iterator[tuple[frozenset[str], tuple[Lease, ...]]]:
+        """Lease those of ``names`` that no other process is making, for the duration of the block.
 
-        Gives them, and the claims of others on the rest.
+        Args:
+            names: the full keys wanted.
+            run: who asks, for the messages of others.
+
+        Yields:
+            The leased names, and the leases of other processes on the rest.
         """
         lock: BaseFileLock | None = None
         id_ = f"{os.getpid()}-{os.urandom(4).hex()}"
         try:
-            with self.guard():
-                others = [one for one in self.claims.sweep(keep=False) if one.names & set(names)]
-                free = frozenset(names).difference(*(one.names for one in others))
+            with self.locked():
+                others = [
+                    lease
+                    for lease in self.claims.remove_dead(keep=False)
+                    if lease.names & set(names)
+                ]
+                free = frozenset(names).difference(*(lease.names for lease in others))
                 if free:
-                    lock = self.claims.open(id_, _words(run, free))
+                    lock = self.claims.open(id_, _content(run, free))
             yield free, tuple(others)
         finally:
             if lock is not None:
@@ -183,88 +202,94 @@ class Ledger:
 
     @contextmanager
     def turn(self, name: str, run: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Claim ``name`` for as long as the block lasts, after everyone who has claimed it.
+        """Wait until nobody has a lease on ``name``, then lease it for the duration of the block.
 
-        ``waiting`` is called once when somebody has.
+        Args:
+            name: what to lease.
+            run: who asks, for the messages of others.
+            waiting: called once if another process holds the lease.
         """
-        told = False
+        reported = False
         while True:
-            with self.claim({name}, run) as (mine, others):
-                if mine:
+            with self.claim({name}, run) as (leased, others):
+                if leased:
                     yield
                     return
-            if not told:
+            if not reported:
                 waiting()
-                told = True
+                reported = True
             self.wait(others)
 
-    def wait(self, claims: Sequence[Record]) -> None:
-        """Wait until one of these claims is gone or its process has died."""
+    def wait(self, claims: Sequence[Lease]) -> None:
+        """Wait until one of these leases is released or its process has died."""
         while all(self.claims.alive(claim.id) for claim in claims):
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def claimed(self) -> frozenset[str]:
-        """The names that living processes claim; to be called under the guard."""
-        return frozenset().union(*(record.names for record in self.claims.sweep(keep=False)))
+        """Return the names that living processes are making. Call with the cache locked."""
+        return frozenset().union(*(lease.names for lease in self.claims.remove_dead(keep=False)))
 
-    def in_use(self) -> frozenset[str]:
-        """``shelf/name`` of what living processes make or use; to be called under the guard."""
-        living = [one for kept in (self.claims, self.uses) for one in kept.all() if one.alive]
-        return frozenset().union(*(record.names for record in living))
+    def leased_keys(self) -> frozenset[str]:
+        """Return the full keys that living processes make or use. Call with the cache locked."""
+        leases = [*self.claims.all(), *self.uses.all()]
+        return frozenset().union(*(lease.names for lease in leases if lease.alive))
 
 
-class Use:
-    """One run's record of the entries that it counts on.
+class UseLease:
+    """A run's lease on the entries that it uses.
 
-    ``python -m runner.cache`` deletes none of them while the run's process lives, and knows by the
-    record which dataset they belong to when it has ended.
+    ``python -m runner.cache`` deletes none of them while the run's process is alive. The JSON stays
+    when the run has ended, and says which dataset the entries belong to.
     """
 
     def __init__(
-        self, ledger: Ledger, run: str, dataset: dict[str, Any], always: Collection[str] = ()
+        self, leases: Leases, run: str, dataset: dict[str, Any], always: Collection[str] = ()
     ) -> None:
-        self.ledger, self.run, self.dataset = ledger, run, dataset
+        self.leases, self.run, self.dataset = leases, run, dataset
         self.always = frozenset(always)
         self.names: frozenset[str] = frozenset()
-        self._id = key_of({"run": run, "host": socket.gethostname(), "pid": os.getpid()})[:16]
+        self._id = json_digest({"run": run, "host": socket.gethostname(), "pid": os.getpid()})[:16]
         self._lock: BaseFileLock | None = None
 
     def hold(self, names: Collection[str]) -> None:
-        """Count on these entries, instead of those named before."""
+        """Lease these entries, instead of those leased before."""
         wanted = self.always.union(names)
         if self._lock is not None and wanted == self.names:
             return
         self.names = wanted
-        with self.ledger.guard():
+        with self.leases.locked():
             if self._lock is None:
-                self._lock = self.ledger.uses.open(self._id, self._words())
+                self._lock = self.leases.uses.open(self._id, self._content())
             else:
-                self.ledger.uses.write(self._id, self._words())
+                self.leases.uses.write(self._id, self._content())
 
     def release(self) -> None:
-        """The run has ended: its record stays, as the only one of its like."""
+        """Release the lease at the end of the run.
+
+        Its JSON stays; those of earlier runs with the same entries and sources are deleted.
+        """
         if self._lock is None:
             return
-        words, uses = self._words(), self.ledger.uses
-        # A full disk must not make a failure of a run that has ended well.
-        with suppress(OSError), self.ledger.guard():
-            for record in uses.all():
-                if not record.alive and record.data.get("set") == words["set"]:
-                    uses.remove(record.id)
-            uses.write(self._id, words)
-            uses.sweep(keep=True)
+        content, uses = self._content(), self.leases.uses
+        # A full disk must not turn a successful run into a failure.
+        with suppress(OSError), self.leases.locked():
+            for lease in uses.all():
+                if not lease.alive and lease.data.get("set") == content["set"]:
+                    uses.remove(lease.id)
+            uses.write(self._id, content)
+            uses.remove_dead(keep=True)
         with suppress(OSError):
             uses.close(self._id, self._lock, keep=True)
         self._lock = None
 
-    def _words(self) -> dict[str, Any]:
+    def _content(self) -> dict[str, Any]:
         names = sorted(self.names)
-        # A sweep's runs use the same, and one record of it is enough.
-        alike = key_of({"names": names, "paths": self.dataset["paths"]})[:16]
-        return {**_words(self.run, names), "dataset": self.dataset, "set": alike}
+        # The runs of a sweep use the same entries; one JSON for all of them is enough.
+        set_id = json_digest({"names": names, "paths": self.dataset["paths"]})[:16]
+        return {**_content(self.run, names), "dataset": self.dataset, "set": set_id}
 
 
-def _words(run: str, names: Collection[str]) -> dict[str, Any]:
+def _content(run: str, names: Collection[str]) -> dict[str, Any]:
     return {
         "run": run,
         "pid": os.getpid(),

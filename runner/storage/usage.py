@@ -1,4 +1,4 @@
-"""What the shared cache holds, whose it is, and what of it can go."""
+"""Contents of the shared cache: which datasets use them, and which of them prune may delete."""
 
 from __future__ import annotations
 
@@ -11,32 +11,39 @@ from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.core.text import did_you_mean
-from runner.storage.leases import Ledger, Record
-from runner.storage.store import SHELVES, note_of, scan
+from runner.storage.leases import Lease, Leases
+from runner.storage.shared_cache import NAMESPACES, note_of, scan
 
-# Scraps younger than this may belong to a process that is writing them.
-_SCRAP_SECONDS = 3600.0
-# Deleting holds back runs that start, so it is done so many files at a time.
+# Leftover files younger than this may belong to a process that is writing them.
+_LEFTOVER_SECONDS = 3600.0
+# Objects deleted per lock of the cache, which runs that start have to wait for.
 _BATCH = 200
-# Besides who uses what: media on their way in, whose own lock clears them, and which datasets of
-# the hub are whole, without which they could not be used offline.
-_NO_SHELVES = ("claims", "uses", "incoming", "hub")
-# What is known of the hub's weights, on the shelf of the tiny model's.
+# Folders without entries: leases, unfinished media (deleted by BulkWriter), and notes on complete
+# datasets of the hub, which are needed to use them offline.
+_NOT_ENTRIES = ("claims", "uses", "incoming", "hub")
+# In the folder of the tiny model's weights: notes on verified weights of the hub.
 CHECKED = "checked"
-# What belongs to no dataset: as no record names it, or as runs say nothing of its shelf.
+# Labels for objects of no dataset: used by no recorded run, or of a kind that runs do not record.
 UNKNOWN, OTHER = "(unknown)", "(other)"
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One thing in the cache: an entry with its note, a folder of weights, or a scrap.
+class CacheObject:
+    """One object in the cache: an entry with its .json, a folder of weights, or a leftover file.
 
-    name: ``shelf/name``. used: when it was last used or made, seconds since 1970. datasets: the
-    keys of those whose runs have used it. named: whether runs say what they use of its shelf.
+    Attributes:
+        name: its full key.
+        namespace: the first part of it.
+        path: the file or folder.
+        bytes: its size.
+        used: when it was last used or made, seconds since 1970.
+        datasets: the keys of the datasets whose runs have used it.
+        in_use: whether a living process makes or uses it.
+        named: whether runs record their use of objects in its namespace.
     """
 
     name: str
-    shelf: str
+    namespace: str
     path: Path
     bytes: int
     used: float
@@ -46,25 +53,37 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Stock:
-    """All of a cache. ``datasets`` has a short name for each key; ``running`` are runs at work.
+class CacheContents:
+    """Everything in a cache.
 
-    ``used`` is when a run last used each dataset, by its short name.
+    Attributes:
+        kept: its objects.
+        datasets: the short name of each dataset, by its key.
+        used: when a run last used each dataset, by its short name; seconds since 1970.
+        running: the leases of living processes.
     """
 
-    kept: tuple[Kept, ...]
+    kept: tuple[CacheObject, ...]
     datasets: dict[str, str]
     used: dict[str, float]
-    running: tuple[Record, ...]
+    running: tuple[Lease, ...]
 
     @property
     def bytes(self) -> int:
-        return sum(one.bytes for one in self.kept)
+        """The size of all objects."""
+        return sum(item.bytes for item in self.kept)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What to delete: what fits all that is set. older_than in seconds, keep_below in bytes."""
+class PruneCriteria:
+    """Which objects to delete: those that match all that is set.
+
+    Attributes:
+        older_than: not used for so many seconds.
+        keep_below: the least recently used, until the cache is smaller than so many bytes.
+        dataset: used by this dataset only (its key).
+        unused: used by no recorded run.
+    """
 
     older_than: float | None = None
     keep_below: int | None = None
@@ -72,107 +91,112 @@ class Wish:
     unused: bool = False
 
 
-def take_stock(root: Path, now: float) -> Stock:
-    """Look through the cache at ``root``; writes nothing. Raises UserError if there is none."""
+def take_stock(root: Path, now: float) -> CacheContents:
+    """List the contents of the cache at ``root``; write nothing.
+
+    Raises:
+        UserError: there is no cache.
+    """
     if not root.is_dir():
         raise UserError(f"there is no cache at {root} yet: train once, or give --outputs")
-    ledger = Ledger(root)
-    uses, claims = ledger.uses.all(), ledger.claims.all()
+    leases = Leases(root)
+    uses, claims = leases.uses.all(), leases.claims.all()
     last: dict[str, float] = {}
     owners: dict[str, set[str]] = {}
     paths: dict[str, str] = {}
     of_dataset: dict[str, float] = {}
-    for record in uses:
-        key = _key(record, paths)
-        of_dataset[key] = max(of_dataset.get(key, 0.0), _time(record))
-        for name in record.names:
-            last[name] = max(last.get(name, 0.0), _time(record))
+    for lease in uses:
+        key = _key(lease, paths)
+        of_dataset[key] = max(of_dataset.get(key, 0.0), _time(lease))
+        for name in lease.names:
+            last[name] = max(last.get(name, 0.0), _time(lease))
             owners.setdefault(name, set()).add(key)
-    held = frozenset().union(*(one.names for one in (*uses, *claims) if one.alive))
-    kept: list[Kept] = []
-    for shelf in scan(root):
-        if not shelf.is_dir(follow_symlinks=False) or shelf.name in _NO_SHELVES:
+    running = tuple(lease for lease in (*uses, *claims) if lease.alive)
+    held = frozenset().union(*(lease.names for lease in running))
+    kept: list[CacheObject] = []
+    for namespace in scan(root):
+        if not namespace.is_dir(follow_symlinks=False) or namespace.name in _NOT_ENTRIES:
             continue
-        for name, path, size, made in _shelf(Path(shelf.path), now):
-            stored = f"{shelf.name}/{name}"
+        for name, path, size, made in _scan_namespace(Path(namespace.path), now):
+            full_key = f"{namespace.name}/{name}"
             kept.append(
-                Kept(
-                    stored,
-                    shelf.name,
+                CacheObject(
+                    full_key,
+                    namespace.name,
                     path,
                     size,
-                    max(made, last.get(stored, 0.0)),
-                    frozenset(owners.get(stored, ())),
-                    stored in held,
-                    shelf.name in SHELVES or (shelf.name == "weights" and name != CHECKED),
+                    max(made, last.get(full_key, 0.0)),
+                    frozenset(owners.get(full_key, ())),
+                    full_key in held,
+                    namespace.name in NAMESPACES
+                    or (namespace.name == "weights" and name != CHECKED),
                 )
             )
-    running = tuple(one for one in (*uses, *claims) if one.alive)
     short = _short(paths)
     used = {short[key]: time for key, time in of_dataset.items()}
-    return Stock(tuple(kept), short, used, running)
+    return CacheContents(tuple(kept), short, used, running)
 
 
-def _time(record: Record) -> float:
-    time = record.data.get("time")
+def _time(lease: Lease) -> float:
+    time = lease.data.get("time")
     return float(time) if isinstance(time, int | float) else 0.0
 
 
-def _key(record: Record, paths: dict[str, str]) -> str:
-    """What tells a record's dataset from others; ``paths`` gets its short name."""
-    dataset = record.data.get("dataset")
+def _key(lease: Lease, paths: dict[str, str]) -> str:
+    """Return the key of a lease's dataset, and add its short name to ``paths``."""
+    dataset = lease.data.get("dataset")
     dataset = dataset if isinstance(dataset, dict) else {}
     name = str(dataset.get("name", "unnamed"))
-    found = dataset.get("paths")
-    key = " + ".join(map(str, found)) if isinstance(found, list) and found else name
+    parts = dataset.get("paths")
+    key = " + ".join(map(str, parts)) if isinstance(parts, list) and parts else name
     paths[key] = name
     return key
 
 
 def _short(paths: dict[str, str]) -> dict[str, str]:
-    """The short name of each dataset where it is the only one of that name, else its path."""
+    """Return each dataset's short name if no other has the same, else its path."""
     names = list(paths.values())
     return {key: name if names.count(name) == 1 else key for key, name in paths.items()}
 
 
-def _shelf(shelf: Path, now: float) -> Iterator[tuple[str, Path, int, float]]:
-    """Name, place, bytes and time of change of all that lies on a shelf."""
-    if shelf.name == "weights":
-        # The files of a model are of use together only.
-        for one in scan(shelf):
-            size, made = _measure(Path(one.path))
-            if not one.name.startswith(".") or now - made > _SCRAP_SECONDS:
-                yield one.name, Path(one.path), size, made
+def _scan_namespace(namespace: Path, now: float) -> Iterator[tuple[str, Path, int, float]]:
+    """Yield name, path, bytes and modification time of everything in a namespace."""
+    if namespace.name == "weights":
+        # The files of a model are useful only together.
+        for model in scan(namespace):
+            size, made = _measure(Path(model.path))
+            if not model.name.startswith(".") or now - made > _LEFTOVER_SECONDS:
+                yield model.name, Path(model.path), size, made
         return
-    for file, size, made in _files(shelf):
-        scrap = file.name.startswith(".")
-        if shelf.name in SHELVES and not scrap:
+    for file, size, made in _files(namespace):
+        leftover = file.name.startswith(".")
+        if namespace.name in NAMESPACES and not leftover:
             note = note_of(file)
             if file.name.endswith(".json"):
-                # Counted with its entry; without one it is a scrap.
-                scrap = not file.with_name(file.name.removesuffix(".json")).exists()
-                if not scrap:
+                # Counted with its entry; without one it is a leftover.
+                leftover = not file.with_name(file.name.removesuffix(".json")).exists()
+                if not leftover:
                     continue
             with suppress(OSError):
                 size += note.stat().st_size
-        if not scrap or now - made > _SCRAP_SECONDS:
+        if not leftover or now - made > _LEFTOVER_SECONDS:
             yield file.name, file, size, made
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, float]]:
-    for one in scan(folder):
+    for child in scan(folder):
         try:
-            if one.is_dir(follow_symlinks=False):
-                yield from _files(Path(one.path))
+            if child.is_dir(follow_symlinks=False):
+                yield from _files(Path(child.path))
             else:
-                stat = one.stat(follow_symlinks=False)
-                yield Path(one.path), stat.st_size, stat.st_mtime
-        except OSError:  # It went meanwhile.
+                stat = child.stat(follow_symlinks=False)
+                yield Path(child.path), stat.st_size, stat.st_mtime
+        except OSError:  # Deleted meanwhile.
             continue
 
 
 def _measure(path: Path) -> tuple[int, float]:
-    """Bytes of a file or folder, and its newest time of change."""
+    """Return the bytes of a file or folder, and its newest modification time."""
     files = list(_files(path)) if path.is_dir() else []
     with suppress(OSError):
         stat = path.stat(follow_symlinks=False)
@@ -180,61 +204,71 @@ def _measure(path: Path) -> tuple[int, float]:
     return sum(size for _, size, _ in files), max((made for _, _, made in files), default=0.0)
 
 
-def dataset_key(stock: Stock, wanted: str) -> str:
-    """The dataset of that name or path. Raises UserError with the nearest name for a wrong one."""
-    for key, name in stock.datasets.items():
+def dataset_key(contents: CacheContents, wanted: str) -> str:
+    """Return the key of the dataset with that name or path.
+
+    Raises:
+        UserError: there is none; the message suggests the most similar name.
+    """
+    for key, name in contents.datasets.items():
         if wanted in (key, name) or os.path.normpath(Path(wanted).absolute()) == key:
             return key
-    if not stock.datasets:
+    if not contents.datasets:
         raise UserError(f"--dataset {wanted}: no run has said what it uses yet")
     raise UserError(
         f"--dataset {wanted}: nothing in the cache is of it."
-        f"{did_you_mean(wanted, stock.datasets.values())}"
+        f"{did_you_mean(wanted, contents.datasets.values())}"
     )
 
 
-def chosen(stock: Stock, wish: Wish, now: float) -> list[Kept]:
-    """What to delete, least recently used first: never what a living process uses or makes.
+def chosen(contents: CacheContents, criteria: PruneCriteria, now: float) -> list[CacheObject]:
+    """Select the objects to delete, least recently used first.
 
-    What another dataset uses too stays when one dataset is to go. Shelves that runs say nothing
-    of go by age and size alone.
+    Never one that a living process makes or uses. With ``dataset``, objects that another dataset
+    uses too are kept. Objects whose use runs do not record are selected by age and size alone.
     """
-    found = [one for one in stock.kept if not one.in_use]
-    if wish.dataset is not None:
-        found = [one for one in found if one.datasets == {wish.dataset}]
-    if wish.unused:
-        # A run that has just made an entry says that it uses it a little later.
-        old = now - _SCRAP_SECONDS
-        found = [one for one in found if one.named and not one.datasets and one.used < old]
-    if wish.older_than is not None:
-        found = [one for one in found if one.used < now - wish.older_than]
-    found.sort(key=lambda one: (one.used, one.name))
-    if wish.keep_below is None:
-        return found
-    too_much, taken = stock.bytes - wish.keep_below, 0
-    for number, one in enumerate(found):
-        if taken >= too_much:
-            return found[:number]
-        taken += one.bytes
-    return found
+    candidates = [item for item in contents.kept if not item.in_use]
+    if criteria.dataset is not None:
+        candidates = [item for item in candidates if item.datasets == {criteria.dataset}]
+    if criteria.unused:
+        # A run leases an entry shortly after making it.
+        old = now - _LEFTOVER_SECONDS
+        candidates = [
+            item for item in candidates if item.named and not item.datasets and item.used < old
+        ]
+    if criteria.older_than is not None:
+        candidates = [item for item in candidates if item.used < now - criteria.older_than]
+    candidates.sort(key=lambda item: (item.used, item.name))
+    if criteria.keep_below is None:
+        return candidates
+    excess, selected = contents.bytes - criteria.keep_below, 0
+    for number, item in enumerate(candidates):
+        if selected >= excess:
+            return candidates[:number]
+        selected += item.bytes
+    return candidates
 
 
-def delete(root: Path, victims: Sequence[Kept]) -> list[Kept]:
-    """Delete these but what a process has begun to use meanwhile; gives those deleted."""
-    ledger, gone = Ledger(root), []
-    for start in range(0, len(victims), _BATCH):
-        with ledger.guard():
-            held = ledger.in_use()
-            for one in victims[start : start + _BATCH]:
-                if one.name not in held:
-                    _delete(one.path)
-                    gone.append(one)
-    return gone
+def delete(root: Path, to_delete: Sequence[CacheObject]) -> list[CacheObject]:
+    """Delete objects, except those that a process has begun to use meanwhile.
+
+    Returns:
+        The deleted objects.
+    """
+    leases, deleted = Leases(root), []
+    for start in range(0, len(to_delete), _BATCH):
+        with leases.locked():
+            held = leases.leased_keys()
+            for item in to_delete[start : start + _BATCH]:
+                if item.name not in held:
+                    _delete(item.path)
+                    deleted.append(item)
+    return deleted
 
 
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        # Gone at once as what it is, and then bit by bit.
+        # Renamed first, so that no process finds a folder with half of its files.
         hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.rename(hidden)
         shutil.rmtree(hidden)
@@ -243,15 +277,17 @@ def _delete(path: Path) -> None:
     note_of(path).unlink(missing_ok=True)
 
 
-def by_dataset(stock: Stock, kept: Iterable[Kept]) -> dict[str, list[Kept]]:
-    """The things of each dataset by its short name, then :data:`UNKNOWN` and :data:`OTHER`.
+def by_dataset(
+    contents: CacheContents, kept: Iterable[CacheObject]
+) -> dict[str, list[CacheObject]]:
+    """Group objects by the short name of their dataset, then :data:`UNKNOWN` and :data:`OTHER`.
 
-    What several datasets use is in each.
+    An object that several datasets use is in the group of each.
     """
-    found: dict[str, list[Kept]] = {name: [] for name in sorted(stock.datasets.values())}
-    found |= {UNKNOWN: [], OTHER: []}
-    for one in kept:
-        names = [stock.datasets[key] for key in one.datasets]
-        for name in names or [UNKNOWN if one.named else OTHER]:
-            found[name].append(one)
-    return {name: of_it for name, of_it in found.items() if of_it}
+    names = [*sorted(contents.datasets.values()), UNKNOWN, OTHER]
+    groups: dict[str, list[CacheObject]] = {name: [] for name in names}
+    for item in kept:
+        of_item = [contents.datasets[key] for key in item.datasets]
+        for name in of_item or [UNKNOWN if item.named else OTHER]:
+            groups[name].append(item)
+    return {name: members for name, members in groups.items() if members}

@@ -1,10 +1,11 @@
-"""MLflow's client, made silent, and what it says without the secrets of this process."""
+"""MLflow's client, silenced, and its error messages without this process's secrets."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
+from runner.core.errors import plain_reason
 from runner.tracking.secrets import redact, secret_values
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ QUIET_ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# A server that is away must cost seconds, not MLflow's seven tries of two minutes each: what
-# could not be sent is kept and sent later. The user's own values win.
+# An unreachable server must cost seconds, not MLflow's seven tries of two minutes each: what could
+# not be sent is kept and sent later. The user's own values win.
 DEFAULT_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -27,14 +28,14 @@ DEFAULT_ENVIRONMENT = {
 
 
 def quiet() -> None:
-    """Sets what MLflow reads at import; call before every import of it."""
+    """Set the variables that MLflow reads at import; call this before importing it."""
     os.environ.update(QUIET_ENVIRONMENT)
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the store at `uri` that is silent: no telemetry, no log lines, no git."""
+    """Return a silent client of the store at ``uri``: no telemetry, no log lines, no git."""
     quiet()
     from mlflow import MlflowClient
 
@@ -42,11 +43,11 @@ def connect(uri: str) -> MlflowClient:
 
 
 def safe(text: str) -> str:
-    """`text` without secrets, those of this process's environment included."""
+    """Return ``text`` without secrets, including those of this process's environment."""
     return redact(text, secret_values(os.environ))
 
 
 def first_line(error: BaseException) -> str:
-    """An exception as one line without secrets, at most 300 characters."""
+    """Return an exception's message as one line without secrets, of at most 300 characters."""
     lines = str(error).strip().splitlines()
-    return safe(lines[0] if lines else type(error).__name__)[:300]
+    return safe(plain_reason(lines[0] if lines else type(error).__name__))[:300]

@@ -1,4 +1,4 @@
-"""Takes secrets out of files, such as logs with what a trainer printed."""
+"""Redaction of files, such as the logs of what a trainer printed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from runner.tracking.secrets import redact
 
 
 def hide_values(file: Path, secrets: Sequence[str]) -> None:
-    """Rewrites ``file`` redacted if one of these values is in it; it is never there half.
+    """Redact a file atomically if it contains one of these values.
 
-    Raises OSError when it can't be read or rewritten.
+    Raises:
+        OSError: The file can't be read or rewritten.
     """
     if not secrets or not file.is_file() or file.stat().st_size == 0:
         return
@@ -25,9 +26,13 @@ def hide_values(file: Path, secrets: Sequence[str]) -> None:
 
 
 def write_redacted(file: Path, copy: Path, secrets: Sequence[str]) -> bool:
-    """Writes `file` without secrets to `copy`, byte for byte otherwise; True if any was hidden."""
+    """Write ``file`` to ``copy`` without secrets, otherwise byte for byte.
+
+    Returns:
+        Whether a secret was hidden.
+    """
     hidden = False
-    # Bytes that are no UTF-8 pass through as they are.
+    # Bytes that are not UTF-8 are copied unchanged.
     with (
         file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines,
         copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out,

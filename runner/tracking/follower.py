@@ -1,4 +1,4 @@
-"""Follows a trainer's TensorBoard files into an MLflow run while the trainer works."""
+"""A trainer's metrics, sent from its TensorBoard files to MLflow while it trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.tracking.tensorboard_tail import TensorBoardTail
 
 
 class MetricsFollower:
-    """A thread that carries a trainer's metrics into a run while the trainer works."""
+    """A thread that sends a trainer's metrics to MLflow while it trains."""
 
     def __init__(
         self,
@@ -25,10 +25,16 @@ class MetricsFollower:
         samples: float | None = None,
         steps: int | None = None,
     ) -> None:
-        """Reads the event files below `folder` every `interval` seconds.
+        """Prepare the thread; :meth:`start` starts it.
 
-        `on_points` is given the new points, step times included, from the thread, before they
-        are sent. `samples` (a step, on average) and `steps` (in all) are for the speed.
+        Args:
+            folder: The folder of the event files.
+            writer: The run that the metrics are sent to.
+            interval: Seconds between two readings of the files.
+            on_points: Called from the thread with the new points, step times included, before they
+                are sent.
+            samples: Average number of samples per step, for the speed.
+            steps: Total number of steps, for the speed.
         """
         self._tail = TensorBoardTail(folder)
         self._folder = folder
@@ -41,13 +47,15 @@ class MetricsFollower:
         self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
 
     def start(self) -> MetricsFollower:
+        """Start the thread."""
         self._thread.start()
         return self
 
     def stop(self) -> str | None:
-        """Carries over what is written by now and ends; call after the trainer ended.
+        """Send the remaining metrics and stop; call it after the trainer ended.
 
-        Returns a warning of one line if something could not be read, else None.
+        Returns:
+            A warning of one line if something could not be read, else None.
         """
         self._stop.set()
         if self._thread.is_alive():
@@ -76,5 +84,5 @@ class MetricsFollower:
                 self._on_points(points)
             except Exception as error:
                 self._trouble = f"metrics could not be shown: {first_line(error)}"
-        # Also with nothing new, since points of a failed call may be waiting.
+        # Even without new points, since those of a failed call may be waiting.
         self._writer.log_points(points)

@@ -1,4 +1,4 @@
-"""Metric points: their shape, names MLflow accepts, and the speed derived from them. Pure."""
+"""Metric points, names that MLflow accepts, and the speed derived from points. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 STEP_SECONDS = "time/step_seconds"
 SAMPLES_PER_SECOND = "time/samples_per_second"
 SECONDS_LEFT = "time/seconds_left"
-# musubi logs it at every batch: with gradient accumulation several times at one step, the first
-# of them when the step is done, and at step 0 before there was any.
+# musubi-tuner logs it at every batch: with gradient accumulation several times per step, first when
+# the step is done, and at step 0 before the first step.
 STEP_CLOCK = "loss/current"
-# The time left follows the median of this many steps, which a checkpoint or preview can't sway.
+# The time left is estimated from the median of this many steps, so that a checkpoint or preview
+# does not change it.
 RECENT_STEPS = 25
 MAX_NAME = 250  # characters; MLflow refuses longer keys
 
@@ -24,7 +25,7 @@ _REFUSED = re.compile(r"[^\w.\- :/]")
 
 @dataclass(frozen=True)
 class Point:
-    """One value of one metric. `step` is the optimizer step, `timestamp_ms` Unix milliseconds."""
+    """One value of a metric; ``step`` is the optimizer step, ``timestamp_ms`` Unix milliseconds."""
 
     key: str
     value: float
@@ -33,11 +34,11 @@ class Point:
 
 
 def clean_metric_name(key: str) -> str:
-    """`key` as MLflow accepts it; also right for parameter and tag keys.
+    """Turn ``key`` into a name that MLflow accepts for a metric, parameter or tag.
 
-    MLflow allows letters, digits, `_ - . space : /`, at most 250 characters, and no name that
-    reads as another path (`a//b`, `../a`, `/a`). Refused characters become `_`; a name that had
-    to be shortened ends in eight hexadecimal digits of its hash, so that two stay apart.
+    MLflow allows letters, digits, ``_ - . space : /``, at most 250 characters, and no name that is
+    not a plain path (``a//b``, ``../a``, ``/a``). Refused characters become ``_``; a shortened name
+    ends in eight hexadecimal digits of its hash, so that two names stay different.
     """
     parts = [part for part in _REFUSED.sub("_", key).split("/") if part not in ("", ".")]
     parts = ["_" + part if part.startswith("..") else part for part in parts]
@@ -48,11 +49,11 @@ def clean_metric_name(key: str) -> str:
 
 
 class StepTimer:
-    """Turns `loss/current` points into seconds a step, batch by batch.
+    """Seconds per step, derived from ``loss/current`` points as they arrive.
 
     The time between two points covers everything the trainer did between them, so a step that
-    saved a checkpoint or drew samples is long. With `samples` (a step, on average) and `steps` (in
-    all) it also tells samples a second and the seconds left.
+    saved a checkpoint or made previews is long. ``samples`` (average per step) adds the samples per
+    second, ``steps`` (in total) the seconds left.
     """
 
     def __init__(self, *, samples: float | None = None, steps: int | None = None) -> None:
@@ -61,7 +62,7 @@ class StepTimer:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def derive(self, points: Iterable[Point]) -> list[Point]:
-        """The `time/...` points that follow from `points` and the ones given before."""
+        """Return the ``time/...`` points derived from ``points`` and those of earlier calls."""
         derived = []
         for point in points:
             if point.key != STEP_CLOCK or point.step < 1:
@@ -69,7 +70,7 @@ class StepTimer:
             if self._last is not None and point.step == self._last.step:
                 continue
             last, self._last = self._last, point
-            # A step that does not follow is a restarted count, a clock set back gives nonsense.
+            # Skip a restarted step count and a clock that was set back.
             if last is None or point.step <= last.step or point.timestamp_ms < last.timestamp_ms:
                 continue
             seconds = (point.timestamp_ms - last.timestamp_ms) / 1000 / (point.step - last.step)
@@ -89,6 +90,6 @@ class StepTimer:
 
 
 def with_speed(points: Iterable[Point], timer: StepTimer | None = None) -> list[Point]:
-    """`points`, then the step times they give; one `timer` goes on from call to call."""
+    """Return ``points`` and the step times derived from them; pass the same ``timer`` each time."""
     points = list(points)
     return points + (timer or StepTimer()).derive(points)

@@ -1,8 +1,8 @@
-"""Writes one MLflow run by its id.
+"""The writer of one MLflow run.
 
-Once a run is open nothing here raises: hours of training must not end because a tracking server
-went away. What could not be sent is kept and sent with the next call; what went wrong for good
-is listed, one line each, in `RunWriter.problems`.
+After a run is started no method raises: hours of training must not be lost because a tracking
+server is down. What could not be sent is kept and sent with the next call; every problem is listed,
+one line each, in ``RunWriter.problems``.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from runner.tracking.server import why
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAM = 6000  # characters MLflow keeps of a parameter's value
 MAX_TAG = 8000
 MAX_POINTS = 1000  # in one request
-# How long a store that is away is left alone, unless asking it took longer than that.
+# The pause after a failed call, which is longer if the call itself took longer.
 REST_SECONDS = 10.0
 FINISH_WAIT_SECONDS = 2.0
 
-# Files of these kinds are searched for secrets before they are stored.
+# Text files, which are redacted before they are stored.
 _TEXT_SUFFIXES = frozenset(
     (".csv", ".html", ".json", ".jsonl", ".log", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml")
 )
 
-# What MLflow answers when sending the same again would be in vain.
+# MLflow's error codes after which the same request would be refused again.
 _REFUSALS = frozenset(
     ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
 )
 
 
 class Writer(Protocol):
-    """What `RunWriter` and `NullWriter` have in common."""
+    """The methods that ``RunWriter`` and ``NullWriter`` share."""
 
     run_id: str
     problems: list[str]
@@ -65,11 +65,11 @@ class Writer(Protocol):
     def log_artifact(self, file: Path, folder: str | None = None) -> None: ...
     def log_text(self, text: str, name: str) -> None: ...
     def queued(self) -> AbstractContextManager[None]: ...
-    def finish(self, status: Status) -> None: ...
+    def finish(self, status: RunStatus) -> None: ...
 
 
 class NullWriter:
-    """Takes everything and writes nothing (tracking=none)."""
+    """A writer that discards everything (tracking=none)."""
 
     run_id = ""
     url_hint = ""
@@ -85,11 +85,14 @@ class NullWriter:
     def queued(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def finish(self, status: Status) -> None: ...
+    def finish(self, status: RunStatus) -> None: ...
 
 
 class RunWriter:
-    """One MLflow run, written by id (never the fluent API), from any thread."""
+    """A writer of one MLflow run, addressed by its id; any thread may call it.
+
+    MLflow's fluent API, with its one active run per process, is never used.
+    """
 
     def __init__(
         self, client: MlflowClient, uri: str, run_id: str, experiment_id: str, outputs: Path
@@ -121,9 +124,19 @@ class RunWriter:
         tags: Mapping[str, str],
         parent_id: str | None = None,
     ) -> RunWriter:
-        """Opens a new run in `experiment` (made if missing) of an initialised store.
+        """Start a run in ``experiment``, which is created if it is missing.
 
-        `parent_id` makes it a child of that run. Raises UserError if the store refuses.
+        Args:
+            uri: The address of a store that was initialised.
+            experiment: The experiment's name.
+            outputs: The folder that ``mlartifacts`` is in, if the store is not a server.
+            name: The run's name.
+            params: Parameters, see :meth:`log_params`.
+            tags: Tags, see :meth:`set_tags`.
+            parent_id: The id of the run that becomes its parent.
+
+        Raises:
+            UserError: The store refused.
         """
         root = None if _is_server(uri) else mlflow_store.artifact_root(outputs)
         experiment_id = mlflow_store.ensure_experiment(uri, experiment, root)
@@ -139,8 +152,8 @@ class RunWriter:
             run = client.create_run(experiment_id, tags=own, run_name=safe(name))
         except Exception as error:
             if _is_server(uri):
-                told = f"tracking server {safe(uri)} {why(uri, error)}"
-                raise UserError(f"{told} (experiment {experiment})") from error
+                description = f"tracking server {safe(uri)} {why(uri, error)}"
+                raise UserError(f"{description} (experiment {experiment})") from error
             message = first_line(error)
             raise UserError(f"cannot start an MLflow run: {message}") from error
         writer = cls(client, uri, run.info.run_id, experiment_id, outputs)
@@ -150,14 +163,14 @@ class RunWriter:
 
     @property
     def url_hint(self) -> str:
-        """Where a person finds this run: its page on the server, or how to open the UI."""
+        """The address of the run's page on the server, or the command that opens the UI."""
         page = f"#/experiments/{self._experiment_id}/runs/{self.run_id}"
         if _is_server(self._uri):
             return f"{safe(self._uri).rstrip('/')}/{page}"
         return f"python -m runner.ui --outputs '{self._outputs}' ({page})"
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Logs parameters; nested mappings as `a.b`, values as YAML would show them."""
+        """Log parameters; nested mappings as ``a.b``, values as in YAML."""
         from mlflow.entities import Param
 
         values = [
@@ -168,7 +181,7 @@ class RunWriter:
             self._call("parameters", partial(self._batch, params=part))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Sets tags, replacing the values they had."""
+        """Set tags, replacing earlier values."""
         from mlflow.entities import RunTag
 
         values = [
@@ -179,21 +192,21 @@ class RunWriter:
             self._call("tags", partial(self._batch, tags=part))
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """Sends metric points, 1000 in a request, with those kept from a failed call first.
+        """Send metric points, 1000 per request, after those kept from failed calls.
 
-        NaN is stored as NaN, an infinity as MLflow has it (+-1.8e308). A point sent twice is
-        stored once, since it carries its own time.
+        NaN is stored as NaN, infinities as MLflow's +-1.8e308. A point that is sent twice is stored
+        once, because it carries its own time.
         """
         with self._lock:
             self._points.extend(points)
             self._drain()
 
     def log_artifact(self, file: Path, folder: str | None = None) -> None:
-        """Copies `file` to the run's artifacts; in text files secrets are hidden first."""
+        """Copy ``file`` to the run's artifacts; secrets in text files are hidden first."""
         self._call(f"artifact {file.name}", lambda: self._store_file(file, folder))
 
     def log_text(self, text: str, name: str) -> None:
-        """Stores `text` as the artifact `name`, which may have folders; secrets are hidden."""
+        """Store ``text`` without its secrets as the artifact ``name``, which may have folders."""
         text = redact(text, self._secrets)
         self._call(
             f"artifact {name}", lambda: self._client.log_text(self.run_id, text, artifact_file=name)
@@ -201,7 +214,7 @@ class RunWriter:
 
     @contextmanager
     def queued(self) -> Iterator[None]:
-        """Calls inside are kept and sent by the first one after it, such as `finish`."""
+        """Queue the calls made in the block; the next call after it sends them."""
         with self._lock:
             before, self._rest_until = self._rest_until, math.inf
             try:
@@ -209,10 +222,10 @@ class RunWriter:
             finally:
                 self._rest_until = before
 
-    def finish(self, status: Status) -> None:
-        """Sends what is left and ends the run; the first call decides the status.
+    def finish(self, status: RunStatus) -> None:
+        """Send what is queued and end the run with ``status``; later calls do nothing.
 
-        A store that is away is tried twice in all, since each try may take minutes.
+        An unreachable store is tried only twice, since each try may take minutes.
         """
         with self._lock:
             if self._finished:
@@ -232,7 +245,7 @@ class RunWriter:
             if not self._calls and not self._points:
                 return
             time.sleep(FINISH_WAIT_SECONDS)
-            # The status must be true even if something else could not be sent, so it goes first.
+            # The status goes first: it must be right even if nothing else can be sent.
             self._rest_until = 0.0
             if self._attempt(*self._calls[-1]):
                 del self._calls[-1]
@@ -250,7 +263,7 @@ class RunWriter:
             self._drain()
 
     def _drain(self) -> None:
-        """Sends points, then the other calls in their order, until one cannot be sent."""
+        """Send the points, then the other calls in order, until one fails."""
         if time.monotonic() < self._rest_until:
             return
         while self._points:
@@ -263,13 +276,13 @@ class RunWriter:
             del self._calls[0]
 
     def _attempt(self, what: str, call: Callable[[], object]) -> bool:
-        """Runs `call`; False if it should be tried again later, which is then not at once."""
+        """Run ``call``; after a transient error return False and pause the sending."""
         began = time.monotonic()
         try:
             call()
         except Exception as error:
-            later = _may_pass(error)
-            how = "not sent to MLflow yet" if later else "not taken by MLflow"
+            later = _is_transient(error)
+            how = "not sent to MLflow yet" if later else "rejected by MLflow"
             self._note(f"{what} {how}: {first_line(error)}")
             if later:
                 now = time.monotonic()
@@ -291,21 +304,21 @@ class RunWriter:
             ]
         )
 
-    def _batch(self, **entries: list) -> None:
-        """`log_batch`; if it is refused, halves it until only the refused entry is left out."""
+    def _batch(self, **batch: list) -> None:
+        """Log metrics, params or tags; halve a refused batch, to leave out refused values only."""
         try:
-            self._client.log_batch(self.run_id, **entries, synchronous=True)
+            self._client.log_batch(self.run_id, **batch, synchronous=True)
         except Exception as error:
-            [(kind, values)] = entries.items()
-            if _may_pass(error) or len(values) < 2:
+            [(category, values)] = batch.items()
+            if _is_transient(error) or len(values) < 2:
                 raise
             half = len(values) // 2
             refused: list[Exception] = []
             for part in (values[:half], values[half:]):
                 try:
-                    self._batch(**{kind: part})
+                    self._batch(**{category: part})
                 except Exception as part_error:
-                    if _may_pass(part_error):
+                    if _is_transient(part_error):
                         raise
                     refused.append(part_error)
             if refused:
@@ -335,13 +348,13 @@ def _user() -> str:
         return "unknown"
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later: the store is away or busy, not unwilling."""
+def _is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later: the store is unreachable or busy."""
     from requests import RequestException
 
     if isinstance(error, RequestException):  # MLflow lets these through for artifacts
-        status = 0 if error.response is None else error.response.status_code
-        return status not in range(400, 500) or status in (401, 403, 408, 429)
+        http_status = 0 if error.response is None else error.response.status_code
+        return http_status not in range(400, 500) or http_status in (401, 403, 408, 429)
     if isinstance(error, OSError | ValueError | TypeError):
         return isinstance(error, ConnectionError | TimeoutError)
     return getattr(error, "error_code", None) not in _REFUSALS
@@ -353,8 +366,8 @@ def _chunks(values: list, size: int) -> list[list]:
 
 def _flatten(prefix: str, value: object, into: dict[str, object]) -> None:
     if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            _flatten(f"{prefix}.{key}" if prefix else str(key), item, into)
+        for key, element in value.items():
+            _flatten(f"{prefix}.{key}" if prefix else str(key), element, into)
     elif prefix:
         into[prefix] = value
 
@@ -365,9 +378,9 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_text(item) for item in value) + "]"
+        return "[" + ", ".join(_text(element) for element in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_text(element)}" for key, element in value.items()) + "}"
     return str(value)
 
 

@@ -1,9 +1,10 @@
-"""Where MLflow keeps runs: the SQLite file below `outputs`, or a server; made ready once."""
+"""The MLflow store: a SQLite file in the output folder, or a server."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,9 +19,10 @@ _SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 def sqlite_uri(outputs: Path) -> str:
-    """`sqlite:////abs/outputs/mlflow.db`, for a path of any characters.
+    """Return ``sqlite:////abs/outputs/mlflow.db``, escaped for any characters in the path.
 
-    Raises UserError where the installed SQLAlchemy cannot name the path.
+    Raises:
+        UserError: The installed SQLAlchemy can't open such a path.
     """
     return _file_uri(outputs.resolve() / DATABASE_NAME)
 
@@ -30,16 +32,20 @@ def _file_uri(database: Path) -> str:
     if "%" not in path and "?" not in path:
         return f"sqlite:///{path}"
     if tuple(int(part) for part in version("sqlalchemy").split(".")[:2]) < (2, 1):
-        # Before 2.1 the path was taken as it is, and ended at a question mark.
+        # Before 2.1 SQLAlchemy did not unescape the path, and cut it at a question mark.
         if "?" in path:
             raise UserError(f"{path}: the path must not contain `?`; choose another for outputs")
         return f"sqlite:///{path}"
-    # With the driver named, MLflow does not create the folder of the quoted path by mistake.
+    # With the driver's name, MLflow does not create a folder of the escaped name by mistake.
     return "sqlite+pysqlite:///" + path.replace("%", "%25").replace("?", "%3F")
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The database file of a SQLite `uri`, None for any other store. Imports SQLAlchemy."""
+    """Return the database file of a SQLite ``uri``; None for another store. Imports SQLAlchemy.
+
+    Raises:
+        UserError: The path is not absolute.
+    """
     if not uri.startswith("sqlite"):
         return None
     from sqlalchemy.engine import make_url
@@ -57,17 +63,18 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_root(outputs: Path) -> Path:
-    """The absolute folder of artifacts for stores kept below `outputs`."""
+    """Return the absolute folder of the artifacts of a store in ``outputs``."""
     return outputs.resolve() / ARTIFACTS_NAME
 
 
 def initialise(uri: str, outputs: Path) -> None:
-    """Makes the store at `uri` ready for any number of processes at once.
+    """Prepare the store at ``uri``; any number of processes may do so at once.
 
-    Creates `outputs`. A SQLite file is migrated once, under a file lock, and a new one appears
-    whole or not at all. A server is asked whether it answers.
+    ``outputs`` is created. A SQLite file is created and migrated under a file lock, and appears
+    only when it is complete. A server is asked whether it answers.
 
-    Raises UserError if the store cannot be used.
+    Raises:
+        UserError: The store can't be used.
     """
     if uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "uc")):
         raise UserError(
@@ -111,12 +118,30 @@ def _initialise_sqlite(uri: str, database: Path, artifacts: Path) -> None:
     except Exception as error:
         message = first_line(error)
         if "out-of-date database schema" in message:
-            message = f"made by another MLflow; back it up, then run: mlflow db upgrade '{uri}'"
+            message = _other_schema(uri, database)
         raise UserError(f"cannot open the MLflow store {database}: {message}") from error
 
 
+def _other_schema(uri: str, database: Path) -> str:
+    """Say what to do about a store whose tables are of an older or newer MLflow."""
+    import sqlite3
+
+    from mlflow.store import db_migrations
+
+    # Each migration is a file named by its revision; a newer MLflow's revision has no file here.
+    with closing(sqlite3.connect(database)) as connection:
+        (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    folder = Path(db_migrations.__path__[0]) / "versions"
+    if any(folder.glob(f"{revision}_*.py")):
+        return f"made by an older MLflow; back it up, then run: mlflow db upgrade '{uri}'"
+    return (
+        f"made by a newer MLflow than {version('mlflow')}, which is installed here: install that "
+        "one, or take another store with output_dir or tracking.uri"
+    )
+
+
 def _create_sqlite(database: Path, artifacts: Path) -> None:
-    """Migrates an empty file under another name, then moves it in place; takes seconds."""
+    """Migrate an empty file under another name, then move it into place; takes seconds."""
     quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -130,32 +155,37 @@ def _create_sqlite(database: Path, artifacts: Path) -> None:
 
 
 def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
-    """The id of experiment `name`, made if missing, whoever else makes it at the same time.
+    """Return the id of an experiment, creating it if it is missing; safe against races.
 
-    `artifact_root` None leaves the place of artifacts to the server. Raises UserError for a name
-    MLflow refuses and for an experiment that was deleted.
+    Args:
+        uri: The address of the store.
+        name: The experiment's name.
+        artifact_root: The folder of a new experiment's artifacts; None lets the server decide.
+
+    Raises:
+        UserError: MLflow refuses the name, or the experiment was deleted.
     """
     client = connect(uri)
     from mlflow.exceptions import MlflowException
 
     location = None if artifact_root is None else artifact_root.as_uri()
     try:
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return str(client.create_experiment(name, artifact_location=location))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = client.get_experiment_by_name(name)
+                experiment = client.get_experiment_by_name(name)
     except Exception as error:
         if uri.startswith(("http://", "https://")):
-            told = f"tracking server {safe(uri)} {why(uri, error)}"
-            raise UserError(f"tracking.experiment={name}: {told}") from error
+            description = f"tracking server {safe(uri)} {why(uri, error)}"
+            raise UserError(f"tracking.experiment={name}: {description}") from error
         raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
-    if found is None or found.lifecycle_stage != "active":
+    if experiment is None or experiment.lifecycle_stage != "active":
         raise UserError(
             f"tracking.experiment={name} was deleted in MLflow; restore it there or choose "
             "another name"
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)

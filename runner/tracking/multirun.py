@@ -1,8 +1,8 @@
-"""The records of a sweep, which are files in its folder: any process can write and read them.
+"""The records of a sweep: files in its folder, which any process can write and read.
 
-``sweep.json`` says what was asked for, ``jobs/<number>.json`` what became of each job, and
-``parent.json`` (:mod:`runner.tracking.sweep`) which MLflow run is the parent. A job holds a lock
-while it runs, which the system lets go of when its process dies, however it dies.
+``sweep.json`` has the sweep's command line, ``jobs/<number>.json`` the result of each job, and
+``parent.json`` (:mod:`runner.tracking.parent_run`) the parent run in MLflow. A job holds a lock
+while it runs; the operating system releases it when the process dies, in whatever way.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.storage.leases import Records
+from runner.storage.leases import LeaseFolder
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from hydra.core.override_parser.types import Override
 
-# The exit code of a job whose process died without a word, as SIGKILL makes it.
+# The exit code of a job whose process died without recording one, as after SIGKILL.
 KILLED_CODE = 137
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One ``-m`` command line: its folder, and what ``sweep.json`` there says."""
+    """One ``-m`` command line: its folder, and the content of ``sweep.json`` in it."""
 
     folder: Path
     id: str
     overrides: tuple[str, ...]
-    jobs: int | None  # None when a sweeper decides on the way
+    jobs: int | None  # None if a sweeper decides while it runs
     dry_run: bool
     output_dir: str
     tracking: dict[str, Any]
@@ -56,11 +56,11 @@ class Sweep:
         output_dir: str,
         tracking: dict[str, Any],
     ) -> Sweep:
-        """Write down a new sweep.
+        """Record a new sweep.
 
         Args:
-            folder: The sweep's own folder, which is made.
-            overrides: Words of the command line, without passwords.
+            folder: The sweep's own folder, which is created.
+            overrides: The overrides of the command line, without passwords.
             counted: Whether every combination of the values is a job.
             dry_run: Whether nothing is to be run.
             output_dir: The option of that name, as it was typed.
@@ -79,78 +79,84 @@ class Sweep:
             pid=os.getpid(),
             host=socket.gethostname(),
         )
-        said = {name: value for name, value in vars(sweep).items() if name != "folder"}
-        write_text(folder / "sweep.json", json.dumps(said, indent=1) + "\n")
+        values = {name: value for name, value in vars(sweep).items() if name != "folder"}
+        write_text(folder / "sweep.json", json.dumps(values, indent=1) + "\n")
         return sweep
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
-        """The sweep of a folder. Raises UserError when the folder has none."""
+        """Read the sweep of a folder.
+
+        Raises:
+            UserError: The folder has no readable ``sweep.json``.
+        """
         try:
-            said = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-            return cls(folder, **{**said, "overrides": tuple(said["overrides"])})
+            values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+            return cls(folder, **{**values, "overrides": tuple(values["overrides"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"{folder} has no readable sweep.json: give a folder that lasts and that every "
-                "job sees, hydra.sweep.dir=/shared/sweep."
+                f"{folder} has no readable sweep.json: give a permanent folder that every job "
+                "can reach, hydra.sweep.dir=/shared/sweep."
             ) from error
 
     @property
-    def swept(self) -> tuple[str, ...]:
-        """Keys that have several values."""
+    def swept_keys(self) -> tuple[str, ...]:
+        """The keys that have several values."""
         keys = [one.key_or_group for one in _parsed(self.overrides) if one.is_sweep_override()]
         return tuple(dict.fromkeys(keys))
 
     @property
     def is_here(self) -> bool:
-        """Whether this process is the one that the sweep was started in."""
+        """Whether the sweep was started in this process."""
         return (self.pid, self.host) == (os.getpid(), socket.gethostname())
 
     def records(self) -> list[JobRecord]:
-        """What the jobs wrote down, in their order."""
-        found = [JobRecord(one.id, one.data, one.alive) for one in self._jobs.all()]
-        return sorted(found, key=lambda job: (len(job.number), job.number))
+        """Read the records of the jobs, in order."""
+        records = [JobRecord(one.id, one.data, one.alive) for one in self._jobs.all()]
+        return sorted(records, key=lambda job: (len(job.number), job.number))
 
     @property
-    def _jobs(self) -> Records:
-        return Records(self.folder / "jobs")
+    def _jobs(self) -> LeaseFolder:
+        return LeaseFolder(self.folder / "jobs")
 
     def job(self, number: int | str, overrides: Sequence[str]) -> Job:
-        """The record of the job of that number, to be opened by the process that runs it."""
+        """Create the record of a job, which the process that runs it then opens."""
         return Job(self, self._jobs, str(number), overrides)
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What a job wrote down, and whether its process lives."""
+    """What a job recorded, and whether its process is alive."""
 
     number: str
-    said: dict[str, Any]
+    data: dict[str, Any]
     alive: bool
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended; None while it has not said so."""
-        code = self.said.get("exit_code")
+        """The job's exit code; None until it recorded one."""
+        code = self.data.get("exit_code")
         return code if isinstance(code, int) else None
 
-    def words(self, swept: Sequence[str]) -> str:
-        """The job's number, and what it has otherwise than the other jobs."""
-        own = [o for o in self.said.get("overrides", ()) if o.split("=")[0].lstrip("+~") in swept]
+    def describe(self, swept_keys: Sequence[str]) -> str:
+        """Name the job by its number and by its values of the swept keys."""
+        own = [
+            o for o in self.data.get("overrides", ()) if o.split("=")[0].lstrip("+~") in swept_keys
+        ]
         return f"job {self.number} ({' '.join(own)})" if own else f"job {self.number}"
 
 
 class Job:
-    """The record of one job, written when it begins, learns something, and ends."""
+    """The record of a running job, written when it begins, notes something, and ends."""
 
     def __init__(
-        self, sweep: Sweep, records: Records, number: str, overrides: Sequence[str]
+        self, sweep: Sweep, records: LeaseFolder, number: str, overrides: Sequence[str]
     ) -> None:
         self.sweep = sweep
         self._records, self._number = records, number
         self._lock: BaseFileLock | None = None
         self._began = time.time()
-        self._said: dict[str, Any] = {
+        self._data: dict[str, Any] = {
             "overrides": list(overrides),
             "exit_code": None,
             "error": "",
@@ -163,18 +169,18 @@ class Job:
         }
 
     def note(self, **facts: Any) -> None:
-        """Write down what is known by now, such as the run's folder."""
-        self._said |= facts
-        self._said["seconds"] = round(time.time() - self._began, 3)
-        self._records.write(self._number, self._said)
+        """Add ``facts``, such as the run's folder, to the record on disk."""
+        self._data |= facts
+        self._data["seconds"] = round(time.time() - self._began, 3)
+        self._records.write(self._number, self._data)
 
     def __enter__(self) -> Job:
-        self._lock = self._records.open(self._number, self._said)
+        self._lock = self._records.open(self._number, self._data)
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
@@ -185,11 +191,11 @@ class Job:
 
 
 def _combinations(overrides: Sequence[str]) -> int | None:
-    """How many jobs Hydra's own sweeper makes; None for values that only it can list."""
+    """Count the jobs of Hydra's own sweeper; None for values that only it can list."""
     from hydra.errors import HydraException
 
     try:
-        # A key that is given twice has the values that are given last.
+        # If a key is given twice, its last values count.
         values = {
             one.get_key_element(): len(list(one.sweep_iterator())) if one.is_sweep_override() else 1
             for one in _parsed(overrides)

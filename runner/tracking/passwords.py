@@ -1,8 +1,8 @@
-"""Passwords of addresses, kept in environment variables and out of every text.
+"""Passwords of addresses, kept in environment variables and out of all text.
 
 An address with a password, ``http://ann:PASSWORD@host``, is turned into one that names a variable,
-``http://ann:${oc.env:RUNNER_PASSWORD_1}@host``, before Hydra or a file gets it. OmegaConf reads it
-back wherever the config is resolved, and jobs in other processes inherit the variable.
+``http://ann:${oc.env:RUNNER_PASSWORD_1}@host``, before Hydra or a file gets it. OmegaConf puts the
+password back when a config is resolved, and jobs in other processes inherit the variable.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ _INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 
 
 def hidden(value: str, environment: MutableMapping[str, str]) -> str:
-    """The value with the password of an address, or a hub token, moved to a variable.
+    """Move the password of an address, or a hub token, from a value to a variable.
 
     Args:
-        value: The whole value of an option, such as an address.
-        environment: Where the variable is looked for, and set when no variable has the password.
+        value: The complete value of an option, such as an address.
+        environment: Where the variable is set, unless one has the password already.
+
+    Returns:
+        The value with a reference to the variable.
     """
     span = password_span(value)
-    # What is an interpolation already is none of the user's secrets.
+    # An interpolation is a reference already, not a password.
     if span is not None and not _INTERPOLATION.search(value, *span):
         start, end = span
         return f"{value[:start]}{_reference(value[start:end], environment)}{value[end:]}"
@@ -36,14 +39,14 @@ def hidden(value: str, environment: MutableMapping[str, str]) -> str:
 
 
 def revealed(value: str, environment: Mapping[str, str]) -> str | None:
-    """What :func:`hidden` was given; None when a variable is not set here."""
+    """Undo :func:`hidden`; return None if a variable is not set."""
     if any(name not in environment for name in _REFERENCE.findall(value)):
         return None
     return _REFERENCE.sub(lambda reference: environment[reference[1]], value)
 
 
 def remember(value: object, environment: MutableMapping[str, str]) -> None:
-    """Make the passwords in a resolved config known, so that they are hidden from here on."""
+    """Store the passwords of a resolved config in variables, so that all output hides them."""
     if isinstance(value, str):
         if span := password_span(value):
             _reference(value[slice(*span)], environment)
@@ -56,7 +59,7 @@ def remember(value: object, environment: MutableMapping[str, str]) -> None:
 
 
 def hide_in_config(config: DictConfig, environment: MutableMapping[str, str]) -> None:
-    """Change a config's addresses as :func:`hidden` does, also those that stand in its files."""
+    """Apply :func:`hidden` to every value of a config, including those from its files."""
     from omegaconf import OmegaConf
 
     for key, value in _leaves(OmegaConf.to_container(config), ""):
@@ -71,7 +74,7 @@ def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
         parts = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
     else:
         return [(key, value)]
-    # Hydra's own part says what the command line gives, which has no password any more.
+    # Hydra's own part repeats the command line, from which passwords were removed before.
     return [leaf for name, item in parts if name != "hydra" for leaf in _leaves(item, name)]
 
 

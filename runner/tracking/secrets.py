@@ -1,4 +1,4 @@
-"""Keeps tokens and passwords out of what is logged. Pure: secret values are passed in."""
+"""Redaction of tokens and passwords. Pure: secret values are passed in."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-# Variables of this name and a number hold the passwords that runner.tracking.passwords keeps.
+# Variables with this name and a number hold the passwords of runner.tracking.passwords.
 PASSWORD_VARIABLE = "RUNNER_PASSWORD_"
-# A shorter password of an address may be a word of the text, as in mlflow:mlflow@host/mlflow: it
-# is hidden in addresses alone.
+# A shorter password of an address may also be an ordinary word, as in mlflow:mlflow@host/mlflow: it
+# is hidden in addresses only.
 _LONG = 8
 
 # A key whose last word is one of these holds a secret: `hub.token`, `HF_TOKEN`, `db-password`.
@@ -28,7 +28,7 @@ _KEY = r"(?:[\w.\-]*[_.\-])?(?:token|password|passwd|secret|api_?key|secret_?key
 _SECRET_KEY = re.compile(rf"{_KEY}\Z", re.IGNORECASE)
 _NOTHING = r"(?:null|none|true|false|~|\"\"|''|\$\{[^}\n]{0,200}\}|\*\*\*)(?=[\s,;&}\])]|\Z)"
 _ASSIGNED = re.compile(
-    # Both begin where a word does: tried anywhere in a long run they would take its square.
+    # Both begin at the start of a word: tried everywhere, a long word would take quadratic time.
     rf"(?P<before>(?<![\w.\-])(?:{_KEY}[\"']?[ \t]*[:=][ \t]*|--{_KEY}[ \t]+))(?!{_NOTHING})"
     r"(?:(?P<double>\")(?:[^\"\\\n]|\\.)*\"|(?P<single>')[^'\n]*'|[^\s,;&\"'}\])]+)",
     re.IGNORECASE,
@@ -38,8 +38,8 @@ _YAML_LINE = re.compile(
     rf"^(?P<before>[ \t]*(?:- )?{_KEY}:[ \t]+)(?!{_NOTHING}|[\"'])[^\n\r]+",
     re.IGNORECASE | re.MULTILINE,
 )
-# Where a URI's password begins; up to a slash, a number behind the host of http is its port.
-# Hydra writes colons and spaces with a backslash before them, and Python doubles that.
+# The start of a URI's password. In an http address, a number after the host and before a slash is a
+# port. Hydra puts a backslash before colons and spaces, and Python doubles that.
 _PASSWORD_START = re.compile(
     r"(?:(?<=https)|(?<=http))\\*://[^\s/:@]*:(?!\d{1,5}[/?#])"
     r"|(?<=[\w+.\-])(?<!http)(?<!https)\\*://[^\s/:@]*:"
@@ -51,20 +51,20 @@ _BEARER = re.compile(r"(?P<before>\b(?:Bearer|Authorization: *Basic) +)[A-Za-z0-
 HUB_TOKEN = re.compile(
     r"\b(?:hf_(?:oauth|jwt)_[\w.\-]{7,}[\w\-]|hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,})"
 )
-# "the secret: a garden" is a caption's sentence: an article before the bare word, and after it
-# a short word of letters alone that goes on to another.
+# A caption such as "the secret: a garden" is no secret: an article comes before the word, and a
+# short word and another one after it.
 _ARTICLE = re.compile(r"\b(?:the|a|an|this|that|his|her|its|their|my|our|your) \Z", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?:token|password|secret): [a-z]{1,6} [a-z]+\b", re.IGNORECASE)
 
 
 def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """What must not be seen of the environment, longest first.
+    """Collect the secrets of the environment, longest first.
 
     Args:
         environment: Variables with their values.
 
     Returns:
-        The values of `SECRET_VARIABLES` that are set, and the passwords of addresses in any
+        The values of ``SECRET_VARIABLES`` that are set, and the passwords of addresses in any
         variable, such as a proxy's; each also as Hydra, a shell, JSON, YAML and a URI write it.
     """
     values = {environment.get(name, "").strip() for name in SECRET_VARIABLES}
@@ -78,7 +78,7 @@ def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def password_span(value: str) -> tuple[int, int] | None:
-    """Where the password is in a value that is an address, whatever characters it has, or None."""
+    """Find the start and end of the password, of any characters, in an address, if there is one."""
     end = value.rfind("@")
     if end < 0 or not _ADDRESS.match(value):
         return None
@@ -87,7 +87,7 @@ def password_span(value: str) -> tuple[int, int] | None:
 
 
 def _forms(secret: str) -> set[str]:
-    """A secret as it may stand in a text: escaped, quoted, or with percent signs."""
+    """List a secret's forms in text: plain, escaped, quoted, or with percent signs."""
     forms = {secret, unquote(secret), quote(secret, safe="", errors="surrogateescape")}
     for plain in tuple(forms):
         forms |= {
@@ -104,17 +104,17 @@ def _forms(secret: str) -> set[str]:
 
 
 def redact(text: str, secrets: Collection[str] = ()) -> str:
-    """`text` with every secret replaced by `***`.
+    """Replace every secret in ``text`` by ``***``.
 
-    Replaced are: the values in `secrets` wherever they occur, Hugging Face tokens (`hf_...`),
-    passwords in URIs (`user:pass@`), bearer tokens, and what is assigned to a name that ends in
-    token, password, secret or key (`token: x`, `HF_TOKEN=x`, `--password x`).
+    Secrets are: the values in ``secrets``, Hugging Face tokens (``hf_...``), passwords in URIs
+    (``user:pass@``), bearer tokens, and what is assigned to a name that ends in token, password,
+    secret or key (``token: x``, ``HF_TOKEN=x``, ``--password x``).
     """
     for secret in secrets:
         if len(secret) >= 8:
             text = text.replace(secret, HIDDEN)
         elif secret:
-            # A short one is hidden as a whole word only, or every `a` would go.
+            # Only as a separate word: the password `a` must not hide every letter a.
             text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     if "://" in text and "@" in text:
         text = _WORD.sub(_hide_password, text)
@@ -125,7 +125,7 @@ def redact(text: str, secrets: Collection[str] = ()) -> str:
 
 
 def _hide_password(match: re.Match[str]) -> str:
-    """A word with the password of the URI in it hidden: up to the last @, whatever it holds."""
+    """Hide the password of a URI in a word; it ends at the last @, whatever its characters."""
     word = match[0]
     end = word.rfind("@")
     start = _PASSWORD_START.search(word, 0, end) if end > 0 else None
@@ -146,17 +146,17 @@ def _hide_value(match: re.Match[str]) -> str:
 def redact_mapping(
     values: Mapping[str, object], secrets: Collection[str] = ()
 ) -> dict[str, object]:
-    """A copy of `values`, nested mappings and lists included, with every secret as `***`."""
+    """Copy ``values``, with nested mappings and lists, with every secret replaced by ``***``."""
     return {key: _redact_value(key, value, secrets) for key, value in values.items()}
 
 
 def _redact_value(key: str, value: object, secrets: Collection[str]) -> object:
     if isinstance(value, Mapping):
-        return redact_mapping({str(name): item for name, item in value.items()}, secrets)
+        return redact_mapping({str(name): element for name, element in value.items()}, secrets)
     if value is None or isinstance(value, bool):
         return value
     if _SECRET_KEY.match(key):
         return HIDDEN if str(value) else value
     if isinstance(value, list | tuple):
-        return [_redact_value("", item, secrets) for item in value]
+        return [_redact_value("", element, secrets) for element in value]
     return redact(value, secrets) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Whether a tracking server can be used, and if not, why, in words a person can act on."""
+"""The check of a tracking server, and error messages that say what to do."""
 
 from __future__ import annotations
 
@@ -14,63 +14,64 @@ from runner.core.errors import UserError
 from runner.tracking.client import DEFAULT_ENVIRONMENT, connect, first_line, quiet, safe
 
 CONNECT_SECONDS = 10.0
-# For the first question only: a server that is wrong must not cost minutes.
-_BRIEF = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# For the first request only: a wrong address must not cost minutes.
+_SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 _CORRECT = "correct tracking.uri (or MLFLOW_TRACKING_URI), or use tracking=sqlite"
 
 
 def check_server(uri: str) -> None:
-    """Asks the server at `uri` one question; takes seconds, also when nobody answers.
+    """Send the server at ``uri`` one request; takes seconds even if nothing answers.
 
-    Raises UserError with what is wrong: the address, the name and password, the server.
+    Raises:
+        UserError: The address, the user name, the password or the server is wrong.
     """
     if uri.startswith(("http://", "https://")):
         _reach(uri)
     try:
-        with _briefly():
+        with _short_timeouts():
             connect(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(f"tracking server {safe(uri)} {why(uri, error)}") from error
 
 
 def _reach(uri: str) -> None:
-    """Connects once. What the system says of a wrong address is lost in MLflow's own errors."""
-    shown = f"tracking server {safe(uri)}"
+    """Connect once, because MLflow's own errors hide what is wrong with an address."""
+    server = f"tracking server {safe(uri)}"
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        # What Python says of it quotes a part, which may be of the password.
+        # Python's message may quote a part of the password.
         raise UserError(
-            f"{shown} is no address: in a password write %40 for @, %2F for / and the like; "
+            f"{server} is no address: in a password write %40 for @, %2F for / and the like; "
             f"{_CORRECT}"
         ) from error
     if not host:
-        raise UserError(f"{shown} names no host; {_CORRECT}")
+        raise UserError(f"{server} names no host; {_CORRECT}")
     # Behind a proxy, only the proxy knows the host.
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
         return
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except (socket.gaierror, UnicodeError) as error:
-        raise UserError(f"{shown}: there is no host {host}; {_CORRECT}") from error
+        raise UserError(f"{server}: there is no host {host}; {_CORRECT}") from error
     except ConnectionRefusedError as error:
         raise UserError(
-            f"{shown}: nothing listens at {host} port {port}; start the server, {_CORRECT}"
+            f"{server}: nothing listens at {host} port {port}; start the server, {_CORRECT}"
         ) from error
     except OSError as error:
         what = "no answer" if isinstance(error, TimeoutError) else error.strerror or error
         raise UserError(
-            f"{shown} can't be reached ({what}); is it up, and the network between? If not so, "
-            f"{_CORRECT}"
+            f"{server} can't be reached ({what}): is the server running, and the network up? "
+            f"Otherwise {_CORRECT}"
         ) from error
 
 
 def why(uri: str, error: Exception) -> str:
-    """What a failed request says, as the rest of a sentence that begins with the server."""
-    told = first_line(error)
+    """Describe a failed request, as the end of a sentence that begins with the server."""
+    message = first_line(error)
     status = _status(error)
-    if "Invalid Host header" in told:
+    if "Invalid Host header" in message:
         host = urlsplit(uri).netloc.rpartition("@")[2]
         return f"does not take requests for {host}: start it with --allowed-hosts {host}"
     if status == 401:
@@ -80,23 +81,24 @@ def why(uri: str, error: Exception) -> str:
             "does not let this user do that (403): ask its administrator for the EDIT permission, "
             "or choose another tracking.experiment"
         )
-    if status in (502, 503, 504) or re.search("too many 50[0-9] error", told):
+    if status in (502, 503, 504) or re.search("too many 50[0-9] error", message):
         return "is not ready or fails (HTTP 50x): see its log, or use tracking=sqlite"
-    if "timed out" in told:
+    if "timed out" in message:
         return f"takes connections but does not answer in time; {_CORRECT}"
-    if "SSLError" in told or "CERTIFICATE_VERIFY_FAILED" in told:
+    if "SSLError" in message or "CERTIFICATE_VERIFY_FAILED" in message:
         return (
             "has a certificate that can't be trusted, or speaks no https: give "
             "MLFLOW_TRACKING_SERVER_CERT_PATH, or http:// in tracking.uri"
         )
-    if not _is_mlflow(error, told):
+    if not _is_mlflow(error, message):
         return f"answers, but not as an MLflow server does; {_CORRECT}"
-    return f"does not answer as it should ({told}); {_CORRECT}"
+    return f"does not answer as it should ({message}); {_CORRECT}"
 
 
 def _unauthorised(uri: str) -> str:
-    given = os.environ.get("MLFLOW_TRACKING_USERNAME") or os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if given or "@" in urlsplit(uri).netloc:
+    variables = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN")
+    has_credentials = any(os.environ.get(name) for name in variables)
+    if has_credentials or "@" in urlsplit(uri).netloc:
         return (
             "refuses this name and password (401): correct MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
@@ -108,29 +110,29 @@ def _unauthorised(uri: str) -> str:
 
 
 def _status(error: Exception) -> int:
-    """The HTTP status behind an exception of MLflow's client; 0 when there is none."""
+    """Return the HTTP status behind an exception of MLflow's client; 0 if there is none."""
     from mlflow.exceptions import MlflowException
 
     return error.get_http_status_code() if isinstance(error, MlflowException) else 0
 
 
-def _is_mlflow(error: Exception, told: str) -> bool:
-    """Whether the answer has the form of MLflow's; True when there was no answer."""
+def _is_mlflow(error: Exception, message: str) -> bool:
+    """Whether the answer is of MLflow's form, or there was none."""
     answer = getattr(error, "json", None)
     if isinstance(answer, dict):
         return "error_code" in answer
     return not any(
-        sign in told for sign in ("!= 200", "not in a valid JSON format", "RemoteDisconnected")
+        sign in message for sign in ("!= 200", "not in a valid JSON format", "RemoteDisconnected")
     ) and not isinstance(error, ValueError)
 
 
 @contextmanager
-def _briefly() -> Iterator[None]:
-    """MLflow's patience cut to seconds, as far as the user has not set it."""
+def _short_timeouts() -> Iterator[None]:
+    """Shorten MLflow's timeouts, unless the user has set them."""
     quiet()
-    ours = [name for name in _BRIEF if os.environ.get(name) == DEFAULT_ENVIRONMENT[name]]
+    ours = [name for name in _SHORT_TIMEOUTS if os.environ.get(name) == DEFAULT_ENVIRONMENT[name]]
     before = {name: os.environ[name] for name in ours}
-    os.environ.update({name: _BRIEF[name] for name in ours})
+    os.environ.update({name: _SHORT_TIMEOUTS[name] for name in ours})
     try:
         yield
     finally:

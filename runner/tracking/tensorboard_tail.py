@@ -1,4 +1,4 @@
-"""Reads scalars from TensorBoard event files while a trainer writes them."""
+"""Scalars from TensorBoard event files, read while a trainer writes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBER_TYPES = (1, 2, 3, 9, 19)
 
 
 class _EventFile:
-    """One event file and how far into it whole records have been read."""
+    """An event file, and the number of bytes of it that were read as complete records."""
 
     def __init__(self, path: Path) -> None:
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -26,7 +26,7 @@ class _EventFile:
         self._loader = RawEventFileLoader(str(path))
 
     def events(self) -> Iterator[Any]:
-        """Events not given before; a cut record is given once it is whole."""
+        """Yield new events; an incomplete record is yielded once it is complete."""
         from google.protobuf.message import DecodeError
         from tensorboard.compat.proto import event_pb2
 
@@ -38,6 +38,7 @@ class _EventFile:
                 continue
 
     def unread(self) -> int:
+        """Count the bytes after the last complete record."""
         try:
             return max(0, self.path.stat().st_size - self.consumed)
         except OSError:
@@ -45,18 +46,18 @@ class _EventFile:
 
 
 class TensorBoardTail:
-    """Reads scalars from every event file below a folder as they are written; each point once."""
+    """A reader of the scalars in all event files below a folder; gives each point once."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` need not exist yet."""
+        """``folder`` need not exist yet."""
         self._folder = folder
         self._files: dict[Path, _EventFile] = {}
 
     def read(self) -> list[Point]:
-        """Points written since the last call, file by file in order of name, in written order.
+        """Return the points written since the last call, by file name, then in written order.
 
-        Takes both forms of a scalar: the plain value torch writes and the one-element tensor
-        TensorFlow writes. A record cut short waits until the rest is there.
+        Reads both forms of a scalar: the plain value that torch writes, and the tensor of one
+        element that TensorFlow writes. An incomplete record waits until the rest is written.
         """
         for path in sorted(self._folder.rglob("events.out.tfevents.*")):
             if path not in self._files and path.is_file():
@@ -69,10 +70,10 @@ class TensorBoardTail:
         ]
 
     def unread_bytes(self) -> int:
-        """Bytes that no call of `read` could turn into records.
+        """Count the bytes that :meth:`read` could not turn into records.
 
-        Ask after the writer ended and a last `read`: more than 0 means a corrupt or cut record,
-        which hides everything behind it in that file.
+        Call it after the writer ended and a last :meth:`read`: more than 0 means a corrupt or
+        incomplete record, which hides everything behind it in that file.
         """
         return sum(file.unread() for file in self._files.values())
 
@@ -88,7 +89,7 @@ def _scalars(event: Any) -> Iterator[Point]:
         if kind == "simple_value":
             number = float(value.simple_value)
         elif kind == "tensor":
-            # Texts, images and histograms are tensors too, of strings or of many elements.
+            # Texts, images and histograms are tensors too, of strings or of several elements.
             if value.tensor.dtype not in _NUMBER_TYPES:
                 continue
             array = tensor_util.make_ndarray(value.tensor)

@@ -16,8 +16,8 @@ from conftest import TOP, run_program, tree
 from other_processes import ended, none_left, other, pictures, start, zipped
 
 from runner.cli import cache
-from runner.storage.leases import Ledger, Use
-from runner.storage.store import SHELVES, Store
+from runner.storage.leases import Leases, UseLease
+from runner.storage.shared_cache import NAMESPACES, SharedCache
 from runner.storage.usage import take_stock
 
 __all__ = ("none_left",)
@@ -36,12 +36,12 @@ def stocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     here = tmp_path / "it's [a] folder"
     here.mkdir()
     monkeypatch.chdir(here)
-    for shelf, name in (
+    for namespace, name in (
         *(("media", "a1.png"), ("latents", "a2.safetensors"), ("latents", "a3.safetensors")),
         *(("text", "a4.safetensors"), ("latents", "shared.safetensors")),
         *(("latents", "d1.safetensors"), ("text", "d2.safetensors")),
     ):
-        put(shelf, name, days=50)
+        put(namespace, name, days=50)
     put("text", "u1.safetensors", days=10)
     cats = ["media/a1.png", "latents/a2.safetensors", "latents/a3.safetensors"]
     used("cats", [*cats, "text/a4.safetensors", "latents/shared.safetensors"], days=40)
@@ -50,12 +50,12 @@ def stocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-def put(shelf: str, name: str, *, days: float, size: int = 1000) -> Path:
+def put(namespace: str, name: str, *, days: float, size: int = 1000) -> Path:
     """An entry made so many days ago, of so many bytes with its note."""
     made = Path("outputs/made")
     made.parent.mkdir(exist_ok=True)
     made.write_bytes(b"")
-    place = Store(Path("outputs/cache")).commit(shelf, name, made, {})
+    place = SharedCache(Path("outputs/cache")).commit(namespace, name, made, {})
     note = Path(f"{place}.json")
     place.chmod(0o644)
     place.write_bytes(bytes(size - note.stat().st_size))
@@ -71,7 +71,7 @@ def aged(path: Path, days: float) -> Path:
 def used(dataset: str, names: Collection[str], *, days: float, name: str = "") -> None:
     """The record of a run that ended so many days ago; its dataset may have another name."""
     data = {"name": name or dataset, "paths": [DATASETS.get(dataset, dataset)]}
-    use = Use(Ledger(Path("outputs/cache")), f"runs/{dataset}", data)
+    use = UseLease(Leases(Path("outputs/cache")), f"runs/{dataset}", data)
     use.hold(names)
     use.release()
     for file in Path("outputs/cache/uses").glob("*.json"):
@@ -83,8 +83,10 @@ def used(dataset: str, names: Collection[str], *, days: float, name: str = "") -
 
 def left() -> set[str]:
     """The entries that are there, by the short names they have here."""
-    shelves = (*SHELVES, "weights", "looks", "scans")
-    files = (file for shelf in shelves for file in Path("outputs/cache", shelf).rglob("*"))
+    namespaces = (*NAMESPACES, "weights", "looks", "scans")
+    files = (
+        file for namespace in namespaces for file in Path("outputs/cache", namespace).rglob("*")
+    )
     names = {file.name for file in files if file.is_file()}
     assert all(name.removesuffix(".json") in names for name in names)
     return {name.partition(".")[0] for name in names if not name.endswith(".json")}
@@ -217,7 +219,7 @@ def test_a_running_jobs_entries_stay(
 def test_a_running_jobs_entries_outlast_a_run_like_it(stocked: Path) -> None:
     root = Path("outputs/cache").absolute()
     with other("use", root, "latents/a2.safetensors"):
-        use = Use(Ledger(root), "runs/mine", {"name": "d", "paths": ["/d"]})
+        use = UseLease(Leases(root), "runs/mine", {"name": "d", "paths": ["/d"]})
         use.hold(["latents/a2.safetensors", "weights/tiny-1"])
         use.release()
         assert cache.main(["prune", "--keep-below", "0kB", "--yes"]) == 0
@@ -228,7 +230,7 @@ def test_a_running_jobs_entries_outlast_a_run_like_it(stocked: Path) -> None:
 def test_a_run_that_begins_meanwhile_keeps_its_entries(
     stocked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    use = Use(Ledger(Path("outputs/cache")), "runs/mine", {"name": "cats", "paths": ["/x"]})
+    use = UseLease(Leases(Path("outputs/cache")), "runs/mine", {"name": "cats", "paths": ["/x"]})
 
     def asked(_: str) -> str:
         use.hold(["latents/a3.safetensors", "media/a1.png"])
@@ -382,10 +384,10 @@ WRONG = [
     ("prune", "say what to delete"),
     ("purne --unused", "there is no command 'purne'. Did you mean prune?"),
     ("prune --older-than 30", "'30' needs a unit, such as 30d, 12h or 2w"),
-    ("prune --older-than 30x", "'30x' has no unit known here. There are: d, h, w."),
+    ("prune --older-than 30x", "'30x' has an unknown unit. There are: d, h, w."),
     ("prune --older-than -3d", "--older-than"),
-    ("prune --keep-below 20GX", "'20GX' has no unit known here. Did you mean GB?"),
-    ("prune --keep-below much", "'much' is no number with a unit, such as 20GB or 500MB"),
+    ("prune --keep-below 20GX", "'20GX' has an unknown unit. Did you mean GB?"),
+    ("prune --keep-below much", "'much' is not a number with a unit, such as 20GB or 500MB"),
     ("prune --keep-below", "expected one argument"),
     ("prune --dataset cast", "nothing in the cache is of it. Did you mean cats?"),
     ("prune --dryrun", "there is no option --dryrun. Did you mean --dry-run?"),
@@ -419,7 +421,7 @@ def test_errors_are_one_line(
 def test_as_a_program(stocked: Path) -> None:
     done = run_program("prune", "--older-than", "30d", cwd=stocked, module="runner.cache")
     assert (done.code, done.err) == (0, "")
-    assert "there is no terminal to ask at; --yes deletes." in done.out
+    assert "no terminal to ask at; --yes deletes without asking." in done.out
     assert left() == ALL
     code = (
         "import sys; from runner import cache; cache.main([]);"

@@ -33,7 +33,7 @@ def test_help_names_real_options() -> None:
     from runner.cli import help as help_page
 
     known = {option.key for option in options()}
-    section = help_page.text(conf_folder()).split("people change:")[1].split("Examples:")[0]
+    section = help_page.text(conf_folder()).split("most used options:")[1].split("Examples:")[0]
     named = re.findall(r"^  ([\w.]+)=", section, re.MULTILINE)
     assert len(named) == 10
     assert set(named) <= known

@@ -90,7 +90,8 @@ def test_sources_are_typed_and_inherit() -> None:
 BROKEN = {
     "name=../x": "name='../x' can't be a folder's name: leave out / and \\.",
     "network.include=['[']": (
-        "network.include: '[' is no regular expression: unterminated character set at position 0."
+        "network.include: '[' is not a regular expression: "
+        "unterminated character set at position 0."
     ),
     "engine.extra_args=[--huggingface_token,hf_x]": (
         "engine.extra_args holds --huggingface_token: a secret on a command line can be read by "
@@ -201,7 +202,7 @@ SAID = {
         "'name=[a b' can't be read: no viable alternative at input '[a b'. Quote values with "
         "spaces or brackets twice, for example 'name=\"a b\"'."
     ),
-    ("rehearsal",): "'rehearsal' is no option: write KEY=VALUE.",
+    ("rehearsal",): "'rehearsal' is not an option: write KEY=VALUE.",
     ("+network.rnk=2",): "There is no option network.rnk. Did you mean network.rank?",
     ("++zzz=1",): "There is no option zzz. `python -m runner --cfg job` lists them all.",
     ("--hlep",): "There is no flag --hlep. Did you mean --help?",

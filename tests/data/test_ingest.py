@@ -22,20 +22,20 @@ from conftest import compose, tree
 from media_factory import make_clip, make_image
 
 from runner.core.errors import UserError
-from runner.data.ingest import Reading, scan_sources
+from runner.data.ingest import ScanOptions, scan_sources
 from runner.data.select import Source
-from runner.data.sources import check_unchanged, look, memo, unpack
+from runner.data.sources import check_unchanged, media_reader, scan_index, unpack
 from runner.data.sources.scan import workers
 from runner.storage import bulk_writer
-from runner.storage import store as storing
+from runner.storage import shared_cache as storing
 from runner.storage.bulk_writer import BulkWriter
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 
 @pytest.fixture(autouse=True)
 def files_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test has just written is not taken for being written still."""
-    monkeypatch.setattr(memo, "RACY_NS", 0)
+    monkeypatch.setattr(scan_index, "RACY_NS", 0)
 
 
 def zipped(path: Path, pictures: int = 12, clips: int = 3, **captions: str) -> Path:
@@ -53,8 +53,8 @@ def zipped(path: Path, pictures: int = 12, clips: int = 3, **captions: str) -> P
     return path
 
 
-def store_of(tmp_path: Path) -> Store:
-    return Store(tmp_path / "outputs" / "cache")
+def store_of(tmp_path: Path) -> SharedCache:
+    return SharedCache(tmp_path / "outputs" / "cache")
 
 
 def ingest(
@@ -66,7 +66,7 @@ def ingest(
     waiting: Callable[[], None] = lambda: None,
 ) -> Source:
     config = compose(f"dataset.path={tmp_path / path}", *overrides)
-    reading = Reading(progress, waiting, keep=not dry)
+    reading = ScanOptions(progress, waiting, keep=not dry)
     (source,) = scan_sources(config, tmp_path, store_of(tmp_path), reading)
     return source
 
@@ -98,20 +98,20 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What is looked at from here on."""
     seen: list[object] = []
     for name in ("probe_image", "probe_video"):
-        real = getattr(look, name)
+        real = getattr(media_reader, name)
 
         def noted(source: Any, real: Any = real) -> Any:
             seen.append(source)
             return real(source)
 
-        monkeypatch.setattr(look, name, noted)
+        monkeypatch.setattr(media_reader, name, noted)
     return seen
 
 
 def entries(tmp_path: Path) -> dict[str, bytes]:
     """What lies on the media shelf under final names, notes aside."""
-    shelf = tmp_path / "outputs" / "cache" / "media"
-    files = [file for file in shelf.rglob("*") if file.is_file() and file.suffix != ".json"]
+    namespace = tmp_path / "outputs" / "cache" / "media"
+    files = [file for file in namespace.rglob("*") if file.is_file() and file.suffix != ".json"]
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -122,14 +122,14 @@ def test_one_pass(tmp_path: Path, opened: list[str]) -> None:
     source = ingest(tmp_path)
     assert sorted(opened) == sorted(item.name for item in source.items)
     kept = entries(tmp_path)
-    assert sorted(kept) == sorted(item.entry for item in source.items)
+    assert sorted(kept) == sorted(item.cache_key for item in source.items)
     for item in source.items:
-        assert hashlib.sha256(kept[item.entry]).hexdigest() == item.sha256
-        place = store_of(tmp_path).path("media", item.entry)
+        assert hashlib.sha256(kept[item.cache_key]).hexdigest() == item.sha256
+        place = store_of(tmp_path).path("media", item.cache_key)
         assert place.stat().st_mode & 0o777 == 0o444
         note = json.loads(place.with_name(place.name + ".json").read_text())
-        made_of = {"as_rgb": False, "media": item.sha256}
-        assert note == {"bytes": item.bytes, "made_of": made_of, "sha256": item.sha256}
+        cache_inputs = {"as_rgb": False, "media": item.sha256}
+        assert note == {"bytes": item.bytes, "made_of": cache_inputs, "sha256": item.sha256}
     assert not list((tmp_path / "outputs" / "cache" / "incoming").iterdir())
     assert not list((tmp_path / "outputs" / "cache" / "claims").iterdir())
 
@@ -187,14 +187,14 @@ def test_folders_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_renamed_zip_is_not_unpacked_again(tmp_path: Path) -> None:
     zipped(tmp_path / "m.zip")
     first = ingest(tmp_path)
-    shelf = tmp_path / "outputs" / "cache" / "media"
-    before = {file: file.stat() for file in shelf.rglob("*") if file.is_file()}
+    namespace = tmp_path / "outputs" / "cache" / "media"
+    before = {file: file.stat() for file in namespace.rglob("*") if file.is_file()}
     (tmp_path / "m.zip").rename(tmp_path / "new name [é].zip")
     again = ingest(tmp_path, path="new name [é].zip")
     assert [(i.name, i.sha256, i.caption) for i in again.items] == [
         (i.name, i.sha256, i.caption) for i in first.items
     ]
-    after = {file: file.stat() for file in shelf.rglob("*") if file.is_file()}
+    after = {file: file.stat() for file in namespace.rglob("*") if file.is_file()}
     assert {f: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for f, s in after.items()} == {
         f: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for f, s in before.items()
     }
@@ -214,20 +214,20 @@ def test_a_new_zip_of_the_same_name(tmp_path: Path) -> None:
 # instant could not be told. Nor one whose time of change lies ahead.
 def test_racy_files_are_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Days, so that a slow machine is within them too.
-    monkeypatch.setattr(memo, "RACY_NS", 10**15)
+    monkeypatch.setattr(scan_index, "RACY_NS", 10**15)
     zipped(tmp_path / "m.zip")
     looked = probed(monkeypatch)
     ingest(tmp_path)
     ingest(tmp_path)
     assert len(looked) == 30
-    monkeypatch.setattr(memo, "RACY_NS", 2_000_000_000)
+    monkeypatch.setattr(scan_index, "RACY_NS", 2_000_000_000)
     now = 10**18
-    assert not memo.settled((1, 1, 1, now - 3 * 10**9, now - 1 * 10**9), now)
-    assert not memo.settled((1, 1, 1, now - 1 * 10**9, now - 3 * 10**9), now)
-    assert not memo.settled((1, 1, 1, now - 3 * 10**9, now + 1), now)
-    assert memo.settled((1, 1, 1, now - 3 * 10**9, now - 3 * 10**9), now)
+    assert not scan_index.change_would_show((1, 1, 1, now - 3 * 10**9, now - 1 * 10**9), now)
+    assert not scan_index.change_would_show((1, 1, 1, now - 1 * 10**9, now - 3 * 10**9), now)
+    assert not scan_index.change_would_show((1, 1, 1, now - 3 * 10**9, now + 1), now)
+    assert scan_index.change_would_show((1, 1, 1, now - 3 * 10**9, now - 3 * 10**9), now)
     # A camera's clock may be ahead; that of the file system counts.
-    assert memo.settled((1, 1, 1, now + 10**12, now - 3 * 10**9), now)
+    assert scan_index.change_would_show((1, 1, 1, now + 10**12, now - 3 * 10**9), now)
 
 
 # A memo of another version, of other decoders, or damaged, is as good as none.
@@ -268,7 +268,7 @@ def _cut_after(number: int) -> Callable[[str, int, int], None]:
 
 def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]:
     """Looking at a wider picture takes until an interrupt was told; what is looked at."""
-    real: Any = getattr(look, "probe_image")  # noqa: B009
+    real: Any = getattr(media_reader, "probe_image")  # noqa: B009
     shut_down: Any = ThreadPoolExecutor.shutdown
     interrupted = threading.Event()
     looked: list[object] = []
@@ -285,7 +285,7 @@ def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]
         interrupted.set()
         shut_down(self, *given, **options)
 
-    monkeypatch.setattr(look, "probe_image", slow)
+    monkeypatch.setattr(media_reader, "probe_image", slow)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
     return looked
 
@@ -305,10 +305,10 @@ def test_a_cut_ingestion_goes_on(
     source = ingest(tmp_path)
     assert len(opened) <= 63 - 20
     store = store_of(tmp_path)
-    missing = [item for item in source.items if not store.has("media", item.entry)]
+    missing = [item for item in source.items if not store.has("media", item.cache_key)]
     with BulkWriter(store, "media", "a.zip") as arriving:
         unpack(missing, arriving, lambda _: None)
-    assert sorted(entries(tmp_path)) == sorted(item.entry for item in source.items)
+    assert sorted(entries(tmp_path)) == sorted(item.cache_key for item in source.items)
     assert entries(tmp_path).items() >= some.items()
 
 
@@ -323,7 +323,7 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
         source = ingest(tmp_path)
         assert [file.read_bytes() for file in living.folder.iterdir()] == [b"not yet whole"]
     assert not left.exists()
-    assert sorted(entries(tmp_path)) == sorted(item.entry for item in source.items)
+    assert sorted(entries(tmp_path)) == sorted(item.cache_key for item in source.items)
 
 
 # An interrupt does not wait for what is left.
@@ -409,8 +409,8 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     by_name = {item.name: item for item in source.items}
     assert len(by_name) == 6
     kept = entries(tmp_path)
-    assert set(kept) == {by_name[n].entry for n in ("alpha.png", "b.png", "long.mp4")}
-    alpha = store_of(tmp_path).path("media", by_name["alpha.png"].entry)
+    assert set(kept) == {by_name[n].cache_key for n in ("alpha.png", "b.png", "long.mp4")}
+    alpha = store_of(tmp_path).path("media", by_name["alpha.png"].cache_key)
     assert alpha.name.endswith("-rgb.png")
     with Image.open(alpha) as image, Image.open(made / "alpha.png") as original:
         assert image.mode == "RGB" and image.tobytes() == original.convert("RGB").tobytes()
@@ -421,7 +421,7 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "m.zip").rename(tmp_path / "other" / "m.zip")
     ingest(tmp_path / "other", *options, "task=i2v")
-    assert set(entries(tmp_path / "other")) == {by_name["long.mp4"].entry}
+    assert set(entries(tmp_path / "other")) == {by_name["long.mp4"].cache_key}
 
 
 # What will be refused for its captions, or as pictures for i2v, leaves no trace.
@@ -474,7 +474,7 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
     os.utime(tmp_path / "made" / "p1.png")
     check_unchanged(items)
     make_image(tmp_path / "made" / "p1.png", (8, 8))
-    with pytest.raises(UserError, match=r"p1\.png has changed since it was looked at"):
+    with pytest.raises(UserError, match=r"p1\.png has changed since it was scanned"):
         check_unchanged(items)
     (tmp_path / "made" / "p1.png").unlink()
     with pytest.raises(UserError, match=r"p1\.png can't be read"):
@@ -491,7 +491,7 @@ def test_an_edit_of_equal_size_is_noticed(tmp_path: Path) -> None:
     # At another time, which the clock of a file system need not tell within a moment.
     os.utime(picture, ns=(1, 1))
     assert picture.stat().st_size == len(data)
-    with pytest.raises(UserError, match=r"a\.png has changed since it was looked at"):
+    with pytest.raises(UserError, match=r"a\.png has changed since it was scanned"):
         check_unchanged(items)
 
 
@@ -514,7 +514,7 @@ def test_an_archive_that_changes_while_it_is_read(
 # An archive counts as read when its list was, not when a medium in it was: one listed within two
 # seconds of its last change is not remembered, however long the reading takes.
 def test_an_archive_is_as_old_as_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo, "RACY_NS", 2_000_000_000)
+    monkeypatch.setattr(scan_index, "RACY_NS", 2_000_000_000)
     written = zipped(tmp_path / "m.zip").stat().st_ctime_ns
     # Whoever asks first, for the list, is told a second after the change; each further one later.
     seconds = itertools.count(1, 10)
@@ -550,10 +550,10 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     ingest(tmp_path)
     assert entries(tmp_path) == bytes_of
     assert tree(tmp_path / "outputs" / "cache" / "media").keys() == unpacked.keys()
-    place = store.path("media", items[0].entry)
+    place = store.path("media", items[0].cache_key)
     place.chmod(0o644)
     place.write_bytes(b"damaged")
-    for anew in ((), (items[0].entry,)):
+    for anew in ((), (items[0].cache_key,)):
         with BulkWriter(store, "media", "a.zip", anew=anew) as arriving:
             unpack(items, arriving, done.append)
         assert (entries(tmp_path) == bytes_of) == bool(anew)

@@ -13,10 +13,10 @@ from runner.data.select import (
     Selection,
     dataset_fingerprint,
     is_held_out,
-    is_used,
     item_id,
     select,
     source_options,
+    would_be_selected,
 )
 
 TINY = ["engine=diffusers", "model=tiny"]
@@ -52,7 +52,7 @@ def test_i2v_leaves_a_source_of_pictures_out() -> None:
     with pytest.raises(UserError) as caught:
         select([stills, replace(moves, items=stills.items)], task="i2v", validation_fraction=0)
     assert str(caught.value) == (
-        "task=i2v learns motion from clips, and stills, moves have pictures alone (2): add clips, "
+        "task=i2v learns motion from clips, and stills, moves have only pictures (2): add clips, "
         "or take task=t2v."
     )
 
@@ -71,7 +71,7 @@ def test_short_clips_are_named() -> None:
 def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
     chosen = selection([fake_item("a.mp4")], "dataset.source_fps=12")
     assert [crop.frames for crop in chosen.items[0].crops] == [1, 13]
-    assert "targets of 25 frames are lost" in chosen.notices[0]
+    assert "cuts no crops of 25 frames" in chosen.notices[0]
     assert selection([fake_item("a.mp4")]).notices == ()
 
 
@@ -85,7 +85,7 @@ def test_what_is_used_is_what_is_selected(mode: str) -> None:
         given = (*options, f"dataset.source_fps={fps}")
         config = compose(*TINY, *given)
         (source,) = source_options(config.dataset)
-        assert is_used(clip, source, config.task.name) is used
+        assert would_be_selected(clip, source, config.task.name) is used
         names = {item.media.name for item in selection([clip, picture], *given).items}
         assert ("a.mp4" in names) is used
 
@@ -120,8 +120,8 @@ def test_the_split_is_by_content() -> None:
     assert held_out(0.1, items[:100]) == {name for name in small if int(name[:-4]) < 100}
     none = selection(items[:1], "dataset.validation_fraction=0.001")
     assert none.notices == (
-        "dataset.validation_fraction=0.001 holds out none of the 1 items, which is chance with "
-        "few: raise it.",
+        "dataset.validation_fraction=0.001 holds out none of the 1 items (this can happen with "
+        "few items): raise it.",
     )
     assert not is_held_out("f" * 64, 0.999)
     assert not is_held_out("0" * 64, 0.0)
@@ -156,7 +156,7 @@ def test_a_repeated_row_is_an_item_each_time(name: str) -> None:
     plan, alone = plan_of(config, thrice), plan_of(config, once)
     for stage in ("latents", "text"):
         made, links = plan.stage(stage).entries, [e.links for e in plan.stage(stage).entries]
-        assert {e.stored for e in made} == {e.stored for e in alone.stage(stage).entries}
+        assert {e.full_key for e in made} == {e.full_key for e in alone.stage(stage).entries}
         assert len({place for places in links for place in places}) == sum(map(len, links))
         assert sum(map(len, links)) == len(made) + 2 * (len(made) - 1)
     assert plan.steps_per_epoch == alone.steps_per_epoch + 2 * (alone.steps_per_epoch - 1)
@@ -171,7 +171,7 @@ def test_fingerprint() -> None:
     renamed = [replace(item, name="moved/" + item.name) for item in items]
     assert dataset_fingerprint(selection(renamed).items) == base
     assert dataset_fingerprint(reversed(chosen)) == base
-    clip = next(item for item in chosen if item.kind == "video")
+    clip = next(item for item in chosen if item.media_kind == "video")
     (other,) = (item for item in chosen if item is not clip)
     changed = [
         replace(clip, media=replace(clip.media, sha256="0" * 64)),
@@ -208,7 +208,7 @@ def test_options_that_change_the_fingerprint(override: str) -> None:
 def test_bucket_flags_leave_clips_as_they_are(flag: str) -> None:
     items = [fake_item(name, size=(320, 128)) for name in ("a.jpg", "b.mp4")]
     plain, flagged = (
-        {item.kind: item.bucket for item in selection(items, *overrides).items}
+        {item.media_kind: item.bucket for item in selection(items, *overrides).items}
         for overrides in ((), (f"dataset.{flag}",))
     )
     assert plain["image"] == plain["video"] == flagged["video"]

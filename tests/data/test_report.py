@@ -15,19 +15,21 @@ from bad_media import make_bad_media
 from conftest import compose, fake_facts, fake_item, report_of, tree
 from in_process import program_here
 
-from runner.data.report import looks as looking
+from runner.data.report import image_statistics as looking
 from runner.data.report.html import html
-from runner.data.report.looks import Look, look_at
+from runner.data.report.image_statistics import ImageStatistics, measure_all
 from runner.data.report.model import Report, Tokens
 from runner.data.report.page import notices, page_lines, printable
-from runner.data.sources import Item, scan
+from runner.data.sources import SourceMedia, scan
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS
 
-FINE = Look(900.0, 120.0, 50.0, 0, "")
+FINE = ImageStatistics(900.0, 120.0, 50.0, 0, "")
 BASE = ["engine=diffusers", "model=tiny", "optimizer=adamw", "precision=fp32", "memory=cpu"]
 
 
-def report(items: list[Item], *overrides: str, looks: Any = None, tokens: Any = None) -> Report:
+def report(
+    items: list[SourceMedia], *overrides: str, looks: Any = None, tokens: Any = None
+) -> Report:
     config = compose(*BASE, *overrides)
     return report_of(config, fake_facts(config, items), looks, tokens)
 
@@ -35,7 +37,7 @@ def report(items: list[Item], *overrides: str, looks: Any = None, tokens: Any = 
 def kinds(made: Report) -> dict[str, set[str]]:
     """The names each finding is about."""
     return {
-        finding.kind: {made.media[i].name for case in finding.cases for i in case.media}
+        finding.category: {made.media[i].name for case in finding.cases for i in case.media}
         for finding in made.findings
     }
 
@@ -48,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Each way a medium can be wrong is found in it and in no other.
 def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
     items = list(scan("folder", folder, max_bytes=10**9).items)
-    looks = look_at(items, tmp_path, keep=False)
+    looks = measure_all(items, tmp_path, keep=False)
     made = report(items, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]", looks=looks)
     found = kinds(made)
     assert found["blurred"] == {"blurred.jpg"}
@@ -257,7 +259,7 @@ def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     found = scan("folder", folder, max_bytes=10**9)
-    looks = look_at(found.items, tmp_path, keep=False)
+    looks = measure_all(found.items, tmp_path, keep=False)
     config = compose(*BASE, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]")
     facts = fake_facts(config, found.items)
     facts = replace(facts, sources=(replace(facts.sources[0], ignored=found.ignored),))
@@ -266,7 +268,7 @@ def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {f"m{index}" for index in range(len(made.media))} <= set(ids)
-    assert {f"finding-{finding.kind}" for finding in made.findings} <= set(ids)
+    assert {f"finding-{finding.category}" for finding in made.findings} <= set(ids)
     links = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
     assert {link[1:] for link in links if link} <= set(ids)
     assert sum(tag == "svg" for tag, _ in page.elements) == 3

@@ -16,7 +16,7 @@ def test_sample_is_complete(tmp_path: Path) -> None:
     assert not found.ignored
     assert all(item.caption for item in found.items)
     assert sorted(item.frames for item in found.items) == [1, 1, 1, 1, 1, 33, 49]
-    assert {item.fps for item in found.items if item.kind == "video"} == {24.0}
+    assert {item.fps for item in found.items if item.media_kind == "video"} == {24.0}
     assert all(item.mode in (None, "RGB") for item in found.items)
     assert any(re.search(r'"[^"]+"', item.caption or "") for item in found.items)
     assert sum(file.stat().st_size for file in SAMPLE.rglob("*")) < 3_000_000

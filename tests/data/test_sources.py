@@ -15,9 +15,9 @@ from conftest import tree
 from media_factory import make_clip, make_image, make_sound
 
 from runner.core.errors import UserError
-from runner.data.sources import Item, Scan, check_archive, locate, scan, unpack
+from runner.data.sources import Scan, SourceMedia, check_archive, locate, scan, unpack
 from runner.storage.bulk_writer import BulkWriter
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 BIG = 10**9
 
@@ -41,15 +41,15 @@ def media(tmp_path: Path) -> Path:
     return folder
 
 
-def _unpacked(item: Item, store: Store) -> bytes:
+def _unpacked(item: SourceMedia, store: SharedCache) -> bytes:
     """What is kept of an item."""
     with BulkWriter(store, "media", "a test") as writer:
         unpack([item], writer, lambda _: None)
-    return store.path("media", item.entry).read_bytes()
+    return store.path("media", item.cache_key).read_bytes()
 
 
 def _seen(found: Scan) -> list[tuple[object, ...]]:
-    return [(i.name, i.kind, i.sha256, i.size, i.frames, i.caption) for i in found.items]
+    return [(i.name, i.media_kind, i.sha256, i.size, i.frames, i.caption) for i in found.items]
 
 
 # A folder and a zip of it hold the same items, at any depth, sorted by name, captions beside them.
@@ -57,7 +57,7 @@ def test_folder_and_zip_are_seen_alike(media: Path, tmp_path: Path) -> None:
     folder = scan("folder", media, max_bytes=BIG)
     archive = scan("zip", _zip(tmp_path / "m.zip", media), max_bytes=BIG)
     assert _seen(folder) == _seen(archive)
-    assert [(i.name, i.kind, i.size, i.frames, i.caption) for i in folder.items] == [
+    assert [(i.name, i.media_kind, i.size, i.frames, i.caption) for i in folder.items] == [
         ("b.png", "image", (64, 48), 1, "a picture"),
         ("deep/c.mp4", "video", (64, 48), 13, ""),
         ("deep/er/a.v2.jpg", "image", (80, 40), 1, "Été"),
@@ -175,7 +175,7 @@ def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
         "été.png": None,
     }
     for item in found.items:
-        assert _unpacked(item, Store(tmp_path / "store")) == data
+        assert _unpacked(item, SharedCache(tmp_path / "store")) == data
 
 
 def _member(name: str, *, mode: int = 0, data: bytes = b"x") -> tuple[zipfile.ZipInfo, bytes]:
@@ -263,7 +263,7 @@ def test_locating(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("Data/x.zip", "did you mean .*/data")
     refused("nothing/like/it", "there is no .*set dataset.path")
     refused("data/First.ZIP", "is a file", "folder")
-    refused("media/b.txt", "no source of media")
+    refused("media/b.txt", "not a source of media")
     refused("media", "holds none", "zip")
     refused("media", "'tar' is unknown", "tar")
     (data / "second.zip").write_bytes(b"no zip")
@@ -330,13 +330,16 @@ def test_unpacking_media(media: Path, tmp_path: Path) -> None:
     make_image(media / "alpha.png", mode="RGBA")
     archive = _zip(tmp_path / "m.zip", media)
     for kind, path in (("folder", media), ("zip", archive)):
-        found, store = scan(kind, path, max_bytes=BIG), Store(tmp_path / f"store of the {kind}")
+        found, store = (
+            scan(kind, path, max_bytes=BIG),
+            SharedCache(tmp_path / f"store of the {kind}"),
+        )
         (alpha,) = (item for item in found.items if item.mode == "RGBA")
         for item in found.items:
             kept = _unpacked(item, store)
             assert (hashlib.sha256(kept).hexdigest() == item.sha256) == (item != alpha)
         with (
-            Image.open(store.path("media", alpha.entry)) as image,
+            Image.open(store.path("media", alpha.cache_key)) as image,
             Image.open(media / "alpha.png") as original,
         ):
             assert (image.mode, image.format) == ("RGB", "PNG")
@@ -345,7 +348,7 @@ def test_unpacking_media(media: Path, tmp_path: Path) -> None:
 
 # Media that changed or went since the scan are refused, and nothing is kept of them.
 def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
-    archive, store = _zip(tmp_path / "m.zip", media), Store(tmp_path / "store")
+    archive, store = _zip(tmp_path / "m.zip", media), SharedCache(tmp_path / "store")
     items = [scan(k, p, max_bytes=BIG).items[0] for k, p in (("folder", media), ("zip", archive))]
     make_image(media / "b.png", (32, 32))
     _zip(archive, media)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from conftest import TOP, compose, fake_facts, fake_item, plan_of
 
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 
 ENGINES = {"musubi": (), "diffusers": ("engine=diffusers", "model=tiny")}
-CARD = Machine("large card", 80.0, (9, 0))
+CARD = Gpu("large card", 80.0, (9, 0))
 PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]
 CLIPS = [*PICTURES, fake_item("clip.mp4")]
 PROMPTS = ("sampling=prompts",)
@@ -27,7 +27,7 @@ def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
 def notices(*overrides: str, items: list[Any] = PICTURES) -> tuple[str, ...]:
     """The notices of a plan on a GPU that holds everything."""
     config = compose(*overrides)
-    told: tuple[str, ...] = plan_of(config, fake_facts(config, items, machine=CARD)).notices
+    told: tuple[str, ...] = plan_of(config, fake_facts(config, items, gpu=CARD)).notices
     return told
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runner.core.errors import StageError, UserError
-from runner.formats import cache
+from runner.formats import cache_files
 from runner.formats.frames import Crop
 
 LATENTS = torch.linspace(-1, 1, 32 * 2 * 3 * 4).reshape(32, 2, 3, 4)
@@ -19,12 +19,14 @@ LATENTS = torch.linspace(-1, 1, 32 * 2 * 3 * 4).reshape(32, 2, 3, 4)
 
 # musubi finds size, crop and item by position in the name, so names are pinned to the letter.
 def test_names() -> None:
-    assert cache.image_latents_name("a cat", (200, 1200)) == "a cat_0200x1200_hv15.safetensors"
     assert (
-        cache.video_latents_name("clip_0", Crop(7, 25), (128, 96))
+        cache_files.image_latents_name("a cat", (200, 1200)) == "a cat_0200x1200_hv15.safetensors"
+    )
+    assert (
+        cache_files.video_latents_name("clip_0", Crop(7, 25), (128, 96))
         == "clip_0_00007-025_0128x0096_hv15.safetensors"
     )
-    assert cache.text_name("clip_0") == "clip_0_hv15_te.safetensors"
+    assert cache_files.text_name("clip_0") == "clip_0_hv15_te.safetensors"
 
 
 # Whatever an item is called, its cache's name gives back item, crop and size.
@@ -34,8 +36,12 @@ def test_names() -> None:
 @pytest.mark.parametrize("size", [(96, 64), (12345, 16)])
 def test_parse_is_the_inverse(item: str, size: tuple[int, int]) -> None:
     crop = Crop(123456, 1001)
-    assert cache.parse_latents_name(cache.image_latents_name(item, size)) == (item, None, size)
-    assert cache.parse_latents_name(cache.video_latents_name(item, crop, size)) == (
+    assert cache_files.parse_latents_name(cache_files.image_latents_name(item, size)) == (
+        item,
+        None,
+        size,
+    )
+    assert cache_files.parse_latents_name(cache_files.video_latents_name(item, crop, size)) == (
         item,
         crop,
         size,
@@ -55,7 +61,7 @@ def test_parse_is_the_inverse(item: str, size: tuple[int, int]) -> None:
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="not the name of a latent cache"):
-        cache.parse_latents_name(name)
+        cache_files.parse_latents_name(name)
 
 
 # What is written comes back: values, types and metadata.
@@ -63,7 +69,7 @@ def test_round_trip(tmp_path: Path) -> None:
     siglip = torch.randn(5, 6).half()
     condition = torch.randn(33, 2, 3, 4)
     path = tmp_path / "new folder" / "l.safetensors"
-    cache.write_latents(
+    cache_files.write_latents(
         path,
         LATENTS.to(torch.bfloat16),
         size=(64, 48),
@@ -71,15 +77,15 @@ def test_round_trip(tmp_path: Path) -> None:
         latents_image=condition,
         siglip=siglip,
     )
-    found = cache.read_latents(path)
+    found = cache_files.read_latents(path)
     assert found.latents.dtype == torch.bfloat16
     assert torch.equal(found.latents, LATENTS.to(torch.bfloat16))
     assert found.latents_image is not None and torch.equal(found.latents_image, condition)
     assert found.siglip is not None and torch.equal(found.siglip, siglip)
     assert found.metadata["frame_count"] == "5"
 
-    cache.write_text(path, torch.ones(3, 4), torch.zeros(0, 7), caption='é "x" 文')
-    text = cache.read_text(path)
+    cache_files.write_text(path, torch.ones(3, 4), torch.zeros(0, 7), caption='é "x" 文')
+    text = cache_files.read_text(path)
     assert text.caption == 'é "x" 文'
     assert text.vl_embed.shape == (3, 4)
     assert text.byt5_embed.shape == (0, 7)
@@ -91,7 +97,7 @@ def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     contents = set()
     for index in range(6):
         path = tmp_path / f"{index}.safetensors"
-        cache.write_latents(path, LATENTS, size=(64, 48), frame_count=5)
+        cache_files.write_latents(path, LATENTS, size=(64, 48), frame_count=5)
         contents.add(path.read_bytes())
     assert len(contents) == 1
 
@@ -101,21 +107,21 @@ def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
 def test_numbers_are_aligned(tmp_path: Path) -> None:
     lengths = set()
     for count in range(8):
-        path = tmp_path / cache.text_name(f"{count}")
-        cache.write_text(path, torch.ones(3, 4), torch.zeros(0, 7), caption="é" + "x" * count)
+        path = tmp_path / cache_files.text_name(f"{count}")
+        cache_files.write_text(path, torch.ones(3, 4), torch.zeros(0, 7), caption="é" + "x" * count)
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         assert length % 8 == 0
         lengths.add(len(content[8 : 8 + length].rstrip(b" ")) % 8)
-        assert cache.read_text(path).caption == "é" + "x" * count
+        assert cache_files.read_text(path).caption == "é" + "x" * count
     assert lengths == set(range(8))
 
 
 # A write that fails leaves the old file whole and no other, and what is being written is never
 # under a name that training would pick up.
 def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / cache.image_latents_name("a", (64, 48))
-    cache.write_latents(path, LATENTS, size=(64, 48), frame_count=None)
+    path = tmp_path / cache_files.image_latents_name("a", (64, 48))
+    cache_files.write_latents(path, LATENTS, size=(64, 48), frame_count=None)
     before = path.read_bytes()
     picked_up: list[str] = []
 
@@ -125,7 +131,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        cache.write_latents(path, LATENTS + 1, size=(64, 48), frame_count=None)
+        cache_files.write_latents(path, LATENTS + 1, size=(64, 48), frame_count=None)
     assert picked_up == [path.name]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -137,7 +143,7 @@ def test_values_that_are_not_numbers_are_refused(tmp_path: Path, value: float) -
     spoilt = LATENTS.clone()
     spoilt[3, 1, 2, 0] = value
     with pytest.raises(StageError, match=r"a_hv15\.safetensors: latents_2x3x4_float32"):
-        cache.write_latents(
+        cache_files.write_latents(
             tmp_path / "a_hv15.safetensors", spoilt, size=(64, 48), frame_count=None
         )
     assert list(tmp_path.iterdir()) == []
@@ -146,11 +152,11 @@ def test_values_that_are_not_numbers_are_refused(tmp_path: Path, value: float) -
 # A file that is missing, cut short or of another kind is named in one line.
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     missing, cut, other = (tmp_path / name for name in ("missing", "cut", "other"))
-    cache.write_text(other, torch.ones(3, 4), torch.zeros(0, 7), caption="")
+    cache_files.write_text(other, torch.ones(3, 4), torch.zeros(0, 7), caption="")
     cut.write_bytes(other.read_bytes()[:-9])
     for path, reason in ((missing, "no such"), (cut, "damaged"), (other, "has no latents")):
         with pytest.raises(UserError, match=reason) as raised:
-            cache.read_latents(path)
+            cache_files.read_latents(path)
         assert str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
 
@@ -158,6 +164,6 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 # The plan imports the formats on every start, so they load nothing heavy.
 def test_import_is_light() -> None:
     heavy = "{'torch', 'numpy', 'safetensors'}"
-    code = f"import sys, runner.formats.cache; print(*({heavy} & set(sys.modules)))"
+    code = f"import sys, runner.formats.cache_files; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from runner.core.errors import UserError
-from runner.formats.dataset_toml import DatasetEntry, parse, render
+from runner.formats.dataset_toml import DatasetTable, parse, render
 from runner.formats.frames import FrameExtraction
 
-IMAGES = DatasetEntry("image", "cache/images", (544, 960), jsonl="images.jsonl", num_repeats=3)
-VIDEOS = DatasetEntry(
+IMAGES = DatasetTable("image", "cache/images", (544, 960), jsonl="images.jsonl", num_repeats=3)
+VIDEOS = DatasetTable(
     "video",
     "cache/videos",
     (960, 544),
@@ -64,7 +64,7 @@ def test_general_and_musubi_defaults() -> None:
         target_frames = [1, 25]
         """
     )
-    assert first == DatasetEntry(
+    assert first == DatasetTable(
         "image", "pictures", (512, 512), directory="pictures", num_repeats=5, enable_bucket=False
     )
     assert second.extraction == FrameExtraction((1, 25))

@@ -241,7 +241,7 @@ def test_kinds_are_not_mixed() -> None:
         key: value for key, value in other_file("lokr").items() if "img_attn_v" in key
     }
     state = {k: v for k, v in state.items() if "img_attn_v.hada" not in k}
-    with pytest.raises(UserError, match=r"q, k and v of .*_img_attn' are of different kinds"):
+    with pytest.raises(UserError, match=r"q, k and v of .*_img_attn' are different adapters"):
         lora.to_comfyui(state, None)
 
 

@@ -19,7 +19,7 @@ from media_factory import frame_number, make_clip, pattern
 
 from runner.data.decode import load_clip, resize_to_bucket
 from runner.formats.bucket import bucket_size
-from runner.formats.cache import image_latents_name, video_latents_name
+from runner.formats.cache_files import image_latents_name, video_latents_name
 from runner.formats.frames import FrameExtraction, choose, crops, kept_frames
 
 RECORD: dict[str, Any] = json.loads((TOP / "tests/fixtures/musubi_dataset.json").read_text())

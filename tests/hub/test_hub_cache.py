@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import TOP
 
-from runner.hub.cache import HubCache, Request
+from runner.hub.hub_cache import HubCache, Request
 
 LOOK = """
 import os, subprocess, sys
 from pathlib import Path
-from runner.hub.cache import HubCache
+from runner.hub.hub_cache import HubCache
 
 print(HubCache.of_user(Path("checked")).folder)
 os.mkdir("run")
@@ -54,6 +54,6 @@ def test_a_damaged_branch(tmp_path: Path, damaged: bytes) -> None:
     refs.mkdir(parents=True)
     (refs / "main").write_bytes(damaged)
     assert cache.commit("owner/model", "main") is None
-    assert cache.lacking(Request("owner/model", "main", ("a",))) == ["a"]
+    assert cache.missing_files(Request("owner/model", "main", ("a",))) == ["a"]
     assert cache.point("owner/model", "main", "a" * 40)
     assert cache.commit("owner/model", "main") == "a" * 40

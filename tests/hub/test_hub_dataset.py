@@ -18,10 +18,10 @@ from media_factory import make_clip, make_image
 
 from runner.config.schema import RunConfig
 from runner.core.errors import StageError, UserError
-from runner.data.ingest import Reading, scan_sources
+from runner.data.ingest import ScanOptions, scan_sources
 from runner.data.select import Source
 from runner.hub import remote
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 NAME = "datasets/some-one/my.set"
@@ -72,8 +72,8 @@ def config(*overrides: str) -> RunConfig:
 
 def look(tmp_path: Path, *overrides: str, dry: bool = False) -> Source:
     force = "dataset" in config(*overrides).stages.force
-    reading = Reading(keep=not dry, watch=_Watch, force=force)
-    store = Store(tmp_path / "outputs" / "cache")
+    reading = ScanOptions(keep=not dry, watch=_Watch, force=force)
+    store = SharedCache(tmp_path / "outputs" / "cache")
     (source,) = scan_sources(config(*overrides), tmp_path, store, reading)
     return source
 
@@ -89,7 +89,7 @@ def test_a_dataset_is_used_like_a_folder(hub: Hub, tmp_path: Path) -> None:
         ("pictures/a.png", "a square"),
         ("pictures/b.jpg", "été"),
     ]
-    assert (source.kind, source.commit) == ("folder", COMMIT)
+    assert (source.source_kind, source.commit) == ("folder", COMMIT)
     assert source.path == f"some-one/my.set ({COMMIT[:12]})"
     fetched = {asked.path.rpartition("/")[2] for asked in hub.downloads()}
     assert fetched == {"a.png", "b.jpg", "b.txt", "c.mp4", "metadata.jsonl"}
@@ -156,12 +156,12 @@ def test_a_repository_of_one_zip(hub: Hub, tmp_path: Path) -> None:
             archive.writestr(Path(name).with_suffix(".txt").name, f"caption of {name}")
     hub.repositories[NAME].files = {"all.zip": packed.getvalue(), "README.md": b""}
     source = look(tmp_path)
-    assert source.kind == "zip"
+    assert source.source_kind == "zip"
     assert [item.caption for item in source.items] == [
         *("caption of a.png", "caption of b.jpg", "caption of c.mp4")
     ]
-    store = Store(tmp_path / "outputs" / "cache")
-    assert all(store.has("media", item.entry) for item in source.items)
+    store = SharedCache(tmp_path / "outputs" / "cache")
+    assert all(store.has("media", item.cache_key) for item in source.items)
 
 
 # What can't be had or used is told in one line, before the first byte, and without the token.

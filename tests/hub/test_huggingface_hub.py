@@ -24,7 +24,7 @@ from huggingface_hub import close_session, constants, errors, hf_hub_download
 from huggingface_hub import try_to_load_from_cache as try_to_load
 
 from runner.core.errors import StageError
-from runner.hub.cache import Request
+from runner.hub.hub_cache import Request
 
 __all__ = ("loopback_hub",)
 
@@ -280,7 +280,7 @@ def test_a_page_for_people(hub: Hub, tmp_path: Path) -> None:
     hub.portal = True
     with pytest.raises(errors.LocalEntryNotFoundError, match="firewall and proxy settings"):
         alone(tmp_path)
-    with pytest.raises(StageError, match="answers with something else than a hub does") as caught:
+    with pytest.raises(StageError, match="does not answer as a hub does") as caught:
         fetch(tmp_path)
     assert "\n" not in str(caught.value)
 

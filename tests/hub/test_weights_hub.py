@@ -31,8 +31,8 @@ from hub_server import Hub
 
 from runner.core.errors import StageError
 from runner.hub import remote
-from runner.hub.cache import Request
-from runner.hub.fetch import obtain
+from runner.hub.fetch import fetch_files
+from runner.hub.hub_cache import Request
 
 __all__ = ("loopback_hub",)
 
@@ -201,7 +201,7 @@ def test_wrong_bytes(hub: Hub, tmp_path: Path) -> None:
 def test_wrong_bytes_twice(hub: Hub, tmp_path: Path) -> None:
     wrong = bytes(len(BIG))
     hub.lies["sub/big.safetensors"] = [wrong, wrong]
-    with pytest.raises(StageError, match="arrived twice with other bytes") as caught:
+    with pytest.raises(StageError, match="downloaded twice, and neither copy matches") as caught:
         fetch(tmp_path)
     assert "\n" not in str(caught.value)
     names = [path.name for path in (tmp_path / "hub").rglob("*") if path.is_file()]
@@ -311,7 +311,7 @@ def test_progress_in_a_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     import io
 
     from runner.core import console
-    from runner.hub.progress import Shown
+    from runner.hub.progress import DownloadProgress
 
     hub.cuts["other.safetensors"] = [500_000] + [0] * remote.ATTEMPTS
     with pytest.raises(StageError):
@@ -319,8 +319,8 @@ def test_progress_in_a_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
     out = io.StringIO()
     hub.seconds_per_piece = 0.005
-    with Shown(console.Console.for_stream(out)) as shown:
-        obtain([WANTED], cache(tmp_path), shown)
+    with DownloadProgress(console.Console.for_stream(out)) as shown:
+        fetch_files([WANTED], cache(tmp_path), shown)
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("      2 files to fetch, 3.7 MB (")
     assert "other.safetensors  700.0 kB" in "\n".join(lines)

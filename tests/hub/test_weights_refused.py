@@ -21,7 +21,7 @@ from hub_server import Hub
 
 from runner.core.errors import StageError
 from runner.hub import remote
-from runner.hub.cache import Request
+from runner.hub.hub_cache import Request
 
 __all__ = ("loopback_hub",)
 

@@ -56,8 +56,8 @@ def entries(outputs: Path) -> list[Path]:
     """Every entry of the cache."""
     return [
         file
-        for shelf in ("media", "latents", "text")
-        for file in sorted((outputs / "cache" / shelf).glob("*/*"))
+        for namespace in ("media", "latents", "text")
+        for file in sorted((outputs / "cache" / namespace).glob("*/*"))
         if file.suffix != ".json"
     ]
 
@@ -151,19 +151,19 @@ def test_a_failed_makers_entries_are_taken_over(here: Path) -> None:
 
 # What another run finishes between this one's look and its claim is not made again.
 def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
-    from runner.storage.leases import Ledger
+    from runner.storage.leases import Leases
 
     media, out = pictures(here / "media", 3), here / "out"
-    real = Ledger.claim
+    real = Leases.claim
     others: list[int] = []
 
-    def overtaken(self: Ledger, names: Any, run: str) -> Any:
+    def overtaken(self: Leases, names: Any, run: str) -> Any:
         if not others:
             others.append(1)
             told(out, media)
         return real(self, names, run)
 
-    monkeypatch.setattr(Ledger, "claim", overtaken)
+    monkeypatch.setattr(Leases, "claim", overtaken)
     told(out, media)
     assert others
     assert set(Counter(encoded(here / "log")).values()) == {1}
@@ -204,23 +204,24 @@ def overwrite(file: Path, data: bytes) -> None:
     file.chmod(0o444)
 
 
-def of_shelf(outputs: Path, shelf: str) -> list[Path]:
-    return [file for file in entries(outputs) if file.parent.parent.name == shelf]
+def in_namespace(outputs: Path, namespace: str) -> list[Path]:
+    return [file for file in entries(outputs) if file.parent.parent.name == namespace]
 
 
-# A cut entry and one with a flipped bit are found when a run uses them, told in one line a shelf,
-# and made again in that run; the others stay as they are, and the next run finds nothing wrong.
+# A cut entry and one with a flipped bit are found when a run uses them, reported in one line per
+# namespace, and made again in that run; the others stay as they are, and the next run finds nothing
+# wrong.
 def test_damage_is_found_and_mended(here: Path) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
     told(out, media)
     before = sums(out / "cache")
     made = len(encoded(here / "log"))
-    cut, flipped = of_shelf(out, "latents")[:2]
+    cut, flipped = in_namespace(out, "latents")[:2]
     overwrite(cut, cut.read_bytes()[:-3])
     flip(flipped)
-    caption = of_shelf(out, "text")[0]
+    caption = in_namespace(out, "text")[0]
     flip(caption)
-    unpacked = of_shelf(out, "media")[0]
+    unpacked = in_namespace(out, "media")[0]
     flip(unpacked)
     context, words = told(out, media)
     assert words.count("note: ") == 3
@@ -236,7 +237,7 @@ def test_damage_is_found_and_mended(here: Path) -> None:
         *(f"{name}.json" for name in mended),
     }
     for file in (context.run_dir / "cache").rglob("*.safetensors"):
-        assert len(file.read_bytes()) == max(f.stat().st_size for f in of_shelf(out, "latents"))
+        assert len(file.read_bytes()) == max(f.stat().st_size for f in in_namespace(out, "latents"))
     assert told(out, media)[1].count("note: ") == 0
     assert len(encoded(here / "log")) == made + 3
     assert leftovers(out) == []
@@ -267,7 +268,7 @@ def test_links_of_others_outlive_a_mended_entry(here: Path, monkeypatch: Any) ->
 def test_entries_without_a_digest_are_made_again(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
-    without, old = of_shelf(out, "latents")[:2]
+    without, old = in_namespace(out, "latents")[:2]
     Path(f"{without}.json").unlink()
     Path(f"{old}.json").write_text('{"media": "as older versions wrote it"}')
     _, words = told(out, media)
@@ -282,7 +283,7 @@ def test_entries_without_a_digest_are_made_again(here: Path) -> None:
 def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
     told(out, media)
-    flip(of_shelf(out, "latents")[0])
+    flip(in_namespace(out, "latents")[0])
     context, words = told(out, media, "stages.skip=[latents,train]")
     assert "was damaged in the cache and is left out, as the stage is skipped" in words
     assert len(list((context.run_dir / "cache").rglob("*_hv15.safetensors"))) == 2
@@ -317,7 +318,7 @@ def test_a_skipped_stage_must_lack_nothing(here: Path, monkeypatch: Any) -> None
         told(out, media, "stages.skip=[latents]")
     told(out, media)
     told(out, media, both)
-    flip(of_shelf(out, "latents")[0])
+    flip(in_namespace(out, "latents")[0])
     with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*damaged"):
         told(out, media, both)
     assert len(encoded(here / "log")) == 6 + 3
@@ -342,8 +343,8 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
     for entry in context.plan.entries:
         staged = here / "staged"
         staged.write_bytes(os.urandom(64))
-        context.store.commit(entry.shelf, entry.name, staged, entry.made_of)
-    cut, flipped = of_shelf(out, "latents")[:2]
+        context.cache.commit(entry.namespace, entry.name, staged, entry.cache_inputs)
+    cut, flipped = in_namespace(out, "latents")[:2]
     overwrite(cut, cut.read_bytes()[:-3])
     flip(flipped)
     before = sums(out)
@@ -366,8 +367,8 @@ def test_musubi_never_writes_through_a_link(here: Path) -> None:
     zip_ = zipped(media, here / "four.zip")
     told(out, zip_)
     before = sums(out / "cache")
-    shelves = ("media/", "latents/", "text/")
-    store = {name: sum_ for name, sum_ in before.items() if name.startswith(shelves)}
+    namespaces = ("media/", "latents/", "text/")
+    store = {name: sum_ for name, sum_ in before.items() if name.startswith(namespaces)}
     assert len(store) == 2 * 12
     pictures(media, 2, first=4)
     (media / "p000.txt").write_text("another caption")
@@ -465,7 +466,7 @@ def test_equal_media_are_two_items(here: Path) -> None:
     names = listing(context.run_dir / "cache" / "0-images")
     assert [name.split("-")[0] for name in names] == ["p000", "p000", "twin", "twin"]
     assert len(listing(context.run_dir / "dataset" / "media")) == 2
-    assert len(of_shelf(out, "media")) == 1
+    assert len(in_namespace(out, "media")) == 1
 
 
 # A row that is given twice is two samples in the run's folder, as its repetition asks, with one
@@ -491,7 +492,7 @@ def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FAKE_FAILS", "3")
     with pytest.raises(StageError, match="the encoder failed as it was told"):
         told(out, media)
-    assert len(of_shelf(out, "latents")) == 3
+    assert len(in_namespace(out, "latents")) == 3
     monkeypatch.setenv("FAKE_FAILS", "-1")
     _, words = told(out, media)
     assert "encoded 1/1" in words
@@ -504,14 +505,14 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     media, out, gate = pictures(here / "media", 3), here / "out", here / "gate"
     monkeypatch.setenv("FAKE_GATE", str(gate))
     monkeypatch.setattr("runner.pipeline.stages.encoding._KEEP_SECONDS", 0.0)
-    monkeypatch.setattr("runner.pipeline.stages.encoding._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("runner.pipeline.stages.encoding._UNCHANGED_SECONDS", 0.0)
     early: list[int] = []
 
     def watch() -> None:
         # The engine waits for the gate after its first item.
         end = time.monotonic() + 120
         while not (early or time.monotonic() > end):
-            early.extend([1] * len(of_shelf(out, "latents")))
+            early.extend([1] * len(in_namespace(out, "latents")))
             time.sleep(0.05)
         gate.touch()
 
@@ -520,7 +521,7 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     told(out, media)
     watching.join()
     assert early == [1]
-    assert len(of_shelf(out, "latents")) == 3
+    assert len(in_namespace(out, "latents")) == 3
     assert leftovers(out) == []
 
 
@@ -528,7 +529,7 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
 # more, nor one that is not written to its end.
 def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     from runner.pipeline.stages import encoding
-    from runner.storage.store import Store
+    from runner.storage.shared_cache import SharedCache
 
     media, out, over = pictures(here / "media", 3), here / "out", here / "over"
     # The first is whole and old, the second whole and new, the third old and cut, until the first
@@ -552,16 +553,16 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
         """,
     )
     monkeypatch.setattr(encoding, "_KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(encoding, "_SETTLED_SECONDS", 3600.0)
+    monkeypatch.setattr(encoding, "_UNCHANGED_SECONDS", 3600.0)
     kept: list[bool] = []
-    real = Store.commit
+    real = SharedCache.commit
 
-    def noted(self: Store, shelf: str, *given: Any, **more: Any) -> Path:
-        if shelf == "latents":
+    def noted(self: SharedCache, namespace: str, *given: Any, **more: Any) -> Path:
+        if namespace == "latents":
             kept.append(over.exists())
-        return real(self, shelf, *given, **more)
+        return real(self, namespace, *given, **more)
 
-    monkeypatch.setattr(Store, "commit", noted)
+    monkeypatch.setattr(SharedCache, "commit", noted)
     told(out, media)
     assert kept == [False, True, True]
 
@@ -577,9 +578,9 @@ def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) 
             Path({str(media / "p000.png")!r}).write_bytes(b"x")
         """,
     )
-    with pytest.raises(UserError, match=r"p000\.png has changed since it was looked at"):
+    with pytest.raises(UserError, match=r"p000\.png has changed since it was scanned"):
         told(out, media)
-    assert len(of_shelf(out, "latents")) <= 1
+    assert len(in_namespace(out, "latents")) <= 1
 
 
 # What the engine left half-written when it died is no entry.
@@ -597,30 +598,30 @@ def test_half_written_files_are_not_kept(here: Path, monkeypatch: Any) -> None:
     )
     with pytest.raises(StageError, match="exit code 9"):
         told(out, media)
-    assert len(of_shelf(out, "latents")) == 2
+    assert len(in_namespace(out, "latents")) == 2
     monkeypatch.delenv("FAKE_WRITER")
     assert "encoded 2/2" in told(out, media)[1]
 
 
 # A disk that does not give back what was written to it ends the run: it is not filled for ever.
 def test_a_disk_that_forgets_ends_the_run(here: Path, monkeypatch: Any) -> None:
-    from runner.storage import store
+    from runner.storage import shared_cache
 
     media, out = pictures(here / "media", 2), here / "out"
-    monkeypatch.setattr(store, "digest_of", lambda file: os.urandom(32).hex())
+    monkeypatch.setattr(shared_cache, "digest_of", lambda file: os.urandom(32).hex())
     with pytest.raises(StageError, match="could not be read back as it was written"):
         told(out, media)
 
 
 # What is pruned between a run's plan and its links is made again, and the run ends well.
-@pytest.mark.parametrize("shelves", [["latents"], ["media", "text"]])
-def test_what_is_pruned_meanwhile_is_made_again(here: Path, shelves: Sequence[str]) -> None:
+@pytest.mark.parametrize("namespaces", [["latents"], ["media", "text"]])
+def test_what_is_pruned_meanwhile_is_made_again(here: Path, namespaces: Sequence[str]) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
     told(out, media)
     context = context_of(out, media, *with_musubi(out), console=Console.for_stream(io.StringIO()))
     assert {stage.state for stage in context.plan.stages[1:4]} == {"done"}
-    for shelf in shelves:
-        for file in of_shelf(out, shelf):
+    for namespace in namespaces:
+        for file in in_namespace(out, namespace):
             file.unlink()
             Path(f"{file}.json").unlink()
     prepare(context)
@@ -631,20 +632,20 @@ def test_what_is_pruned_meanwhile_is_made_again(here: Path, shelves: Sequence[st
 # A run whose data are all cached is ready within a second: for 100 pictures every entry is read
 # once, to its last byte, and the work beside that is a million calls of functions, not more.
 def test_a_cached_dataset_is_ready_within_a_second(here: Path, monkeypatch: Any) -> None:
-    from runner.storage import store
+    from runner.storage import shared_cache
 
     media, out = zipped(pictures(here / "media", 100), here / "hundred.zip"), here / "out"
     told(out, media)
     silent = Console.for_stream(io.StringIO())
     context = context_of(out, media, *with_musubi(out), console=silent)
     read: list[Path] = []
-    digest_of = store.digest_of
+    digest_of = shared_cache.digest_of
 
     def noted(file: Path) -> str:
         read.append(file)
         return digest_of(file)
 
-    monkeypatch.setattr(store, "digest_of", noted)
+    monkeypatch.setattr(shared_cache, "digest_of", noted)
     # A busy machine takes longer, and does no more.
     calls = 0
 

@@ -14,7 +14,7 @@ from runner.config import schema
 from runner.config.option import Option, option, part
 from runner.config.rules import value_of
 from runner.config.schema import RunConfig, options
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 from runner.engines.registry import engine_named
 from runner.pipeline.digests import FIRST_DEFAULTS, fingerprint, resume_key
 
@@ -165,8 +165,8 @@ def test_the_plan_for_a_gpu() -> None:
     same = changed(same, "training.compile", "none")
     assert digests(same) == digests(large)
     compiled = changed(large, "training.compile", "auto")
-    gpu = Machine("NVIDIA H100", 80.0, (9, 0))
-    assert digests(compiled, machine=gpu)[0] != digests(large)[0]
+    gpu = Gpu("NVIDIA H100", 80.0, (9, 0))
+    assert digests(compiled, gpu=gpu)[0] != digests(large)[0]
     assert digests(compiled)[0] == digests(large)[0]
 
 

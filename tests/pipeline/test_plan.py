@@ -13,13 +13,13 @@ from plan_text import difference, rendered
 from runner.cli.page import page
 from runner.config.groups import conf_folder, groups
 from runner.core.errors import UserError
-from runner.engines.base import NO_CARD, Machine
+from runner.engines.base import NO_GPU, Gpu
 from runner.formats.train_options import TABLE
 from runner.pipeline.model import Plan
 from runner.pipeline.plan import commands_sh
 
 MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
-CARD = Machine("NVIDIA H100", 80.0, (9, 0))
+CARD = Gpu("NVIDIA H100", 80.0, (9, 0))
 
 
 BASES = {
@@ -38,7 +38,7 @@ NEEDED = {
 
 def planned(*overrides: str) -> Plan:
     config = compose(*overrides)
-    return plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+    return plan_of(config, fake_facts(config, MEDIA, gpu=CARD))
 
 
 WHOLE = ["memory=24gb"]
@@ -70,7 +70,7 @@ def test_targets_are_whole_when_frames_are_resampled() -> None:
     config = compose(*BASES["diffusers"], "dataset.source_fps=12")
     facts = fake_facts(config, [fake_item("clip.mp4")])
     plan = plan_of(config, facts)
-    crops = [entry.made_of["frames"] for entry in plan.stage("latents").entries]
+    crops = [entry.cache_inputs["frames"] for entry in plan.stage("latents").entries]
     assert crops == [[0, 1], [0, 13]]
     one = frozenset({f"latents/{plan.stage('latents').entries[0].name}"})
     again = plan_of(config, fake_facts(config, [fake_item("clip.mp4")], cached=one))
@@ -101,7 +101,7 @@ def test_several_datasets_in_one_run() -> None:
     ]
     assert len({t["cache_directory"] for t in tables}) == 4
     assert plan.steps_per_epoch == 2 * 2 + 2
-    buckets = {tuple(e.made_of["bucket"]) for e in plan.stage("latents").entries}
+    buckets = {tuple(e.cache_inputs["bucket"]) for e in plan.stage("latents").entries}
     assert len(buckets) > 1
 
 
@@ -110,7 +110,7 @@ def test_clips_are_always_in_buckets() -> None:
     import tomllib
 
     config = compose("dataset.enable_bucket=false", "dataset.bucket_no_upscale=true")
-    plan = plan_of(config, fake_facts(config, MEDIA, machine=CARD))
+    plan = plan_of(config, fake_facts(config, MEDIA, gpu=CARD))
     pictures, clips = tomllib.loads(dict(plan.files)["dataset.toml"])["datasets"]
     assert (pictures["enable_bucket"], pictures["bucket_no_upscale"]) == (False, True)
     assert (clips["enable_bucket"], clips["bucket_no_upscale"]) == (True, False)
@@ -128,7 +128,7 @@ def test_skipping_training_skips_what_needs_its_lora() -> None:
 # An 8-bit optimizer is refused before any work where there is no card for it.
 def test_8_bit_needs_a_card() -> None:
     config = compose(*BASES["diffusers"], "optimizer=lion8bit")
-    with pytest.raises(UserError, match="optimizer=lion8bit needs an NVIDIA card"):
+    with pytest.raises(UserError, match="optimizer=lion8bit needs an NVIDIA GPU"):
         plan_of(config, fake_facts(config, MEDIA))
 
 
@@ -171,7 +171,7 @@ def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
 
 
 def keys(plan: Plan, stage: str) -> set[str]:
-    return {f"{entry.shelf}/{entry.name}" for entry in plan.stage(stage).entries}
+    return {f"{entry.namespace}/{entry.name}" for entry in plan.stage(stage).entries}
 
 
 def missing_after(changes: list[str], items: list[Any] | None = None) -> tuple[int, int]:
@@ -208,15 +208,15 @@ def test_only_what_changed_is_missing() -> None:
 
 # Entries of the two engines are kept apart, be everything else the same.
 def test_engines_do_not_share_entries() -> None:
-    stored = []
+    full_key = []
     for engine in ("musubi", "diffusers"):
         config = compose(*BASES["diffusers"], f"engine={engine}")
         plan = plan_of(config, fake_facts(config, MEDIA))
-        stored.append(
-            {entry.stored for s in ("latents", "text") for entry in plan.stage(s).entries}
+        full_key.append(
+            {entry.full_key for s in ("latents", "text") for entry in plan.stage(s).entries}
         )
-    assert len(stored[0]) == len(stored[1]) == 8
-    assert not stored[0] & stored[1]
+    assert len(full_key[0]) == len(full_key[1]) == 8
+    assert not full_key[0] & full_key[1]
 
 
 # Equal media with two captions are two items, which share one encoding of the media.
@@ -258,9 +258,9 @@ def test_steps_are_counted_by_bucket() -> None:
 # What would let a card compile is told to that card only: fp8, and room for it without block swap.
 def test_a_card_that_need_not_swap_is_told() -> None:
     def told(name: str, memory_gb: float, capability: tuple[int, int], *overrides: str) -> str:
-        machine = Machine(name, memory_gb, capability)
+        gpu = Gpu(name, memory_gb, capability)
         config = compose("memory=24gb", *overrides)
-        notices = plan_of(config, fake_facts(config, MEDIA, machine=machine)).notices
+        notices = plan_of(config, fake_facts(config, MEDIA, gpu=gpu)).notices
         return next(notice for notice in notices if "torch.compile" in notice)
 
     swap = "torch.compile is off: it gained nothing with block swap (memory.blocks_to_swap)"
@@ -273,18 +273,18 @@ def test_a_card_that_need_not_swap_is_told() -> None:
 
 # torch.compile is on where it works, and the page says why where it does not.
 def test_compile_follows_the_card() -> None:
-    ampere = Machine("NVIDIA RTX 3090", 24.0, (8, 6))
+    ampere = Gpu("NVIDIA RTX 3090", 24.0, (8, 6))
 
-    def compiled(machine: Machine | None, *overrides: str) -> tuple[bool, bool]:
+    def compiled(gpu: Gpu | None, *overrides: str) -> tuple[bool, bool]:
         config = compose("memory=80gb", *overrides)
-        plan = plan_of(config, fake_facts(config, MEDIA, machine=machine))
+        plan = plan_of(config, fake_facts(config, MEDIA, gpu=gpu))
         on = "compile = true" in dict(plan.files)["train.toml"]
         return on, any("torch.compile" in notice for notice in plan.notices)
 
     assert compiled(CARD) == (True, False)
     assert compiled(ampere) == (True, False)
     assert compiled(ampere, "precision=fp8") == (False, True)
-    turing, pascal = Machine("RTX 8000", 48.0, (7, 5)), Machine("P40", 24.0, (6, 1))
+    turing, pascal = Gpu("RTX 8000", 48.0, (7, 5)), Gpu("P40", 24.0, (6, 1))
     assert compiled(turing) == compiled(pascal, "precision=fp16") == (False, True)
     assert compiled(turing, "precision=fp16") == (True, False)
     assert compiled(CARD, "training.compile=none") == (False, False)
@@ -303,8 +303,8 @@ def test_compile_follows_the_card() -> None:
 def test_compile_begins_at_the_capability_itself() -> None:
     def compiled(name: str, capability: tuple[int, int], precision: str) -> bool:
         config = compose("memory=80gb", f"precision={precision}")
-        machine = Machine(name, 80.0, capability)
-        files = dict(plan_of(config, fake_facts(config, MEDIA, machine=machine)).files)
+        gpu = Gpu(name, 80.0, capability)
+        files = dict(plan_of(config, fake_facts(config, MEDIA, gpu=gpu)).files)
         return "compile = true" in files["train.toml"]
 
     assert compiled("V100", (7, 0), "fp16")
@@ -318,7 +318,7 @@ def test_compile_begins_at_the_capability_itself() -> None:
 # An engine that can't compile is used without, with its reason on the page.
 def test_compile_follows_the_engine() -> None:
     config = compose("memory=80gb")
-    facts = fake_facts(config, MEDIA, machine=CARD)
+    facts = fake_facts(config, MEDIA, gpu=CARD)
     engine = replace(facts.engine, cannot_compile="there is no C compiler")
     plan = plan_of(config, replace(facts, engine=engine))
     assert "torch.compile is off: there is no C compiler." in plan.notices
@@ -330,9 +330,9 @@ def test_memory_tier_follows_the_card() -> None:
     from runner.engines.registry import engine_named
 
     def tier(gigabytes: float, *overrides: str) -> tuple[str, int | None]:
-        machine = Machine("card", gigabytes, (8, 9))
+        gpu = Gpu("card", gigabytes, (8, 9))
         config = compose(*overrides)
-        memory, _ = engine_named(config.engine.name).memory_plan(config, machine, NO_CARD)
+        memory, _ = engine_named(config.engine.name).memory_plan(config, gpu, NO_GPU)
         return memory.name, memory.blocks_to_swap
 
     assert tier(11.7)[0] == "12gb"
@@ -348,7 +348,7 @@ def test_memory_tier_follows_the_card() -> None:
 def test_untiled_latents_serve_any_tile() -> None:
     def latents(tile: int, cached: frozenset[str] = frozenset(), *more: str) -> Any:
         config = compose("memory=24gb", f"memory.vae_tile={tile}", *more)
-        return plan_of(config, fake_facts(config, MEDIA, machine=CARD, cached=cached))
+        return plan_of(config, fake_facts(config, MEDIA, gpu=CARD, cached=cached))
 
     whole, tiled = (frozenset(keys(latents(tile), "latents")) for tile in (0, 128))
     assert not whole & tiled

@@ -15,13 +15,13 @@ from third_engine import ThirdEngine, third_engine
 
 from runner.config.schema import RunConfig
 from runner.engines.registry import ENGINES
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 from runner.pipeline import executor
 from runner.pipeline.context import Context
 from runner.pipeline.stages.dataset import DATASET
 from runner.pipeline.stages.train import TRAIN
 from runner.pipeline.stages.weights import WEIGHTS
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 Calls = Counter[str]
 
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setattr(owner, name, counted)
 
     count(executor, "make_plan")
-    count(Store, "names")
+    count(SharedCache, "names")
     count(ThirdEngine, "weights")
     monkeypatch.setitem(ENGINES, "third", third_engine)
     return made
@@ -130,13 +130,13 @@ def test_entries_that_came_with_the_weights_count(
     kept.rename(away)
     found = ThirdEngine.weights
 
-    def absent(engine: ThirdEngine, config: RunConfig, root: Path) -> WeightFacts:
+    def absent(engine: ThirdEngine, config: RunConfig, root: Path) -> LocatedWeights:
         facts = found(engine, config, root)
         return facts if kept.exists() else replace(facts, digests=None)
 
     def bring(context: Context) -> None:
         away.rename(kept)
-        assert context.look_at_weights().present
+        assert context.refresh_weights().present
 
     monkeypatch.setattr(ThirdEngine, "weights", absent)
     monkeypatch.setattr(WEIGHTS, "run", bring)

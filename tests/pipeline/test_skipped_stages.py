@@ -15,7 +15,7 @@ from whole_run import Stages, carry_out, weights_there
 from runner.core.console import Console
 from runner.core.errors import UserError
 from runner.pipeline.model import Plan
-from runner.storage.store import Store
+from runner.storage.shared_cache import SharedCache
 
 if TYPE_CHECKING:
     from runner.pipeline.context import Context
@@ -44,7 +44,7 @@ def test_a_skipped_stage_without_weights_or_training() -> None:
 @pytest.mark.parametrize("stage", ["latents", "text"])
 def test_held_out_items_are_wanted_by_the_evaluation(stage: str) -> None:
     entries = plan().stage(stage).entries
-    cached = frozenset(e.stored for e in entries if "-held-out/" not in e.links[0])
+    cached = frozenset(e.full_key for e in entries if "-held-out/" not in e.links[0])
     assert 0 < len(cached) < 20
     plan(f"stages.skip=[{stage},evaluate]", cached=cached)
     with pytest.raises(UserError, match=f"of {20 - len(cached)} of 20 items"):
@@ -60,11 +60,11 @@ def test_a_skipped_encoding_is_there_for_the_training(tmp_path: Path, skipped: s
     before = context_of(outputs, media, "engine=diffusers")
     wanted = [e for name in ("latents", "text") for e in before.plan.stage(name).entries]
     assert len(wanted) == 6
-    store = Store(outputs / "cache")
+    store = SharedCache(outputs / "cache")
     for entry in wanted:
         made = tmp_path / "made"
-        made.write_text(entry.stored)
-        store.commit(entry.shelf, entry.name, made, entry.made_of)
+        made.write_text(entry.full_key)
+        store.commit(entry.namespace, entry.name, made, entry.cache_inputs)
     found: dict[str, str] = {}
 
     def train(context: Context) -> None:
@@ -77,4 +77,4 @@ def test_a_skipped_encoding_is_there_for_the_training(tmp_path: Path, skipped: s
     stages: Stages = {"train": train, "convert": lambda _: None, "evaluate": lambda _: None}
     console = Console.for_stream(io.StringIO())
     carry_out(console, outputs, media, f"stages.skip=[{skipped}]", stages=stages)
-    assert found == {place: entry.stored for entry in wanted for place in entry.links}
+    assert found == {place: entry.full_key for entry in wanted for place in entry.links}

@@ -23,7 +23,7 @@ from runner.config.schema import RunConfig
 from runner.core.console import Console
 from runner.core.errors import StageError
 from runner.engines.registry import engine_named
-from runner.hub.weights import WeightFacts, hub_requests, hub_weights
+from runner.hub.weights import LocatedWeights, hub_requests, hub_weights
 from runner.pipeline.model import Plan
 
 MODEL, ENCODERS = "tencent/HunyuanVideo-1.5", "Comfy-Org/HunyuanVideo_1.5_repackaged"
@@ -100,7 +100,7 @@ def run(
 
     config.stages.skip = ["dataset", "latents", "text", "train", "convert", "evaluate"]
     config.tracking.name = "none"
-    facts = facts_of(config, tmp_path)
+    facts = summary_rows(config, tmp_path)
     engine = engine_named(config.engine.name)
     plan = make_plan(facts, engine)
     resolved: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
@@ -114,7 +114,7 @@ def run(
     return folder, tags, plan
 
 
-def facts_of(config: RunConfig, tmp_path: Path) -> Any:
+def summary_rows(config: RunConfig, tmp_path: Path) -> Any:
     from dataclasses import replace
 
     root = tmp_path / "outputs"
@@ -198,8 +198,8 @@ def test_files_are_renewed_after_the_stage(hub: Hub, tmp_path: Path) -> None:
     train = (folder / "train.toml").read_text()
     assert "/snapshots/main/" in dict(before.files)["train.toml"]
     assert f"/snapshots/{COMMITS[MODEL]}/transformer/720p_i2v/" in train
-    facts = facts_of(config, tmp_path).weights
-    assert isinstance(facts, WeightFacts) and facts.digests is not None
+    facts = summary_rows(config, tmp_path).weights
+    assert isinstance(facts, LocatedWeights) and facts.digests is not None
     for path in vars(facts.paths).values():
         assert Path(path).is_file() and path in train
     image = hashlib.sha256(content(config.model.image_encoder)).hexdigest()
@@ -211,7 +211,7 @@ def test_files_are_renewed_after_the_stage(hub: Hub, tmp_path: Path) -> None:
     other.commit = "8" * 40
     config.model.qwen_tokenizer_revision = other.commit
     run(config, tmp_path)
-    after = facts_of(config, tmp_path).weights.digests
+    after = summary_rows(config, tmp_path).weights.digests
     changed = {part for part in facts.digests if facts.digests[part] != after[part]}
     assert changed == {"text_encoder"}
 

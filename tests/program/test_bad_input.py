@@ -13,7 +13,7 @@ from in_process import program_here
 from media_factory import make_image
 from PIL import Image
 
-from runner.data.sources import memo
+from runner.data.sources import scan_index
 
 REHEARSE = ("experiment=rehearsal", "dataset=auto")
 
@@ -142,7 +142,7 @@ def test_wrong_input(
 ) -> None:
     # What is found out about media goes to the cache once they have lain unchanged for so long,
     # which on a slow machine these would have.
-    monkeypatch.setattr(memo, "RACY_NS", 10**15)
+    monkeypatch.setattr(scan_index, "RACY_NS", 10**15)
     arguments = case(tmp_path)
     before = tree(tmp_path)
     # Two as a person meets them; the others in this process, which is the same but for its start.

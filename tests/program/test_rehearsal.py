@@ -190,8 +190,8 @@ def test_piped_output_is_plain(first: tuple[Path, Finished]) -> None:
 def cached(cwd: Path) -> dict[str, tuple[int, int]]:
     """What lies in the cache of media and what was made of them."""
     cache = cwd / "outputs" / "cache"
-    shelves = ("media", "latents", "text", "looks")
-    return {f"{s}/{name}": what for s in shelves for name, what in tree(cache / s).items()}
+    namespaces = ("media", "latents", "text", "looks")
+    return {f"{s}/{name}": what for s in namespaces for name, what in tree(cache / s).items()}
 
 
 # A second run on the same data unpacks and encodes nothing, whatever its rank or the zip's name.
@@ -216,8 +216,10 @@ def test_a_second_run_encodes_nothing(first: tuple[Path, Finished]) -> None:
 
 def store(cwd: Path) -> dict[Path, str]:
     """The checksum of every entry of the cache."""
-    shelves = (cwd / "outputs" / "cache" / shelf for shelf in ("media", "latents", "text"))
-    files = (file for shelf in shelves for file in sorted(shelf.glob("*/*")))
+    namespaces = (
+        cwd / "outputs" / "cache" / namespace for namespace in ("media", "latents", "text")
+    )
+    files = (file for namespace in namespaces for file in sorted(namespace.glob("*/*")))
     return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -228,12 +230,15 @@ def test_damage_is_mended_in_the_same_run(first: tuple[Path, Finished]) -> None:
     cwd, _ = first
     before = store(cwd)
     entries = [file for file in before if file.suffix != ".json"]
-    of = {shelf: next(f for f in entries if shelf in f.parts) for shelf in ("latents", "text")}
-    for shelf, file in of.items():
+    of = {
+        namespace: next(f for f in entries if namespace in f.parts)
+        for namespace in ("latents", "text")
+    }
+    for namespace, file in of.items():
         data = file.read_bytes()
         flipped = data[:-1] + bytes([data[-1] ^ 1])
         file.chmod(0o644)
-        file.write_bytes(flipped if shelf == "latents" else data[:-1])
+        file.write_bytes(flipped if namespace == "latents" else data[:-1])
     planned = page(cwd)
     assert re.search(r"latents +done +\d+ latents\n", planned)
     assert re.search(r"text +to run +1 caption to encode, \d+ cached\n", planned)

@@ -103,14 +103,14 @@ def test_a_sweep_ends_as_its_jobs_did(made: Path, launcher: str) -> None:
     done = run(made, *BASE, f"hydra/launcher={launcher}", NO_WORK, "network.rank=0,2")
     assert done.code == 2, done.err
     assert "error: network.rank=0 is too small" in done.err
-    *_, swept = sweeps(made)
+    *_, swept_keys = sweeps(made)
     assert len(sweeps(made)) == before + 1
-    assert swept.codes == [2, 0]
-    assert "network.rank=0 is too small" in swept.jobs["0"]["error"]
-    assert (Path(swept.jobs["1"]["run_folder"]) / "run.json").is_file()
-    assert swept.mlflow() == ("FAILED", ["FINISHED"])
+    assert swept_keys.codes == [2, 0]
+    assert "network.rank=0 is too small" in swept_keys.jobs["0"]["error"]
+    assert (Path(swept_keys.jobs["1"]["run_folder"]) / "run.json").is_file()
+    assert swept_keys.mlflow() == ("FAILED", ["FINISHED"])
     words = done.out.split("sweep ended: ")[1]
-    assert words.startswith(f"1 of 2 jobs finished, in {swept.folder.relative_to(made)}\n")
+    assert words.startswith(f"1 of 2 jobs finished, in {swept_keys.folder.relative_to(made)}\n")
     assert "job 0 (network.rank=0) ended with exit code 2" in words
     assert words.rstrip().endswith("-m runner.ui")
 
@@ -120,13 +120,13 @@ def test_a_sweep_ends_as_its_jobs_did(made: Path, launcher: str) -> None:
 def test_a_sweep_that_went_well(made: Path, launcher: str) -> None:
     done = run(made, *BASE, f"hydra/launcher={launcher}", NO_WORK, "network.rank=2,4")
     assert done.code == 0, done.err
-    *_, swept = sweeps(made)
-    assert swept.codes == [0, 0]
-    assert swept.mlflow() == ("FINISHED", ["FINISHED", "FINISHED"])
+    *_, swept_keys = sweeps(made)
+    assert swept_keys.codes == [0, 0]
+    assert swept_keys.mlflow() == ("FINISHED", ["FINISHED", "FINISHED"])
 
 
 def begin_long(cwd: Path, launcher: str, epochs: str) -> tuple[subprocess.Popen[str], Swept]:
-    before = {swept.folder for swept in sweeps(cwd)}
+    before = {swept_keys.folder for swept_keys in sweeps(cwd)}
     options = [f"training.epochs={epochs}", "training.save_every_epochs=100000"]
     process = start(cwd, *BASE, f"hydra/launcher={launcher}", *options)
     deadline = time.monotonic() + 120
@@ -143,24 +143,26 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def trains(swept: Swept, number: str) -> bool:
-    folder = swept.jobs.get(number, {}).get("run_folder")
+def trains(swept_keys: Swept, number: str) -> bool:
+    folder = swept_keys.jobs.get(number, {}).get("run_folder")
     return bool(folder and list(Path(folder).rglob("events.*")))
 
 
 # A job that is killed outright can write nothing down: the sweep says so, ends its MLflow run and
 # tells by its exit code; the other job is as it was.
 def test_a_job_that_is_killed(made: Path) -> None:
-    process, swept = begin_long(made, "processes", "1,100000")
-    wait_for(process, lambda: trains(swept, "1") and swept.jobs["0"]["exit_code"] is not None)
-    os.kill(swept.jobs["1"]["pid"], signal.SIGKILL)
+    process, swept_keys = begin_long(made, "processes", "1,100000")
+    wait_for(
+        process, lambda: trains(swept_keys, "1") and swept_keys.jobs["0"]["exit_code"] is not None
+    )
+    os.kill(swept_keys.jobs["1"]["pid"], signal.SIGKILL)
     done = finish(process)
     assert done.code == 137
     assert "error: The launcher ended the sweep: RuntimeError: a worker died" in done.err
     assert "error: job 1 (training.epochs=100000) in outputs/runs/" in done.err
-    assert "was killed: it could not say how it ended." in done.err
-    assert swept.codes == [0, None]
-    assert swept.mlflow() == ("KILLED", ["FINISHED", "KILLED"])
+    assert "was killed before it could record how it ended." in done.err
+    assert swept_keys.codes == [0, None]
+    assert swept_keys.mlflow() == ("KILLED", ["FINISHED", "KILLED"])
 
 
 # Ctrl-C, which reaches every process, and SIGTERM to the sweep's alone end all its jobs: nothing
@@ -178,9 +180,9 @@ def test_a_signal_ends_the_sweep(
 ) -> None:
     import psutil
 
-    process, swept = begin_long(made, launcher, "90000,100000")
+    process, swept_keys = begin_long(made, launcher, "90000,100000")
     working = ["0"] if launcher == "basic" else ["0", "1"]
-    wait_for(process, lambda: all(trains(swept, job) for job in working))
+    wait_for(process, lambda: all(trains(swept_keys, job) for job in working))
     children = psutil.Process(process.pid).children(recursive=True)
     if to_all:
         os.killpg(process.pid, number)
@@ -188,9 +190,9 @@ def test_a_signal_ends_the_sweep(
         process.send_signal(number)
     done = finish(process)
     assert done.code == 128 + number, done.err
-    assert swept.codes == [128 + number] * len(working)
-    assert swept.mlflow() == ("KILLED", ["KILLED"] * len(working))
-    assert ("1 job of the sweep never began" in done.err) == (launcher == "basic")
+    assert swept_keys.codes == [128 + number] * len(working)
+    assert swept_keys.mlflow() == ("KILLED", ["KILLED"] * len(working))
+    assert ("1 job of the sweep never started" in done.err) == (launcher == "basic")
     psutil.wait_procs(children, timeout=10)
     assert not any(child.is_running() for child in children)
 
@@ -324,11 +326,11 @@ def test_no_password_in_a_sweep(
     )
     assert done.code == 2, done.err
     assert_hidden(done, tmp_path, store)
-    [swept] = sweeps(tmp_path)
-    assert swept.codes == [2, 0], done.err
-    assert (Path(swept.jobs["1"]["run_folder"]) / "overrides.txt").is_file()
+    [swept_keys] = sweeps(tmp_path)
+    assert swept_keys.codes == [2, 0], done.err
+    assert (Path(swept_keys.jobs["1"]["run_folder"]) / "overrides.txt").is_file()
     assert f"http://ann:***@localhost:{port}/#/experiments/" in done.out.splitlines()[-1]
-    parent = json.loads((swept.folder / "parent.json").read_text())["run_id"]
+    parent = json.loads((swept_keys.folder / "parent.json").read_text())["run_id"]
     from runner.tracking.client import connect
 
     assert connect(f"http://127.0.0.1:{port}").get_run(parent).info.status == "FAILED"

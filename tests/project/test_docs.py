@@ -118,7 +118,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A cache that holds the zip's media, as after a run.
     context = context_of(top / "here" / "outputs", top / "here" / "mydata.zip", *with_musubi(top))
     DATASET.run(context)
-    context.use.release()
+    context.use_lease.release()
     return top
 
 
@@ -347,4 +347,4 @@ def test_tiers_are_as_described() -> None:
         tiles = re.search(r"tiles of (\d+)", row)
         if tiles:
             assert int(tiles[1]) == tier.vae_tile, row
-        assert ("one way" in row) == tier.h2d_only, row
+        assert ("one direction" in row) == tier.h2d_only, row

@@ -65,7 +65,7 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
+def swept_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     """A sweep of three ranks, and the UI on it."""
     cwd = tmp_path_factory.mktemp("swept")
     ranks = ",".join(map(str, RANKS))
@@ -120,8 +120,8 @@ def tidy(browser: Browser) -> None:
 
 
 # The experiment's table shows the three ranks and their losses, as MLflow's API has them.
-def test_the_table_shows_ranks_and_losses(swept: Swept, browser: Browser) -> None:
-    browser.open(swept.page.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+def test_the_table_shows_ranks_and_losses(swept_keys: Swept, browser: Browser) -> None:
+    browser.open(swept_keys.page.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
     browser.wait_for_text("3 matching runs")
     tidy(browser)
     browser.click(_BY_TEXT, "button", "Columns")
@@ -140,7 +140,7 @@ def test_the_table_shows_ranks_and_losses(swept: Swept, browser: Browser) -> Non
     )
     browser.picture(PICTURES / "table.png")
     shown = [[text for key, text in row.items() if re.search("loss|rank", key)] for row in rows]
-    best_first = sorted(swept.runs, key=lambda run: run.data.metrics["eval/loss"])
+    best_first = sorted(swept_keys.runs, key=lambda run: run.data.metrics["eval/loss"])
     for row, run in zip(shown, best_first, strict=True):
         rank = run.data.params["network.rank"]
         [loss] = [text for text in row if text != rank]
@@ -151,11 +151,11 @@ def test_the_table_shows_ranks_and_losses(swept: Swept, browser: Browser) -> Non
 
 # The page that compares the sweep shows three curves of the loss, one for each rank, with a
 # point for each step, and the three evaluation losses.
-def test_the_compare_page_shows_three_curves(swept: Swept, browser: Browser) -> None:
+def test_the_compare_page_shows_three_curves(swept_keys: Swept, browser: Browser) -> None:
     browser.open("about:blank")
-    browser.open(swept.page)
+    browser.open(swept_keys.page)
     browser.wait_for_text("eval/loss", "loss/average", "3 matching runs")
-    names = {run.info.run_name for run in swept.runs}
+    names = {run.info.run_name for run in swept_keys.runs}
     charts = browser.wait_for(
         f"const charts = (() => {{{_CURVES}}})();"
         "return charts.length >= 3 && charts.every(chart => chart.drawn >= 3) && charts"
@@ -163,19 +163,19 @@ def test_the_compare_page_shows_three_curves(swept: Swept, browser: Browser) -> 
     for chart in charts:
         assert set(chart["names"]) == names, chart
     steps = max(chart["points"] for chart in charts)
-    client_steps = swept.runs[0].data.metrics
+    client_steps = swept_keys.runs[0].data.metrics
     assert "loss/current" in client_steps
     page = browser.text()
-    for run in swept.runs:
+    for run in swept_keys.runs:
         assert f"{run.data.metrics['eval/loss']:.2f}" in page
     browser.picture(PICTURES / "compare.png")
     print(f"{len(charts)} line charts of three curves each, up to {steps} points a curve")
 
 
 # A run's page lists its LoRA files, and what MLflow gives for them is what the run wrote.
-def test_the_run_page_lists_the_lora_files(swept: Swept, browser: Browser) -> None:
-    run = swept.runs[-1]
-    base = f"{swept.url}/#/experiments/{swept.experiment}/runs/{run.info.run_id}"
+def test_the_run_page_lists_the_lora_files(swept_keys: Swept, browser: Browser) -> None:
+    run = swept_keys.runs[-1]
+    base = f"{swept_keys.url}/#/experiments/{swept_keys.experiment}/runs/{run.info.run_id}"
     browser.open(f"{base}/artifacts")
     shown = browser.wait_for_text("lora.safetensors", "lora_comfyui.safetensors", "train.toml")
     assert run.info.run_name in shown
@@ -190,6 +190,6 @@ def test_the_run_page_lists_the_lora_files(swept: Swept, browser: Browser) -> No
             "const ask = new XMLHttpRequest();"
             "ask.open('GET', arguments[0], false); ask.send();"
             "return [ask.status, Number(ask.getResponseHeader('content-length'))]",
-            f"{swept.url}/get-artifact?path={name}&run_uuid={run.info.run_id}",
+            f"{swept_keys.url}/get-artifact?path={name}&run_uuid={run.info.run_id}",
         )
         assert size == [200, (folder / name).stat().st_size], name

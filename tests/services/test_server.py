@@ -119,12 +119,12 @@ def test_every_point_of_eight_runs_is_there(service: Service, eight: Eight) -> N
     assert len(eight.folders()) == RUNS
     total = 0
     with service.client("ann") as client:
-        stored = {run.info.run_id: run for run in found_runs(client)}
-        assert len(stored) == RUNS
-        assert {run.info.run_name for run in stored.values()} == set(eight.output)
+        full_key = {run.info.run_id: run for run in found_runs(client)}
+        assert len(full_key) == RUNS
+        assert {run.info.run_name for run in full_key.values()} == set(eight.output)
         for folder in eight.folders():
             run_id = json.loads((folder / "run.json").read_text())["mlflow_run_id"]
-            assert stored[run_id].info.status == "FINISHED"
+            assert full_key[run_id].info.status == "FINISHED"
             written = written_points(folder)
             assert {step for step, _ in written["loss/current"]} == set(range(1, STEPS + 1))
             for key, points in written.items():

@@ -109,9 +109,9 @@ def test_every_point_is_stored(store: Store) -> None:
     ]
     writer.log_points(points(2000) + odd)
     writer.finish("FINISHED")
-    stored = store.points(writer.run_id, "loss/current")
-    assert stored.keys() == set(range(1, 2003))
-    assert math.isnan(stored[2001]) and stored[2002] > 1e308
+    full_key = store.points(writer.run_id, "loss/current")
+    assert full_key.keys() == set(range(1, 2003))
+    assert math.isnan(full_key[2001]) and full_key[2002] > 1e308
     assert store.points(writer.run_id, "lr/d_lr/unet") == {1: 0.5}
     assert store.points(writer.run_id, "unnamed") == {1: 1.0}
     run = store.client.get_run(writer.run_id)
@@ -227,8 +227,8 @@ def test_all_is_sent_when_the_server_is_back(
     assert run.info.status == "FAILED"
     assert run.data.tags["kept"] == "yes" and run.data.tags["run.error"] == "why"
     assert len(store.points(writer.run_id, "loss/current")) == 3
-    stored = {file.path for file in store.client.list_artifacts(writer.run_id)}
-    assert stored == {"config.yaml", "train.toml", "lora.safetensors"}
+    full_key = {file.path for file in store.client.list_artifacts(writer.run_id)}
+    assert full_key == {"config.yaml", "train.toml", "lora.safetensors"}
     assert writer.problems == ["metrics not sent to MLflow yet: timed out"]
 
 
@@ -263,7 +263,7 @@ def test_a_refused_parameter_leaves_the_others(store: Store) -> None:
     writer.log_params({"alpha": 8, "rank": 16, "seed": 42})
     params = store.client.get_run(writer.run_id).data.params
     assert params == {"rank": "8", "alpha": "8", "seed": "42"}
-    assert len(writer.problems) == 1 and writer.problems[0].startswith("parameters not taken")
+    assert len(writer.problems) == 1 and writer.problems[0].startswith("parameters rejected")
 
 
 class Signalled:
@@ -321,9 +321,9 @@ def test_secrets_never_reach_the_store(
     files = [file for file in store.outputs.rglob("*") if file.is_file()]
     assert {"config.yaml", "train.log", "plain.log"} <= {file.name for file in files}
     assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []
-    stored = {file.name: file.read_bytes() for file in files}
-    assert stored["plain.log"] == plain.read_bytes()
-    assert stored["train.log"] == b"\xff raw\r\nlogin *** https://ann:***@host/x\n"
+    full_key = {file.name: file.read_bytes() for file in files}
+    assert full_key["plain.log"] == plain.read_bytes()
+    assert full_key["train.log"] == b"\xff raw\r\nlogin *** https://ann:***@host/x\n"
     assert writer.problems == []
 
 
@@ -371,9 +371,9 @@ def test_a_refused_artifact_is_sent_again(store: Store, status: int, later: bool
     file.write_bytes(b"weights")
     writer.log_artifact(file)
     writer.finish("FINISHED")
-    stored = [artifact.path for artifact in store.client.list_artifacts(writer.run_id)]
-    assert stored == (["lora.safetensors"] if later else [])
-    how = "not sent to MLflow yet" if later else "not taken by MLflow"
+    full_key = [artifact.path for artifact in store.client.list_artifacts(writer.run_id)]
+    assert full_key == (["lora.safetensors"] if later else [])
+    how = "not sent to MLflow yet" if later else "rejected by MLflow"
     assert writer.problems == [f"artifact lora.safetensors {how}: the server said no"]
 
 

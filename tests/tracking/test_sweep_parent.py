@@ -14,9 +14,9 @@ import pytest
 from conftest import TOP
 
 from runner.core.errors import UserError
-from runner.tracking import sweep
+from runner.tracking import parent_run
 from runner.tracking.metrics import Point
-from runner.tracking.mlflow_run import RunWriter, Status
+from runner.tracking.mlflow_run import RunStatus, RunWriter
 from runner.tracking.multirun import Sweep
 from runner.tracking.passwords import hidden, revealed
 
@@ -30,15 +30,15 @@ ID = "2026-11-23-05-12-aaaa"
 JOB = f"""
 import sys
 from pathlib import Path
-from runner.tracking import sweep
+from runner.tracking import parent_run
 outputs = Path(sys.argv[2])
-print(sweep.open_parent(sys.argv[1], "tests", outputs=outputs, folder=outputs / "sweep",
+print(parent_run.open_parent(sys.argv[1], "tests", outputs=outputs, folder=outputs / "sweep",
                         sweep_id={ID!r}, name="a sweep", tags={{}}))
 """
 
 
 def open_parent(store: Store) -> str:
-    return sweep.open_parent(
+    return parent_run.open_parent(
         store.uri,
         "tests",
         outputs=store.outputs,
@@ -50,19 +50,19 @@ def open_parent(store: Store) -> str:
 
 
 def close_parent(
-    store: Store, status: Status, killed: Collection[str] = ()
-) -> tuple[Status, str] | None:
-    return sweep.close_parent(store.outputs / "sweep", status, killed=killed)
+    store: Store, status: RunStatus, killed: Collection[str] = ()
+) -> tuple[RunStatus, str] | None:
+    return parent_run.close_parent(store.outputs / "sweep", status, killed=killed)
 
 
-def child(store: Store, parent: str, rank: int, loss: float | None, status: Status) -> str:
+def child(store: Store, parent: str, rank: int, loss: float | None, status: RunStatus) -> str:
     writer = RunWriter.start(
         store.uri,
         "tests",
         outputs=store.outputs,
         name=f"rank {rank}",
         params={"network.rank": rank, "task": "i2v"},
-        tags=sweep.child_tags(parent, ID),
+        tags=parent_run.child_tags(parent, ID),
         parent_id=parent,
     )
     writer.log_points([Point("loss/average", 0.5, 1, 1000)])
@@ -99,7 +99,7 @@ def test_all_children_get_one_parent(store: Store) -> None:
     ],
 )
 def test_the_parent_ends_with_the_true_status(
-    store: Store, children: list[Status], asked: Status, status: Status
+    store: Store, children: list[RunStatus], asked: RunStatus, status: RunStatus
 ) -> None:
     parent = open_parent(store)
     for rank, ended in enumerate(children):
@@ -169,7 +169,7 @@ def test_the_address_is_read_back(tmp_path: Path) -> None:
         "p@ss/w:rd 'x'",
     }
     with pytest.raises(UserError, match="password"):
-        sweep.close_parent(tmp_path, "FINISHED")
+        parent_run.close_parent(tmp_path, "FINISHED")
 
 
 # What a sweep's runs are named by is what has several values: no list or table with commas in it;
@@ -187,8 +187,8 @@ def test_swept_keys(tmp_path: Path) -> None:
         "task=i2v",
     ]
     begun = begin(tmp_path, overrides)
-    swept = ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
-    assert begun.swept == swept
+    swept_keys = ("network.rank", "optimizer", "dataset.target_frames", "training.seed")
+    assert begun.swept_keys == swept_keys
     assert begun.jobs == 3 * 2 * 2 * 3
     assert Sweep.read(tmp_path) == begun
     assert begin(tmp_path, ["task=glob(*)"]).jobs is None
@@ -217,4 +217,4 @@ with Sweep.read(Path({str(tmp_path)!r})).job(1, ["network.rank=4"]):
     assert subprocess.run([sys.executable, "-c", code], cwd=TOP).returncode == -signal.SIGKILL
     first, second = begun.records()
     assert (first.exit_code, second.exit_code, second.alive) == (0, None, False)
-    assert second.words(begun.swept) == "job 1 (network.rank=4)"
+    assert second.describe(begun.swept_keys) == "job 1 (network.rank=4)"

@@ -1,4 +1,4 @@
-"""The dataset report: what a run will train on, what it leaves out, and what looks wrong with it.
+"""The dataset report: what a run trains on, what it leaves out, and what looks wrong with it.
 
-`read` gathers what is needed, `findings` (pure) judges it, `page` and `html` show it.
+``read`` gathers the data, ``findings`` (pure) checks it, ``page`` and ``html`` show the result.
 """

@@ -1,4 +1,4 @@
-"""What a person should know about a dataset before training on it; pure."""
+"""Findings about a dataset that the user should know before training on it; pure."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from runner.core.text import counted, named
-from runner.data.report.alike import groups, nearest
-from runner.data.report.model import Case, Finding, Medium, Tokens
-from runner.data.select import Kind, Source
+from runner.data.report.model import Case, Finding, ReportedItem, Tokens
+from runner.data.report.near_duplicates import groups, nearest
+from runner.data.select import Source
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
 from runner.formats.frames import kept_frames
+from runner.formats.media_types import MediaKind
 
-# Enlarged more than this to cover its bucket, a medium has clearly less detail than is trained on.
+# Media enlarged by more than this to cover their bucket clearly lack detail.
 TINY = 1.5
-# More of a medium's area than this cut off is likely to lose what its caption tells of.
+# If a larger fraction of the area is cut off, something that the caption names is likely lost.
 CUT = 0.25
 
 
 def findings(
-    media: Sequence[Medium],
+    media: Sequence[ReportedItem],
     sources: Sequence[Source],
     tokens: Mapping[str, Tokens],
     *,
-    looked: bool,
+    measured: bool,
 ) -> tuple[Finding, ...]:
-    """All findings, the worst first. ``looked``: whether pixels were looked at."""
-    found = [
-        *_pairs(media),
+    """Return all findings, the worst first; ``measured``: whether there are image statistics."""
+    result = [
+        *_duplicates(media),
         *_long_captions(media, tokens),
-        *_seen(media),
+        *_image_quality(media),
         *_fit(media),
         *_captions(media, sources),
         *_short(media, sources),
     ]
-    if looked:
-        unseen = [index for index, medium in enumerate(media) if medium.look is None]
-        found += _each(media, "unseen", unseen, "could not be looked at", serious=True)
+    if measured:
+        unseen = [index for index, medium in enumerate(media) if medium.statistics is None]
+        result += _each(media, "unseen", unseen, "could not be analysed", serious=True)
     # sorted() keeps the order above among equals.
-    return tuple(sorted(found, key=lambda finding: not finding.serious))
+    return tuple(sorted(result, key=lambda finding: not finding.serious))
 
 
 def _none(_: int) -> str:
@@ -47,17 +48,17 @@ def _none(_: int) -> str:
 
 
 def _each(
-    media: Sequence[Medium],
-    kind: str,
+    media: Sequence[ReportedItem],
+    category: str,
     which: Sequence[int],
     text: str,
     *,
     serious: bool,
     note: Callable[[int], str] = _none,
 ) -> Iterator[Finding]:
-    """One finding about each of several media by itself, the worst of them first in `which`.
+    """Make one finding about several media, each by itself; ``which`` has the worst first.
 
-    `note` says in a word how bad the medium of that index is.
+    ``note`` says in a word how bad the media file of that index is.
     """
     if not which:
         return
@@ -69,102 +70,105 @@ def _each(
     if len(which) == 1:
         text = re.sub("^are ", "is ", text)
     what = _many([media[i] for i in which])
-    yield Finding(kind, f"{what} {text}", named(shown, 3), serious, cases)
+    yield Finding(category, f"{what} {text}", named(shown, 3), serious, cases)
 
 
-def _many(media: Sequence[Medium]) -> str:
-    """``1 clip``, ``2 pictures``, ``3 media``."""
-    kinds = {medium.item.kind for medium in media}
+def _many(media: Sequence[ReportedItem]) -> str:
+    """Count media: ``1 clip``, ``2 pictures``, ``3 media``."""
+    kinds = {medium.item.media_kind for medium in media}
     if len(kinds) > 1:
         return f"{len(media)} media"
     return counted(len(media), "picture" if kinds == {"image"} else "clip")
 
 
-def _pairs(media: Sequence[Medium]) -> Iterator[Finding]:
-    """What is there more than once, as it is or nearly so."""
+def _duplicates(media: Sequence[ReportedItem]) -> Iterator[Finding]:
+    """Find duplicates and near duplicates."""
     copies: dict[str, list[int]] = defaultdict(list)
     for index, medium in enumerate(media):
         copies[medium.item.media.sha256].append(index)
     first_of_each = [indices[0] for indices in copies.values()]
-    alike: list[tuple[int, ...]] = []
+    near: list[tuple[int, ...]] = []
     leaks: list[tuple[int, int]] = []
-    for kind in ("image", "video"):
-        trained = _patterns(media, first_of_each, kind, held_out=False)
+    for media_kind in ("image", "video"):
+        trained = _hashes(media, first_of_each, media_kind, held_out=False)
         hashes = list(trained.values())
         indices = list(trained)
-        alike += [tuple(indices[number] for number in group) for group in groups(hashes)]
-        for index, value in _patterns(media, first_of_each, kind, held_out=True).items():
-            if (twin := nearest(value, hashes)) is not None:
-                leaks.append((index, indices[twin]))
+        near += [tuple(indices[number] for number in group) for group in groups(hashes)]
+        for index, value in _hashes(media, first_of_each, media_kind, held_out=True).items():
+            if (closest := nearest(value, hashes)) is not None:
+                leaks.append((index, indices[closest]))
     yield from _leaks(media, leaks)
     same = [tuple(indices) for indices in copies.values() if len(indices) > 1]
     yield from _groups(
         media,
         "equal",
-        [group for group in same if _captioned_alike(media, group)],
+        [group for group in same if _same_caption(media, group)],
         "equal media with one caption",
         serious=True,
     )
     yield from _groups(
         media,
         "captioned",
-        [group for group in same if not _captioned_alike(media, group)],
+        [group for group in same if not _same_caption(media, group)],
         "equal media with different captions (all are trained on)",
         serious=False,
     )
-    yield from _groups(media, "alike", alike, "media that look alike", serious=False)
+    yield from _groups(media, "alike", near, "near duplicates", serious=False)
 
 
-def _patterns(
-    media: Sequence[Medium], which: Sequence[int], kind: Kind, *, held_out: bool
+def _hashes(
+    media: Sequence[ReportedItem], which: Sequence[int], media_kind: MediaKind, *, held_out: bool
 ) -> dict[int, int]:
-    """The hash of each of these media; a flat or dark one has no pattern to compare."""
+    """Return the hashes of these media, except flat and dark ones, which can't be compared."""
     return {
-        index: look.hash
+        index: statistics.hash
         for index in which
-        if (media[index].item.kind, media[index].item.held_out) == (kind, held_out)
-        if (look := media[index].look) is not None and not (look.flat or look.dark)
+        if (media[index].item.media_kind, media[index].item.held_out) == (media_kind, held_out)
+        if (statistics := media[index].statistics) is not None
+        and not (statistics.flat or statistics.dark)
     }
 
 
-def _captioned_alike(media: Sequence[Medium], group: Sequence[int]) -> bool:
+def _same_caption(media: Sequence[ReportedItem], group: Sequence[int]) -> bool:
     return len({media[index].item.caption for index in group}) == 1
 
 
 def _groups(
-    media: Sequence[Medium],
-    kind: str,
-    found: Sequence[tuple[int, ...]],
+    media: Sequence[ReportedItem],
+    category: str,
+    groups_: Sequence[tuple[int, ...]],
     text: str,
     *,
     serious: bool,
 ) -> Iterator[Finding]:
-    """One finding about groups of media that belong together."""
-    if not found:
+    """Make one finding about groups of equal or similar media."""
+    if not groups_:
         return
-    names = [f"({named([media[i].name for i in group], 2)})" for group in found]
-    what = f"{counted(len(found), 'group')} of {text}"
-    yield Finding(kind, what, named(names, 3), serious, tuple(Case(group) for group in found))
+    names = [f"({named([media[i].name for i in group], 2)})" for group in groups_]
+    what = f"{counted(len(groups_), 'group')} of {text}"
+    yield Finding(category, what, named(names, 3), serious, tuple(Case(group) for group in groups_))
 
 
-def _leaks(media: Sequence[Medium], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
+def _leaks(media: Sequence[ReportedItem], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
     if not pairs:
         return
     names = [f"{media[held_out].name} and {media[trained].name}" for held_out, trained in pairs]
     yield Finding(
         "leak",
         f"{counted(len(pairs), 'held-out item')} {'is' if len(pairs) == 1 else 'are'} nearly equal "
-        "to what is trained on, so that eval/loss says less",
+        "to training items, so that eval/loss says less",
         named(names, 3),
         True,
         tuple(Case(pair, "held out, and trained on") for pair in pairs),
     )
 
 
-def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Iterator[Finding]:
+def _long_captions(
+    media: Sequence[ReportedItem], tokens: Mapping[str, Tokens]
+) -> Iterator[Finding]:
     over = {c: length for c, length in tokens.items() if length.count > MAX_TOKENS}
     what = f"are captioned with more than the encoder's {MAX_TOKENS:,} tokens, and the rest is lost"
-    for exact, text in ((True, ""), (False, ", by estimate (the tokenizer is not here yet)")):
+    for exact, text in ((True, ""), (False, ", by estimate (the tokenizer is not downloaded yet)")):
         which = [
             i
             for i, medium in enumerate(media)
@@ -179,7 +183,7 @@ def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Ite
             note=lambda i: f"{over[media[i].item.caption].count:,} tokens",
         )
     texts = {i: glyph_text(medium.item.caption) for i, medium in enumerate(media)}
-    # ByT5 reads bytes, and an end mark.
+    # ByT5 reads bytes and an end token.
     quoted = {i: len(text.encode()) + 1 for i, text in texts.items() if text is not None}
     yield from _each(
         media,
@@ -190,33 +194,35 @@ def _long_captions(media: Sequence[Medium], tokens: Mapping[str, Tokens]) -> Ite
     )
 
 
-def _seen(media: Sequence[Medium]) -> Iterator[Finding]:
-    looks = {i: medium.look for i, medium in enumerate(media) if medium.look is not None}
-    sharpness = {i: look.sharpness for i, look in looks.items()}
+def _image_quality(media: Sequence[ReportedItem]) -> Iterator[Finding]:
+    statistics = {
+        i: medium.statistics for i, medium in enumerate(media) if medium.statistics is not None
+    }
+    sharpness = {i: one.sharpness for i, one in statistics.items()}
     yield from _each(
         media,
         "blurred",
-        sorted((i for i, look in looks.items() if look.blurred), key=sharpness.__getitem__),
+        sorted((i for i, one in statistics.items() if one.blurred), key=sharpness.__getitem__),
         "are blurred",
         serious=True,
         note=lambda i: f"sharpness {sharpness[i]:.0f}",
     )
-    for kind, text in (
+    for category, text in (
         ("dark", "are nearly black"),
         ("flat", "are one flat colour"),
-        ("turned", "are upright by EXIF data alone, which training ignores"),
+        ("turned", "are rotated by EXIF data, which training ignores"),
     ):
-        which = [i for i, look in looks.items() if getattr(look, kind)]
-        yield from _each(media, kind, which, text, serious=True)
+        which = [i for i, one in statistics.items() if getattr(one, category)]
+        yield from _each(media, category, which, text, serious=True)
 
 
-def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
+def _fit(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     tiny = [i for i, medium in enumerate(media) if medium.scale > TINY]
     yield from _each(
         media,
         "tiny",
         sorted(tiny, key=lambda i: -media[i].scale),
-        f"are tiny, enlarged over {TINY:g} times to fill the bucket",
+        f"are tiny, enlarged more than {TINY:g} times to fill the bucket",
         serious=True,
         note=lambda i: f"{media[i].scale:.1f}x",
     )
@@ -231,7 +237,7 @@ def _fit(media: Sequence[Medium]) -> Iterator[Finding]:
     )
 
 
-def _captions(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:
+def _captions(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
     default = [
         i
         for i, medium in enumerate(media)
@@ -243,8 +249,8 @@ def _captions(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Fi
     yield from _each(media, "empty-caption", empty, "are captioned with nothing", serious=True)
 
 
-def _short(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Finding]:
-    lost: dict[int, str] = {}
+def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
+    notes: dict[int, str] = {}
     for index, medium in enumerate(media):
         extraction = sources[medium.item.source].options.extraction
         if not medium.item.crops or extraction.mode == "full":
@@ -252,12 +258,12 @@ def _short(media: Sequence[Medium], sources: Sequence[Source]) -> Iterator[Findi
         kept = len(kept_frames(medium.item.media.frames, extraction.source_fps))
         missing = [str(frames) for frames in extraction.target_frames if frames > kept]
         if missing:
-            lost[index] = f"{counted(kept, 'frame')}, no crop of {', '.join(missing)}"
+            notes[index] = f"{counted(kept, 'frame')}, no crop of {', '.join(missing)}"
     yield from _each(
         media,
         "short",
-        list(lost),
+        list(notes),
         "are too short for some targets",
         serious=False,
-        note=lost.__getitem__,
+        note=notes.__getitem__,
     )

@@ -1,4 +1,4 @@
-"""From sources, selection, looks and caption lengths to a report; pure."""
+"""Make a report from sources, selection, image statistics and caption lengths; pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from runner.core.text import counted
 from runner.data.report.findings import findings
-from runner.data.report.looks import Look
-from runner.data.report.model import Batches, LeftOut, Medium, Report, SourceCounts, Tokens
+from runner.data.report.image_statistics import ImageStatistics
+from runner.data.report.model import Batches, LeftOut, Report, ReportedItem, SourceCounts, Tokens
 from runner.data.select import SelectedItem, Selection, Source, shapes
 from runner.formats.frames import MODEL_FPS, kept_frames
 
@@ -17,15 +17,20 @@ def make_report(
     selection: Selection,
     *,
     task: str,
-    looks: Mapping[str, Look] | None,
+    statistics: Mapping[str, ImageStatistics] | None,
     tokens: Mapping[str, Tokens],
 ) -> Report:
-    """Judge a dataset.
+    """Make the report on a dataset.
 
-    looks: by sha256; media that could not be looked at have none; None when nobody looked.
-    tokens: the lengths of the captions that may be too long for the encoder.
+    Args:
+        sources: the run's sources.
+        selection: the run's items.
+        task: t2v or i2v.
+        statistics: image statistics by SHA-256, without media that could not be read; None when
+            nothing was measured.
+        tokens: the lengths of the captions that may be too long for the encoder.
     """
-    media = tuple(_medium(item, sources, looks or {}) for item in selection.items)
+    media = tuple(_reported(item, sources, statistics or {}) for item in selection.items)
     left_out = tuple(_left_out(sources, selection, task))
     batches = tuple(
         Batches(shape, samples, sources[shape.source].options.batch_size)
@@ -40,11 +45,13 @@ def make_report(
         batches=batches,
         left_out=left_out,
         notices=selection.notices,
-        findings=findings(media, sources, tokens, looked=looks is not None),
+        findings=findings(media, sources, tokens, measured=statistics is not None),
     )
 
 
-def _medium(item: SelectedItem, sources: Sequence[Source], looks: Mapping[str, Look]) -> Medium:
+def _reported(
+    item: SelectedItem, sources: Sequence[Source], statistics: Mapping[str, ImageStatistics]
+) -> ReportedItem:
     (width, height), bucket = item.media.size, item.bucket
     scale = max(bucket[0] / width, bucket[1] / height)
     cut = 1 - bucket[0] * bucket[1] / (width * scale * height * scale)
@@ -57,7 +64,7 @@ def _medium(item: SelectedItem, sources: Sequence[Source], looks: Mapping[str, L
                 used[-1] = (used[-1][0], max(used[-1][1], past))
             else:
                 used.append((first, past))
-    return Medium(item, scale, max(0.0, cut), tuple(used), looks.get(item.media.sha256))
+    return ReportedItem(item, scale, max(0.0, cut), tuple(used), statistics.get(item.media.sha256))
 
 
 def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Iterator[LeftOut]:
@@ -65,19 +72,19 @@ def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Ite
     for index, source in enumerate(sources):
         for name, why in source.ignored:
             yield LeftOut(index, name, why)
-        for item in source.items:
-            if (index, item) in used:
+        for media in source.items:
+            if (index, media) in used:
                 continue
-            if source.options.regularisation and item.kind == "image" and task != "i2v":
-                why = "not drawn: the set's weight takes a part of it"
-            elif not item.caption and source.options.default_caption is None:
-                why = "it has no caption"
-            elif item.kind == "image" and task == "i2v":
-                why = "task=i2v learns from clips alone"
+            if source.options.regularisation and media.media_kind == "image" and task != "i2v":
+                reason = "not drawn: the set's weight takes a part of it"
+            elif not media.caption and source.options.default_caption is None:
+                reason = "it has no caption"
+            elif media.media_kind == "image" and task == "i2v":
+                reason = "task=i2v learns from clips alone"
             else:
-                kept = len(kept_frames(item.frames, source.options.extraction.source_fps))
-                why = f"{counted(kept, 'frame')}, fewer than every target"
-            yield LeftOut(index, item.name, why)
+                kept = len(kept_frames(media.frames, source.options.extraction.source_fps))
+                reason = f"{counted(kept, 'frame')}, fewer than every target"
+            yield LeftOut(index, media.name, reason)
 
 
 def _counts(
@@ -88,10 +95,10 @@ def _counts(
     left_out: Sequence[LeftOut],
 ) -> SourceCounts:
     items = [item for item in selection.items if item.source == index]
-    clips = [item.media for item in items if item.kind == "video"]
+    clips = [item.media for item in items if item.media_kind == "video"]
     return SourceCounts(
         path=source.path,
-        kind=source.kind,
+        kind=source.source_kind,
         pictures=len(items) - len(clips),
         clips=len(clips),
         held_out=sum(item.held_out for item in items),

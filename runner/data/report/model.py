@@ -1,10 +1,10 @@
-"""What a dataset report is made of."""
+"""The parts of a dataset report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.data.report.looks import Look
+from runner.data.report.image_statistics import ImageStatistics
 from runner.data.select import SelectedItem, Shape
 
 
@@ -13,36 +13,42 @@ class Tokens:
     """Length of a caption with the end of its template, in the text encoder's tokens."""
 
     count: int
-    exact: bool  # False for an estimate, made when the tokenizer is not on this machine
+    exact: bool  # False for an estimate, made when the tokenizer is not on this computer
 
 
 @dataclass(frozen=True)
-class Medium:
-    """One item of the run.
+class ReportedItem:
+    """An item of the run with its report figures.
 
-    scale: how much it is enlarged (over 1) or shrunk to cover its bucket. cut: the share of its
-    area that the bucket then cuts off. used: the runs of decoded frames (first, past the last)
-    that a clip's crops cover; empty for a picture. look: None when it could not be looked at.
+    Attributes:
+        item: the item.
+        scale: the factor by which it is enlarged (over 1) or shrunk to cover its bucket.
+        cut: the fraction of its area that is then cropped off.
+        used: the ranges of decoded frames (first, last + 1) that a clip's crops cover; empty for a
+            picture.
+        statistics: None when it could not be read.
     """
 
     item: SelectedItem
     scale: float
     cut: float
     used: tuple[tuple[int, int], ...]
-    look: Look | None
+    statistics: ImageStatistics | None
 
     @property
     def name(self) -> str:
+        """The path inside its source."""
         return self.item.media.name
 
     @property
     def frames_used(self) -> int:
+        """The number of frames that crops cover."""
         return sum(end - start for start, end in self.used)
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What one source gives. `seconds` counts a clip of unknown rate as 24 frames a second."""
+    """The figures of one source; ``seconds`` assumes 24 frames per second for unknown rates."""
 
     path: str
     kind: str
@@ -59,7 +65,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Batches:
-    """The samples of one shape in an epoch, and the batches they make; `last` is a partial one."""
+    """The samples of one shape in an epoch, and the batches that they form."""
 
     shape: Shape
     samples: int
@@ -67,17 +73,18 @@ class Batches:
 
     @property
     def count(self) -> int:
+        """The number of batches."""
         return -(-self.samples // self.batch_size)
 
     @property
     def last(self) -> int:
-        """Samples in the last batch when it is not full, else 0."""
+        """The number of samples in the last batch if it is not full, else 0."""
         return self.samples % self.batch_size
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A medium that is not trained on, and why."""
+    """A media file that is not trained on, and why."""
 
     source: int
     name: str
@@ -86,7 +93,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Case:
-    """One instance of a finding: the media it is about (indices into `Report.media`), and how."""
+    """One instance of a finding: the media (indices into ``Report.media``), and a note on them."""
 
     media: tuple[int, ...]
     note: str = ""
@@ -94,12 +101,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something a person should know: what it is, and a few names of what it is about.
+    """Something that the user should know about the dataset.
 
-    The `serious` ones are worth a notice.
+    Attributes:
+        category: its kind, which is an anchor in the HTML.
+        text: what it is.
+        names: a few names of the media.
+        serious: whether it is worth a notice.
+        cases: the media, one case each.
     """
 
-    kind: str
+    category: str
     text: str
     names: str
     serious: bool
@@ -107,15 +119,16 @@ class Finding:
 
     @property
     def line(self) -> str:
+        """Text and names as one sentence."""
         return f"{self.text}: {self.names}."
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page and the HTML show; findings are sorted, the worst first."""
+    """Everything that the page and the HTML show; the worst findings come first."""
 
     sources: tuple[SourceCounts, ...]
-    media: tuple[Medium, ...]
+    media: tuple[ReportedItem, ...]
     batches: tuple[Batches, ...]
     left_out: tuple[LeftOut, ...]
     notices: tuple[str, ...]
@@ -123,4 +136,5 @@ class Report:
 
     @property
     def serious(self) -> tuple[Finding, ...]:
+        """The serious findings."""
         return tuple(finding for finding in self.findings if finding.serious)

@@ -1,4 +1,4 @@
-"""A report as a few lines: for the dry run's page, and for the console of a real run."""
+"""Render a report as a few lines, for a dry run's page and the console of a real run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from runner.core.text import counted, duration, named, readable
-from runner.data.report.model import Medium, Report
+from runner.data.report.model import Report, ReportedItem
 from runner.formats.bucket import Size
 from runner.formats.captions import MAX_TOKENS
 
@@ -17,17 +17,17 @@ _NOTICES = 3
 
 
 def printable(text: str) -> str:
-    """Names and captions as one line that can be shown: no control characters, no half letters."""
+    """Make a name or caption printable, without control characters and lone surrogates."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def page_lines(report: Report) -> list[str]:
-    """The section of the dry run's page; what its notes say already is not said again."""
+    """Render the section of a dry run's page, without what its notes say already."""
     lines = ["Dataset"]
-    facts = list(facts_of(report))
+    rows = list(summary_rows(report))
     if report.left_out:
-        facts.append(("left out", f"{len(report.left_out)} media (see the notes)"))
-    for name, value in facts:
+        rows.append(("left out", f"{len(report.left_out)} media (see the notes)"))
+    for name, value in rows:
         lines.append(textwrap.shorten(printable(value), _WIDTH - 13, placeholder=" ..."))
         lines[-1] = f"  {name:<10} {lines[-1]}"
     left = list(report.findings)
@@ -45,7 +45,7 @@ def page_lines(report: Report) -> list[str]:
 
 
 def notices(report: Report) -> list[str]:
-    """The worst findings as single lines."""
+    """Return the worst findings, one line each."""
     worst = [printable(finding.line) for finding in report.serious]
     more = len(worst) - _NOTICES
     if more > 0:
@@ -54,7 +54,7 @@ def notices(report: Report) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """At most two lines."""
+    """Wrap a text to at most two lines."""
     return textwrap.wrap(
         printable(text),
         _WIDTH,
@@ -65,15 +65,15 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
-def facts_of(report: Report) -> Iterator[tuple[str, str]]:
-    """What the dataset is, as a few names and values."""
+def summary_rows(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield names and values that summarise the dataset."""
     sources = report.sources
     seconds = sum(source.seconds for source in sources)
     samples = sum(source.samples for source in sources)
     held_out = sum(source.held_out for source in sources)
     size = readable(sum(source.bytes for source in sources))
     media = f"{size}, clips of {duration(seconds)} in all" if seconds else size
-    media += f"; {counted(samples, 'sample')} in an epoch"
+    media += f"; {counted(samples, 'sample')} per epoch"
     if held_out:
         media += f", {held_out} held out"
     yield "media", media
@@ -101,7 +101,7 @@ def _buckets(report: Report) -> str:
     crops: dict[Size, int] = defaultdict(int)
     for medium in report.media:
         item = medium.item
-        pictures[item.bucket] += item.kind == "image"
+        pictures[item.bucket] += item.media_kind == "image"
         crops[item.bucket] += len(item.crops)
     ordered = sorted(pictures, key=lambda size: (-pictures[size] - crops[size], size))
     parts = []
@@ -121,7 +121,7 @@ def _batches(report: Report) -> str:
     return text if sizes == [1] else f"{text}, {partial} of them not full"
 
 
-def _frames(clips: list[Medium]) -> str:
+def _frames(clips: list[ReportedItem]) -> str:
     lengths = sorted({crop.frames for medium in clips for crop in medium.item.crops})
     crops = sum(len(medium.item.crops) for medium in clips)
     frames = sum(medium.item.media.frames for medium in clips)
@@ -137,9 +137,9 @@ def _fit(report: Report) -> str:
     cut = max(medium.cut for medium in report.media)
     text = "none enlarged"
     if grown:
-        most = max(medium.scale for medium in grown)
-        text = f"{len(grown)} of {len(report.media)} enlarged, by {most:.2f} at most"
-    return f"{text}; at most {cut:.0%} of a medium cut off"
+        largest = max(medium.scale for medium in grown)
+        text = f"{len(grown)} of {len(report.media)} enlarged, at most {largest:.2f}x"
+    return f"{text}; at most {cut:.0%} of an item cut off"
 
 
 def _captions(report: Report) -> str:

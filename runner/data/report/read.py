@@ -1,4 +1,4 @@
-"""Gather what a report needs: pixels, or what was kept of them, and lengths of captions."""
+"""Gather the data of a report: image statistics and caption lengths."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from runner.core.console import Bar, Console
-from runner.data.report.looks import look_at
+from runner.data.report.image_statistics import measure_all
 from runner.data.report.make import make_report
 from runner.data.report.model import Report
 from runner.data.report.tokens import count_tokens
 from runner.data.select import Selection, Source
 
-# A bar that is gone within a second only distracts.
+# Seconds before a bar is shown; one that disappears at once only distracts.
 _PATIENCE = 1.0
 
 
@@ -24,14 +24,20 @@ def read_report(
     console: Console,
     *,
     task: str,
-    looks: Path,
+    statistics_folder: Path,
     tokenizer: Path | None,
     keep: bool,
 ) -> Report:
-    """The report on a run's dataset.
+    """Make the report on a run's dataset.
 
-    ``looks`` is the folder of what was seen of media before, and ``keep`` whether what is seen now
-    is written there. ``tokenizer`` is the folder of the text encoder's, where it is here.
+    Args:
+        sources: the run's sources.
+        selection: the run's items.
+        console: shows a bar when it takes a while.
+        task: t2v or i2v.
+        statistics_folder: the folder of stored image statistics.
+        tokenizer: the folder of the text encoder's tokenizer; None if it is not on this computer.
+        keep: whether to store new image statistics in the folder.
     """
     started = time.monotonic()
     bars: list[Bar] = []
@@ -39,14 +45,21 @@ def read_report(
 
         def progress(done: int, total: int) -> None:
             if not bars and time.monotonic() - started >= _PATIENCE:
-                bars.append(stack.enter_context(console.bar("looking at media", total)))
+                bars.append(stack.enter_context(console.bar("media measured", total)))
             if bars:
                 bars[0].update(done)
 
-        seen = look_at(
-            (item.media for item in selection.items), looks, keep=keep, progress=progress
+        statistics = measure_all(
+            (item.media for item in selection.items),
+            statistics_folder,
+            keep=keep,
+            progress=progress,
         )
     captions = (item.caption for item in selection.items)
     return make_report(
-        sources, selection, task=task, looks=seen, tokens=count_tokens(captions, tokenizer)
+        sources,
+        selection,
+        task=task,
+        statistics=statistics,
+        tokens=count_tokens(captions, tokenizer),
     )

@@ -1,7 +1,7 @@
-"""How many tokens captions are for the text encoder, asked of its tokenizer where that is needed.
+"""Count the text encoder's tokens of captions, with its tokenizer where needed.
 
-A token of Qwen2.5-VL is one byte at least, so that captions of fewer bytes than it takes tokens
-are never cut, and nothing is loaded for them. Never goes online.
+A token of Qwen2.5-VL is at least one byte, so captions with fewer bytes than the maximum number of
+tokens are never cut, and need no tokenizer. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ _PIECES = re.compile(r"[A-Za-z]+|\d|[^\w\s]|\w|\n+")
 
 
 def count_tokens(captions: Iterable[str], folder: Path | None) -> dict[str, Tokens]:
-    """The length of each caption that may be too long; the others are not in the result.
+    """Count the tokens of captions that may be too long.
 
-    ``folder`` holds the tokenizer; without it lengths are estimated.
+    Args:
+        captions: all captions.
+        folder: the tokenizer's folder; None estimates.
+
+    Returns:
+        The lengths of the captions that may be too long, without the others.
     """
     long = sorted({caption for caption in captions if may_be_cut(caption)})
     if not long:
@@ -37,19 +42,20 @@ def count_tokens(captions: Iterable[str], folder: Path | None) -> dict[str, Toke
 
 
 def may_be_cut(caption: str) -> bool:
-    """Whether a caption has bytes enough to be more tokens than the encoder takes."""
-    # The tokenizer composes characters first, which makes a few of them longer.
+    """Return whether a caption has enough bytes to exceed the encoder's tokens."""
+    # The tokenizer composes characters first, which makes a few of them longer in bytes.
     composed = unicodedata.normalize("NFC", caption)
     length = max(len(caption.encode()), len(composed.encode()))
     return length + len(TEMPLATE_TAIL.encode()) > MAX_TOKENS
 
 
 def estimate(caption: str) -> int:
-    """About how many tokens a caption is, rather too many than too few.
+    """Estimate the tokens of a caption, rather too many than too few.
 
-    A word counts as one token for every five letters begun; a digit, a sign, line breaks and a
-    letter outside ASCII as one each; an emoji and other rare signs as two. Measured against Qwen's
-    own vocabulary on captions in eight languages: 1.0 to 2.1 times what they are.
+    A word counts as one token per five letters, rounded up; a digit, a punctuation mark, line
+    breaks and a letter outside ASCII as one each; emoji and other rare characters as two. Compared
+    with Qwen's own vocabulary on captions in eight languages, this is 1.0 to 2.1 times the true
+    number.
     """
     return _TAIL_TOKENS + sum(_weight(piece) for piece in _PIECES.findall(caption))
 
@@ -66,4 +72,4 @@ def _load(folder: Path) -> Any:
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, RuntimeError, ValueError, KeyError):
-        return None  # The text stage will say what is wrong with it; here an estimate does.
+        return None  # Fall back to an estimate; the text stage reports the error.

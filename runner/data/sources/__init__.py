@@ -1,20 +1,20 @@
-"""Where media come from: a zip archive, a folder, a JSONL file, a dataset of the Hugging Face hub,
-or the sample of the runner.
+"""Sources of media: a zip archive, a folder, a JSONL file, a dataset of the Hugging Face hub, or
+the runner's own sample.
 
-Nothing here trusts an archive: `check_archive` looks at all of it before anything is written.
+Archives are not trusted: :func:`check_archive` checks all members before anything is written.
 PIL and PyAV are imported where they are used, so that importing this package is quick.
 """
 
 from runner.data.sources.archive import check_archive
 from runner.data.sources.locate import SAMPLE, locate
-from runner.data.sources.model import Item, Scan
+from runner.data.sources.model import Scan, SourceMedia
 from runner.data.sources.scan import scan
 from runner.data.sources.write import check_unchanged, unpack
 
 __all__ = (
     "SAMPLE",
-    "Item",
     "Scan",
+    "SourceMedia",
     "check_archive",
     "check_unchanged",
     "locate",

@@ -1,4 +1,4 @@
-"""Zip archives from anywhere: opened, named and checked before a byte of them is unpacked."""
+"""Open untrusted zip archives, and check them before anything is extracted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfil
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """The archive, open for reading. Raises UserError when it is none, or can't be read."""
+    """Open an archive for reading.
+
+    Raises:
+        UserError: it is not a zip archive, or can't be read.
+    """
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
@@ -24,7 +28,7 @@ def open_archive(path: Path) -> zipfile.ZipFile:
 
 
 def member_name(member: zipfile.ZipInfo) -> str:
-    """A member's name. Some tools (macOS) write UTF-8 without the flag that says so."""
+    """Return a member's name; some tools (macOS) write UTF-8 without setting the flag for it."""
     if member.flag_bits & 0x800:
         return member.filename
     try:
@@ -34,25 +38,29 @@ def member_name(member: zipfile.ZipInfo) -> str:
 
 
 def plain(name: str) -> str:
-    """A member's name as a path: no "./" and no doubled or closing slash in it."""
+    """Normalise a member's name: without "./", double slashes, or a slash at the end."""
     odd = name.endswith("/") or "//" in name or "./" in name or name.endswith("/.")
     return str(PurePosixPath(name)) if odd else name
 
 
 def check_archive(path: Path, max_bytes: int) -> None:
-    """Raise UserError if unpacking the archive could do harm, or needs over `max_bytes` bytes."""
+    """Check that an archive is safe to extract.
+
+    Raises:
+        UserError: extracting it could do harm, or needs more than ``max_bytes`` bytes.
+    """
     with open_archive(path) as archive:
         check_members(path, archive.infolist(), max_bytes)
 
 
 def check_members(path: Path, members: Sequence[zipfile.ZipInfo], max_bytes: int) -> None:
-    """`check_archive` of an archive that is open."""
+    """Check the members of an open archive as :func:`check_archive` does."""
     seen: set[str] = set()
     total = 0
     for member in members:
         name = member_name(member)
-        if why := _unsafe(member, name):
-            raise UserError(f"{path}: refused, its member {name!r} {why}")
+        if reason := _unsafe(member, name):
+            raise UserError(f"{path}: refused, its member {name!r} {reason}")
         place = plain(name)
         if place in seen:
             raise UserError(f"{path}: refused, it holds {name!r} twice: keep one of them")
@@ -66,11 +74,11 @@ def check_members(path: Path, members: Sequence[zipfile.ZipInfo], max_bytes: int
 
 
 def _unsafe(member: zipfile.ZipInfo, name: str) -> str | None:
-    # As stored: zipfile cuts a name at a NUL, and turns separators round on some systems.
-    stored = member.orig_filename
+    # As stored: zipfile cuts names at a NUL, and changes separators on some systems.
+    stored_name = member.orig_filename
     if name.startswith("/") or re.match("[A-Za-z]:", name):
         return "has an absolute path"
-    if "\\" in stored or "\0" in stored:
+    if "\\" in stored_name or "\0" in stored_name:
         return "has a backslash or a NUL in its name"
     if ".." in name.split("/"):
         return "leads out of its folder (..)"

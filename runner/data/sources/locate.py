@@ -1,4 +1,4 @@
-"""Which kind of source a path is."""
+"""Find out which kind of source a path is."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from pathlib import Path
 from runner.config.schema import SOURCE_KINDS
 from runner.core.errors import UserError
 from runner.data.sources.archive import open_archive
-from runner.data.sources.entries import files_of
-from runner.formats.media_types import media_kind
+from runner.data.sources.listing import files_of
+from runner.formats.media_types import media_kind_of
 
-# A dataset of the hub is downloaded before, and then of another kind.
+# Datasets of the hub are downloaded first, and then located as one of the other kinds.
 KINDS = tuple(kind for kind in SOURCE_KINDS if kind != "hub")
 SAMPLE = Path(__file__).resolve().parents[1] / "sample"
 
 
 def locate(path: str, kind: str = "auto", *, cwd: Path) -> tuple[str, Path]:
-    """Which kind of source `path` (from `cwd`, `~` expanded) is, and where: absolute.
+    """Locate a source and detect its kind.
 
-    "auto" is told from the path: a .zip, a .jsonl, a folder with media, or a folder with nothing
-    but one of the former. Raises UserError when there is nothing, too much, or the wrong thing.
+    Args:
+        path: as the user typed it; ``~`` is expanded.
+        kind: its kind; "auto" detects a .zip, a .jsonl, a folder with media, or a folder with
+            nothing but one .zip or .jsonl.
+        cwd: the folder that a relative path starts at.
+
+    Returns:
+        The kind and the absolute path.
+
+    Raises:
+        UserError: there is no such source, more than one, or one of another kind.
     """
     if kind not in KINDS:
         raise UserError(f"dataset kind {kind!r} is unknown: use one of {', '.join(KINDS)}")
@@ -30,44 +39,44 @@ def locate(path: str, kind: str = "auto", *, cwd: Path) -> tuple[str, Path]:
         return "sample", SAMPLE
     try:
         expanded = Path(path).expanduser()
-    except RuntimeError:  # "~name" of nobody known here may still be a file.
+    except RuntimeError:  # "~name" of an unknown user may still be a file.
         expanded = Path(path)
     target = Path(os.path.normpath(cwd / expanded))
     if not target.exists():
         raise UserError(_missing(path, target))
-    found = _in_folder(path, target, kind) if target.is_dir() else _told(target, kind)
-    if found[0] == "zip":
-        open_archive(found[1]).close()
-    return found
+    located = _in_folder(path, target, kind) if target.is_dir() else _kind_of_file(target, kind)
+    if located[0] == "zip":
+        open_archive(located[1]).close()
+    return located
 
 
-def _told(file: Path, kind: str) -> tuple[str, Path]:
-    told = {".zip": "zip", ".jsonl": "jsonl"}.get(file.suffix.lower())
+def _kind_of_file(file: Path, kind: str) -> tuple[str, Path]:
+    kind_by_suffix = {".zip": "zip", ".jsonl": "jsonl"}.get(file.suffix.lower())
     if kind == "folder":
         raise UserError(f"{file} is a file, and dataset=folder needs a folder")
-    if kind == "auto" and told is None:
-        raise UserError(f"{file} is no source of media: give a .zip, a .jsonl or a folder")
-    return (told if told is not None and kind == "auto" else kind), file
+    if kind == "auto" and kind_by_suffix is None:
+        raise UserError(f"{file} is not a source of media: give a .zip, a .jsonl or a folder")
+    return (kind_by_suffix if kind_by_suffix is not None and kind == "auto" else kind), file
 
 
 def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
     if kind == "folder":
         return "folder", folder
-    shown = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    of_kind = {k: [p for p in shown if p.suffix.lower() == f".{k}"] for k in ("zip", "jsonl")}
+    visible = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    of_kind = {k: [p for p in visible if p.suffix.lower() == f".{k}"] for k in ("zip", "jsonl")}
     if kind == "auto":
-        return _told_by_content(path, folder, of_kind["zip"], of_kind["jsonl"])
+        return _kind_of_folder(path, folder, of_kind["zip"], of_kind["jsonl"])
     if len(of_kind[kind]) == 1:
         return kind, of_kind[kind][0]
     names = ", ".join(p.name for p in of_kind[kind]) or "none"
     raise UserError(f"{path} must hold one .{kind} file for dataset={kind}; it holds {names}")
 
 
-def _told_by_content(
+def _kind_of_folder(
     path: str, folder: Path, archives: list[Path], lists: list[Path]
 ) -> tuple[str, Path]:
-    """The folder itself where media lie in it and no archive, else the only archive or list."""
-    media = next((name for name in sorted(files_of(folder)) if media_kind(name)), None)
+    """Return the folder if it has media and no archive, else its only archive or list."""
+    media = next((name for name in sorted(files_of(folder)) if media_kind_of(name)), None)
     if not archives:
         if media is not None:
             return "folder", folder
@@ -84,7 +93,7 @@ def _told_by_content(
 
 
 def _missing(path: str, target: Path) -> str:
-    # The first part of the path that is missing is where the slip is.
+    # The mistake is in the first part of the path that is missing.
     wrong = target
     while not wrong.parent.exists():
         wrong = wrong.parent

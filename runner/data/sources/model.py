@@ -1,4 +1,4 @@
-"""What a source holds: media with their facts and captions."""
+"""The media of a source: their properties and captions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from runner.formats.media_types import MediaKind
 
 
 @dataclass(frozen=True)
-class Item:
+class SourceMedia:
     """One picture or clip, with its caption.
 
-    name: path inside its source, forward slashes. sha256: hex digest of the media's bytes.
-    size: width and height in pixels, as stored. frames: those that can be decoded, 1 for a picture.
-    fps: of a clip, if it says. mode: PIL's mode of a picture. caption: None when there is none.
-    The bytes lie in `file`, or in `member` of `archive`; `identity` is that file's before they were
-    read, so that a change since then shows.
+    Attributes:
+        name: path inside its source, with forward slashes.
+        media_kind: image or video.
+        sha256: hex digest of the media's bytes.
+        bytes: their number.
+        size: width and height in pixels, as stored.
+        frames: number of frames that can be decoded, 1 for a picture.
+        fps: frames per second of a clip, if stated.
+        mode: PIL's mode of a picture.
+        caption: None when there is none.
+        file: the file, for media that are not in an archive.
+        archive, member: the archive and the member's name in it.
+        identity: of the file or archive, taken before reading, to detect later changes.
     """
 
     name: str
-    kind: MediaKind
+    media_kind: MediaKind
     sha256: str
     bytes: int
     size: Size
@@ -39,26 +47,26 @@ class Item:
 
     @property
     def as_rgb(self) -> bool:
-        """Whether a run needs an RGB copy instead of the file: musubi-tuner crashes on RGBA."""
-        return self.kind == "image" and self.mode != "RGB"
+        """Whether a run needs an RGB copy of the picture, since musubi-tuner crashes on RGBA."""
+        return self.media_kind == "image" and self.mode != "RGB"
 
     @property
-    def entry(self) -> str:
-        """The name of the media in the store."""
+    def cache_key(self) -> str:
+        """The key of the media in the shared cache."""
         suffix = ".png" if self.as_rgb else PurePosixPath(self.name).suffix.lower()
         return self.sha256 + ("-rgb" if self.as_rgb else "") + suffix
 
     @property
-    def made_of(self) -> dict[str, Any]:
-        """What the media in the store is made of."""
+    def cache_inputs(self) -> dict[str, Any]:
+        """The cache inputs of the media in the shared cache."""
         return {"media": self.sha256, "as_rgb": self.as_rgb}
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds: items sorted by name, and media left out as (name, why)."""
+    """The result of a scan: media sorted by name, and those left out as (name, reason)."""
 
-    kind: SourceKind
+    source_kind: SourceKind
     path: Path
-    items: tuple[Item, ...]
+    items: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]

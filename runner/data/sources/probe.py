@@ -1,4 +1,4 @@
-"""What a picture or clip is, without decoding more of it than is needed to be sure.
+"""Probe the properties of a picture or clip, decoding as little as possible.
 
 PIL and PyAV are imported where they are used, so that importing this module is quick.
 """
@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 _Counter = Callable[["InputContainer", "VideoStream"], tuple[Size, int] | None]
 
 _EOI = b"\xff\xd9"
-# So much of a JPEG holds its headers, and more than 16 lines.
+# Bytes of a JPEG that contain its headers and more than 16 lines.
 _HEAD = 256 << 10
 
-# Raised when the same file may be told otherwise than before.
+# Increase when probing may give another result for the same file.
 PROBE_VERSION = 1
 
 
 def probe_image(stream: BinaryIO) -> tuple[Size, str]:
-    """Size (pixels, as stored) and PIL mode of a picture; the decoder's error if it is damaged."""
+    """Probe a picture; the decoder's error is raised if it is damaged.
+
+    Returns:
+        Its size in pixels, as stored, and PIL's mode.
+    """
     from PIL import Image
 
     with Image.open(stream) as image:
@@ -45,9 +49,9 @@ def probe_image(stream: BinaryIO) -> tuple[Size, str]:
 
 
 def _jpeg_is_whole(stream: BinaryIO) -> bool:
-    """Whether a JPEG has readable headers, and its end where the file ends.
+    """Whether a JPEG has readable headers, and its end marker at the end of the file.
 
-    What lies between can't make a decoder fail, since it takes any bits for a picture.
+    Damage in between cannot make the decoder fail: any bits decode to some picture.
     """
     place = stream.tell()
     stream.seek(0)
@@ -78,13 +82,13 @@ def _jpeg_head_decodes(head: bytearray) -> bool:
     try:
         with Image.open(io.BytesIO(bytes(head) + _EOI)) as image:
             image.load()
-    except Exception:  # The caller decodes all of it, and tells what is wrong.
+    except Exception:  # The caller then decodes all of it, and reports the error.
         return False
     return True
 
 
 def _png_is_whole(stream: BinaryIO) -> bool:
-    """Whether every chunk of a PNG has the checksum that it names, up to its end."""
+    """Whether every chunk of a PNG up to its end matches its checksum."""
     place = stream.tell()
     stream.seek(8)
     try:
@@ -93,8 +97,8 @@ def _png_is_whole(stream: BinaryIO) -> bool:
             body = stream.read(length + 4)
             if len(body) < length + 4:
                 return False
-            found = zlib.crc32(memoryview(body)[:length], zlib.crc32(head[4:]))
-            if found != int.from_bytes(body[length:], "big"):
+            checksum = zlib.crc32(memoryview(body)[:length], zlib.crc32(head[4:]))
+            if checksum != int.from_bytes(body[length:], "big"):
                 return False
             if head[4:] == b"IEND":
                 return True
@@ -104,22 +108,28 @@ def _png_is_whole(stream: BinaryIO) -> bool:
 
 
 def probe_video(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
-    """Size (pixels), decodable frames and frames a second, if stated, of a clip.
+    """Probe a clip; the decoder's error is raised if it is damaged.
 
-    Containers state wrong counts and hide damage, so that frames are counted by decoding all of
-    them, except where the packets alone leave no doubt. Raises UserError when there is no frame,
-    the decoder's error when the clip is damaged.
+    Containers state wrong counts and hide damage, so frames are counted by decoding all of them,
+    except where the packets alone leave no doubt.
+
+    Returns:
+        Its size in pixels, the number of frames that can be decoded, and the frames per second, if
+        stated.
+
+    Raises:
+        UserError: it has no frame.
     """
-    found = _probe(source, _count_packets)
-    return found if found is not None else _decoded(source)
+    properties = _probe(source, _count_packets)
+    return properties if properties is not None else _decoded(source)
 
 
 def _decoded(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
-    """`probe_video` by decoding every frame."""
-    found = _probe(source, _count_decoded)
-    if found is None:
-        raise UserError("it holds no frame")
-    return found
+    """Probe a clip by decoding every frame."""
+    properties = _probe(source, _count_decoded)
+    if properties is None:
+        raise UserError("it has no frame")
+    return properties
 
 
 def _probe(source: Path | BinaryIO, count: _Counter) -> tuple[Size, int, float | None] | None:
@@ -151,11 +161,12 @@ def _count_decoded(container: InputContainer, stream: VideoStream) -> tuple[Size
 
 
 def _count_packets(container: InputContainer, stream: VideoStream) -> tuple[Size, int] | None:
-    """Size and frames of H.264 and HEVC in MP4, MOV and MKV, where a whole packet is one frame.
+    """Count the frames of H.264 and HEVC in MP4, MOV and MKV, where one packet is one frame.
 
-    None where that is in doubt: packets are cut, empty or missing between others, to be decoded
-    but not shown (edit lists), shown before the first that can be decoded, or may hold half a frame
-    (interlaced).
+    Returns:
+        Size and number of frames. None if in doubt: packets are damaged, empty or missing, are
+        decoded but not shown (edit lists), are shown before the first key frame, or may contain
+        half a frame (interlaced).
     """
     length_size = _nal_length_size(container, stream)
     if length_size is None:
@@ -185,7 +196,7 @@ def _count_packets(container: InputContainer, stream: VideoStream) -> tuple[Size
 
 
 def _nal_length_size(container: InputContainer, stream: VideoStream) -> int | None:
-    """Bytes of the length before each unit of a packet, None for other formats."""
+    """Return the bytes of the length before each unit of a packet; None for other formats."""
     extra = stream.codec_context.extradata or b""
     codec = stream.codec_context.name
     families = set(container.format.name.split(","))
@@ -199,14 +210,14 @@ def _nal_length_size(container: InputContainer, stream: VideoStream) -> int | No
 
 
 def _even(times: list[int]) -> bool:
-    """Whether frames follow each other without a gap in which one or more may be lost."""
+    """Whether frames follow each other without a gap where one may be missing."""
     ordered = sorted(times)
     steps = sorted(later - earlier for earlier, later in pairwise(ordered))
     return not steps or (steps[0] > 0 and steps[-1] < 2 * steps[len(steps) // 2])
 
 
 def _nals_fit(data: memoryview, length_size: int) -> bool:
-    """Whether a packet is made of units of the lengths they name; damage shows here."""
+    """Whether the stated lengths of a packet's units fill the packet; if damaged, they do not."""
     at, end = 0, len(data)
     while at < end:
         length = int.from_bytes(data[at : at + length_size], "big")

@@ -1,4 +1,4 @@
-"""Look at every medium of a source, at several at once."""
+"""Scan all media of a source in parallel."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import cast
 from runner.config.schema import SourceKind
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
-from runner.data.sources.entries import Entry, Listing, listed
-from runner.data.sources.look import Keeper, Looker
-from runner.data.sources.memo import Memo
-from runner.data.sources.model import Item, Scan
+from runner.data.sources.listing import ListedMedia, Listing, open_listing
+from runner.data.sources.media_reader import ArchiveExtractor, MediaReader
+from runner.data.sources.model import Scan, SourceMedia
+from runner.data.sources.scan_index import ScanIndex
 
 Progress = Callable[[int, int], None]
-# Given the entries of a source, what a real run does with them beyond looking: keeps those of an
-# archive (a Keeper, or None for other sources). None when it is to leave no trace.
-Keep = Callable[[Sequence[Entry]], AbstractContextManager[Keeper | None] | None]
+# Callback of a real run. It gets the listed media and returns None if nothing may be written, else
+# a context manager that yields an ArchiveExtractor, or None for sources that are not archives.
+Keep = Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]
 
-# How much of the looking a kill can lose.
+# The index is saved this often; a killed process loses no more than this.
 SAVE_SECONDS = 5.0
 
 
 def workers() -> int:
-    """Threads that read media."""
+    """Return the number of threads that read media."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -42,84 +42,93 @@ def scan(
     memos: Path | None = None,
     keep: Keep | None = None,
 ) -> Scan:
-    """Look at every medium of a source, as `locate` gave it. Writes nothing without `keep`.
+    """Scan all media of a source; write nothing without ``keep``.
 
-    max_bytes: the most an archive may hold unpacked. progress: called with (done, all). memos:
-    where it is noted what was found before. Raises UserError for an archive that `check_archive`
-    refuses, a caption that is not UTF-8, a wrong JSONL line, and a source without one readable
-    medium.
+    Args:
+        kind: the source kind, from :func:`locate`.
+        path: the source, from :func:`locate`.
+        max_bytes: the maximum uncompressed size of an archive.
+        progress: called with the numbers of media scanned and in all.
+        memos: the folder of scan indexes, None to use none.
+        keep: called with the listed media, for a real run.
+
+    Raises:
+        UserError: :func:`check_archive` refuses the archive, a caption is not UTF-8, a JSONL line
+            is wrong, or no media file can be read.
     """
-    with listed(kind, path, max_bytes) as listing:
+    with open_listing(kind, path, max_bytes) as listing:
         keeping = keep(listing.entries) if keep is not None else None
-        memo = Memo.load(memos, path) if memos is not None else None
-        if keeping is not None and len(_recalled(listing, memo)) == len(listing.entries):
-            # What is known was kept, or can be by itself: nobody need be waited for.
+        index = ScanIndex.load(memos, path) if memos is not None else None
+        if keeping is not None and len(_recalled(listing, index)) == len(listing.entries):
+            # Everything is in the index already, so do not wait for a run that unpacks.
             keeping = nullcontext()
-        with keeping or nullcontext() as keeper:
-            # Another run may have looked at it while this one waited for its turn.
-            memo = Memo.load(memos, path) if memos is not None else None
-            found = _look_at_all(listing, memo, keeper, keeping is not None, progress)
-    items = [item for _, item in found if isinstance(item, Item)]
-    ignored = sorted((entry.name, why) for entry, why in found if isinstance(why, str))
-    if not items:
-        why = f"; {ignored[0][0]}: {ignored[0][1]}" if ignored else ""
-        raise UserError(f"{path} holds no picture or clip that can be read{why}")
-    items.sort(key=lambda item: item.name)
-    return Scan(cast(SourceKind, kind), path, tuple(items), tuple(ignored))
+        with keeping or nullcontext() as extractor:
+            # Another run may have scanned the source while this one waited.
+            index = ScanIndex.load(memos, path) if memos is not None else None
+            results = _read_all(listing, index, extractor, keeping is not None, progress)
+    media = [result for _, result in results if isinstance(result, SourceMedia)]
+    ignored = sorted((listed.name, result) for listed, result in results if isinstance(result, str))
+    if not media:
+        reason = f"; {ignored[0][0]}: {ignored[0][1]}" if ignored else ""
+        raise UserError(f"{path} holds no picture or clip that can be read{reason}")
+    media.sort(key=lambda one: one.name)
+    return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored))
 
 
-def _look_at_all(
+def _read_all(
     listing: Listing,
-    memo: Memo | None,
-    keeper: Keeper | None,
+    index: ScanIndex | None,
+    extractor: ArchiveExtractor | None,
     save: bool,
     progress: Progress | None,
-) -> list[tuple[Entry, Item | str]]:
+) -> list[tuple[ListedMedia, SourceMedia | str]]:
     entries = listing.entries
-    known = _recalled(listing, memo)
-    found: list[tuple[Entry, Item | str]] = [(entries[n], item) for n, item in known.items()]
-    rest = [entry for number, entry in enumerate(entries) if number not in known]
+    known = _recalled(listing, index)
+    results: list[tuple[ListedMedia, SourceMedia | str]] = [
+        (entries[n], media) for n, media in known.items()
+    ]
+    rest = [listed for number, listed in enumerate(entries) if number not in known]
     if progress is not None and known:
         progress(len(known), len(entries))
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers())
     saved = time.monotonic()
     try:
-        looks = pool.map(Looker(keeper, listing.identity, stop), rest)
-        for entry, (result, began) in zip(rest, looks, strict=True):
-            found.append((entry, result))
-            if memo is not None and isinstance(result, Item):
-                # An archive is one file, read from its listing on.
-                memo.note(result, listing.began if entry.archive else began)
-            if save and memo is not None and time.monotonic() - saved > SAVE_SECONDS:
-                memo.save([entry.name for entry in entries])
+        scanned = pool.map(MediaReader(extractor, listing.identity, stop), rest)
+        for listed, (result, began) in zip(rest, scanned, strict=True):
+            results.append((listed, result))
+            if index is not None and isinstance(result, SourceMedia):
+                # An archive has been open since it was listed.
+                index.note(result, listing.began if listed.archive else began)
+            if save and index is not None and time.monotonic() - saved > SAVE_SECONDS:
+                index.save([listed.name for listed in entries])
                 saved = time.monotonic()
             if progress is not None:
-                progress(len(found), len(entries))
+                progress(len(results), len(entries))
     finally:
         # An interrupt must not wait for the rest of a large source.
         stop.set()
         pool.shutdown(cancel_futures=True)
-        if save and memo is not None:
-            memo.save([entry.name for entry in entries])
-    return found
+        if save and index is not None:
+            index.save([listed.name for listed in entries])
+    return results
 
 
-def _recalled(listing: Listing, memo: Memo | None) -> dict[int, Item]:
-    """What the memo knows, by the number of the entry."""
-    if memo is None:
+def _recalled(listing: Listing, index: ScanIndex | None) -> dict[int, SourceMedia]:
+    """Return the media in the index, by their position in the listing."""
+    if index is None:
         return {}
-    known: dict[int, Item] = {}
-    for number, entry in enumerate(listing.entries):
-        identity = listing.identity if entry.archive else _identity(entry)
-        item = memo.recall(entry, identity) if identity is not None else None
-        if item is not None:
-            known[number] = item
+    known: dict[int, SourceMedia] = {}
+    for number, listed in enumerate(listing.entries):
+        identity = listing.identity if listed.archive else _identity(listed)
+        media = index.recall(listed, identity) if identity is not None else None
+        if media is not None:
+            known[number] = media
     return known
 
 
-def _identity(entry: Entry) -> Identity | None:
+def _identity(listed: ListedMedia) -> Identity | None:
     try:
-        return identity_of(entry.file.stat()) if entry.file is not None else None
+        return identity_of(listed.file.stat()) if listed.file is not None else None
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Bytes of items that were looked at, copied out or found unchanged."""
+"""Extract scanned media into the shared cache, or check that they have not changed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ from typing import BinaryIO, cast
 from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
 from runner.data.sources.archive import open_archive
-from runner.data.sources.look import hashed, rgb_png
-from runner.data.sources.model import Item
+from runner.data.sources.media_reader import hashed, rgb_png
+from runner.data.sources.model import SourceMedia
 from runner.data.sources.scan import workers
 from runner.storage.bulk_writer import BulkWriter
 
 
-def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], None]) -> None:
-    """Make the entries of `items` in the store, at several at once; those that are there stay.
+def unpack(
+    media: Sequence[SourceMedia], writer: BulkWriter, progress: Callable[[int], None]
+) -> None:
+    """Write media into the shared cache, several at once; existing entries are kept.
 
-    progress: called with how many are through. Raises UserError for a source that has changed since
-    it was looked at, or can't be read.
+    Args:
+        media: the media to write.
+        writer: writes to the cache.
+        progress: called with the number of media that are done.
+
+    Raises:
+        UserError: a source has changed since the scan, or can't be read.
     """
     stop = threading.Event()
 
-    def one(item: Item) -> None:
-        if stop.is_set() or not writer.claim(item.entry):
+    def extract(item: SourceMedia) -> None:
+        if stop.is_set() or not writer.claim(item.cache_key):
             return
         digests: list[str] = []
         file = writer.write(
@@ -40,47 +47,50 @@ def unpack(items: Sequence[Item], writer: BulkWriter, progress: Callable[[int], 
                 _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
             )
         )
-        writer.add(file, item.entry, item.made_of, digests[0])
+        writer.add(file, item.cache_key, item.cache_inputs, digests[0])
 
-    with _archives(items) as archives:
+    with _archives(media) as archives:
         pool = ThreadPoolExecutor(workers())
         try:
-            for done, _ in enumerate(pool.map(one, items), 1):
+            for done, _ in enumerate(pool.map(extract, media), 1):
                 progress(done)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def check_unchanged(items: Iterable[Item]) -> None:
-    """Raise UserError for a file of a person's that is no longer what was looked at.
+def check_unchanged(media: Iterable[SourceMedia]) -> None:
+    """Check that the user's files have not changed since the scan.
 
-    Its times tell; where they differ it is read again.
+    A file whose identity has changed is read again and compared.
+
+    Raises:
+        UserError: a file has changed.
     """
-    for item in items:
+    for item in media:
         if item.file is None:
             continue
-        with _open_item(item, {}) as stream:
+        with _open_media(item, {}) as stream:
             if identity_of(os.fstat(stream.fileno())) != item.identity:
                 _check(item, hashed(stream, None)[0])
 
 
-def _check(item: Item, digest: str) -> None:
+def _check(item: SourceMedia, digest: str) -> None:
     if digest != item.sha256:
-        raise UserError(f"{item.name} has changed since it was looked at: start again")
+        raise UserError(f"{item.name} has changed since it was scanned: start again")
 
 
 def _copy(
-    item: Item,
+    item: SourceMedia,
     archives: dict[Path, zipfile.ZipFile],
     write: Callable[[bytes], object],
     *,
     as_rgb: bool,
     stop: threading.Event | None = None,
 ) -> str:
-    """Give an item's bytes, or the RGB picture, to `write`; the sha256 of what was given."""
+    """Pass the bytes, or the RGB picture, to ``write``; return the SHA-256 of what was passed."""
     held = io.BytesIO()
-    with _open_item(item, archives) as source:
+    with _open_media(item, archives) as source:
         _check(item, hashed(source, held.write if as_rgb else write, stop)[0])
     if not as_rgb:
         return item.sha256
@@ -91,15 +101,15 @@ def _copy(
 
 
 @contextmanager
-def _archives(items: Iterable[Item]) -> Iterator[dict[Path, zipfile.ZipFile]]:
-    """Each archive of the items, opened once: finding what is in one takes a while."""
+def _archives(media: Iterable[SourceMedia]) -> Iterator[dict[Path, zipfile.ZipFile]]:
+    """Open each archive of the media once, since opening a large one takes a while."""
     with ExitStack() as stack:
-        paths = dict.fromkeys(item.archive for item in items if item.archive is not None)
+        paths = dict.fromkeys(item.archive for item in media if item.archive is not None)
         yield {path: stack.enter_context(open_archive(path)) for path in paths}
 
 
 @contextmanager
-def _open_item(item: Item, archives: dict[Path, zipfile.ZipFile]) -> Iterator[BinaryIO]:
+def _open_media(item: SourceMedia, archives: dict[Path, zipfile.ZipFile]) -> Iterator[BinaryIO]:
     if item.file is not None:
         try:
             stream = item.file.open("rb")
@@ -109,7 +119,7 @@ def _open_item(item: Item, archives: dict[Path, zipfile.ZipFile]) -> Iterator[Bi
             yield stream
         return
     if item.archive is None or item.member is None:
-        raise ValueError(f"item {item.name!r} has no source")
+        raise ValueError(f"media {item.name!r} have no source")
     try:
         with archives[item.archive].open(item.member) as member:
             yield cast(BinaryIO, member)

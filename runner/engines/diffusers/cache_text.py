@@ -1,4 +1,4 @@
-"""Encode captions with Qwen2.5-VL and ByT5 into musubi's text caches.
+"""Encode captions with Qwen2.5-VL and ByT5 into musubi-tuner's cache files.
 
 python -m runner.engines.diffusers.cache_text --dataset_config dataset.toml
     --text_encoder QWEN --byt5 BYT5 [--batch_size 4]
@@ -13,13 +13,18 @@ import torch
 
 from runner.core.errors import UserError
 from runner.engines.diffusers import cli
-from runner.engines.diffusers.cache_items import read_dataset
+from runner.engines.diffusers.media_list import read_dataset
 from runner.engines.diffusers.models import load_byt5, load_text_encoder
 from runner.engines.diffusers.text_encoding import encode_captions, encode_glyphs
-from runner.formats import cache
+from runner.formats import cache_files
 
 
 def main(arguments: list[str]) -> None:
+    """Encode all captions of a dataset.toml.
+
+    Raises:
+        UserError: arguments, dataset or weights cannot be used.
+    """
     options = _options(arguments)
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size}: must be 1 or more")
@@ -28,23 +33,23 @@ def main(arguments: list[str]) -> None:
     tokenizer, text_encoder = load_text_encoder(options.text_encoder, device=options.device)
     byt5_tokenizer, byt5 = load_byt5(options.byt5, device=options.device)
 
-    total = sum(len(items) for _, items in datasets)
+    total = sum(len(all_media) for _, all_media in datasets)
     done = 0
-    for entry, items in datasets:
-        size = options.batch_size or entry.batch_size
-        for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            captions = [item.caption for item in batch]
+    for dataset, all_media in datasets:
+        size = options.batch_size or dataset.batch_size
+        for start in range(0, len(all_media), size):
+            batch = all_media[start : start + size]
+            captions = [media.caption for media in batch]
             embeds = encode_captions(tokenizer, text_encoder, captions)
-            for item, vl_embed in zip(batch, embeds, strict=True):
-                cache.write_text(
-                    Path(entry.cache_directory) / cache.text_name(item.key),
+            for media, vl_embed in zip(batch, embeds, strict=True):
+                cache_files.write_text(
+                    Path(dataset.cache_directory) / cache_files.text_name(media.key),
                     vl_embed,
-                    encode_glyphs(byt5_tokenizer, byt5, item.caption),
-                    caption=item.caption,
+                    encode_glyphs(byt5_tokenizer, byt5, media.caption),
+                    caption=media.caption,
                 )
                 done += 1
-                print(f"{done}/{total} {item.media.name}")
+                print(f"{done}/{total} {media.path.name}")
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -53,7 +58,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text_encoder", type=Path, required=True, help="folder of Qwen2.5-VL")
     parser.add_argument("--byt5", type=Path, required=True, help="folder of ByT5")
     parser.add_argument(
-        "--batch_size", type=int, help="captions at once; default: the dataset's batch_size"
+        "--batch_size", type=int, help="captions per batch; default: the dataset's batch_size"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)

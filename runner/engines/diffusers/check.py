@@ -1,4 +1,4 @@
-"""Whether an optimizer that no rule knows can be made and used; asked before any stage."""
+"""Check, before any stage, that an optimizer which the rules do not know can be used."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from runner.core.errors import UserError
 from runner.core.process import best_line
 from runner.engines.optimizer_classes import ARGUMENTS, class_path
 
-# What the runner itself requires, and so what is always there.
+# Packages that the runner itself requires, so they are always installed.
 _INSTALLED = ("torch", "transformers", "prodigyopt", "schedulefree")
 TIMEOUT_SECONDS = 300.0
 
 
 def is_certain(optimizer: OptimizerConfig) -> bool:
-    """Whether the rules have said all there is to say of it."""
+    """Return whether the rules have already checked the optimizer completely."""
     path = class_path(optimizer.type)
     return path in ARGUMENTS and path.partition(".")[0] in _INSTALLED
 
 
 @cache
 def check_optimizer(command: Command) -> None:
-    """Try an optimizer out with :mod:`runner.engines.diffusers.try_optimizer`.
+    """Try an optimizer with :mod:`runner.engines.diffusers.try_optimizer`.
 
-    In a process of its own, because importing torch and a stranger's class is not for this one. The
-    runs of a sweep that have the same share its answer.
+    It runs in another process, because this one should import neither torch nor unknown code. The
+    runs of a sweep share the cached answer.
 
     Raises:
-        UserError: it can't be imported, refuses its arguments or fails in its first step.
+        UserError: it can't be imported, rejects its arguments or fails in its first step.
     """
     try:
         done = subprocess.run(
@@ -42,7 +42,7 @@ def check_optimizer(command: Command) -> None:
             errors="replace",
             timeout=TIMEOUT_SECONDS,
             env=command.environment(os.environ),
-            # Like the run's folder, one in which Python finds no module.
+            # A folder without Python modules, like the run's folder.
             cwd=Path(command.argv[0]).anchor or None,
             stdin=subprocess.DEVNULL,
         )
@@ -52,5 +52,5 @@ def check_optimizer(command: Command) -> None:
         ) from None
     if done.returncode:
         line = best_line([line for line in done.stderr.splitlines() if line.strip()])
-        said = line.removeprefix("error: train.toml: ")
-        raise UserError(f"engine=diffusers: {said.replace('optimizer_type=', 'optimizer.type=')}")
+        reason = line.removeprefix("error: train.toml: ")
+        raise UserError(f"engine=diffusers: {reason.replace('optimizer_type=', 'optimizer.type=')}")

@@ -1,6 +1,6 @@
-"""LoRA files as training leaves them: names, metadata, atomic writes, pruning.
+"""Write checkpoints: file names, metadata, atomic writes, deletion of old ones.
 
-Names and metadata keys are musubi-tuner v0.3.4's. Dates appear in the metadata alone; equal
+Names and metadata keys follow musubi-tuner v0.3.4. Dates appear only in the metadata; equal
 training gives equal tensors.
 """
 
@@ -31,7 +31,7 @@ IMPLEMENTATION = "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5"
 
 
 class Checkpoints:
-    """Writes the files of one training run into its output folder."""
+    """The LoRA files of one training run, written into its output folder."""
 
     def __init__(
         self,
@@ -44,7 +44,17 @@ class Checkpoints:
         epochs: int,
         batches: int,
     ) -> None:
-        """`optimizer` describes it with its arguments; `batches` counts those of one epoch."""
+        """Prepare the metadata.
+
+        Args:
+            options: the options of train.toml.
+            datasets: what is trained on.
+            optimizer: the optimizer's class and arguments, for the metadata.
+            seed: the seed.
+            steps: number of optimizer steps.
+            epochs: number of epochs.
+            batches: number of batches per epoch.
+        """
         self._options = options
         self._folder = Path(options.output_dir)
         self._epochs = epochs
@@ -52,9 +62,12 @@ class Checkpoints:
         self._metadata = _metadata(options, datasets, optimizer, seed, steps, epochs, batches)
 
     def save_epoch(self, network: Network, *, epoch: int, step: int) -> Path | None:
-        """Save after an epoch (from 1) if it is due, and remove what is then too old.
+        """Save after an epoch (from 1) if one is due, and delete checkpoints that are too old.
 
-        The last epoch is left to `save_last`. Returns the file written, or None.
+        The last epoch is left to :meth:`save_last`.
+
+        Returns:
+            The file written, or None.
         """
         every = self._options.save_every_n_epochs
         if every is None or epoch % every or epoch >= self._epochs:
@@ -66,9 +79,10 @@ class Checkpoints:
         return path
 
     def save_step(self, network: Network, *, epoch: int, step: int) -> Path | None:
-        """Save after a step (from 1) if it is due, and remove what is then too old.
+        """Save after a step (from 1) if one is due, and delete checkpoints that are too old.
 
-        Returns the file written, or None.
+        Returns:
+            The file written, or None.
         """
         every, kept = self._options.save_every_n_steps, self._options.save_last_n_steps
         if every is None or step % every:
@@ -108,8 +122,8 @@ class Checkpoints:
 
 
 def write_lora(path: Path | str, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file so that a reader sees the whole of it or the one before."""
-    # Not `save_file`, whose files only their owner may read.
+    """Write a safetensors file atomically."""
+    # Not ``save_file``, whose files only their owner may read.
     write_bytes(Path(path), save(state, metadata))
 
 
@@ -126,7 +140,7 @@ def _metadata(
         "ss_session_id": random.SystemRandom().randint(0, 2**32),
         "ss_training_started_at": time.time(),
         "ss_base_model_version": BASE_MODEL_VERSION,
-        "ss_num_train_items": sum(len(d.items) * d.num_repeats for d in datasets),
+        "ss_num_train_items": sum(len(d.examples) * d.num_repeats for d in datasets),
         "ss_num_batches_per_epoch": batches,
         "ss_num_epochs": epochs,
         "ss_max_train_steps": steps,
@@ -138,14 +152,14 @@ def _metadata(
                 {
                     "batch_size_per_device": dataset.batch_size,
                     "num_repeats": dataset.num_repeats,
-                    "num_items": len(dataset.items),
+                    "num_items": len(dataset.examples),
                 }
                 for dataset in datasets
             ]
         ),
     }
-    said = [name for name, option in TABLE.items() if option.in_lora]
-    values.update({f"ss_{name}": getattr(options, name) for name in said})
+    names = [name for name, option in TABLE.items() if option.in_lora]
+    values.update({f"ss_{name}": getattr(options, name) for name in names})
     if options.network_args:
         arguments = (argument.partition("=") for argument in options.network_args)
         values["ss_network_args"] = json.dumps({key: value for key, _, value in arguments})
@@ -157,7 +171,7 @@ def _metadata(
 
 
 def _model_spec(options: TrainOptions) -> dict[str, str]:
-    """Stability AI's model-spec keys (https://github.com/Stability-AI/ModelSpec)."""
+    """Return Stability AI's model-spec keys (https://github.com/Stability-AI/ModelSpec)."""
     values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": ARCHITECTURE,

@@ -1,4 +1,4 @@
-"""What every executable of this engine does at its edges: exit codes, signals, no network."""
+"""Common entry point of this engine's executables: exit codes, signals, offline mode."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Call `main` with the command line's arguments and exit.
+    """Call ``main`` with the command line's arguments and exit.
 
-    0: done. 2: UserError (one line on stderr), or arguments argparse refused. 1: StageError (one
-    line), or a defect (its traceback). 130 and 143: interrupted and ended by SIGINT and SIGTERM,
-    after clean-up handlers have run.
+    Exit codes are 0 for success; 2 for UserError (one line on stderr) or arguments that argparse
+    rejects; 1 for StageError (one line) or a bug (its traceback); 130 and 143 after SIGINT and
+    SIGTERM, when clean-up handlers have run.
     """
-    # Models and tokenizers are local folders; a look-up would only hang on machines without a net.
+    # Models and tokenizers are local folders; without network access a request would only hang.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
@@ -44,5 +44,5 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    # Raised as SystemExit so that `finally` blocks remove temporary files.
+    # SystemExit, so that ``finally`` blocks remove temporary files.
     sys.exit(128 + signum)

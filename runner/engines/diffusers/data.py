@@ -1,7 +1,7 @@
-"""Training batches from the caches that dataset.toml names.
+"""Training batches from the cache files that dataset.toml names.
 
-A dataset is every latent cache in its folder. Items of one latent shape share batches; the order is
-drawn anew each epoch from the seed alone, never from the file system's.
+A dataset consists of all latent cache files in its folder. Examples of the same latent shape share
+batches. The order of each epoch depends only on the seed, never on the file system.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.core.errors import UserError
-from runner.engines.diffusers.flow import Batch, Item, collate
-from runner.formats import cache, dataset_toml
+from runner.engines.diffusers.flow import Batch, TrainingExample, collate
+from runner.formats import cache_files, dataset_toml
 
 if TYPE_CHECKING:
-    from runner.formats.dataset_toml import DatasetEntry
+    from runner.formats.dataset_toml import DatasetTable
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class CachedItem:
-    """One latent cache and its caption's; `shape` is [32, F, h, w]."""
+class ExampleFiles:
+    """The latent and text cache files of an example; ``shape`` is [32, F, h, w]."""
 
     latents: Path
     text: Path
@@ -34,20 +34,20 @@ class CachedItem:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The items of one `[[datasets]]` table, sorted by file name."""
+    """The examples of one ``[[datasets]]`` table, sorted by file name."""
 
-    items: tuple[CachedItem, ...]
+    examples: tuple[ExampleFiles, ...]
     batch_size: int
     num_repeats: int
 
 
 def scan(dataset_config: Path | str, task: str) -> list[Dataset]:
-    """Find the caches of every dataset, reading their headers alone.
+    """Find the cache files of every dataset, reading only their headers.
 
     Args:
         dataset_config: a dataset.toml; its paths are relative to the working directory.
-        task: `t2v` or `i2v`; caches made for the other are refused, because the network would
-            silently be conditioned on the first frame, or not be.
+        task: ``t2v`` or ``i2v``; files made for the other are rejected, because the network would
+            silently be conditioned on the first frame, or not.
 
     Raises:
         UserError: no caches, an item without its caption's cache, a cache of the other task, a
@@ -57,32 +57,32 @@ def scan(dataset_config: Path | str, task: str) -> list[Dataset]:
         text = Path(dataset_config).read_text("utf-8")
     except OSError as error:
         raise UserError(f"{dataset_config}: cannot be read ({error.strerror})") from None
-    datasets = [_dataset(entry, task) for entry in dataset_toml.parse(text)]
-    if not any(dataset.items for dataset in datasets):
+    datasets = [_dataset(table, task) for table in dataset_toml.parse(text)]
+    if not any(dataset.examples for dataset in datasets):
         raise UserError(f"{dataset_config}: its cache folders hold no latents; cache them first")
     return datasets
 
 
-def _dataset(entry: DatasetEntry, task: str) -> Dataset:
-    folder = Path(entry.cache_directory)
+def _dataset(table: DatasetTable, task: str) -> Dataset:
+    folder = Path(table.cache_directory)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such cache folder; run the latents stage first")
-    items = []
+    examples = []
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if not path.name.endswith(cache.LATENTS_SUFFIX):
+        if not path.name.endswith(cache_files.LATENTS_SUFFIX):
             continue
-        name, crop, _size = cache.parse_latents_name(path.name)
-        if entry.kind == "image" and crop is not None:
-            # A picture may be called like a crop.
+        name, crop, _size = cache_files.parse_latents_name(path.name)
+        if table.kind == "image" and crop is not None:
+            # The name of a picture may look like that of a crop.
             name = f"{name}_{crop.position:05d}-{crop.frames:03d}"
-        text = folder / cache.text_name(name)
+        text = folder / cache_files.text_name(name)
         if not text.exists():
             raise UserError(
                 f"{folder}: {name!r} has latents but no caption cache ({text.name}); "
                 "run the text stage again"
             )
-        items.append(CachedItem(path, text, _shape(path, task)))
-    return Dataset(tuple(items), entry.batch_size, entry.num_repeats)
+        examples.append(ExampleFiles(path, text, _shape(path, task)))
+    return Dataset(tuple(examples), table.batch_size, table.num_repeats)
 
 
 def _shape(path: Path, task: str) -> Shape:
@@ -108,11 +108,15 @@ def _shape(path: Path, task: str) -> Shape:
     return shape
 
 
-def load(item: CachedItem) -> Item:
-    """Read one item's tensors. Raises UserError for a missing or damaged file."""
-    latents = cache.read_latents(item.latents)
-    text = cache.read_text(item.text)
-    return Item(
+def load(files: ExampleFiles) -> TrainingExample:
+    """Read the tensors of one example.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    latents = cache_files.read_latents(files.latents)
+    text = cache_files.read_text(files.text)
+    return TrainingExample(
         latents=latents.latents,
         text=text.vl_embed,
         byt5=text.byt5_embed,
@@ -123,37 +127,40 @@ def load(item: CachedItem) -> Item:
 
 def epoch_batches(
     datasets: Sequence[Dataset], *, seed: int, epoch: int
-) -> list[tuple[CachedItem, ...]]:
-    """One epoch's batches in training order; the same arguments give the same batches.
+) -> list[tuple[ExampleFiles, ...]]:
+    """Make the batches of one epoch; the same arguments give the same batches.
 
-    Each item comes `num_repeats` times. A batch holds items of one dataset and one latent shape,
-    and the last one of a shape may be smaller.
+    Each example is repeated ``num_repeats`` times. A batch holds examples of one dataset and one
+    latent shape; the last one of a shape may be smaller.
+
+    Returns:
+        The batches in training order.
     """
     shuffle = random.Random(f"{seed}/shuffle/{epoch}")
-    batches: list[tuple[CachedItem, ...]] = []
+    batches: list[tuple[ExampleFiles, ...]] = []
     for dataset in datasets:
-        buckets: dict[Shape, list[CachedItem]] = {}
-        for item in dataset.items:
-            buckets.setdefault(item.shape, []).extend([item] * dataset.num_repeats)
-        for _shape, items in sorted(buckets.items()):
-            shuffle.shuffle(items)
+        buckets: dict[Shape, list[ExampleFiles]] = {}
+        for files in dataset.examples:
+            buckets.setdefault(files.shape, []).extend([files] * dataset.num_repeats)
+        for _shape, examples in sorted(buckets.items()):
+            shuffle.shuffle(examples)
             size = dataset.batch_size
-            batches += [tuple(items[at : at + size]) for at in range(0, len(items), size)]
+            batches += [tuple(examples[at : at + size]) for at in range(0, len(examples), size)]
     shuffle.shuffle(batches)
     return batches
 
 
-def load_batches(batches: Sequence[Sequence[CachedItem]]) -> Iterator[Batch]:
-    """The batches in order, each read from disk while the one before is in use."""
+def load_batches(batches: Sequence[Sequence[ExampleFiles]]) -> Iterator[Batch]:
+    """Yield the batches in order, reading each from disk while the one before is in use."""
 
-    def read(items: Sequence[CachedItem]) -> Batch:
-        return collate([load(item) for item in items])
+    def read(examples: Sequence[ExampleFiles]) -> Batch:
+        return collate([load(files) for files in examples])
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = None
-        for items in batches:
-            ready, coming = coming, pool.submit(read, items)
+        following = None
+        for examples in batches:
+            ready, following = following, pool.submit(read, examples)
             if ready is not None:
                 yield ready.result()
-        if coming is not None:
-            yield coming.result()
+        if following is not None:
+            yield following.result()

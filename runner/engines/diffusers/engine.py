@@ -15,9 +15,9 @@ from runner.core.command import Command
 from runner.core.paths import checkout
 from runner.core.process import last_error
 from runner.engines.base import (
-    EngineFacts,
+    EngineInstall,
+    Gpu,
     Job,
-    Machine,
     latents_arguments,
     text_arguments,
 )
@@ -28,49 +28,45 @@ from runner.engines.diffusers.weights import model_weights
 from runner.engines.memory import filled, largest_tier
 from runner.formats.train_options import optimizer_args
 from runner.formats.train_toml import render
-from runner.hub.weights import WeightFacts
+from runner.hub.weights import LocatedWeights
 
 
 class DiffusersEngine:
-    """The stages from PyPI's parts, in the runner's own environment."""
+    """The embedded engine: built on libraries from PyPI, in the runner's own environment."""
 
     name = "diffusers"
-    cache_identity = "diffusers"
+    engine_cache_id = "diffusers"
     # Leave the first frame's latent unscaled, as musubi-tuner does in training.
     own_options = frozenset({"i2v_unscaled_condition"})
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         return rules.problems(config)
 
-    def plan_problems(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
-        return rules.plan_problems(job.config, machine, steps=steps)
+    def plan_problems(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
+        return rules.plan_problems(job.config, gpu, steps=steps)
 
-    def plan_notices(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
-        return rules.plan_notices(job.config, machine, steps=steps, clips=clips)
+    def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
+        return rules.plan_notices(job.config, gpu, steps=steps, clips=clips)
 
-    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
+    def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         return config
 
-    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
-        return EngineFacts(sys.executable, f"runner {__version__}", checkout())
+    def locate(self, config: RunConfig, cwd: Path) -> EngineInstall:
+        return EngineInstall(sys.executable, f"runner {__version__}", checkout())
 
     def examine(
         self,
-        facts: EngineFacts,
+        install: EngineInstall,
         config: RunConfig,
         memory: MemoryConfig,
-        machine: Machine | None,
-        without: str,
+        gpu: Gpu | None,
+        no_gpu_reason: str,
         *,
         trains: bool,
-    ) -> EngineFacts:
-        return replace(facts, cannot_compile=without) if machine is None else facts
+    ) -> EngineInstall:
+        return replace(install, cannot_compile=no_gpu_reason) if gpu is None else install
 
-    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         optimizer = job.config.optimizer
         if trains and not is_certain(optimizer):
             arguments = ["--optimizer_type", optimizer.type]
@@ -79,24 +75,24 @@ class DiffusersEngine:
             check_optimizer(self._command(job, "try_optimizer", *arguments))
         return job.engine.version
 
-    def full_version(self, facts: EngineFacts) -> str:
+    def full_version(self, install: EngineInstall) -> str:
         parts = [f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")]
-        return ", ".join([facts.version, *parts])
+        return ", ".join([install.version, *parts])
 
     def memory_plan(
-        self, config: RunConfig, machine: Machine | None, without: str
+        self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         if config.memory.name != "auto":
             return config.memory, None
-        tier, note = ("cpu", None) if machine is None else largest_tier(machine, without)
+        tier, note = ("cpu", None) if gpu is None else largest_tier(gpu, no_gpu_reason)
         memory = filled(config.memory, tier)
-        # It swaps no blocks and encodes text as it is, whatever the tier does for the real weights.
+        # This engine supports neither block swap nor fp8 text encoders, which tiers may set.
         return replace(memory, blocks_to_swap=0, fp8_text_encoder=False), note
 
-    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+    def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
         return model_weights(config, root)
 
-    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
         return False, None
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:

@@ -1,10 +1,10 @@
-"""A loss that can be compared between runs: `python -m runner.engines.diffusers.evaluate`.
+"""Compute a loss that is comparable between runs: ``python -m runner.engines.diffusers.evaluate``.
 
-The flow-matching loss of every cached item of a dataset, without the LoRA and with it, at eight
-fixed times. Times are t = (i + 0.5) / 8 for i in 0..7, unshifted, so that runs trained with
-different shifts are measured alike. The noise of an item at a time is seeded by the item's own
+This is the flow-matching loss of every example of a dataset, without the LoRA and with it, at eight
+fixed timesteps t = (i + 0.5) / 8 for i in 0..7. They are not shifted, so runs with different
+timestep shifts are comparable. The noise of an example at a timestep is seeded by the example's
 latents and i: it is the same for every run on a dataset, whatever its order, batch size or seed.
-The loss is the mean over items and times.
+The loss is the mean over examples and timesteps.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ from runner.formats.train_options import TrainOptions
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
 
 
-def item_noise(latents: Tensor) -> Tensor:
-    """Standard normal noise [8, 32, F, h, w] for one item's latents [32, F, h, w], one per time."""
+def example_noise(latents: Tensor) -> Tensor:
+    """Draw standard normal noise for one example.
+
+    Returns:
+        [8, 32, F, h, w] for latents [32, F, h, w]: one noise per timestep.
+    """
     content = latents.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     digest = hashlib.sha256(content).hexdigest()
     noises = []
@@ -43,13 +47,13 @@ def item_noise(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def item_losses(
-    model: nn.Module, item: flow.Item, device: Device, *, scale_condition: bool
+def example_losses(
+    model: nn.Module, example: flow.TrainingExample, device: Device, *, scale_condition: bool
 ) -> list[float]:
-    """One item's loss at each of the eight times, computed one at a time."""
-    batch = flow.collate([item]).to(device.name)
+    """Compute the loss of one example at each of the eight timesteps, in turn."""
+    batch = flow.collate([example]).to(device.name)
     losses = []
-    for noise, t in zip(item_noise(item.latents), TIMES, strict=True):
+    for noise, t in zip(example_noise(example.latents), TIMES, strict=True):
         with device.autocast():
             errors, _ = flow.training_step(
                 model,
@@ -63,13 +67,13 @@ def item_losses(
 
 
 def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
-    """The figures that evaluation.json holds.
+    """Compute the contents of evaluation.json.
 
     Raises:
-        UserError: caches, weights or a LoRA file that are missing or do not fit.
+        UserError: cache files, weights or the LoRA file are missing or do not fit.
     """
     datasets = data.scan(dataset_config, chosen.task)
-    items = [item for dataset in datasets for item in dataset.items]
+    examples = [files for dataset in datasets for files in dataset.examples]
     try:
         weights = load_file(lora)
     except (OSError, SafetensorError) as error:
@@ -79,22 +83,22 @@ def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, 
     network = network_files.from_weights(model, weights).eval()
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}
-    shown = time.monotonic()
-    for number, cached in enumerate(items, 1):
-        item = data.load(cached)
+    printed = time.monotonic()
+    for number, files in enumerate(examples, 1):
+        example = data.load(files)
         for enabled, total in sums.items():
             network.enabled = enabled
-            losses = item_losses(
-                model, item, device, scale_condition=not chosen.i2v_unscaled_condition
+            losses = example_losses(
+                model, example, device, scale_condition=not chosen.i2v_unscaled_condition
             )
             for index, loss in enumerate(losses):
                 total[index] += loss
-        if time.monotonic() - shown >= 1 or number == len(items):
-            shown = time.monotonic()
-            print(f"evaluated {number}/{len(items)} items", flush=True)
-    base, tuned = ([value / len(items) for value in sums[on]] for on in (False, True))
+        if time.monotonic() - printed >= 1 or number == len(examples):
+            printed = time.monotonic()
+            print(f"evaluated {number}/{len(examples)} items", flush=True)
+    base, tuned = ([value / len(examples) for value in sums[on]] for on in (False, True))
     return {
-        "items": len(items),
+        "items": len(examples),
         "timesteps": list(TIMES),
         "base_loss": sum(base) / len(base),
         "loss": sum(tuned) / len(tuned),
@@ -104,7 +108,11 @@ def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate and write the figures as JSON, atomically. Raises UserError."""
+    """Evaluate and write evaluation.json atomically.
+
+    Raises:
+        UserError: cache files, weights, options or the LoRA file cannot be used.
+    """
     parser = argparse.ArgumentParser(prog="evaluate", description="Loss on a dataset.")
     parser.add_argument("--config_file", required=True, help="train.toml of the run")
     parser.add_argument("--dataset_config", required=True, help="dataset.toml to evaluate on")

@@ -8,12 +8,18 @@ _PACKAGE = "runner.engines.diffusers"
 
 
 def module_command(python: str, source_path: str | None, name: str, *arguments: str) -> Command:
-    """One of this package's executables."""
-    # One thread is as fast at this size, much faster when the machine is busy, and gives the
-    # same sums on machines with different numbers of cores.
+    """Return the command that runs one of this package's executables.
+
+    Args:
+        python: the Python to use.
+        source_path: the runner's checkout, if it is not installed.
+        name: the executable's module.
+        arguments: its arguments.
+    """
+    # One thread is as fast at this size, much faster on a busy computer, and gives the same sums
+    # whatever the number of cores.
     environment = [("OMP_NUM_THREADS", "1")]
-    # The run's folder is the working folder, so Python must be told where the runner is when
-    # it is used from a checkout that is not installed.
+    # Commands run in the run's folder, where Python would not find a checkout.
     if source_path:
         environment.append(("PYTHONPATH", source_path))
     return Command((python, "-m", f"{_PACKAGE}.{name}", *arguments), set_env=tuple(environment))

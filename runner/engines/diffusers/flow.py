@@ -1,8 +1,8 @@
 """The flow-matching training step of HunyuanVideo 1.5, as pure functions of their arguments.
 
-A clean latent x0 and normal noise n are mixed at a time t in 0..1, x = (1 - t) * x0 + t * n, and
-the network learns the velocity n - x0. Times, mixing, scaling and target are those musubi-tuner
-v0.3.4 trains with (`tests/engines/diffusers/test_parity.py` compares with its figures).
+A clean latent x0 and normal noise n are mixed at a timestep t in 0..1, x = (1 - t) * x0 + t * n,
+and the network learns the velocity n - x0. Timesteps, mixing, scaling and target are those of
+musubi-tuner v0.3.4 (``tests/engines/diffusers/test_parity.py`` compares with its figures).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from runner.core.errors import UserError
 from runner.formats.train_options import TrainOptions
 
-# The VAE's `scaling_factor`; caches hold unscaled latents.
+# The VAE's ``scaling_factor``; cache files hold unscaled latents.
 VAE_SCALING_FACTOR = 1.03682
 LATENT_CHANNELS = 32
 TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
 
 
 @dataclass(frozen=True)
-class Item:
-    """What one training example gives the network; shapes without a batch dimension.
+class TrainingExample:
+    """The network's inputs for one training example; shapes without a batch dimension.
 
     Attributes:
         latents: [32, F, h, w], unscaled.
@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """Items of one latent shape, stacked; text padded to the longest, masks true on real tokens."""
+    """Stacked examples of one latent shape; text is padded, and masks are true on real tokens."""
 
     latents: Tensor
     text: Tensor
@@ -57,27 +57,30 @@ class Batch:
     vision: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device) for name, value in vars(self).items()
         }
         return Batch(**moved)
 
 
-def collate(items: Sequence[Item]) -> Batch:
-    """Stack items of equal latent shape into a batch of fp32 tensors.
+def collate(examples: Sequence[TrainingExample]) -> Batch:
+    """Stack examples of equal latent shape into a batch of fp32 tensors.
 
-    A batch is t2v or i2v as a whole: the network decides on the whole batch whether image
-    embeddings count.
+    A batch is t2v or i2v as a whole: the network decides for the whole batch whether image
+    embeddings are used.
+
+    Raises:
+        ValueError: some examples have a first-frame condition and some do not.
     """
-    text, text_mask = _pad([item.text for item in items])
-    byt5, byt5_mask = _pad([item.byt5 for item in items])
-    conditions = [item.condition for item in items if item.condition is not None]
-    visions = [item.vision for item in items if item.vision is not None]
-    if any(len(part) not in (0, len(items)) for part in (conditions, visions)):
+    text, text_mask = _pad([example.text for example in examples])
+    byt5, byt5_mask = _pad([example.byt5 for example in examples])
+    conditions = [example.condition for example in examples if example.condition is not None]
+    visions = [example.vision for example in examples if example.vision is not None]
+    if any(len(part) not in (0, len(examples)) for part in (conditions, visions)):
         raise ValueError("a batch cannot mix items with and without a first-frame condition")
     return Batch(
-        latents=torch.stack([item.latents.float() for item in items]),
+        latents=torch.stack([example.latents.float() for example in examples]),
         text=text,
         text_mask=text_mask,
         byt5=byt5,
@@ -98,21 +101,26 @@ def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def derived_seed(*purpose: object) -> int:
-    """A 63-bit seed for one purpose, so that no random stream depends on how long another is."""
+    """Derive a 63-bit seed for one purpose, so that random streams do not affect each other."""
     text = "/".join(str(part) for part in purpose)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Move times in 0..1 towards noise: s*t / (1 + (s-1)*t), the flow shift of SD3."""
+    """Shift timesteps in 0..1 towards noise: s*t / (1 + (s-1)*t), as in SD3."""
     return (t * shift) / (1 + (shift - 1) * t)
 
 
 @dataclass(frozen=True)
 class TimeSampling:
-    """How training times are drawn; the fields are musubi's options of the same names.
+    """The distribution of training timesteps; the fields are musubi-tuner's options.
 
-    `min_timestep` and `max_timestep` (0..1000) squeeze the drawn time into that range.
+    Attributes:
+        timestep_sampling: ``shift``, ``sigmoid`` or ``uniform``.
+        discrete_flow_shift: the timestep shift of ``shift``.
+        sigmoid_scale: scale of the normal value before the logistic function.
+        min_timestep: lower end (0..1000) of the range that the drawn timestep is mapped to.
+        max_timestep: upper end of that range.
     """
 
     timestep_sampling: str = "shift"
@@ -130,17 +138,17 @@ class TimeSampling:
 
     @classmethod
     def of(cls, options: TrainOptions) -> TimeSampling:
-        """As train.toml says."""
+        """Take the fields from the options of train.toml."""
         return cls(**{option.name: getattr(options, option.name) for option in fields(cls)})
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` times in 0..1, [count]."""
+        """Draw ``count`` timesteps in 0..1, [count]."""
         if self.timestep_sampling == "uniform":
             return self._squeeze(torch.rand(count, generator=generator))
         return self.from_normal(torch.randn(count, generator=generator))
 
     def from_normal(self, z: Tensor) -> Tensor:
-        """Times from standard normal values, by the logistic function and the flow shift."""
+        """Turn standard normal values into timesteps by the logistic function and the shift."""
         t = torch.sigmoid(z * self.sigmoid_scale)
         if self.timestep_sampling == "shift":
             t = shift_time(t, self.discrete_flow_shift)
@@ -153,13 +161,16 @@ class TimeSampling:
 
 
 def model_input(noisy: Tensor, batch: Batch, *, scale_condition: bool) -> Tensor:
-    """The network's input [B, 65, F, h, w]: noisy latent 32, condition 32, mask 1.
+    """Build the network's input.
 
     Args:
         noisy: [B, 32, F, h, w].
-        batch: gives the condition; none (t2v) means zeros and a zero mask.
+        batch: provides the condition; without one (t2v) it is zeros with a zero mask.
         scale_condition: multiply the condition latent by the VAE's factor, as the published
-            pipelines do; musubi trains with it unscaled.
+            pipelines do; musubi-tuner trains with it unscaled.
+
+    Returns:
+        [B, 65, F, h, w]: noisy latent 32, condition 32, mask 1.
     """
     if batch.condition is None:
         empty = noisy.new_zeros((noisy.shape[0], LATENT_CHANNELS + 1, *noisy.shape[2:]))
@@ -171,13 +182,16 @@ def model_input(noisy: Tensor, batch: Batch, *, scale_condition: bool) -> Tensor
 
 
 def predict(model: nn.Module, hidden: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-    """The network's velocity [B, 32, F, h, w].
+    """Predict the velocity.
 
     Args:
         model: a HunyuanVideo15Transformer3DModel.
-        hidden: [B, 65, F, h, w] from `model_input`.
+        hidden: [B, 65, F, h, w] from :func:`model_input`.
         timestep: [B], in 0..1001.
-        batch: gives the text and image embeddings.
+        batch: provides the text and image embeddings.
+
+    Returns:
+        [B, 32, F, h, w].
     """
     network: Any = model
     vision = batch.vision
@@ -200,17 +214,17 @@ def predict(model: nn.Module, hidden: Tensor, timestep: Tensor, batch: Batch) ->
 def training_step(
     model: nn.Module, batch: Batch, noise: Tensor, t: Tensor, *, scale_condition: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """One forward pass of flow matching.
+    """Run one forward pass of flow matching.
 
     Args:
         model: a HunyuanVideo15Transformer3DModel.
         batch: latents unscaled.
         noise: [B, 32, F, h, w], standard normal.
-        t: [B], times in 0..1; 1 is pure noise. The network is told 1000 * t + 1.
-        scale_condition: see `model_input`.
+        t: [B], timesteps in 0..1; 1 is pure noise. The network gets 1000 * t + 1.
+        scale_condition: see :func:`model_input`.
 
     Returns:
-        The squared error of each item, [B], whose mean is the loss, and the prediction
+        The squared error of each example, [B], whose mean is the loss, and the prediction
         [B, 32, F, h, w].
     """
     latents = batch.latents * VAE_SCALING_FACTOR

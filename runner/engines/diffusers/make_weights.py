@@ -1,9 +1,9 @@
-"""Make tiny networks with random weights: real architectures and file layouts, small numbers.
+"""Make tiny networks with random weights: real architectures and file layouts, small sizes.
 
     python -m runner.engines.diffusers.make_weights --output DIR
 
-The same bytes come out on every run of the same library versions. The weights know nothing; they
-let every later stage run for real, in seconds and without a download.
+The result is the same, byte for byte, with the same library versions. The weights are untrained;
+they allow every stage to run in seconds and without a download.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from runner.engines.diffusers.models import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# What a finished folder holds, one file of each part: a folder without one of them is not ours.
+# One file of each part: a folder is complete if it has all of them.
 PARTS = (
     f"transformer/t2v/{TRANSFORMER_FILE}",
     "transformer/t2v/config.json",
@@ -47,7 +47,7 @@ PARTS = (
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Merges are learnt from this, so that captions are about as many tokens as they have syllables.
+# The tokenizer's merges are trained on this text, so that captions get about a token per syllable.
 _TOKENIZER_TEXT = """
 system user assistant You are a helpful assistant. Describe the video by detailing the following
 aspects: The main content and theme of the video. The color, shape, size, texture, quantity, text,
@@ -62,9 +62,13 @@ dark sky, close-up, wide shot, slow motion, the camera pans to the left, the cam
 
 
 def make_weights(output: Path) -> bool:
-    """Write all parts into `output`; False if it was complete already, and then left alone.
+    """Write all parts into ``output``, which appears complete, by one rename.
 
-    The folder appears whole, by one rename. Raises UserError if something else is in its place.
+    Returns:
+        False if the folder was complete already; then it is left alone.
+
+    Raises:
+        UserError: there is something else at ``output``.
     """
     if _complete(output):
         return False
@@ -106,7 +110,7 @@ def _sync(file: Path) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside, and as they were outside."""
+    """Seed torch in the block, and restore its random state afterwards."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -159,7 +163,7 @@ def _make_text_encoder(folder: Path, *, seed: int) -> None:
 
 
 def _tokenizer() -> Any:
-    """A byte-level tokenizer of the real one's class: every text has an encoding."""
+    """Make a byte-level tokenizer of the real one's class, which can encode every text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
@@ -207,6 +211,11 @@ def _make_image_encoder(folder: Path, *, seed: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    """Make the weights, unless they exist.
+
+    Raises:
+        UserError: there is something else in the output folder.
+    """
     parser = argparse.ArgumentParser(prog="make_weights", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     output: Path = parser.parse_args(arguments).output

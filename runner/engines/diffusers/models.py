@@ -1,8 +1,7 @@
-"""Loading the five networks from local folders, and the sizes of the tiny stand-ins.
+"""Load the five networks from local folders; also the sizes of the tiny model's networks.
 
-Nothing here reaches for the network: a folder that is not there is a UserError. Every model comes
-back in evaluation mode. The heavy classes are imported from their own modules inside the
-functions.
+Nothing is downloaded: a missing folder is a UserError. Every model is returned in evaluation mode.
+Heavy classes are imported inside the functions, from their own modules.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 
-# Real architectures, small numbers. What reaches across networks must agree: 32 latent channels,
-# text widths 64 and 32, image width 32.
+# Real architectures, small sizes. The networks must agree on 32 latent channels, text widths 64 and
+# 32, and image width 32.
 TINY_TRANSFORMER: dict[str, Any] = {
     "in_channels": 65,  # 32 noisy latents, 32 of the condition, 1 mask
     "out_channels": 32,
@@ -85,7 +84,11 @@ TINY_IMAGE_ENCODER: dict[str, Any] = {
 def load_vae(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> AutoencoderKLHunyuanVideo15:
-    """The VAE of a folder in diffusers' layout, in its stored type unless `dtype` is given."""
+    """Load the VAE from a folder in diffusers' layout, in its stored dtype unless one is given.
+
+    Raises:
+        UserError: files are missing or cannot be loaded.
+    """
     folder = _folder(path, "VAE", ("config.json",))
     from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
         AutoencoderKLHunyuanVideo15,
@@ -99,11 +102,16 @@ def load_vae(
 def load_transformer(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> HunyuanVideo15Transformer3DModel:
-    """The transformer of a weights file in Tencent's names, with its config.json beside it.
+    """Load the transformer from a weights file with Tencent's names and the config.json next to it.
 
-    `path` is the file or its folder. A config.json that is not diffusers' own (Tencent's) means
-    the published size, which is the class's default. Raises UserError if keys or shapes differ
-    from the model's.
+    Args:
+        path: the file or its folder. Without a config.json of diffusers' form (Tencent's has
+            another) the published size is used, which is the class's default.
+        dtype: dtype of the weights; by default as stored.
+        device: device to load to.
+
+    Raises:
+        UserError: files are missing, or keys or shapes differ from the model's.
     """
     file = Path(path)
     file = file / TRANSFORMER_FILE if file.is_dir() else file
@@ -126,7 +134,7 @@ def load_transformer(
     options = {key: value for key, value in config.items() if not key.startswith("_")}
 
     def build() -> HunyuanVideo15Transformer3DModel:
-        # Built without storage: the file's tensors become the parameters, and nothing is copied.
+        # Built without storage: the file's tensors become the parameters without a copy.
         with torch.device("meta"):
             model = HunyuanVideo15Transformer3DModel(**options)
         state = to_diffusers(load_file(file, device=device))
@@ -136,14 +144,18 @@ def load_transformer(
         return model
 
     model = _load("transformer", file, build)
-    # No frozen weight may gather gradients; training turns on what it adds.
+    # The weights are frozen; training enables gradients only for its adapters.
     return model.requires_grad_(False).eval()
 
 
 def load_text_encoder(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Tokenizer and Qwen2.5-VL text model of `path`/tokenizer and `path`."""
+    """Load the tokenizer from ``path``/tokenizer and the Qwen2.5-VL text model from ``path``.
+
+    Raises:
+        UserError: files are missing or cannot be loaded.
+    """
     folder = _folder(path, "text encoder", ("config.json", "tokenizer"))
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -158,7 +170,11 @@ def load_text_encoder(
 def load_byt5(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Tokenizer and T5 encoder of `path`/tokenizer and `path`."""
+    """Load the tokenizer from ``path``/tokenizer and the T5 encoder from ``path``.
+
+    Raises:
+        UserError: files are missing or cannot be loaded.
+    """
     folder = _folder(path, "ByT5 encoder", ("config.json", "tokenizer"))
     from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
     from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -173,9 +189,13 @@ def load_byt5(
 def load_image_encoder(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Image processor and SigLIP vision model of one folder."""
+    """Load the image processor and the SigLIP vision model from one folder.
+
+    Raises:
+        UserError: files are missing or cannot be loaded.
+    """
     folder = _folder(path, "image encoder", ("config.json", "preprocessor_config.json"))
-    # The processor without torchvision, which also resizes as the published pipelines do.
+    # This processor needs no torchvision, and resizes as the published pipelines do.
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
     from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 

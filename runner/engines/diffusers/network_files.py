@@ -1,4 +1,4 @@
-"""A network with the weights of a LoRA file."""
+"""Load the weights of a LoRA file into a network."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from runner.formats.lora import lora_name
 
 
 def start_from(network: Network, file: str) -> None:
-    """Give a fresh network the weights of a LoRA file.
+    """Load the weights of a LoRA file into a new network.
 
     Raises:
-        UserError: no such file, or one of another kind, rank or set of modules.
+        UserError: there is no such file, or its adapter kind, rank or modules differ.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -41,10 +41,10 @@ def start_from(network: Network, file: str) -> None:
 
 
 def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
-    """A network on `model` with a file's weights, of whatever kind they are, in fp32.
+    """Attach a network with a file's weights to ``model``, in fp32, for any kind of adapter.
 
     Raises:
-        UserError: weights for a module the transformer has not, or of a shape it has not.
+        UserError: the weights are for a module or a shape that the transformer does not have.
     """
     weights: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():

@@ -1,9 +1,9 @@
-"""Trainable networks beside the frozen transformer: LoRA, LoHa and LoKr on the double blocks.
+"""Trainable adapters for the frozen transformer: LoRA, LoHa and LoKr on the double blocks.
 
-Names, file keys and scales are musubi-tuner's (`networks/lora.py`, `loha.py`, `lokr.py`, v0.3.4):
-every Linear of a double block, fourteen a block, named after Tencent's module
-(`lora_unet_double_blocks_0_img_attn_q`). The update of a Linear is added by a forward hook, so the
-frozen model is never changed and `Network.remove` gives it back as it was.
+Names, keys in the file and scaling follow musubi-tuner v0.3.4 (``networks/lora.py``, ``loha.py``,
+``lokr.py``). Each of the fourteen Linear layers of a double block gets an adapter, named after
+Tencent's module (``lora_unet_double_blocks_0_img_attn_q``). A forward hook adds the adapter's
+output, so the frozen model is never modified, and ``Network.remove`` restores it.
 
 Formulas: LoRA (arXiv 2106.09685) up @ down; LoHa (2108.06098) (w1a @ w1b) * (w2a @ w2b); LoKr
 (2309.14859) kron(w1, w2a @ w2b); each times alpha / rank.
@@ -36,10 +36,20 @@ KINDS = {
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What to train. Patterns are regular expressions that must match a whole Tencent module name.
+    """Adapter settings.
 
-    As in musubi, a module is left out if an exclude pattern matches and no include pattern does.
-    A dropout of None or 0 is none. `factor` is LoKr's.
+    As in musubi-tuner, a module is left out if an exclude pattern matches and no include pattern
+    does.
+
+    Attributes:
+        kind: ``lora``, ``loha`` or ``lokr``.
+        rank: the rank.
+        alpha: the update is scaled by alpha / rank.
+        dropout: None or 0 disables it, as for the other two dropouts.
+        include: regular expressions that must match a whole Tencent module name.
+        exclude: the same.
+        factor: LoKr's factor; -1 chooses it automatically.
+        loraplus_lr_ratio: factor for the learning rate of LoRA's up matrices.
     """
 
     kind: str = "lora"
@@ -61,11 +71,18 @@ def parse_spec(
     dropout: float | None,
     arguments: Iterable[str] = (),
 ) -> NetworkSpec:
-    """A NetworkSpec from musubi's options network_module, _dim, _alpha, _dropout and _args.
+    """Parse musubi-tuner's network options into a NetworkSpec.
+
+    Args:
+        module: the option network_module.
+        rank: network_dim; None means 4.
+        alpha: network_alpha; None means 1.
+        dropout: network_dropout.
+        arguments: network_args, each ``name=value``.
 
     Raises:
-        UserError: an unknown module or argument, a value that cannot be read, a rank below 1, a
-            broken pattern.
+        UserError: the module or an argument is unknown, a value or pattern cannot be parsed, or
+            the rank is below 1.
     """
     if module not in KINDS:
         raise UserError(
@@ -104,7 +121,7 @@ def parse_spec(
 def _patterns(text: str) -> tuple[str, ...]:
     value = ast.literal_eval(text)
     if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
-        raise ValueError("a list of regular expressions is wanted")
+        raise ValueError("expected a list of regular expressions")
     for pattern in value:
         try:
             re.compile(pattern)
@@ -114,7 +131,10 @@ def _patterns(text: str) -> tuple[str, ...]:
 
 
 class Adapter(nn.Module):
-    """The update of one Linear. Subclasses give `delta`: input [..., in] to update [..., out]."""
+    """Adapter of one Linear layer.
+
+    Subclasses implement ``delta``, from input [..., in] to update [..., out].
+    """
 
     alpha: Tensor
 
@@ -129,15 +149,15 @@ class Adapter(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill the weights so that the update is zero."""
+        """Initialise the weights so that the update is zero."""
         raise NotImplementedError
 
     def delta(self, x: Tensor) -> Tensor:
-        """The update of the Linear's output."""
+        """Compute the update of the layer's output."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """The update, or None where module dropout leaves it out."""
+        """Compute the update; None if module dropout skips this module."""
         drop = self.module_dropout
         if drop and self.training and torch.rand(1).item() < drop:
             return None
@@ -175,6 +195,7 @@ class _Product(Adapter):
     """An adapter whose update is one matrix [outputs, inputs]; rank dropout drops its rows."""
 
     def matrix(self) -> Tensor:
+        """Compute the matrix."""
         raise NotImplementedError
 
     def delta(self, x: Tensor) -> Tensor:
@@ -218,14 +239,14 @@ class LoKr(_Product):
         outputs: int,
         split: tuple[int, int] | None = None,
     ):
-        # `split`: the small matrix's rows and columns where a file gives them.
+        # split: rows and columns of the small matrix, if the weights come from a file.
         out_small, in_small = split or (
             factorise(outputs, spec.factor)[0],
             factorise(inputs, spec.factor)[0],
         )
         out_large, in_large = outputs // out_small, inputs // in_small
         full = rank >= max(out_large, in_large) / 2
-        # Two full matrices have no rank to scale by.
+        # With two full matrices there is no low rank, so the scale is 1.
         super().__init__(spec, rank, rank if full else alpha)
         self.full = full
         self.lokr_w1 = nn.Parameter(torch.empty(out_small, in_small))
@@ -249,10 +270,13 @@ class LoKr(_Product):
 
 
 def factorise(size: int, factor: int) -> tuple[int, int]:
-    """Split `size` into two factors, the smaller first, as LyCORIS does for LoKr.
+    """Split ``size`` into two factors, the smaller first, as LyCORIS does for LoKr.
 
-    A positive `factor` that divides `size` is one of the two. Otherwise they are as close to each
-    other as can be, the smaller at most `factor` (any if negative).
+    Args:
+        size: the number to split.
+        factor: one of the two factors, if it is positive and divides ``size``. Otherwise the
+            factors are as close to each other as possible, the smaller at most ``factor`` (without
+            limit if negative).
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
@@ -269,9 +293,9 @@ CLASSES: dict[str, type[LoRA] | type[LoHa] | type[LoKr]] = {
 
 
 class Network(nn.Module):
-    """All adapters of one transformer; `state_dict` has the file's keys.
+    """All adapters of a transformer; the keys of ``state_dict`` are those of the LoRA file.
 
-    While `enabled` is false the transformer behaves as if the network were not there.
+    While ``enabled`` is false the transformer behaves as if it had no adapters.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -281,7 +305,7 @@ class Network(nn.Module):
         self._hooks: list[Any] = []
 
     def attach(self, linear: nn.Linear, name: str, adapter: Adapter) -> None:
-        """Add `adapter` to the network, under `name`, and its update to the Linear's output."""
+        """Add an adapter under ``name``, and its update to the output of ``linear``."""
         self.add_module(name, adapter)
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -291,13 +315,19 @@ class Network(nn.Module):
         self._hooks.append(linear.register_forward_hook(add))
 
     def remove(self) -> None:
-        """Detach from the transformer."""
+        """Detach all adapters from the transformer."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def parameter_groups(self, learning_rate: float | None) -> list[dict[str, Any]]:
-        """Optimizer groups; with LoRA+ the up matrices form a second one, at a higher rate."""
+        """Make parameter groups for the optimizer.
+
+        LoRA+ puts the up matrices into a second group with a higher learning rate.
+
+        Raises:
+            UserError: LoRA+ without a learning rate.
+        """
         ratio = self.spec.loraplus_lr_ratio
         plain: list[nn.Parameter] = []
         plus: list[nn.Parameter] = []
@@ -313,7 +343,7 @@ class Network(nn.Module):
 
 
 def block_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of the double blocks, by Tencent's name, in Tencent's order."""
+    """Find every Linear of the double blocks, by Tencent's name and in Tencent's order."""
     blocks: Any = model.get_submodule("transformer_blocks")
     result: dict[str, nn.Linear] = {}
     for index in range(len(blocks)):
@@ -327,12 +357,12 @@ def block_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
-    """A fresh network on `model`, whose update is zero.
+    """Attach a new network to ``model``; its update is zero.
 
-    Each module's weights depend on the seed and its own name alone.
+    Each adapter's weights depend only on the seed and on its module's name.
 
     Raises:
-        UserError: the patterns leave no module.
+        UserError: the patterns exclude every module.
     """
     network = Network(spec)
     exclude = [re.compile(pattern) for pattern in spec.exclude]

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules under musubi-tuner's option names."""
+"""Build optimizers and learning-rate schedules from musubi-tuner's options."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ Groups = list[dict[str, Any]]
 
 
 class Scheduler(Protocol):
-    """What the trainer needs of a schedule."""
+    """The part of a schedule that the trainer uses."""
 
     def step(self) -> None:
-        """Go on to the next optimizer step's rate."""
+        """Set the learning rate of the next optimizer step."""
 
 
 class Constant:
-    """The rate the optimizer was made with; for optimizers that keep a schedule of their own."""
+    """A constant learning rate, for optimizers that have a schedule of their own."""
 
     def step(self) -> None:
-        """Nothing changes."""
+        """Do nothing."""
 
 
 def parse_arguments(arguments: Iterable[str], option: str) -> dict[str, Any]:
-    """`["weight_decay=0.01", "betas=(0.9, 0.99)"]` as keyword arguments.
+    """Parse ``["weight_decay=0.01", "betas=(0.9, 0.99)"]`` into keyword arguments.
+
+    Args:
+        arguments: the arguments.
+        option: name of the option that has them, for messages.
 
     Raises:
-        UserError: no `=`, or a value that is no Python literal.
+        UserError: an argument has no ``=``, or its value is no Python literal.
     """
     result: dict[str, Any] = {}
     for argument in arguments:
@@ -52,25 +56,28 @@ def parse_arguments(arguments: Iterable[str], option: str) -> dict[str, Any]:
 
 
 def is_schedulefree(options: TrainOptions) -> bool:
-    """Whether the optimizer keeps its own schedule, and wants train() and eval() around saving."""
+    """Return whether the optimizer has its own schedule, and needs train() and eval() calls."""
     return options.optimizer_type.lower().endswith("schedulefree")
 
 
 def shows_adapted_rate(options: TrainOptions) -> bool:
-    """Whether the optimizer finds its own step size d, so that d * lr is the rate to watch."""
+    """Return whether the optimizer finds its own step size d, so that d * lr is the real rate."""
     name = options.optimizer_type.lower()
     return name.startswith("dadapt") or "prodigy" in name
 
 
 def build_optimizer(options: TrainOptions, groups: Groups) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer, and its description for the LoRA file's metadata.
+    """Build the optimizer.
 
-    Short names are those musubi knows (AdamW8bit, Adafactor, AdamW); any other is a class of
-    torch.optim, or with dots a full class path.
+    Short names are those of musubi-tuner (AdamW8bit, Adafactor, AdamW); any other name is a class
+    of torch.optim, or with dots a full class path.
+
+    Returns:
+        The optimizer, and its description for the metadata of the LoRA file.
 
     Raises:
-        UserError: no such optimizer, a package that is not installed, 8-bit states without CUDA,
-            arguments it does not take.
+        UserError: there is no such optimizer, its package is not installed, it has 8-bit states and
+            there is no CUDA GPU, or it rejects its arguments.
     """
     arguments = parse_arguments(options.optimizer_args, "optimizer_args")
     cls = _optimizer_class(options.optimizer_type)
@@ -125,30 +132,31 @@ def _bitsandbytes(name: str) -> type:
 
 def _import(name: str, home: str, option: str) -> type:
     module, _, leaf = name.rpartition(".")
-    said = f"train.toml: {option}={name!r}"
+    setting = f"train.toml: {option}={name!r}"
     try:
-        inside = importlib.import_module(module or home)
+        imported = importlib.import_module(module or home)
     except ImportError as error:
         package = module.partition(".")[0]
-        # No hint for a module that is missing inside of a package, or that another one wants.
-        lacks = isinstance(error, ModuleNotFoundError) and error.name == package
-        hint = f" (install it with: {sys.executable} -m pip install {package})" if lacks else ""
-        raise UserError(f"{said} cannot be imported: {error}{hint}") from None
-    found = getattr(inside, leaf, None)
-    if not isinstance(found, type):
-        classes = [key for key, value in vars(inside).items() if isinstance(value, type)]
-        hint = did_you_mean(leaf, classes)
-        raise UserError(f"{said} cannot be imported: {inside.__name__} has no class {leaf}.{hint}")
-    return found
+        # The hint would be wrong if a part of the package, or a package it needs, is missing.
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        hint = f" (install it with: {sys.executable} -m pip install {package})" if absent else ""
+        raise UserError(f"{setting} cannot be imported: {error}{hint}") from None
+    cls = getattr(imported, leaf, None)
+    if not isinstance(cls, type):
+        classes = [key for key, value in vars(imported).items() if isinstance(value, type)]
+        reason = f"{imported.__name__} has no class {leaf}.{did_you_mean(leaf, classes)}"
+        raise UserError(f"{setting} cannot be imported: {reason}")
+    return cls
 
 
 def build_scheduler(
     options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> Scheduler:
-    """The schedule over `total_steps` optimizer steps.
+    """Build the schedule over ``total_steps`` optimizer steps.
 
     Raises:
-        UserError: no such schedule, or warm-up steps given to one that takes none.
+        UserError: there is no such schedule, it rejects its options, or it has no warm-up and
+            warm-up steps are set.
     """
     if is_schedulefree(options):
         return Constant()
@@ -222,11 +230,14 @@ def rex(
     rex_alpha: float = 0.1,
     rex_beta: float = 0.9,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Reflected exponential decay (arXiv 2107.04197), with musubi's constants and warm-up.
+    """Build the REX schedule (arXiv 2107.04197) with musubi-tuner's constants and warm-up.
 
-    With z the share of steps left, the rate falls from its top to `lr_scheduler_min_lr_ratio` of
-    it (0.01 if unset) as z / (alpha + beta * z). Warm-up climbs linearly from that minimum, which
-    is also the rate of the very first step.
+    With z the share of steps left, the rate falls from its maximum to ``lr_scheduler_min_lr_ratio``
+    of it (0.01 if unset) as z / (alpha + beta * z). Warm-up rises linearly from that minimum, which
+    is also the rate of the first step.
+
+    Raises:
+        ValueError: the ratio is not in 0..1, or the warm-up is longer than the run.
     """
     ratio = options.lr_scheduler_min_lr_ratio
     low = 0.01 if ratio is None else ratio

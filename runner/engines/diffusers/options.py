@@ -1,9 +1,9 @@
-"""The trainer's options: musubi-tuner's train.toml, checked.
+"""Read and check the trainer's options: musubi-tuner's train.toml.
 
-Sections are flattened as musubi does. A key this engine acts on must have the right type; one that
-changes nothing here (worker counts, attention back ends, compilation) is accepted; one that would
-have to change something and cannot is refused by name, so that no run silently differs from what
-its file says.
+Sections are flattened, as in musubi-tuner. An option that this engine supports must have the right
+type. One that cannot affect the result (worker counts, attention back ends, compilation) is
+accepted. An unsupported option that would affect the result is rejected, so no run silently
+deviates from its train.toml.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runner.formats.trainer_options import (
     wrong_value,
 )
 
-# Options besides those of the table that change speed, memory or messages, never what is learnt.
+# Options outside the table that change speed, memory or messages, never the result.
 # fmt: off
 _HARMLESS = frozenset(
     [
@@ -38,7 +38,7 @@ _HARMLESS = frozenset(
 )
 # fmt: on
 
-# Those that are accepted as long as they are switched off.
+# Options outside the table that are accepted only if they are switched off.
 # fmt: off
 _OFF_ONLY = frozenset(
     [
@@ -52,7 +52,7 @@ _OFF_ONLY = frozenset(
 )
 # fmt: on
 
-# What is done with every option that may be there.
+# The treatment of every known option.
 _TREATED: dict[str, Embedded] = {
     **{name: option.embedded for name, option in TABLE.items()},
     **dict.fromkeys(_HARMLESS, "harmless"),
@@ -65,8 +65,8 @@ def read(path: Path | str) -> TrainOptions:
     """Read and check a train.toml.
 
     Raises:
-        UserError: no such file, broken TOML, an unknown key, a wrong type or value, or a key that
-            this engine cannot honour.
+        UserError: the file cannot be read or parsed, a key is unknown or unsupported, or a value is
+            wrong.
     """
     file = Path(path)
     try:
@@ -79,7 +79,11 @@ def read(path: Path | str) -> TrainOptions:
 
 
 def parse(values: dict[str, Any]) -> TrainOptions:
-    """TrainOptions from the keys and values of a train.toml; raises UserError as `read` does."""
+    """Check the keys and values of a train.toml.
+
+    Raises:
+        UserError: a key is missing, unknown or unsupported, or a value is wrong.
+    """
     known: dict[str, Any] = {}
     for key, value in flattened(values).items():
         treated = _TREATED.get(key)
@@ -111,7 +115,7 @@ def _checked(key: str, value: Any) -> Any:
         return value
     if option.nargs is not None:
         raise UserError(f"train.toml: {key}={value!r} must be a list of strings")
-    names = " or ".join(kind.__name__ for kind in types_of(option))
+    names = " or ".join(type_.__name__ for type_ in types_of(option))
     raise UserError(f"train.toml: {key}={value!r} must be of type {names}")
 
 
@@ -122,7 +126,7 @@ def _check(chosen: TrainOptions) -> None:
         "dit_dtype": (None, *LONG, *SHORT),
         "save_precision": (None, "float", *reversed(SHORT)),
         "log_with": ("tensorboard",),
-        # The other schemes weigh only sampled sigmas, and no supported sampling draws those.
+        # The other schemes apply only to timestep_sampling=sigma, which is not supported.
         "weighting_scheme": ("none", "logit_normal", "mode"),
     }
     for key, allowed in one_of.items():

@@ -1,8 +1,7 @@
 """Rules of the embedded engine on options, checked before anything is read or written; pure.
 
-Each is a condition under which its executables would refuse a file once everything is cached, or
-leave an option out without a word. What it shares with other engines is in
-:mod:`runner.engines.rules`.
+Each rule is a condition under which its executables would fail once everything is cached, or
+silently ignore an option. Rules that all engines share are in :mod:`runner.engines.rules`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
 from runner.engines import rules
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.engines.optimizer_classes import class_path
 
@@ -19,7 +18,7 @@ _TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Every rule that ``config`` breaks, one line each."""
+    """Yield one line for each rule that ``config`` breaks."""
     yield from _model(config)
     yield from rules.problems(config)
     yield from _precision(config)
@@ -28,23 +27,21 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _of_musubi(config)
 
 
-def plan_problems(config: RunConfig, machine: Machine | None, *, steps: int) -> Iterator[str]:
-    """Rules that need to know the GPU or the data."""
+def plan_problems(config: RunConfig, gpu: Gpu | None, *, steps: int) -> Iterator[str]:
+    """Yield one line for each broken rule that depends on the GPU or the data."""
     yield from rules.plan_problems(config, steps=steps)
     path = class_path(config.optimizer.type)
-    if machine is None and (path.startswith("bitsandbytes.") or path.lower().endswith("8bit")):
+    if gpu is None and (path.startswith("bitsandbytes.") or path.lower().endswith("8bit")):
         yield (
-            f"optimizer={config.optimizer.name} needs an NVIDIA card, and none was found: take "
+            f"optimizer={config.optimizer.name} needs an NVIDIA GPU, and none was found: take "
             "optimizer=adamw."
         )
 
 
-def plan_notices(
-    config: RunConfig, machine: Machine | None, *, steps: int, clips: bool
-) -> Iterator[str]:
-    """What goes through but is hardly what was meant, or does nothing here."""
+def plan_notices(config: RunConfig, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
+    """Yield warnings about settings that do nothing or are probably unintended."""
     yield from rules.plan_notices(config, steps=steps, clips=clips)
-    if machine is None and config.precision.mixed_precision != "no":
+    if gpu is None and config.precision.mixed_precision != "no":
         yield (
             f"precision={config.precision.name} does nothing without a GPU: on the CPU everything "
             "is computed in fp32."
@@ -88,7 +85,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
     if precision.fp8_base:
         yield "precision=fp8 needs engine=musubi; engine=diffusers takes bf16, fp16 or fp32."
     if precision.mixed_precision == "no" and precision.dit_dtype not in (None, "float32"):
-        # On a GPU its float32 inputs would meet the network's own type.
+        # On a GPU float32 inputs would be mixed with the network's dtype.
         yield "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
 
 

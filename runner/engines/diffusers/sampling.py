@@ -1,13 +1,13 @@
-"""Previews while training: pictures and clips of the network as it is, from a file of prompts.
+"""Previews while training: pictures and clips that the current network makes from prompts.
 
-The file has musubi-tuner's form, one prompt a line with options after it:
+The prompt file has musubi-tuner's form, one prompt per line with options after it:
 
     a red kite --w 96 --h 64 --f 9 --d 1 --s 20 --l 6 --fs 7 --n blurry --i first_frame.png
 
 w and h in pixels (multiples of 16), f in frames (4k + 1), d seed, s steps, l (or g) guidance
-scale, fs flow shift, n negative prompt, i first frame (i2v). Lines that begin with # are left out.
-Sampling is Euler's method on the flow, with the time grid of musubi's and diffusers' pipelines;
-previews go to <output_dir>/sample.
+scale, fs timestep shift, n negative prompt, i first frame (i2v). Lines that begin with # are
+ignored. Sampling is Euler's method on the flow, with the timesteps of musubi-tuner's and diffusers'
+pipelines; previews go to <output_dir>/sample.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One preview, with musubi's defaults; a guidance of 1 leaves the negative prompt out."""
+    """One preview, with musubi-tuner's defaults; with a guidance of 1 ``negative`` is unused."""
 
     text: str
     width: int = 256
@@ -65,11 +65,11 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def parse_prompts(text: str) -> list[Prompt]:
-    """The prompts of a file's text, sizes rounded down to what the network can make.
+    """Parse the text of a prompt file, rounding sizes down to those that the network supports.
 
     Raises:
-        UserError: an unknown option, a value that cannot be read, a size below 16 pixels or no
-            prompt at all.
+        UserError: an option is unknown, a value cannot be parsed, a size is below 16 pixels, or
+            there is no prompt.
     """
     prompts = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -108,9 +108,16 @@ def parse_prompts(text: str) -> list[Prompt]:
 def euler(
     velocity: Callable[[Tensor, float], Tensor], noise: Tensor, *, steps: int, shift: float
 ) -> Tensor:
-    """Follow a flow from noise at time 1 to its end at 0 by Euler's method.
+    """Integrate a flow from noise at time 1 to time 0 by Euler's method.
 
-    ``velocity`` is given where it is and the time, and has the shape of ``noise``.
+    Args:
+        velocity: function of (latents, time); returns a tensor shaped like ``noise``.
+        noise: the latents at time 1.
+        steps: number of steps.
+        shift: the timestep shift.
+
+    Returns:
+        The latents at time 0.
     """
     latents = noise
     times = flow.shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()
@@ -121,7 +128,7 @@ def euler(
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the network is told of one prompt, as batches of one; `negative` only if guided."""
+    """Encoded conditions of one prompt, as batches of one; ``negative`` only with guidance."""
 
     prompt: Prompt
     positive: flow.Batch
@@ -129,10 +136,10 @@ class Conditions:
 
 
 def previewer(options: TrainOptions, device: str) -> Previewer | None:
-    """A Previewer for the run, or None if it has no prompts.
+    """Make a Previewer for the run; None if it has no prompts.
 
     Raises:
-        UserError: a prompt file, model or first frame that is missing or cannot be read.
+        UserError: the prompt file, a model or a first frame is missing or cannot be read.
     """
     if options.sample_prompts is None:
         return None
@@ -150,7 +157,7 @@ def previewer(options: TrainOptions, device: str) -> Previewer | None:
 
 
 class Previewer:
-    """Makes the previews of one run. Text and first frames are encoded once, at the start."""
+    """The previews of one run; text and first frames are encoded once, at the start."""
 
     def __init__(self, options: TrainOptions, prompts: Sequence[Prompt], device: str) -> None:
         self._folder = Path(options.output_dir) / "sample"
@@ -162,7 +169,11 @@ class Previewer:
 
     @torch.no_grad()
     def sample(self, model: nn.Module, *, epoch: int) -> list[Path]:
-        """Make every preview; returns the files: PNG for one frame, MP4 for more."""
+        """Make every preview.
+
+        Returns:
+            The files: PNG for one frame, MP4 for more.
+        """
         files = []
         for index, conditions in enumerate(self._conditions):
             latents = self.latents(model, conditions)
@@ -174,7 +185,7 @@ class Previewer:
         return files
 
     def latents(self, model: nn.Module, conditions: Conditions) -> Tensor:
-        """Euler sampling from noise to scaled latents [1, 32, F, h, w]."""
+        """Sample scaled latents [1, 32, F, h, w] from noise."""
         prompt = conditions.prompt
         shape = conditions.positive.latents.shape
         generator = torch.Generator().manual_seed(prompt.seed)
@@ -224,11 +235,11 @@ class Previewer:
             latents = torch.zeros(32, frames, prompt.height // 16, prompt.width // 16)
             condition = vision = None
             if first is not None:
-                # Like the cache: latent of the first frame, zeros after, mask last.
+                # As in the cache files: latent of the first frame, then zeros; mask last.
                 condition = torch.cat([latents, torch.zeros_like(latents[:1])])
                 condition[:-1, :1], condition[-1, 0] = first[0], 1
                 vision = first[1]
-            return flow.collate([flow.Item(latents, *known[text], condition, vision)])
+            return flow.collate([flow.TrainingExample(latents, *known[text], condition, vision)])
 
         result = []
         for prompt, first in zip(prompts, first_frames, strict=True):
@@ -241,7 +252,7 @@ class Previewer:
     def _first_frames(
         self, options: TrainOptions, prompts: Sequence[Prompt]
     ) -> list[tuple[Tensor, Tensor] | None]:
-        """For each prompt the first frame's unscaled latent [32, 1, h, w] and image embeddings."""
+        """Encode first frames: unscaled latent [32, 1, h, w] and image embeddings per prompt."""
         if options.task != "i2v":
             return [None] * len(prompts)
         from runner.data.decode import load_image, resize_to_bucket
@@ -263,7 +274,7 @@ class Previewer:
 
 
 def save_frames(stem: Path, frames: np.ndarray) -> Path:
-    """Write frames [F, H, W, 3] uint8 to `stem`.png (one frame) or `stem`.mp4, atomically."""
+    """Write frames [F, H, W, 3] uint8 atomically to ``stem``.png (one frame) or ``stem``.mp4."""
     path = stem.with_name(stem.name + (".png" if len(frames) == 1 else ".mp4"))
     with whole(path, keep_suffix=True) as temporary:
         if len(frames) == 1:

@@ -1,10 +1,11 @@
-"""Captions to embeddings, as musubi-tuner v0.3.4 encodes them for HunyuanVideo 1.5.
+"""Encode captions as musubi-tuner v0.3.4 does for HunyuanVideo 1.5.
 
-Qwen2.5-VL sees a caption inside a chat template; ByT5 sees only what the caption quotes, as text
-to be drawn in the picture. The wording of both is Tencent's, also to be read in diffusers'
-`pipeline_hunyuan_video1_5.py`. Where the two readings differ this follows musubi, so that either
-engine's caches are the other's: the template's aspects stand on lines of their own (diffusers:
-eight spaces apart), and at most 128 ByT5 tokens are kept (diffusers: 256).
+Qwen2.5-VL gets a caption inside a chat template; ByT5 gets only the text that the caption quotes,
+which is to be drawn in the picture. Both wordings are Tencent's and also in diffusers'
+``pipeline_hunyuan_video1_5.py``. Where diffusers differs from musubi-tuner this follows
+musubi-tuner, so that both engines can use the same cache files: the aspects in the template are on
+lines of their own (diffusers: eight spaces apart), and at most 128 ByT5 tokens are kept (diffusers:
+256).
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from runner.formats.captions import (
     glyph_text,
 )
 
-_HIDDEN_STATE = -3  # the third last of all layers' outputs, the last being the normalised one
+_HIDDEN_STATE = -3  # counted from the end of the layers' outputs; the last one is normalised
 
 
 def template_tokens(tokenizer: Any) -> int:
-    """Tokens before the caption: they guide the encoder and are then cropped."""
+    """Count the template's tokens before the caption, whose embeddings are removed."""
     return len(tokenizer(TEMPLATE_HEAD)["input_ids"])
 
 
 @torch.no_grad()
 def encode_captions(tokenizer: Any, text_encoder: Any, captions: list[str]) -> list[torch.Tensor]:
-    """Qwen2.5-VL embeddings of captions, each [L, D] bfloat16 without padding.
+    """Encode captions with Qwen2.5-VL.
 
-    L counts the caption's tokens and the template's tail. Encoding many at once gives what
-    encoding one by one gives, to rounding: padding comes last and attention looks back only.
+    Encoding several at once differs from encoding each alone only by rounding, because padding
+    comes last and attention is causal.
+
+    Returns:
+        Embeddings [L, D] bfloat16 per caption without padding; L counts the tokens of the caption
+        and of the template's tail.
     """
     head = template_tokens(tokenizer)
     tokens = tokenizer(
@@ -59,7 +64,11 @@ def encode_captions(tokenizer: Any, text_encoder: Any, captions: list[str]) -> l
 
 @torch.no_grad()
 def encode_glyphs(tokenizer: Any, byt5: Any, caption: str) -> torch.Tensor:
-    """ByT5 embeddings of a caption's quoted text: [L2, D2] float16, or [0, D2] float32 for none."""
+    """Encode a caption's quoted text with ByT5.
+
+    Returns:
+        Embeddings [L2, D2] float16, or [0, D2] float32 if the caption quotes nothing.
+    """
     text = glyph_text(caption)
     if text is None:
         return torch.zeros(0, byt5.config.d_model, device=byt5.device)
@@ -73,9 +82,10 @@ def encode_glyphs(tokenizer: Any, byt5: Any, caption: str) -> torch.Tensor:
 def encode_prompt(
     tokenizer: Any, text_encoder: Any, byt5_tokenizer: Any, byt5: Any, prompt: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One prompt's embeddings, exactly as the text cache holds them.
+    """Encode one prompt exactly as captions are encoded into cache files.
 
-    Returns Qwen2.5-VL's [L, D] bfloat16 and ByT5's [L2, D2] float16 (float32 when L2 is 0).
+    Returns:
+        Qwen2.5-VL's [L, D] bfloat16 and ByT5's [L2, D2] float16 (float32 if L2 is 0).
     """
     (vl_embed,) = encode_captions(tokenizer, text_encoder, [prompt])
     return vl_embed, encode_glyphs(byt5_tokenizer, byt5, prompt)

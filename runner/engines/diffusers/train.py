@@ -1,13 +1,13 @@
-"""Train a LoRA (LoHa, LoKr) on HunyuanVideo 1.5: `python -m runner.engines.diffusers.train`.
+"""Train a LoRA (LoHa, LoKr) on HunyuanVideo 1.5: ``python -m runner.engines.diffusers.train``.
 
-Reads train.toml and dataset.toml in musubi-tuner's format and the caches they name; writes LoRA
-files, TensorBoard events under <logging_dir>/network_train and, if asked, previews. Relative paths
-are relative to the working directory, the run's folder. On the CPU everything is computed in fp32;
-on a GPU the frozen network and the arithmetic have the precision of train.toml, the trained weights
-fp32.
+It reads train.toml and dataset.toml in musubi-tuner's format and the cache files they name, and
+writes LoRA files, TensorBoard events under <logging_dir>/network_train and, if requested, previews.
+Relative paths are relative to the working directory, the run's folder. On the CPU everything is
+computed in fp32. On a GPU the frozen network and the arithmetic have the precision of train.toml,
+and the trained weights fp32.
 
-The same train.toml, caches and machine give the same LoRA tensors, bit for bit: weights, order,
-noise and times are drawn from separate streams of the seed.
+The same train.toml and cache files on the same computer give bit-identical LoRA tensors: weights,
+order, noise and timesteps come from separate random streams of one seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ from runner.formats.train_options import TrainOptions
 
 @dataclass(frozen=True)
 class Device:
-    """Where to compute and in what precision; `weights` is the frozen network's."""
+    """Device and precision.
+
+    Attributes:
+        name: torch's name of the device.
+        weights: dtype of the frozen network.
+        compute: dtype of autocast.
+    """
 
     name: str
     weights: torch.dtype
@@ -54,7 +60,11 @@ class Device:
 
     @classmethod
     def choose(cls, chosen: TrainOptions) -> Device:
-        """The GPU if there is one; the CPU computes in fp32 whatever the file says."""
+        """Choose the GPU if there is one; on the CPU always compute in fp32.
+
+        Raises:
+            UserError: dit_dtype and mixed_precision do not fit together.
+        """
         if not torch.cuda.is_available():
             return cls("cpu", torch.float32, torch.float32)
         compute = weights = torch_dtype(chosen.mixed_precision)
@@ -67,14 +77,14 @@ class Device:
         return cls("cuda", weights, compute)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision around a forward pass, nothing where all is fp32."""
+        """Return the mixed-precision context for a forward pass; no effect in fp32."""
         if self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.name, dtype=self.compute)
 
 
 class Metrics:
-    """TensorBoard scalars under `<folder>/network_train`, on disk within a second.
+    """TensorBoard scalars under ``<folder>/network_train``, written to disk within a second.
 
     Without a folder nothing is written.
     """
@@ -88,7 +98,7 @@ class Metrics:
             self._writer = SummaryWriter(str(Path(folder) / "network_train"), flush_secs=1)
 
     def write(self, values: dict[str, float], step: int, *, flush: bool = False) -> None:
-        """Add values at `step`."""
+        """Add values at ``step``."""
         if self._writer is None:
             return
         for name, value in values.items():
@@ -98,19 +108,19 @@ class Metrics:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write the remaining values and close the file."""
         if self._writer is not None:
             self._writer.close()
 
 
 class AverageLoss:
-    """Mean over the last epoch's worth of losses: each batch's newest value, as musubi shows it."""
+    """Moving average of the loss over one epoch (the latest of each batch), as in musubi-tuner."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
 
     def add(self, index: int, loss: float) -> None:
-        """Take the loss of the epoch's batch number `index`, from 0."""
+        """Record the loss of batch ``index`` (from 0) of the epoch."""
         if index < len(self._losses):
             self._losses[index] = loss
         else:
@@ -118,7 +128,7 @@ class AverageLoss:
 
     @property
     def value(self) -> float:
-        """The mean."""
+        """The average."""
         return math.fsum(self._losses) / len(self._losses)
 
 
@@ -129,7 +139,7 @@ class Trainer:
         """Load the transformer and build network, optimizer and schedule.
 
         Raises:
-            UserError: an option this engine cannot honour, or weights that cannot be loaded.
+            UserError: an option is not supported, or weights cannot be loaded.
         """
         self.options, self.datasets, self.seed = chosen, datasets, seed
         self.device = Device.choose(chosen)
@@ -164,7 +174,7 @@ class Trainer:
         )
         if chosen.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        # Streams of their own: another rank or dropout leaves noise and times as they are.
+        # Separate generators, so that another rank or dropout does not change noise and timesteps.
         self.noise = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
         self.clock = torch.Generator().manual_seed(flow.derived_seed(seed, "times"))
         torch.manual_seed(flow.derived_seed(seed, "dropout"))
@@ -186,7 +196,7 @@ class Trainer:
             The final LoRA file.
 
         Raises:
-            StageError: the loss stopped being a number.
+            StageError: the loss is not finite.
         """
         try:
             if self.options.sample_at_first:
@@ -215,9 +225,9 @@ class Trainer:
             self.metrics.close()
 
     def updates(self, epoch: int) -> Iterator[float]:
-        """The optimizer steps of one epoch (from 1), giving the mean loss of each one's batches.
+        """Run the optimizer steps of one epoch (from 1), yielding the mean loss of each step.
 
-        The learning rates that a step used are in `rates` after it.
+        After each step ``rates`` has the learning rates that it used.
         """
         batches = data.epoch_batches(self.datasets, seed=self.seed, epoch=epoch)
         losses: list[float] = []
@@ -243,7 +253,8 @@ class Trainer:
                 scale_condition=not self.options.i2v_unscaled_condition,
             )
         loss = errors.mean()
-        # As musubi: an epoch's last step counts as much as its batches, not as a full one.
+        # As in musubi-tuner, an incomplete last accumulation is not rescaled: its gradient is
+        # proportionally smaller.
         self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
         value = loss.item()
         if not math.isfinite(value):
@@ -284,32 +295,32 @@ class Trainer:
                 self.previewer.sample(self.model, epoch=epoch)
 
     def _evaluating(self, act: Callable[[], None]) -> None:
-        """Call `act` with the weights and modes that inference wants."""
+        """Run ``act`` in evaluation mode."""
         self._mode(training=False)
         act()
         self._mode(training=True)
 
     def _mode(self, *, training: bool) -> None:
         self.network.train(training)
-        # Schedule-free optimizers keep other weights for training than for use.
+        # Schedule-free optimizers use different weights for training and evaluation.
         switch = getattr(self.optimizer, "train" if training else "eval", None)
         if callable(switch):
             switch()
 
 
 class Progress:
-    """Lines on standard output, at most one a second and always the last."""
+    """Progress lines on standard output, at most one per second and for first and last step."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._begun = self._shown = time.monotonic()
+        self._begun = self._printed = time.monotonic()
 
     def show(self, epoch: int, step: int, loss: float, average: float) -> None:
-        """Say how far training is; `step` counts from 1."""
+        """Print the state of training, unless the last line is too recent; ``step`` is from 1."""
         now = time.monotonic()
-        if now - self._shown < 1 and step not in (1, self._steps):
+        if now - self._printed < 1 and step not in (1, self._steps):
             return
-        self._shown = now
+        self._printed = now
         speed = step / max(now - self._begun, 1e-9)
         print(
             f"step {step}/{self._steps} epoch {epoch} loss {loss:.4f} average {average:.4f} "
@@ -319,19 +330,24 @@ class Progress:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train as train.toml says. Raises UserError before work starts, StageError after."""
+    """Train as configured in train.toml.
+
+    Raises:
+        UserError: training cannot start.
+        StageError: training failed.
+    """
     parser = argparse.ArgumentParser(prog="train", description="Train a HunyuanVideo 1.5 LoRA.")
     parser.add_argument("--config_file", required=True, help="train.toml")
     chosen = options.read(parser.parse_args(arguments).config_file)
     datasets = data.scan(chosen.dataset_config, chosen.task)
     seed = random.SystemRandom().randrange(2**32) if chosen.seed is None else chosen.seed
     if not torch.cuda.is_available():
-        # Costs nothing on the CPU, and says so if an operation has no deterministic form.
+        # Costs nothing on the CPU, and warns if an operation has no deterministic form.
         torch.use_deterministic_algorithms(True, warn_only=True)
     trainer = Trainer(chosen, datasets, seed)
-    items = sum(len(dataset.items) for dataset in datasets)
+    item_count = sum(len(dataset.examples) for dataset in datasets)
     print(
-        f"{items} items, {trainer.batches} batches an epoch, {trainer.steps} steps, "
+        f"{item_count} items, {trainer.batches} batches per epoch, {trainer.steps} steps, "
         f"{trainer.epochs} epochs, seed {seed}, on {trainer.device.name}"
     )
     print(f"saved {trainer.train()}")

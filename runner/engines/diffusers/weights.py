@@ -1,4 +1,4 @@
-"""The weights that the embedded engine trains on: of the hub, or made at random."""
+"""Locate the weights that the embedded engine trains on: from the Hub, or random."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from runner.core.paths import checkout
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.make_weights import PARTS
 from runner.formats.train_toml import WeightPaths
-from runner.hub.weights import WeightFacts, hub_weights
+from runner.hub.weights import LocatedWeights, hub_weights
 
-# Raised when the tiny model's random weights change.
+# Increase when the tiny model's random weights change.
 TINY_VERSION = 1
 
 
-def model_weights(config: RunConfig, root: Path) -> WeightFacts:
-    """Where the weights of the config's model are or will be; reads only."""
+def model_weights(config: RunConfig, root: Path) -> LocatedWeights:
+    """Locate the weights of the config's model, present or not; reads only."""
     if config.model.source == "random":
         return _tiny(config, root)
     return hub_weights(config, root)
 
 
-def _tiny(config: RunConfig, root: Path) -> WeightFacts:
+def _tiny(config: RunConfig, root: Path) -> LocatedWeights:
     folder = root / "cache" / "weights" / f"tiny-{TINY_VERSION}"
     transformer = f"transformer/{config.task.name}"
     paths = WeightPaths(
@@ -45,7 +45,7 @@ def _tiny(config: RunConfig, root: Path) -> WeightFacts:
         }
     command = module_command(sys.executable, checkout(), "make_weights", "--output", str(folder))
     tokenizer = folder / "text_encoder" / "tokenizer"
-    return WeightFacts(
+    return LocatedWeights(
         paths,
         digests,
         (command,),
@@ -55,7 +55,7 @@ def _tiny(config: RunConfig, root: Path) -> WeightFacts:
 
 
 def _digest(folder: Path) -> str:
-    """One digest of all files in a folder; the tiny model's are small enough to read each time."""
+    """Digest all files of a folder; the tiny model's are small enough to read each time."""
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file():

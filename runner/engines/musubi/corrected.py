@@ -1,4 +1,4 @@
-# Runs a module with some things set right that musubi-tuner gets wrong: corrected.py -m MODULE ...
+# Runs a module with corrections to musubi-tuner's behaviour: corrected.py -m MODULE ...
 import ctypes
 import glob
 import os
@@ -11,13 +11,13 @@ from typing import Any
 del sys.argv[:2]
 module = sys.argv[0]
 
-# accelerate starts the trainer, which would go on by itself when that is killed.
+# accelerate starts the trainer, which would otherwise outlive it when it is killed.
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
-# A shell may hold what makes accelerate wait for other processes (of torchrun, Slurm and MPI) or
-# overrides its arguments (ACCELERATE_*, which its launcher then sets for the trainer); what makes
-# transformers 4 look for tokenizers elsewhere than in the hub's cache; and secrets.
+# The shell's environment may hold variables that make accelerate wait for other processes (of
+# torchrun, Slurm and MPI) or override its arguments (ACCELERATE_*, which its launcher then sets for
+# the trainer), that make transformers 4 ignore the Hugging Face cache, and secrets.
 gone = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_SIZE"
 gone += " OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE"
 gone += " TRANSFORMERS_CACHE PYTORCH_TRANSFORMERS_CACHE PYTORCH_PRETRAINED_BERT_CACHE"
@@ -28,20 +28,20 @@ for name in [*os.environ]:
     if name in gone.split() or name.startswith(starts):
         del os.environ[name]
 
-# Samples of many shapes leave PyTorch's memory in pieces: 24.8 GB in use on a card where 21.9 do
-# with segments that grow. WSL has none of those. Torch 2.9 reads only the older of the two names.
+# Samples of many shapes fragment PyTorch's GPU memory: 24.8 GB in use instead of 21.9 GB with
+# expandable segments, which WSL does not support. Torch 2.9 reads only the older of the two names.
 names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 wsl = "microsoft" in platform.release().lower()
 if sys.platform == "linux" and not wsl and not any(name in os.environ for name in names):
     os.environ[names[0]] = "expandable_segments:True"
 
-# It takes its items in the order in which the file system lists the cache, which differs from disk
-# to disk, and with it what a seed gives.
-found = glob.glob
-glob.glob = lambda *args, **kwargs: sorted(found(*args, **kwargs))
+# musubi-tuner takes its items in the order in which the file system lists the cache files. That
+# differs between disks, so the same seed would give different results.
+original_glob = glob.glob
+glob.glob = lambda *args, **kwargs: sorted(original_glob(*args, **kwargs))
 
-# Its text encoder's head gives each token a score for every word, and is never read: 1.4 GB, too
-# much for a card of 12 GB.
+# The text encoder's language-model head computes unused logits: 1.4 GB, too much for a GPU with
+# 12 GB.
 if module.endswith("cache_text_encoder_outputs"):
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration as Encoder

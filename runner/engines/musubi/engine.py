@@ -1,7 +1,7 @@
-"""musubi-tuner as an engine: its command for each stage, and what else is asked of an engine.
+"""The engine musubi-tuner, run in an environment of its own.
 
-Written against v0.3.4 (commit 30c658c). Its package is run as modules, so that it makes no
-difference whether it was installed or lies in a checkout.
+Written for v0.3.4 (commit 30c658c). Its scripts are run as modules, so it makes no difference
+whether the package is installed or used from a checkout.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.core.errors import UserError
 from runner.engines.base import (
-    NO_CARD,
-    EngineFacts,
+    NO_GPU,
+    EngineInstall,
+    Gpu,
     Job,
-    Machine,
     latents_arguments,
     text_arguments,
 )
 from runner.engines.memory import filled, largest_tier
-from runner.engines.musubi import given_files, rules
+from runner.engines.musubi import option_paths, rules
 from runner.engines.musubi.check import cannot_compile, check_environment
 from runner.engines.musubi.failure import failure
 from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
 from runner.formats.train_toml import render
 from runner.formats.trainer_options import TRAIN, check_table
-from runner.hub.weights import WeightFacts, hub_weights
+from runner.hub.weights import LocatedWeights, hub_weights
 
-# Written into the run's folder, where every command runs, so that they can be repeated by hand.
-# accelerate reads the first instead of the user's own default file, which could ask for several
-# cards, and every module is run through the second.
+# Written into the run's folder, where every command runs, so that commands can be repeated by hand.
+# accelerate reads the first instead of the user's own default file, which could request several
+# GPUs; every module is run through the second.
 _FILES = ("accelerate.yaml", "corrected.py")
 
 
@@ -49,21 +49,26 @@ def _corrected(script: str) -> tuple[str, ...]:
     return ("corrected.py", "-m", f"musubi_tuner.{script}")
 
 
-def python_command(facts: EngineFacts, *arguments: str, offline: bool = True) -> Command:
-    """musubi-tuner's Python with ``arguments``, in the environment that every stage has."""
-    path = facts.source_path
-    # Cards are counted as nvidia-smi does, by which the memory tier was chosen; CUDA's own way
-    # is the fastest first. Whatever order the shell names, CUDA_VISIBLE_DEVICES=1 so means the
-    # card that was looked at.
+def python_command(install: EngineInstall, *arguments: str, offline: bool = True) -> Command:
+    """Return a command that runs musubi-tuner's Python with the variables that all stages need.
+
+    Args:
+        install: the install to use.
+        arguments: arguments for Python.
+        offline: forbid access to the Hugging Face Hub.
+    """
+    path = install.source_path
+    # Number GPUs by PCI bus, as nvidia-smi does, so that CUDA_VISIBLE_DEVICES=1 means the GPU that
+    # the memory tier was chosen for. CUDA's default is fastest first.
     environment = [("CUDA_DEVICE_ORDER", "PCI_BUS_ID")]
     if path:
         environment.append(("PYTHONPATH", path))
     if offline:
-        # The weights stage has brought all that is needed. Online, the tokenizers' cache would
-        # be moved on from the commit that the run asked for.
+        # The weights stage has fetched all that is needed. Online, the tokenizers could be
+        # updated to another commit than the one requested.
         environment.append(("HF_HUB_OFFLINE", "1"))
     return Command(
-        (facts.python, *arguments),
+        (install.python, *arguments),
         set_env=tuple(environment),
         unset_env=("PYTHONHOME",) if path else ("PYTHONHOME", "PYTHONPATH"),
     )
@@ -73,63 +78,59 @@ class MusubiEngine:
     """musubi-tuner in an environment of its own."""
 
     name = "musubi"
-    cache_identity = "musubi"
+    engine_cache_id = "musubi"
     own_options: frozenset[str] = frozenset()
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         return rules.problems(config)
 
-    def plan_problems(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
+    def plan_problems(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         return rules.plan_problems(job.config, job.memory, steps=steps, clips=clips)
 
-    def plan_notices(
-        self, job: Job, machine: Machine | None, *, steps: int, clips: bool
-    ) -> Iterator[str]:
+    def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         return rules.plan_notices(job.config, steps=steps, clips=clips)
 
-    def settle(self, config: RunConfig, cwd: Path) -> RunConfig:
-        return given_files.settle(config, cwd)
+    def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
+        return option_paths.resolve_paths(config, cwd)
 
-    def locate(self, config: RunConfig, cwd: Path) -> EngineFacts:
+    def locate(self, config: RunConfig, cwd: Path) -> EngineInstall:
         return located(config, cwd)
 
     def examine(
         self,
-        facts: EngineFacts,
+        install: EngineInstall,
         config: RunConfig,
         memory: MemoryConfig,
-        machine: Machine | None,
-        without: str,
+        gpu: Gpu | None,
+        no_gpu_reason: str,
         *,
         trains: bool,
-    ) -> EngineFacts:
-        if machine is None:
-            return replace(facts, cannot_compile=without)
+    ) -> EngineInstall:
+        if gpu is None:
+            return replace(install, cannot_compile=no_gpu_reason)
         mode = config.training.compile
         wanted = mode == "always" or (mode == "auto" and not memory.blocks_to_swap)
-        if facts.missing or not wanted or not trains:
-            return facts
-        return replace(facts, cannot_compile=cannot_compile(python_command(facts)))
+        if install.missing or not wanted or not trains:
+            return install
+        return replace(install, cannot_compile=cannot_compile(python_command(install)))
 
-    def check(self, job: Job, machine: Machine | None, *, trains: bool) -> str:
+    def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         command = python_command(job.engine)
-        versions = check_environment(job.config, command, machine, trains=trains)
+        versions = check_environment(job.config, command, gpu, trains=trains)
         return f"{job.engine.version}, {versions}"
 
-    def full_version(self, facts: EngineFacts) -> str:
-        return facts.version
+    def full_version(self, install: EngineInstall) -> str:
+        return install.version
 
     def memory_plan(
-        self, config: RunConfig, machine: Machine | None, without: str
+        self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         if config.memory.name != "auto":
             return config.memory, None
-        tier, note = largest_tier(machine, without)
+        tier, note = largest_tier(gpu, no_gpu_reason)
         return filled(config.memory, tier), note
 
-    def weights(self, config: RunConfig, root: Path) -> WeightFacts:
+    def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
         return hub_weights(config, root)
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:
@@ -145,14 +146,14 @@ class MusubiEngine:
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
         config = job.config
-        # It takes a wrong type, choice or name from a file without a word.
+        # musubi-tuner does not validate the values of a file.
         for problem in check_table(TRAIN, options):
             raise UserError(f"train.toml: {problem}")
-        given = ["--config_file", "train.toml"]
+        option_arguments = ["--config_file", "train.toml"]
         if config.engine.arguments == "command_line":
-            given = command_line(options)
-        # accelerate takes what it is not told from the user's own config, and then every card it
-        # sees and any torch.compile backend named there: so it is told all of it.
+            option_arguments = command_line(options)
+        # For every argument that is left out accelerate reads the user's own config, which may
+        # request all GPUs or a torch.compile backend: so none is left out.
         return python_command(
             job.engine,
             *("corrected.py", "-m", "accelerate.commands.launch"),
@@ -163,9 +164,9 @@ class MusubiEngine:
             *("--dynamo_backend", "no"),
             *("--mixed_precision", config.precision.mixed_precision),
             *_corrected("hv_1_5_train_network"),
-            *given,
+            *option_arguments,
             *config.engine.extra_args,
-            # An upload that was asked for must reach the hub.
+            # A requested upload must reach the Hub.
             offline=not any(a.startswith("--huggingface") for a in config.engine.extra_args),
         )
 
@@ -181,35 +182,35 @@ class MusubiEngine:
     def failure(self, log: Path) -> str:
         return failure(log)
 
-    def compiles(self, job: Job, machine: Machine | None) -> tuple[bool, str | None]:
+    def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
         config, memory = job.config, job.memory
         if config.training.compile == "none":
             return False, None
-        why = _cannot_compile(job, machine)
+        why = _cannot_compile(job, gpu)
         if config.training.compile == "auto":
-            # With block swap every linear layer stays uncompiled: on an H100 the steps took as long
-            # as without, after half a minute more at the start (docs/development/musubi-proof.md).
-            if why is None and memory.blocks_to_swap and machine is not None:
+            # With block swap every linear layer stays uncompiled: on an H100 compiling cost half a
+            # minute at the start and made no step faster (docs/development/musubi-proof.md).
+            if why is None and memory.blocks_to_swap and gpu is not None:
                 why = "it gained nothing with block swap (memory.blocks_to_swap)"
                 # 25 frames took 16.8 GB in fp8, compiled: 1.7 s a step; in bf16 with swap 3.1 s.
-                if config.precision.fp8_base and machine.memory_gb > 20:
+                if config.precision.fp8_base and gpu.memory_gb > 20:
                     why += "; in fp8 25 frames fit without: memory.blocks_to_swap=0 would compile"
             return why is None, why and f"torch.compile is off: {why}."
-        if why is not None and machine is not None:
+        if why is not None and gpu is not None:
             raise UserError(
                 f"training.compile=always: {why}. training.compile=auto goes on without it."
             )
         return True, None
 
 
-def _cannot_compile(job: Job, machine: Machine | None) -> str | None:
+def _cannot_compile(job: Job, gpu: Gpu | None) -> str | None:
     config = job.config
-    if machine is None:
-        return job.engine.cannot_compile or NO_CARD
-    if machine.capability < (7, 0):
-        return f"Triton needs compute capability 7.0 ({machine.name} has less)"
-    if config.precision.mixed_precision == "bf16" and machine.capability < (8, 0):
-        return f"below compute capability 8.0 ({machine.name}) it leaves out bf16"
-    if config.precision.fp8_base and machine.capability < (8, 9):
-        return f"below compute capability 8.9 ({machine.name}) it cannot compile fp8"
+    if gpu is None:
+        return job.engine.cannot_compile or NO_GPU
+    if gpu.capability < (7, 0):
+        return f"Triton needs compute capability 7.0 ({gpu.name} has less)"
+    if config.precision.mixed_precision == "bf16" and gpu.capability < (8, 0):
+        return f"below compute capability 8.0 ({gpu.name}) it leaves out bf16"
+    if config.precision.fp8_base and gpu.capability < (8, 9):
+        return f"below compute capability 8.9 ({gpu.name}) it cannot compile fp8"
     return job.engine.cannot_compile

@@ -1,4 +1,4 @@
-"""What went wrong in a musubi-tuner process, by its log; accelerate starts the trainer."""
+"""The cause of a musubi-tuner failure, found in its log; accelerate starts the trainer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 
 from runner.core.process import TRACEBACK, best_line, last_error, log_lines, signal_words
 
-# What accelerate's launcher says, in a traceback of its own, when the trainer it started failed.
+# What accelerate's launcher prints, in a traceback of its own, when its trainer failed.
 _LAUNCHER = re.compile(
     r"subprocess\.CalledProcessError: Command .* "
     r"(?:died with <Signals\.(?P<signal>\w+): \d+>|returned non-zero exit status \d+)\.$"
 )
-# A warning or two may come after the launcher's traceback, from what ends later than it does.
+# A process that ends after the launcher may print a few warnings below its traceback.
 _LAUNCHER_LINES = 10
 
 
 def failure(log: Path) -> str:
-    """The line that best says what went wrong.
+    """Return the line of a log that best explains a failure.
 
-    The launcher's report that its program failed gives way to that program's own words.
+    If the last error is accelerate's report that its program failed, the program's own error before
+    it is used.
     """
     lines = log_lines(log)
     if lines is None:

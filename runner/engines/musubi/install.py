@@ -1,9 +1,8 @@
 """``python -m runner.engines.musubi_install install``: musubi-tuner in an environment of its own.
 
-It pins other versions of accelerate, diffusers and transformers than the runner does. What to run
-is decided by pure functions; :func:`install` carries it out, and can be called again after it was
-interrupted anywhere: without its record, ``installed.json``, an environment counts as broken and
-is made anew (pip keeps the downloads), and with it nothing is done.
+musubi-tuner pins other versions of accelerate, diffusers and transformers than the runner, so it
+gets its own environment. :func:`install` may be interrupted and called again: an environment
+without ``installed.json`` is rebuilt (pip keeps its downloads), one with it is left alone.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from runner.engines.musubi.packages import (
     REPOSITORY,
     TORCH,
     VERSION,
+    InstallRequest,
     Step,
-    Wish,
     constraints,
     engine_home,
     python_of,
@@ -45,12 +44,12 @@ from runner.formats.trainer_options import recorded
 _NEEDED_GB = {"cpu": 4.0}
 _USUAL_GB = 12.0
 _MODULES = (*MODULES, "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes")
-# Of these the summary of an install tells the version.
+# Packages whose versions the summary lists.
 _SHOWN = (
     *("torch", "torchvision", "accelerate", "transformers", "diffusers", "musubi_tuner"),
     *("av", "cv2", "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes"),
 )
-# Each would lead pip or the new Python to another place than the environment.
+# Variables that would make pip or the new Python use another location than the environment.
 _UNSET = (
     "PYTHONPATH",
     "PYTHONHOME",
@@ -61,10 +60,12 @@ _UNSET = (
 )
 
 
-def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
-    """``complete``, ``other``, ``broken`` or ``absent``, and a line that says more.
+def state(home: Path, request: InstallRequest | None = None) -> tuple[str, str]:
+    """Check the install in ``home``.
 
-    ``other`` is whole, but not what ``wish`` asks for.
+    Returns:
+        ``complete``, ``other`` (complete, but not what ``request`` asks for), ``broken`` or
+        ``absent``, and a line of explanation.
     """
     python = python_of(home)
     record = read_record(home)
@@ -78,13 +79,15 @@ def state(home: Path, wish: Wish | None = None) -> tuple[str, str]:
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         return "broken", f"the install in {home} has lost {', '.join(lost[:3])}{more}"
-    if wish is not None and any(record.get(key) != value for key, value in wish.record.items()):
+    if request is not None and any(
+        record.get(key) != value for key, value in request.record.items()
+    ):
         return "other", f"{home} holds another install: {summary(record)}"
     return "complete", summary(record)
 
 
 def read_record(home: Path) -> dict[str, Any] | None:
-    """The record of a finished install, or None."""
+    """Read the record of a finished install; None if there is none of this version."""
     try:
         record = json.loads((home / "installed.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -93,7 +96,7 @@ def read_record(home: Path) -> dict[str, Any] | None:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """One line about a finished install."""
+    """Describe a finished install in one line."""
     versions = record.get("versions", {})
     names = [f"{name} {versions[name]}" for name in _SHOWN if versions.get(name)]
     commit = str(record.get("installed_commit") or "unknown commit")[:7]
@@ -101,9 +104,9 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def _lost(python: Path) -> list[str] | None:
-    """The modules that are no longer there, which are not imported; None if it does not start."""
+    """Find missing modules without importing any; None if Python does not start."""
     try:
-        # -I: neither the user's folder nor PYTHONPATH may stand in for the environment.
+        # -I: ignore the user's site-packages and PYTHONPATH.
         argv = [str(python), "-I", "-c", program("lost"), *_MODULES]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
         lost: list[str] = json.loads(done.stdout)
@@ -113,7 +116,7 @@ def _lost(python: Path) -> list[str] | None:
 
 
 def nvidia_report() -> str | None:
-    """What nvidia-smi prints, or None where there is none or it fails."""
+    """Return the output of nvidia-smi, or None if it is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -125,7 +128,11 @@ def nvidia_report() -> str | None:
 
 
 def find_python(named: str | None) -> str:
-    """A Python that musubi-tuner runs on: the named one, this one, or one on PATH."""
+    """Find a Python that musubi-tuner supports: the named one, this one, or one on PATH.
+
+    Raises:
+        UserError: there is none, or the named one is unsuitable.
+    """
     candidates = [named] if named else [sys.executable, "python3.12", "python3.11", "python3.10"]
     for candidate in candidates:
         path = shutil.which(candidate)
@@ -144,7 +151,7 @@ def find_python(named: str | None) -> str:
 
 
 def commit_of(source: Path) -> str | None:
-    """The commit that a checkout is at, or None."""
+    """Return the commit of a checkout, or None."""
     done = subprocess.run(
         ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -156,73 +163,85 @@ def _say(line: str) -> None:
 
 
 def install(
-    wish: Wish, home: Path, *, again: bool = False, say: Callable[[str], None] = _say
+    request: InstallRequest, home: Path, *, again: bool = False, say: Callable[[str], None] = _say
 ) -> dict[str, Any]:
-    """Make the environment unless it is there and whole; returns its record.
+    """Install musubi-tuner unless a complete install exists.
 
-    Raises :class:`UserError` for what can be known before, :class:`StageError` for a command that
-    failed, with its log. Holds a lock, so that two installs at once do not spoil each other.
+    A lock keeps two installs from running at the same time.
+
+    Args:
+        request: what to install.
+        home: the folder to install into.
+        again: reinstall even if the install is complete.
+        say: called with each line of progress.
+
+    Returns:
+        The record of the install.
+
+    Raises:
+        UserError: the install cannot begin.
+        StageError: a command failed; the message names its log.
     """
     from filelock import FileLock
 
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "install.lock"):
-        what, line = state(home, wish)
+        what, line = state(home, request)
         if what == "complete" and not again:
             say(f"Nothing to do: {line}.")
             record = read_record(home)
             assert record is not None
             made_with = str(record.get("python"))
-            if os.path.realpath(made_with) != os.path.realpath(wish.python):
-                say(f"It was made with {made_with}; --again makes it with {wish.python}.")
+            if os.path.realpath(made_with) != os.path.realpath(request.python):
+                say(f"It was made with {made_with}; --again makes it with {request.python}.")
             return record
         if what != "absent":
             say(f"Starting over: {line}.")
-        _check_room(home, wish)
+        _check_room(home, request)
         (home / "installed.json").unlink(missing_ok=True)
-        return _make(wish, home, say)
+        return _make(request, home, say)
 
 
-def _check_room(home: Path, wish: Wish) -> None:
-    needed = _NEEDED_GB.get(wish.build, _USUAL_GB)
+def _check_room(home: Path, request: InstallRequest) -> None:
+    needed = _NEEDED_GB.get(request.build, _USUAL_GB)
     free = shutil.disk_usage(home).free / 1e9
-    # An environment that will be made anew gives its room back.
+    # Replacing an existing environment frees its space.
     if free < needed and not (home / "venv").exists():
         raise UserError(
             f"{home} has {free:.1f} GB free, and the install needs about {needed:g} GB: make room, "
             "or set XDG_DATA_HOME to another disk."
         )
-    if wish.source is None and shutil.which("git") is None:
+    if request.source is None and shutil.which("git") is None:
         raise UserError("git was not found, and pip needs it to fetch musubi-tuner: install git.")
 
 
-def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _make(request: InstallRequest, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
     log = home / "install.log"
     log.unlink(missing_ok=True)
-    write_text(home / "constraints.txt", constraints(wish))
+    write_text(home / "constraints.txt", constraints(request))
     env = {key: value for key, value in os.environ.items() if key not in _UNSET}
-    todo = steps(wish, home)
+    todo = steps(request, home)
     for number, step in enumerate(todo, start=1):
         say(f"[{number}/{len(todo) + 1}] {step.title}")
         _run(step, home, env, log, say)
-    say(f"[{len(todo) + 1}/{len(todo) + 1}] looking at what was installed")
+    say(f"[{len(todo) + 1}/{len(todo) + 1}] checking the installed packages")
     python = str(python_of(home))
-    said = _output([python, "-c", program("installed"), *_MODULES], env, log)
-    answer = json.loads(said.strip().splitlines()[-1])
+    output = _output([python, "-c", program("installed"), *_MODULES], env, log)
+    answer = json.loads(output.strip().splitlines()[-1])
     if answer["missing"]:
         name, why = next(iter(answer["missing"].items()))
         raise StageError(f"{name} was installed but can't be imported: {why} (log: {log})")
-    commit = wish.commit or answer["commit"]
-    if wish.source is None and commit and not commit.startswith(recorded()["commit"]):
+    commit = request.commit or answer["commit"]
+    if request.source is None and commit and not commit.startswith(recorded()["commit"]):
         raise StageError(
             f"the tag {VERSION} of {REPOSITORY} is now at {commit[:7]}, not at "
             f"{recorded()['commit']}, which the runner was written against. Check out that commit "
             "and give it with --source."
         )
     record = {
-        **wish.record,
+        **request.record,
         "installed_commit": commit,
-        "python": wish.python,
+        "python": request.python,
         "versions": answer["versions"],
         "cuda": answer["cuda"],
         "freeze": _output([python, "-m", "pip", "freeze"], env, log).splitlines(),
@@ -236,19 +255,19 @@ def _make(wish: Wish, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
 def _run(
     step: Step, home: Path, env: Mapping[str, str], log: Path, say: Callable[[str], None]
 ) -> None:
-    """Run a step; pip's lines about downloads and builds are shown as they come."""
+    """Run a step, and show pip's lines about downloads and builds as they come."""
     from runner.core.process import run
 
-    shown = log.stat().st_size if log.exists() else 0
+    position = log.stat().st_size if log.exists() else 0
 
     def tick() -> None:
-        nonlocal shown
+        nonlocal position
         with log.open("rb") as lines:
-            lines.seek(shown)
+            lines.seek(position)
             text = lines.read()
-        whole = text.rpartition(b"\n")[0]
-        shown += len(whole) + bool(whole)
-        for line in whole.decode("utf-8", "replace").splitlines():
+        complete = text.rpartition(b"\n")[0]
+        position += len(complete) + bool(complete)
+        for line in complete.decode("utf-8", "replace").splitlines():
             if re.match(r"\s*(Downloading|Cloning|Installing|Building wheel) ", line):
                 say(f"      {line.strip()[:110]}")
 
@@ -268,18 +287,28 @@ def _output(argv: Sequence[str], env: Mapping[str, str], log: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 wrong before work began, 1 failed."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 2 if the command was wrong, 1 if the install failed or is incomplete.
+    """
     from runner.core.process import Stopped, raise_on_signals
 
     parser = argparse.ArgumentParser(prog="python -m runner.engines.musubi_install")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="say what is installed; ends with 1 when it is not whole")
+    commands.add_parser(
+        "check", help="show what is installed; exit code 1 if the install is incomplete"
+    )
     make = commands.add_parser("install", help=f"install musubi-tuner {VERSION}")
     make.add_argument("--torch", choices=("auto", *TORCH), default="auto", help="build of torch")
-    make.add_argument("--torch-packages", nargs="+", help="other releases, from pip's own index")
+    make.add_argument(
+        "--torch-packages", nargs="+", help="versions of torch and torchvision to get from PyPI"
+    )
     make.add_argument("--source", type=Path, help="a checkout of musubi-tuner instead of the tag")
     make.add_argument("--python", help="the Python to make the environment with (3.10 to 3.12)")
-    make.add_argument("--again", action="store_true", help="make it anew even when it is whole")
+    make.add_argument(
+        "--again", action="store_true", help="reinstall even if the install is complete"
+    )
     options = parser.parse_args(arguments)
     home = engine_home()
     try:
@@ -288,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{what}: {line}.")
             return 0 if what == "complete" else 1
         raise_on_signals()
-        install(_wish(options), home, again=options.again)
+        install(_request(options), home, again=options.again)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -302,25 +331,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _wish(options: argparse.Namespace) -> Wish:
-    """What the command line asks for; what it leaves out stays as it was installed."""
+def _request(options: argparse.Namespace) -> InstallRequest:
+    """Build the install request; options not given are taken from the existing install."""
     home = engine_home()
     done = read_record(home) if not options.again else None
     torch, build, source = options.torch_packages, options.torch, options.source
     if build == "auto":
-        # A finished install is not made anew because the driver was renewed or is away.
+        # Do not reinstall only because the driver was updated or is not visible now.
         build = done["build"] if done else torch_build(nvidia_report())
         torch = torch or (done["torch"] if done else None)
     python = options.python or (shutil.which(done["python"]) if done else None)
-    wish = Wish(build, tuple(torch or TORCH[build]), find_python(python))
+    request = InstallRequest(build, tuple(torch or TORCH[build]), find_python(python))
     if source is None and done and not done["source"].startswith(REPOSITORY):
-        return replace(wish, source=done["source"], commit=done["commit"])
+        return replace(request, source=done["source"], commit=done["commit"])
     if source is not None:
         source = source.expanduser().resolve()
         if not (source / "src" / "musubi_tuner").is_dir():
             raise UserError(f"--source {options.source} is no checkout of musubi-tuner.")
-        wish = replace(wish, source=str(source), commit=commit_of(source))
-    return wish
+        request = replace(request, source=str(source), commit=commit_of(source))
+    return request
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where musubi-tuner lies on this machine: the runner's own install, or what the options name."""
+"""The location of musubi-tuner: the runner's own install, or what engine.path and .python name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.paths import absolute
-from runner.engines.base import EngineFacts
+from runner.engines.base import EngineInstall
 from runner.engines.musubi.packages import COMMAND, VERSION, engine_home, python_of
 
 
-def located(config: RunConfig, cwd: Path) -> EngineFacts:
-    """Where musubi-tuner lies, and why it cannot run if it can't; reads only."""
+def located(config: RunConfig, cwd: Path) -> EngineInstall:
+    """Find musubi-tuner, or the reason why it cannot run; reads only."""
     home = engine_home()
     python = python_of(home)
     places: list[Path] = []
@@ -20,7 +20,7 @@ def located(config: RunConfig, cwd: Path) -> EngineFacts:
     missing: str | None = None
     if config.engine.path is not None:
         source = absolute(config.engine.path, cwd)
-        # musubi-tuner's README names the first for pip, and uv's own name is the second.
+        # musubi-tuner's README uses the first name with pip; uv uses the second.
         places = [source / name / "bin" / "python" for name in ("venv", ".venv")]
         python = next((place for place in places if place.is_file()), places[0])
         if not (source / "src" / "musubi_tuner").is_dir():
@@ -40,13 +40,13 @@ def located(config: RunConfig, cwd: Path) -> EngineFacts:
             "without it: engine=diffusers model=tiny."
         )
     if source is None:
-        return EngineFacts(str(python), f"musubi-tuner {VERSION}", None, missing)
+        return EngineInstall(str(python), f"musubi-tuner {VERSION}", None, missing)
     version = _checkout_version(source) or "of an unknown version"
-    return EngineFacts(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
+    return EngineInstall(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
 
 
 def _checkout_version(source: Path) -> str | None:
-    """The version that a checkout of musubi-tuner says it has, as a tag is named."""
+    """Return the version that a checkout declares, written like its tags."""
     try:
         project = tomllib.loads((source / "pyproject.toml").read_text("utf-8"))["project"]
         return f"v{project['version']}"

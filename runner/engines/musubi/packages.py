@@ -1,11 +1,11 @@
-"""Which packages make musubi-tuner's environment, and the commands that install them; pure, but
-for the place, which the environment may name.
+"""The packages of musubi-tuner's environment, and the commands that install them.
 
-The image installs it with this module and few others (docker/Dockerfile), so that a change of the
-rest does not install it again.
+Pure, except that environment variables may choose the location. The image installs musubi-tuner
+with this module and few others (docker/Dockerfile), so that changes elsewhere do not repeat the
+install.
 
-The packages beside torch were tested together with musubi-tuner v0.3.4 on the CPU; the torch
-builds for CUDA are those it asks for and could not be installed where this was written.
+The packages other than torch were tested with musubi-tuner v0.3.4 on the CPU; the torch builds for
+CUDA are those it requires and could not be installed where this was written.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from runner.core.errors import UserError
 from runner.core.paths import shortest
 
 VERSION = "v0.3.4"
-# A checkout's script makes the runner's own environment too, where that is not there yet.
+# A checkout's script also creates the runner's own environment if it is missing.
 _SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "install-musubi"
 _MODULE = "python -m runner.engines.musubi_install install"
 COMMAND = shortest(_SCRIPT) if _SCRIPT.is_file() else _MODULE
 REPOSITORY = "https://github.com/kohya-ss/musubi-tuner.git"
-# What musubi-tuner v0.3.4 says it needs.
+# The Python versions that musubi-tuner v0.3.4 declares.
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
 # What its three scripts import when they start.
 MODULES = (
@@ -33,14 +33,14 @@ MODULES = (
     *("huggingface_hub", "numpy", "PIL", "safetensors", "sentencepiece", "toml", "torchvision"),
     *("tqdm", "transformers", "voluptuous"),
 )
-# Beside it: metrics, and the optimizers that it names but does not require or pin.
+# Added to it: metrics, and the optimizers that it offers but does not require or pin.
 BESIDE = (
     "tensorboard==2.21.0",
     "prodigyopt==1.1.2",
     "schedulefree==1.4.1",
     "bitsandbytes==0.50.2",
 )
-# The newest pair on each index that the build's drivers run; cu124 ends there, before Muon (2.9).
+# The newest torch and torchvision for each CUDA build; cu124 ends at 2.6, without Muon (2.9).
 TORCH = {
     "cu130": ("torch==2.9.1", "torchvision==0.24.1"),
     "cu128": ("torch==2.9.1", "torchvision==0.24.1"),
@@ -48,29 +48,29 @@ TORCH = {
     "cpu": ("torch==2.9.1", "torchvision==0.24.1"),
 }
 INDEX = "https://download.pytorch.org/whl"
-# The least CUDA version that the driver must show; all of CUDA 12 runs on its first driver.
-_LEAST_CUDA = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu124", (12, 0)))
+# The minimum CUDA version of the driver; every CUDA 12.x build runs on the first CUDA 12 driver.
+_MIN_CUDA = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu124", (12, 0)))
 
 
 def engine_home() -> Path:
-    """Where this version of musubi-tuner is installed for the runner."""
+    """Return the folder of the runner's own install of this version."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "hunyuan-lora-runner" / f"musubi-tuner-{VERSION}"
 
 
 def python_of(home: Path) -> Path:
-    """The Python of an install in ``home``, whether it is there or not."""
+    """Return the path of the Python of an install in ``home``, which need not exist."""
     return home / "venv" / "bin" / "python"
 
 
 def our_python() -> Path:
-    """The Python of the runner's own install, whether it is there or not."""
+    """Return the path of the Python of the runner's own install, which need not exist."""
     return python_of(engine_home())
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What to install: the build of torch, where musubi-tuner comes from, which Python."""
+class InstallRequest:
+    """A requested install: the build of torch, the source of musubi-tuner, and the Python."""
 
     build: str
     torch: tuple[str, ...]
@@ -80,7 +80,7 @@ class Wish:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What decides whether an earlier install is the same."""
+        """The values that an earlier install must have to be the same."""
         return {
             "version": VERSION,
             "source": self.source or f"{REPOSITORY}@{VERSION}",
@@ -93,57 +93,61 @@ class Wish:
 
 @dataclass(frozen=True)
 class Step:
-    """One command with the line that is shown for it."""
+    """One command, and the line to show for it."""
 
     title: str
     argv: tuple[str, ...]
 
 
 def torch_build(report: str | None) -> str:
-    """The build of torch for the driver whose ``nvidia-smi`` says ``report``; pure.
+    """Choose the build of torch for the driver whose ``nvidia-smi`` printed ``report``; pure.
 
-    Raises :class:`UserError` when there is no driver, or one too old for any build.
+    Raises:
+        UserError: there is no driver, or it is too old for every build.
     """
     if report is None:
         raise UserError(
             "no NVIDIA driver was found (nvidia-smi): install the driver first, or name the build "
             "of torch yourself with --torch cu128 (cu124, cu128, cu130 or cpu)."
         )
-    found = re.search(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)", report)
+    cuda = re.search(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)", report)
     driver = re.search(r"Driver Version:\s*([\d.]+)", report)
     name = f"driver {driver[1]}" if driver else "the driver"
-    if found is None:
+    if cuda is None:
         raise UserError(
             f"nvidia-smi does not say which CUDA version {name} has: name the build of torch with "
             "--torch cu124, cu128 or cu130."
         )
-    version = (int(found[1]), int(found[2]))
-    for build, least in _LEAST_CUDA:
-        if version >= least:
+    version = (int(cuda[1]), int(cuda[2]))
+    for build, minimum in _MIN_CUDA:
+        if version >= minimum:
             return build
     raise UserError(
-        f"{name} has CUDA {found[1]}.{found[2]}, and torch needs 12.0 at least: renew the driver "
+        f"{name} has CUDA {cuda[1]}.{cuda[2]}, and torch needs 12.0 at least: update the driver "
         "(525 or later, 580 for the newest torch)."
     )
 
 
-def steps(wish: Wish, home: Path) -> list[Step]:
-    """The commands that make the environment in ``home``, in order; pure."""
+def steps(request: InstallRequest, home: Path) -> list[Step]:
+    """Return the commands that create the environment in ``home``, in order; pure."""
     venv = home / "venv"
     python = str(venv / "bin" / "python")
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off")
-    index = ("--index-url", f"{INDEX}/{wish.build}") if wish.torch == TORCH[wish.build] else ()
-    package = wish.source or f"musubi-tuner @ git+{REPOSITORY}@{VERSION}"
+    index = (
+        ("--index-url", f"{INDEX}/{request.build}") if request.torch == TORCH[request.build] else ()
+    )
+    package = request.source or f"musubi-tuner @ git+{REPOSITORY}@{VERSION}"
     pins = ("--constraint", str(home / "constraints.txt"))
     return [
         Step(
-            f"an environment with {wish.python}", (wish.python, "-m", "venv", "--clear", str(venv))
+            f"an environment with {request.python}",
+            (request.python, "-m", "venv", "--clear", str(venv)),
         ),
-        Step(f"{', '.join(wish.torch)} ({wish.build})", (*pip, *index, *wish.torch)),
+        Step(f"{', '.join(request.torch)} ({request.build})", (*pip, *index, *request.torch)),
         Step(f"musubi-tuner {VERSION} and what it needs", (*pip, package, *BESIDE, *pins)),
     ]
 
 
-def constraints(wish: Wish) -> str:
-    """Pins that keep pip from exchanging torch for another build later; pure."""
-    return "".join(f"{pin}\n" for pin in wish.torch if "==" in pin)
+def constraints(request: InstallRequest) -> str:
+    """Return pins that keep pip from replacing torch by another build; pure."""
+    return "".join(f"{pin}\n" for pin in request.torch if "==" in pin)

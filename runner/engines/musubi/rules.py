@@ -1,8 +1,8 @@
 """Rules of musubi-tuner v0.3.4 on options, checked before anything is read or written; pure.
 
-Each is a condition under which it would end with an error, often hours into a run, or take an
-option for something else without a word. docs/development/musubi-rules.md lists where each comes
-from. What it shares with other engines is in :mod:`runner.engines.rules`.
+Each rule is a condition under which musubi-tuner would fail, often hours into a run, or silently
+misinterpret an option. docs/development/musubi-rules.md gives the source of each. Rules that all
+engines share are in :mod:`runner.engines.rules`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runner.engines.musubi.rules_arguments import extra_arguments, gives
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Every rule that ``config`` breaks, one line each."""
+    """Yield one line for each rule that ``config`` breaks."""
     yield from _model(config)
     yield from rules.problems(config, more_network_args=("verbose",))
     for rule in (
@@ -45,10 +45,13 @@ def _model(config: RunConfig) -> Iterator[str]:
 def plan_problems(
     config: RunConfig, memory: MemoryConfig, *, steps: int, clips: bool
 ) -> Iterator[str]:
-    """Rules that need to know the card or the data.
+    """Yield one line for each broken rule that depends on the GPU or the data.
 
-    ``memory`` is the resolved tier, ``steps`` the number of optimizer steps, and ``clips`` says
-    whether there are any.
+    Args:
+        config: the run's config.
+        memory: the memory options, completed from the tier.
+        steps: number of optimizer steps.
+        clips: whether the dataset has clips.
     """
     yield from _block_swap(config, memory)
     yield from rules.plan_problems(config, steps=steps)
@@ -57,7 +60,7 @@ def plan_problems(
         size = rules.own(source, dataset, "batch_size")
         if not clips or size < 2:
             continue
-        # Clips are cached in buckets whatever these say, and then batched by them.
+        # Clips are always cached in buckets, but batched by enable_bucket and bucket_no_upscale.
         if not rules.own(source, dataset, "enable_bucket"):
             flag, right = "enable_bucket", "true"
         elif rules.own(source, dataset, "bucket_no_upscale"):
@@ -71,7 +74,7 @@ def plan_problems(
 
 
 def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
-    """What goes through but is hardly what was meant, once the data are known."""
+    """Yield warnings about accepted but probably unintended settings."""
     yield from rules.plan_notices(config, steps=steps, clips=clips)
     if config.training.resume_from:
         yield (
@@ -86,7 +89,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
     if precision.fp8_base and mixed == "no":
         yield "precision.fp8_base=true needs precision.mixed_precision=bf16 or fp16."
     elif mixed == "no" and dtype != "float32":
-        # Without autocast its float32 inputs meet the network's own type.
+        # Without autocast, float32 inputs would be mixed with the network's dtype.
         yield "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
     if config.training.attention == "flash" and mixed == "no":
         yield (
@@ -106,13 +109,13 @@ def _seed(config: RunConfig) -> Iterator[str]:
 
 
 def _block_swap(config: RunConfig, memory: MemoryConfig) -> Iterator[str]:
-    """``memory`` has what the tier fills in: before, an option may still be anything."""
+    """Check one-way block swap; ``memory`` has the options completed from the tier."""
     one_way = bool(memory.blocks_to_swap and memory.h2d_only)
     if one_way and memory.checkpointing not in ("full", "offload"):
         yield (
-            f"memory.checkpointing={memory.checkpointing} can't be with memory.h2d_only=true, as "
-            f"blocks are swapped in memory={memory.name}: take memory.checkpointing=full, or "
-            "memory.h2d_only=false."
+            f"memory.h2d_only=true with block swap (memory={memory.name}) needs "
+            f"memory.checkpointing=full or offload, not {memory.checkpointing}: take one of them, "
+            "or memory.h2d_only=false."
         )
     if not one_way and gives(config, "block_swap_ring_size"):
         yield (
@@ -122,20 +125,20 @@ def _block_swap(config: RunConfig, memory: MemoryConfig) -> Iterator[str]:
 
 
 def _network(config: RunConfig) -> Iterator[str]:
-    """What it would cut at a second equals sign."""
+    """Find network options with an equals sign, at which musubi-tuner would split them."""
     network = config.network
     for key in ("include", "exclude"):
         for pattern in getattr(network, key):
             if "=" in pattern:
                 yield (
-                    f"network.{key}: {pattern!r} holds an equals sign, where musubi-tuner would "
-                    "cut it: names have none, so word it without (?= and (?<=."
+                    f"network.{key}: {pattern!r} contains '=', at which musubi-tuner splits the "
+                    "argument: rewrite the pattern without lookaheads (?= and lookbehinds (?<=."
                 )
     for key, value in network.args.items():
         if "=" in str(value):
             yield (
-                f"network.args.{key}={value!r} holds an equals sign, where musubi-tuner would cut "
-                "it: it can't be passed on."
+                f"network.args.{key}={value!r} contains '=', at which musubi-tuner splits the "
+                "argument: it can't be passed on."
             )
 
 
@@ -148,7 +151,7 @@ def _timesteps(config: RunConfig) -> Iterator[str]:
             "only with training.timestep_sampling=sigma."
         )
     if sigma and (training.min_timestep is not None or training.max_timestep is not None):
-        # It indexes a falling schedule with them, so that 0 is the noisiest.
+        # They index a falling schedule, so 0 is the noisiest.
         yield (
             "training.min_timestep and max_timestep count from the noisy end with "
             "training.timestep_sampling=sigma: take uniform, sigmoid or shift."
@@ -160,7 +163,7 @@ def _previews(config: RunConfig) -> Iterator[str]:
     if sampling.name != "prompts":
         return
     if config.precision.mixed_precision == "no":
-        # Its previews make the text embeddings bf16 and leave the rest to autocast.
+        # For previews musubi-tuner converts the text embeddings to bf16 and relies on autocast.
         yield (
             f"sampling=prompts fails in musubi-tuner with precision={config.precision.name}, "
             "which has no mixed precision: take precision=bf16, or sampling=none."

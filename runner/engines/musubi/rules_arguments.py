@@ -1,4 +1,4 @@
-"""``engine.extra_args``: what the trainer accepts, less what the runner gives it itself; pure."""
+"""Check ``engine.extra_args``: options that musubi-tuner has and the runner does not set; pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.formats.dtypes import LONG, SHORT
 from runner.formats.train_options import FOLDERS, TABLE
 from runner.formats.trainer_options import TRAIN, parse
 
-# Options of the trainer that the runner sets, and which of its own options to use instead.
+# Options of the trainer that the runner sets, with the runner's option to use instead.
 OWNED = {
     **{
         name: option.instead
@@ -34,7 +34,7 @@ REFUSED = {
     "show_timesteps": "it ends the trainer before training",
 }
 
-# Counts that are divided by, or mean nothing below one.
+# Counts that musubi-tuner divides by, or that make no sense below one.
 _AT_LEAST_ONE = (
     *("block_swap_ring_size", "sample_every_n_steps", "compile_cache_size_limit"),
     *("save_last_n_epochs_state", "save_last_n_steps_state", "num_timestep_buckets"),
@@ -42,7 +42,7 @@ _AT_LEAST_ONE = (
 
 
 def extra_arguments(config: RunConfig) -> Iterator[str]:
-    """Every problem with ``engine.extra_args``, one line each."""
+    """Yield one line for each problem with ``engine.extra_args``."""
     values, problems = parse(TRAIN, list(config.engine.extra_args))
     for problem in problems:
         yield f"engine.extra_args: {problem}"
@@ -57,7 +57,7 @@ def extra_arguments(config: RunConfig) -> Iterator[str]:
 
 
 def gives(config: RunConfig, name: str) -> bool:
-    """Whether ``engine.extra_args`` have the option, which is named without dashes."""
+    """Return whether ``engine.extra_args`` contains the option, named without dashes."""
     return name in parse(TRAIN, list(config.engine.extra_args))[0]
 
 

@@ -1,6 +1,6 @@
-"""What musubi-tuner v0.3.4 alone asks of optimizers; pure.
+"""Rules on optimizers that only musubi-tuner v0.3.4 has; pure.
 
-The rules that it shares with other engines are in :mod:`runner.engines.rules_optimizer`.
+Rules that all engines share are in :mod:`runner.engines.rules_optimizer`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from runner.engines.optimizer_classes import SHORT_NAMES, is_adafactor
 
 
 def optimizer(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the optimizer's class, or with it and its arguments."""
+    """Yield one line for each problem with the optimizer's class or its arguments."""
     name, args = config.optimizer.type, config.optimizer.args
     lowered = name.lower()
     if "." not in name and lowered.endswith("8bit") and lowered not in SHORT_NAMES:
@@ -27,6 +27,6 @@ def optimizer(config: RunConfig) -> Iterator[str]:
     for key, value in args.items():
         if "=" in repr(value):
             yield (
-                f"optimizer.args.{key}={value!r} holds an equals sign, where musubi-tuner would "
-                "cut it: it can't be passed on."
+                f"optimizer.args.{key}={value!r} contains '=', at which musubi-tuner splits the "
+                "argument: it can't be passed on."
             )

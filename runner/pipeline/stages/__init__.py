@@ -1,4 +1,4 @@
-"""The stages of a run in their order, one file each; the only place with side effects."""
+"""The stages of a run in their order, one module each; they do all the work that has effects."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STAGES: tuple[Stage, ...] = (WEIGHTS, DATASET, LATENTS, TEXT, TRAIN, CONVERT, EV
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Every wrong name of a stage, and every stage that can't be skipped; pure."""
+    """Yield one line for each unknown stage name and each stage that can't be skipped; pure."""
     names = [stage.name for stage in STAGES]
-    for key, given in (("skip", config.stages.skip), ("force", config.stages.force)):
-        for name in given:
+    for key, names_given in (("skip", config.stages.skip), ("force", config.stages.force)):
+        for name in names_given:
             if name not in names:
                 yield f"stages.{key}: there is no stage {name}.{did_you_mean(name, names)}"
     for stage in STAGES:
@@ -32,15 +32,15 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def skipped(config: RunConfig) -> frozenset[str]:
-    """The stages to leave out: those named, and those that need what these would have made."""
+    """Return the stages to skip: those named, and those that need the output of a skipped stage."""
     names = set(config.stages.skip)
     for stage in STAGES:
-        lost = {made for other in STAGES if other.name in names for made in other.makes}
-        if lost.intersection(stage.needs):
+        missing = {output for other in STAGES if other.name in names for output in other.makes}
+        if missing.intersection(stage.needs):
             names.add(stage.name)
     return frozenset(names)
 
 
 def trains(config: RunConfig) -> bool:
-    """Whether the trainer will run."""
+    """Return whether the trainer will run."""
     return TRAIN.name not in skipped(config)

@@ -1,4 +1,4 @@
-"""What a stage is: how it is planned, and how it runs."""
+"""Interface of a stage: how it is planned, and how it runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from runner.config.schema import RunConfig
 from runner.core import process
 from runner.engines.base import Engine, Job
 from runner.pipeline.context import Context
-from runner.pipeline.model import Planning, StagePlan, Surroundings
+from runner.pipeline.model import Planning, RunEnvironment, StagePlan
 
-# What stages need of each other: files of the run's folder, and the cached items on either side of
-# the validation split.
+# Outputs that stages need from each other: files in the run's folder, and the cache files of the
+# items on each side of the validation split.
 LORA = "lora.safetensors"
 MEDIA = "media in the run's folder"
 TRAINING_ITEMS = "cached training items"
@@ -23,46 +23,51 @@ HELD_OUT_ITEMS = "cached held-out items"
 
 
 class Stage(Protocol):
-    """One step of a run, with files before it and after it.
+    """One step of a run.
 
-    ``needs`` is what it reads of other stages' work, and ``makes`` what it alone can bring: a stage
-    that needs what a skipped one makes is skipped too. What lies in the shared cache is not among
-    it, since it may be there whoever made it; ``runs_when_skipped`` is for stages that still take
-    such finished work into the run's folder. Before a stage that ``looks`` all that the plan counts
-    on is looked at; the encoding stages do so themselves, and later ones have all they need.
+    Attributes:
+        name: its name in options, logs and MLflow.
+        needs: outputs of other stages that it reads.
+        makes: outputs that only it can make; a stage that needs one is skipped with it. Cache
+            entries are not among them, since any run may have made them.
+        runs_when_skipped: if skipped, it still links existing entries into the run's folder.
+        refreshes_plan: the plan's entries are verified before it. The encoding stages verify them
+            on their own; later stages need no more.
     """
 
     name: str
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     runs_when_skipped: bool = False
-    looks: bool = False
+    refreshes_plan: bool = False
 
     def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
-        """Every rule on its being skipped or forced that ``config`` breaks; pure.
+        """Yield one line for each rule on skipping or forcing it that ``config`` breaks; pure.
 
-        ``readers`` are the stages that need what it makes and are not named as skipped.
+        ``readers`` are the stages that need its outputs and are not named as skipped.
         """
         return iter(())
 
-    def refusal(self, config: RunConfig, here: Surroundings) -> str | None:
-        """Why a run can't begin on this machine, though it can be planned; pure."""
+    def refusal(self, config: RunConfig, environment: RunEnvironment) -> str | None:
+        """Return the reason why a run can be planned but not started on this computer; pure."""
         return None
 
     def missing_from(self, engine: Engine, job: Job) -> str | None:
-        """What a person should know of an engine that has no such stage; None if it has; pure."""
+        """Return a notice if the engine does not support this stage; None if it does; pure."""
         return None
 
     def plan(self, planning: Planning) -> StagePlan:
-        """What it would do; pure.
+        """Plan the stage; pure.
 
-        Raises :class:`runner.core.errors.UserError` for what can't be.
+        Raises:
+            UserError: it cannot be planned.
         """
 
     def run(self, context: Context) -> None:
-        """Do what is to be done.
+        """Run the stage.
 
-        Raises :class:`runner.core.errors.StageError` when it fails; what it finished is kept.
+        Raises:
+            StageError: it failed; finished work is kept.
         """
 
 
@@ -74,17 +79,17 @@ def run_commands(
     variables: Mapping[str, str] = MappingProxyType({}),
     explain: Callable[[Path], str] | None = None,
 ) -> None:
-    """Run a stage's commands in the run's folder, their output in the stage's log.
+    """Run a stage's commands in the run's folder, with their output in the stage's log.
 
     Args:
-        context: what the run works with.
+        context: the run in progress.
         stage: the plan of the stage.
-        on_tick: called a few times a second.
-        variables: environment variables that are set besides.
-        explain: makes a line of the log of one that failed; the engine does, unless given.
+        on_tick: called a few times per second.
+        variables: additional environment variables.
+        explain: turns the log of a failed command into one line; by default the engine's method.
 
     Raises:
-        StageError: one failed.
+        StageError: a command failed.
     """
     for command in stage.commands:
         context.launched.setdefault(stage.name, []).append(command)

@@ -1,4 +1,4 @@
-"""The convert stage: the LoRA as ComfyUI loads it."""
+"""The convert stage: write the LoRA in ComfyUI's form."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ COMFYUI_LORA = "lora_comfyui.safetensors"
 
 
 class Convert(Stage):
+    """The stage that writes ``lora_comfyui.safetensors``."""
+
     name = "convert"
     needs = (LORA,)
     makes = (COMFYUI_LORA,)
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the conversion; pure."""
         inputs = planning.inputs
         path = inputs.python_path
         command = Command(

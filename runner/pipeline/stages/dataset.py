@@ -1,4 +1,4 @@
-"""The dataset stage: report on the media, unpack archives, name each item in the run's folder."""
+"""The dataset stage: report on the media, unpack archives, fill the run's ``dataset`` folder."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from runner.data.select import SelectedItem
 from runner.data.sources import check_archive, check_unchanged, unpack
 from runner.formats import jsonl
 from runner.pipeline.context import Context
-from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
+from runner.pipeline.model import CacheEntry, Inputs, Planning, StagePlan
 from runner.pipeline.stages.base import MEDIA, Stage
 from runner.pipeline.stages.encoding import add_link
-from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
+from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
 from runner.pipeline.tables import folder, groups
 from runner.storage.bulk_writer import BulkWriter
-from runner.storage.store import link
+from runner.storage.shared_cache import link
 
 REPORT = "dataset_report.html"
 
 
 class Dataset(Stage):
+    """The stage that puts media and JSONL files into the run's folder."""
+
     name = "dataset"
     makes = (MEDIA,)
-    looks = True
+    refreshes_plan = True
 
     def problems(self, config: RunConfig, readers: Collection[str]) -> Iterator[str]:
+        """Yield one line if the stage is skipped but later stages need it; pure."""
         if self.name in config.stages.skip and readers:
             yield (
                 "stages.skip=[dataset] would leave the later stages without media: leave it "
@@ -41,21 +44,22 @@ class Dataset(Stage):
             )
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the files of ``dataset``, and the media to unpack; pure."""
         inputs = planning.inputs
         force = self.name in inputs.config.stages.force
         files: list[tuple[str, str]] = []
         for held_out in (False, True):
-            for index, _source, kind, group in groups(inputs, held_out=held_out):
+            for index, _source, media_kind, group in groups(inputs, held_out=held_out):
                 rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group]
-                name = f"dataset/{folder(index, kind, held_out)}.jsonl"
-                files.append((name, jsonl.render(kind, rows)))
+                name = f"dataset/{folder(index, media_kind, held_out)}.jsonl"
+                files.append((name, jsonl.render(media_kind, rows)))
         items = inputs.selection.items
-        wanted: dict[str, Entry] = {}
-        for item in filter(_in_store, items):
-            name, place = item.media.entry, f"dataset/media/{item.media_name}"
-            add_link(wanted, Entry(name, "media", name, item.media.made_of, (place,)))
-        missing = [e for e in wanted.values() if force or e.stored not in inputs.cached]
-        pictures = sum(item.kind == "image" for item in items)
+        wanted: dict[str, CacheEntry] = {}
+        for item in filter(_in_cache, items):
+            key, link_path = item.media.cache_key, f"dataset/media/{item.media_name}"
+            add_link(wanted, CacheEntry(key, "media", key, item.media.cache_inputs, (link_path,)))
+        missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
+        pictures = sum(item.media_kind == "image" for item in items)
         summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
         unpacked = sum(source.unpacked for source in inputs.sources)
         if unpacked:
@@ -65,7 +69,7 @@ class Dataset(Stage):
         return StagePlan(
             self.name,
             summary,
-            # What lies in a folder is linked into each run's own.
+            # Media of a folder source are linked into each run's folder.
             "done" if wanted and not missing and not unpacked else "to run",
             files=tuple(files),
             entries=tuple(wanted.values()),
@@ -75,17 +79,20 @@ class Dataset(Stage):
         )
 
     def run(self, context: Context) -> None:
-        """Fill the media shelf of the store, then ``dataset/`` with links and JSONL files.
+        """Unpack missing media, then fill ``dataset/`` with links and JSONL files.
 
-        Nothing else is in ``dataset/`` afterwards.
+        Other files in ``dataset/`` are removed.
+
+        Raises:
+            StageError: an entry of the cache cannot be read back as written.
         """
         write_report(context)
         items = context.inputs.selection.items
-        # Most of an archive was unpacked when it was looked at.
-        work = Work("item", "unpacks")
+        # Most of an archive was unpacked while it was scanned.
+        work = WorkWords("item", "unpacks")
         fill(context, self.name, work, lambda todo: _unpack(context, todo))
         stage = context.plan.stage(self.name)
-        check_unchanged(item.media for item in items if not _in_store(item))
+        check_unchanged(item.media for item in items if not _in_cache(item))
         link_entries(context, stage)
         media = context.run_dir / "dataset" / "media"
         for item in items:
@@ -107,20 +114,20 @@ class Dataset(Stage):
 
 
 def report_on(inputs: Inputs, console: Console, *, keep: bool = False) -> Report:
-    """The report on a run's dataset; ``keep``: whether what is seen of media goes to the cache."""
+    """Make the report on a run's dataset; ``keep``: save the image statistics in the cache."""
     return read_report(
         inputs.sources,
         inputs.selection,
         console,
         task=inputs.config.task.name,
-        looks=inputs.root / "cache" / "looks",
+        statistics_folder=inputs.root / "cache" / "looks",
         tokenizer=inputs.weights.tokenizer,
         keep=keep,
     )
 
 
 def write_report(context: Context) -> None:
-    """The report in the run's folder and in MLflow, its worst findings as notices."""
+    """Write the report into the run's folder and MLflow, and show its worst findings."""
     report = report_on(context.inputs, context.console, keep=True)
     file = context.run_dir / REPORT
     write_text(file, html(report, context.plan.name))
@@ -129,29 +136,30 @@ def write_report(context: Context) -> None:
         context.console.notice(notice)
 
 
-def _in_store(item: SelectedItem) -> bool:
-    """Whether the run takes a copy from the store, not a person's own file where it lies."""
+def _in_cache(item: SelectedItem) -> bool:
+    """Return whether the run uses a copy in the shared cache, not the user's own file."""
     return item.media.file is None or item.as_rgb
 
 
 def _unpack(context: Context, todo: frozenset[str]) -> None:
-    items = {
-        item.media.entry: item.media
+    media_by_key = {
+        item.media.cache_key: item.media
         for item in context.inputs.selection.items
-        if f"media/{item.media.entry}" in todo
+        if f"media/{item.media.cache_key}" in todo
     }
     limit = int(context.inputs.config.dataset.max_archive_gb * 1e9)
-    for archive in {item.archive for item in items.values() if item.archive}:
+    for archive in {media.archive for media in media_by_key.values() if media.archive}:
         check_archive(archive, limit)
 
     def waiting() -> None:
         context.console.line("      waiting for another run, which is unpacking media")
 
+    group = "\0".join(sorted(todo))
     with (
-        BulkWriter(context.store, "media", "\0".join(sorted(todo)), waiting, anew=items) as writer,
-        context.console.bar("unpacked", len(items)) as bar,
+        BulkWriter(context.cache, "media", group, waiting, anew=media_by_key) as writer,
+        context.console.bar("unpacked", len(media_by_key)) as bar,
     ):
-        unpack(list(items.values()), writer, bar.update)
+        unpack(list(media_by_key.values()), writer, bar.update)
 
 
 DATASET = Dataset()

@@ -1,7 +1,7 @@
-"""What the stages that encode share: plan what is missing, have the engine make it, link all.
+"""Base of the encoding stages: plan missing entries, run the engine, link the results.
 
-The engine writes into a staging folder of the run's own, never into the store: musubi-tuner
-rewrites and deletes files where it works, through links too.
+The engine writes into a staging folder of the run, never into the shared cache: musubi-tuner
+rewrites and deletes files in its output folder, even through links.
 """
 
 from __future__ import annotations
@@ -20,61 +20,74 @@ from runner.core.errors import StageError, UserError
 from runner.core.text import counted, named
 from runner.data.sources import check_unchanged
 from runner.engines.base import Engine, Job
-from runner.formats.dataset_toml import DatasetEntry
+from runner.formats.dataset_toml import DatasetTable
 from runner.formats.dataset_toml import render as render_dataset
 from runner.pipeline.context import Context
-from runner.pipeline.model import Entry, Inputs, Planning, StagePlan
+from runner.pipeline.model import CacheEntry, Inputs, Planning, StagePlan
 from runner.pipeline.stages.base import HELD_OUT_ITEMS, MEDIA, TRAINING_ITEMS, Stage, run_commands
-from runner.pipeline.stages.filling import Work, fill, link_entries, tidy
+from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
 
-# How often finished entries are moved into the store while the engine goes on, and how long a file
-# must not have changed to be one.
+# How often finished files are committed while the engine runs, and how long a file must have been
+# unchanged to count as finished.
 _KEEP_SECONDS = 20.0
-_SETTLED_SECONDS = 2.0
+_UNCHANGED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Encodings:
-    """What a run wants encoded: entries by their name in the store, and how to make the missing.
+    """The encoded entries that a run needs, and the engine's input for the missing ones.
 
-    ``files`` and ``tables`` are what the engine is told of the ``missing`` ones.
+    Attributes:
+        wanted: all entries, by key.
+        missing: number of entries that the cache does not have.
+        files: path and text of each file that describes the missing ones.
+        tables: their tables of dataset.toml.
     """
 
-    wanted: Mapping[str, Entry]
+    wanted: Mapping[str, CacheEntry]
     missing: int
     files: Sequence[tuple[str, str]]
-    tables: Sequence[DatasetEntry]
+    tables: Sequence[DatasetTable]
 
 
 class Encoding(Stage, Protocol):
-    """A stage whose results are cache files, each named by what goes into it."""
+    """A stage whose results are entries of the shared cache, keyed by their cache inputs.
+
+    Attributes:
+        work: words for its progress.
+        what: its results, as named in messages.
+    """
 
     needs: tuple[str, ...] = (MEDIA,)
     runs_when_skipped: bool = True
-    work: Work
-    # What is made, as a person is told of it.
+    work: WorkWords
     what: str
 
     def encodings(self, inputs: Inputs) -> Encodings:
-        """What the run wants and what of it is missing; pure."""
+        """List the entries that the run needs, and those that are missing; pure."""
 
     def command(self, engine: Engine, job: Job, dataset_toml: str) -> Command:
-        """The engine's command for it."""
+        """Return the engine's command for this stage; pure."""
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the encoding of missing entries; pure.
+
+        Raises:
+            UserError: the stage is skipped but entries needed for training are missing.
+        """
         planned = self._planned(planning.inputs, planning.engine)
         self._refuse_gaps(planning, planned.entries)
         return planned
 
     def _planned(self, inputs: Inputs, engine: Engine) -> StagePlan:
-        found = self.encodings(inputs)
-        missing, files = found.missing, list(found.files)
+        encodings = self.encodings(inputs)
+        missing, files = encodings.missing, list(encodings.files)
         toml = f"staging/{self.name}.toml"
         if missing:
-            files.append((toml, render_dataset(found.tables)))
-        kept = len(found.wanted) - missing
+            files.append((toml, render_dataset(encodings.tables)))
+        kept = len(encodings.wanted) - missing
         noun = self.work.noun
-        summary = counted(len(found.wanted), noun)
+        summary = counted(len(encodings.wanted), noun)
         if missing:
             summary = f"{counted(missing, noun)} to encode" + (f", {kept} cached" if kept else "")
         return StagePlan(
@@ -83,34 +96,33 @@ class Encoding(Stage, Protocol):
             "to run" if missing else "done",
             commands=(self.command(engine, inputs.job, toml),) if missing else (),
             files=tuple(files),
-            entries=tuple(found.wanted.values()),
+            entries=tuple(encodings.wanted.values()),
             missing=missing,
             outputs=("cache",),
             without_commands="keeps what was encoded in the shared cache, and fills cache/ from it",
         )
 
     def part(self, context: Context, todo: Collection[str]) -> StagePlan:
-        """The stage as it encodes just these (``shelf/name``) of its entries.
+        """Plan the stage for some of its entries, given as ``namespace/key``.
 
-        The others are there, or another process makes them.
+        The others exist, or another process makes them.
         """
         inputs, planned = context.inputs, context.plan.stage(self.name)
-        rest = frozenset(entry.stored for entry in planned.entries).difference(todo)
+        rest = frozenset(entry.full_key for entry in planned.entries).difference(todo)
         config = replace(inputs.config, stages=replace(inputs.config.stages, force=[]))
         return self._planned(replace(inputs, config=config, cached=rest), context.engine)
 
-    def _refuse_gaps(self, planning: Planning, wanted: Sequence[Entry]) -> None:
-        """Raise :class:`UserError` when a skipped stage lacks what the training wants.
+    def _refuse_gaps(self, planning: Planning, wanted: Sequence[CacheEntry]) -> None:
+        """Raise :class:`UserError` if the stage is skipped but training needs missing entries.
 
-        The trainer passes over items without a cache file and says nothing.
+        The trainer silently ignores items without a cache file.
         """
         inputs = planning.inputs
-        # Without the weights nobody can tell what the entries are called; they are looked at
-        # again once the weights are there.
-        told = self.name in inputs.config.stages.skip and inputs.weights.present
-        if not told or TRAINING_ITEMS not in planning.needed:
+        # Without the weights the keys are not known; this is checked again once they are present.
+        must_be_complete = self.name in inputs.config.stages.skip and inputs.weights.present
+        if not must_be_complete or TRAINING_ITEMS not in planning.needed:
             return
-        absent = [entry for entry in wanted if entry.stored not in inputs.cached]
+        absent = [entry for entry in wanted if entry.full_key not in inputs.cached]
         ids = {PurePosixPath(p).name.partition("_")[0] for entry in absent for p in entry.links}
         evaluated = HELD_OUT_ITEMS in planning.needed
         items = [item for item in inputs.selection.items if evaluated or not item.held_out]
@@ -124,11 +136,12 @@ class Encoding(Stage, Protocol):
             )
 
     def run(self, context: Context) -> None:
-        """Afterwards the run's ``cache`` holds its items and nothing else.
+        """Encode missing entries, and link all into the run's ``cache``; remove other files there.
 
-        Raises :class:`StageError` when the engine fails or leaves an entry out.
+        Raises:
+            StageError: the engine failed, or did not make an entry.
         """
-        # Other runs may make some or all of what was planned here, and damage makes more to do.
+        # The commands may differ from the plan: other runs may make entries, damage adds some.
         context.launched[self.name] = []
         fill(context, self.name, self.work, lambda todo: _encode(context, self, todo))
         link_entries(context, context.plan.stage(self.name))
@@ -136,8 +149,12 @@ class Encoding(Stage, Protocol):
         tidy(context.run_dir / "cache", kept)
 
 
-def add_link(wanted: dict[str, Entry], entry: Entry) -> bool:
-    """Want an entry, or one that is wanted already at more places; whether it is new."""
+def add_link(wanted: dict[str, CacheEntry], entry: CacheEntry) -> bool:
+    """Add an entry to ``wanted``, or its links to the entry with the same key.
+
+    Returns:
+        Whether the entry was new.
+    """
     known = wanted.get(entry.name)
     if known is None:
         wanted[entry.name] = entry
@@ -154,38 +171,38 @@ def _encode(context: Context, stage: Encoding, todo: frozenset[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file, text in planned.files:
         write_text(context.run_dir / file, text)
-    keeper = _Keeper(context, planned, todo, folders)
+    committer = _EncodingCommitter(context, planned, todo, folders)
     with context.console.bar("encoded", planned.missing) as bar:
 
         def tick() -> None:
-            keeper.keep_finished()
-            bar.update(min(planned.missing, keeper.count()))
+            committer.keep_finished()
+            bar.update(min(planned.missing, committer.count()))
 
         try:
             run_commands(context, planned, tick)
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
             with suppress(OSError):
-                keeper.keep(lambda file: _whole(file) and keeper.is_current(file))
+                committer.keep(lambda file: _is_complete(file) and committer.is_current(file))
             raise
-        keeper.keep()
-        bar.update(min(planned.missing, keeper.count()))
+        committer.keep()
+        bar.update(min(planned.missing, committer.count()))
     for entry in planned.entries:
-        if entry.stored in todo and entry.stored not in keeper.kept:
+        if entry.full_key in todo and entry.full_key not in committer.kept:
             raise StageError(f"the engine made no {entry.produced}; see {context.log(stage.name)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Keeper:
-    """Moves what the engine made into the store, in place of what is damaged or not wanted."""
+class _EncodingCommitter:
+    """Commits the files that the engine made to the shared cache, replacing damaged entries."""
 
     def __init__(
         self, context: Context, stage: StagePlan, todo: Collection[str], folders: Collection[Path]
     ) -> None:
         self.context, self.folders = context, folders
-        self.wanted = {entry.produced: entry for entry in stage.entries if entry.stored in todo}
-        # The files of a person's that are encoded where they lie, by the name of the item.
+        self.wanted = {entry.produced: entry for entry in stage.entries if entry.full_key in todo}
+        # The user's own files that are encoded in place, by item id.
         self.media = {
             item.id: item.media
             for item in context.inputs.selection.items
@@ -195,32 +212,33 @@ class _Keeper:
         self._last = time.monotonic()
 
     def count(self) -> int:
-        """How many entries were made so far."""
+        """Count the entries made so far."""
         return len(self.kept) + len(self._made())
 
     def keep_finished(self) -> None:
-        """Now and then, what is written to its end, so that a power cut costs minutes at most."""
+        """Commit finished files from time to time, so that a crash loses little work."""
         if time.monotonic() - self._last < _KEEP_SECONDS:
             return
-        before = time.time() - _SETTLED_SECONDS
-        self.keep(lambda file: file.stat().st_mtime < before and _whole(file))
+        before = time.time() - _UNCHANGED_SECONDS
+        self.keep(lambda file: file.stat().st_mtime < before and _is_complete(file))
         self._last = time.monotonic()
 
     def keep(self, which: Callable[[Path], bool] = lambda _: True) -> None:
         """Commit the files that ``which`` accepts.
 
-        Raises :class:`UserError` when a person has changed a file while it was encoded.
+        Raises:
+            UserError: the user changed a media file while it was encoded.
         """
         for file in self._made():
             entry = self.wanted.get(file.name)
             if entry is not None and which(file):
                 self._check(file)
-                store = self.context.store
-                store.commit(entry.shelf, entry.name, file, entry.made_of, replace=True)
-                self.kept.add(entry.stored)
+                cache = self.context.cache
+                cache.commit(entry.namespace, entry.name, file, entry.cache_inputs, replace=True)
+                self.kept.add(entry.full_key)
 
     def is_current(self, file: Path) -> bool:
-        """Whether what this was made of is still the same."""
+        """Return whether the media file it was made from is unchanged."""
         try:
             self._check(file)
         except UserError:
@@ -242,8 +260,8 @@ class _Keeper:
         ]
 
 
-def _whole(file: Path) -> bool:
-    """Whether a cache file was written to its end: its header says how long it must be."""
+def _is_complete(file: Path) -> bool:
+    """Return whether a cache file is complete; its header gives its length."""
     from safetensors import SafetensorError, safe_open
 
     try:

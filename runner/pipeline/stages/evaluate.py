@@ -1,4 +1,4 @@
-"""The evaluate stage: a loss that can be compared between runs on one dataset."""
+"""The evaluate stage: compute a loss that is comparable between runs on the same dataset."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ EVALUATION = "evaluation.json"
 
 
 class Evaluate(Stage):
+    """The stage that writes ``evaluation.json``."""
+
     name = "evaluate"
     needs = (LORA, HELD_OUT_ITEMS)
     makes = (EVALUATION,)
 
     def missing_from(self, engine: Engine, job: Job) -> str | None:
+        """Return a notice if the engine has no evaluation; pure."""
         if engine.evaluate(job, "dataset.toml") is not None:
             return None
         return f"engine={engine.name} has no evaluate stage yet: there will be no eval/loss."
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the evaluation, on held-out items if there are any; pure."""
         inputs = planning.inputs
         held_out = inputs.selection.has_held_out
         toml = "validation.toml" if held_out else "dataset.toml"
@@ -48,7 +52,11 @@ class Evaluate(Stage):
         )
 
     def run(self, context: Context) -> None:
-        """Write ``evaluation.json``, and its losses into MLflow as ``eval/...``."""
+        """Write ``evaluation.json``, and log its losses to MLflow as ``eval/...``.
+
+        Raises:
+            StageError: the engine failed or wrote no ``evaluation.json``.
+        """
         stage = context.plan.stage(self.name)
         log = context.log(self.name)
         with context.console.bar("evaluated", stage.missing) as bar:
@@ -68,18 +76,18 @@ class Evaluate(Stage):
             "eval/base_loss": result["base_loss"],
             "eval/gain": result["base_loss"] - result["loss"],
         }
-        # MLflow draws what has step 0 alone as bars side by side, else a curve of one point.
+        # MLflow draws metrics that have only step 0 as bars, otherwise as curves of one point.
         context.writer.log_points([Point(key, value, 0, now) for key, value in values.items()])
         which = "held-out" if context.inputs.selection.has_held_out else "training"
         context.writer.set_tags({"eval.items": f"{result['items']} {which} items"})
 
 
 def evaluated(log: Path) -> int:
-    """How many items the engine has said are through."""
+    """Return the number of items that the engine has reported as evaluated."""
     if not log.is_file():
         return 0
-    said = re.findall(rb"^evaluated (\d+)/", log.read_bytes(), re.MULTILINE)
-    return int(said[-1]) if said else 0
+    numbers = re.findall(rb"^evaluated (\d+)/", log.read_bytes(), re.MULTILINE)
+    return int(numbers[-1]) if numbers else 0
 
 
 EVALUATE = Evaluate()

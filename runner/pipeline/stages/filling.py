@@ -1,4 +1,4 @@
-"""What the stages that fill the cache share: make what is missing, and link what is wanted."""
+"""Base of the stages that fill the shared cache: make missing entries, link the needed ones."""
 
 from __future__ import annotations
 
@@ -10,85 +10,94 @@ from runner.core.errors import StageError
 from runner.core.text import counted, named
 from runner.pipeline.context import Context
 from runner.pipeline.model import StagePlan
-from runner.storage.leases import Record
-from runner.storage.store import link
+from runner.storage.leases import Lease
+from runner.storage.shared_cache import link
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a stage makes and how, in words: ``latent``, ``encodes``."""
+class WorkWords:
+    """Words for a stage's work in messages: ``latent``, ``encodes``."""
 
     noun: str
     verb: str
 
 
-def fill(context: Context, name: str, work: Work, make: Callable[[frozenset[str]], None]) -> None:
-    """Bring every entry of a stage into the store, undamaged.
+def fill(
+    context: Context, name: str, work: WorkWords, make: Callable[[frozenset[str]], None]
+) -> None:
+    """Make every missing or damaged entry of a stage.
 
-    ``name`` is the stage's and ``work`` what it does. ``make`` commits the entries it is given
-    (``shelf/name``). Of those that are missing it gets the ones that no other process makes; the
-    others are waited for, and made here if that process fails or dies. Raises :class:`StageError`
-    for an entry that can't be kept whole.
+    Entries that another process is making are waited for, and made here if that process fails.
+
+    Args:
+        context: the run in progress.
+        name: the stage.
+        work: words for messages.
+        make: makes and commits the entries it is given, as ``namespace/key``; called with the
+            missing ones that this process has leased.
+
+    Raises:
+        StageError: an entry cannot be read back as it was written.
     """
     made: set[str] = set()
-    told: set[str] = set()
-    while lacking := _lacking(context, name, made):
-        with context.use.ledger.claim(lacking, context.use.run) as (mine, others):
-            # Another process may have made some between the look and the claim.
-            todo = mine & _lacking(context, name, made) if mine else mine
+    reported: set[str] = set()
+    while missing := _missing_keys(context, name, made):
+        with context.use_lease.leases.claim(missing, context.use_lease.run) as (mine, others):
+            # Another process may have made some before the lease was taken.
+            todo = mine & _missing_keys(context, name, made) if mine else mine
             if todo:
                 make(todo)
                 made |= todo
-                context.made(todo)
+                context.mark_made(todo)
         if not mine:
-            _say(context, work, [claim for claim in others if claim.id not in told], lacking)
-            told.update(claim.id for claim in others)
-            context.use.ledger.wait(others)
+            _say(context, work, [lease for lease in others if lease.id not in reported], missing)
+            reported.update(lease.id for lease in others)
+            context.use_lease.leases.wait(others)
 
 
-def _lacking(context: Context, name: str, made: Collection[str]) -> frozenset[str]:
-    """What a stage has to make still; with ``stages.force`` that is all it has not made yet."""
-    stage = context.look().stage(name)
+def _missing_keys(context: Context, name: str, made: Collection[str]) -> frozenset[str]:
+    """Return the entries that a stage still has to make; with ``stages.force`` all but ``made``."""
+    stage = context.refresh_plan().stage(name)
     if stage.state == "skipped":
         return frozenset()
-    absent = {e.stored for e in stage.entries if e.stored not in context.inputs.cached}
+    absent = {e.full_key for e in stage.entries if e.full_key not in context.inputs.cached}
     lost = absent.intersection(made)
     if lost:
-        files = [str(context.store.place(one)) for one in sorted(lost)]
+        files = [str(context.cache.place(key)) for key in sorted(lost)]
         raise StageError(
             f"{named(files, 1)} could not be read back as it was written: check the disk"
         )
     if name in context.inputs.config.stages.force:
-        return frozenset(entry.stored for entry in stage.entries).difference(made)
+        return frozenset(entry.full_key for entry in stage.entries).difference(made)
     return frozenset(absent)
 
 
 def _say(
-    context: Context, work: Work, claims: Collection[Record], lacking: Collection[str]
+    context: Context, work: WorkWords, leases: Collection[Lease], missing: Collection[str]
 ) -> None:
-    """One line about claims that are waited for."""
-    if not claims:
+    """Print one line about the leases that this run waits for."""
+    if not leases:
         return
-    number = sum(len(claim.names.intersection(lacking)) for claim in claims)
-    who = named([claim.who for claim in claims], 3)
+    number = sum(len(lease.names.intersection(missing)) for lease in leases)
+    who = named([lease.who for lease in leases], 3)
     context.console.line(
         f"      waiting for {counted(number, work.noun)} that another run {work.verb}: {who}"
     )
 
 
 def link_entries(context: Context, stage: StagePlan) -> None:
-    """Put the stage's entries into the run's folder, in the order of their names there.
+    """Link the stage's entries into the run's folder, in the order of their names there.
 
-    Those that a skipped stage lacks are left out; there is then no training that wants them.
+    Missing entries of a skipped stage are not linked; then no training needs them.
     """
-    cached = [entry for entry in stage.entries if entry.stored in context.inputs.cached]
-    places = {place: entry.stored for entry in cached for place in entry.links}
-    for place, stored in sorted(places.items()):
-        link(context.store.place(stored).absolute(), context.run_dir / place)
+    entries = [entry for entry in stage.entries if entry.full_key in context.inputs.cached]
+    full_keys = {path: entry.full_key for entry in entries for path in entry.links}
+    for path, full_key in sorted(full_keys.items()):
+        link(context.cache.place(full_key).absolute(), context.run_dir / path)
 
 
 def tidy(folder: Path, keep: Collection[Path]) -> None:
-    """Remove every file below ``folder`` that is not to be kept: an earlier attempt left it."""
+    """Remove every file below ``folder`` that is not in ``keep``, left by an earlier attempt."""
     for file in sorted(folder.rglob("*")):
         if file not in keep and (file.is_symlink() or not file.is_dir()):
             file.unlink()

@@ -1,4 +1,4 @@
-"""The latents stage: every item's latents in the run's cache folder, encoded or found."""
+"""The latents stage: put latents into the run's cache folder, encoding missing ones."""
 
 from __future__ import annotations
 
@@ -6,61 +6,66 @@ from dataclasses import replace
 from typing import Any
 
 from runner.core.command import Command
-from runner.data.select import Kind, SelectedItem
+from runner.data.select import SelectedItem
 from runner.engines.base import Engine, Job
 from runner.formats import jsonl
-from runner.formats.cache import image_latents_name, video_latents_name
-from runner.formats.dataset_toml import DatasetEntry
+from runner.formats.cache_files import image_latents_name, video_latents_name
+from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import Crop
-from runner.pipeline.model import Entry, Inputs
+from runner.formats.media_types import MediaKind
+from runner.pipeline.model import CacheEntry, Inputs
 from runner.pipeline.stages.encoding import Encoding, Encodings, add_link
-from runner.pipeline.stages.filling import Work
-from runner.pipeline.tables import cache_folder, narrows, table
-from runner.storage.store import entry_name
+from runner.pipeline.stages.filling import WorkWords
+from runner.pipeline.tables import narrows, run_cache_folder, table
+from runner.storage.shared_cache import cache_key
 
-# Raised when decoding or resizing changes, so that older latents are not taken for newer ones.
+# Increase when decoding or resizing changes, so that older latents are not reused.
 DECODE_VERSION = 1
 
 
 class Latents(Encoding):
+    """The stage that encodes media with the VAE."""
+
     name = "latents"
     what = "latents"
-    work = Work("latent", "encodes")
+    work = WorkWords("latent", "encodes")
 
     def command(self, engine: Engine, job: Job, dataset_toml: str) -> Command:
+        """Return the engine's command that encodes latents; pure."""
         return engine.cache_latents(job, dataset_toml)
 
     def encodings(self, inputs: Inputs) -> Encodings:
+        """List the latents of all items, one entry per picture or crop; pure."""
         force = self.name in inputs.config.stages.force
-        wanted: dict[str, Entry] = {}
+        wanted: dict[str, CacheEntry] = {}
         missing = 0
-        # Items are encoded together whose source, kind and missing lengths are the same.
-        makers: dict[tuple[int, Kind, tuple[int, ...]], list[SelectedItem]] = {}
+        # Items with the same source, media kind and missing lengths are encoded together.
+        makers: dict[tuple[int, MediaKind, tuple[int, ...]], list[SelectedItem]] = {}
         for item in inputs.selection.items:
             absent: set[int] = set()
             for crop in item.crops or (None,):
-                entry = _entry(inputs, item, crop, force=force)
+                entry = _latents_entry(inputs, item, crop, force=force)
                 if not add_link(wanted, entry):
                     continue
-                if force or entry.stored not in inputs.cached:
+                if force or entry.full_key not in inputs.cached:
                     missing += 1
                     absent.add(crop.frames if crop else 1)
             if absent:
-                key = (item.source, item.kind, tuple(sorted(absent)))
+                key = (item.source, item.media_kind, tuple(sorted(absent)))
                 makers.setdefault(key, []).append(item)
-        tables: list[DatasetEntry] = []
+        tables: list[DatasetTable] = []
         files: list[tuple[str, str]] = []
-        for number, ((source, kind, frames), items) in enumerate(sorted(makers.items())):
+        for number, ((source, media_kind, frames), items) in enumerate(sorted(makers.items())):
             place = f"staging/latents-{number}"
             rows = [(f"dataset/media/{item.media_name}", item.caption) for item in items]
-            files.append((f"{place}.jsonl", jsonl.render(kind, rows)))
-            made = table(inputs.sources[source], kind, "", items)
-            extraction = made.extraction
+            files.append((f"{place}.jsonl", jsonl.render(media_kind, rows)))
+            dataset = table(inputs.sources[source], media_kind, "", items)
+            extraction = dataset.extraction
             if extraction is not None and narrows(extraction):
                 extraction = replace(extraction, target_frames=frames)
             tables.append(
                 replace(
-                    made,
+                    dataset,
                     jsonl=f"{place}.jsonl",
                     cache_directory=place,
                     batch_size=1,
@@ -71,34 +76,36 @@ class Latents(Encoding):
         return Encodings(wanted, missing, files, tables)
 
 
-def _entry(inputs: Inputs, item: SelectedItem, crop: Crop | None, *, force: bool) -> Entry:
-    """The cache entry of a picture, or of one crop of a clip."""
+def _latents_entry(
+    inputs: Inputs, item: SelectedItem, crop: Crop | None, *, force: bool
+) -> CacheEntry:
+    """Return the cache entry of a picture, or of one crop of a clip."""
     digests = inputs.weights.digests or {}
     task = inputs.config.task.name
     extraction = inputs.sources[item.source].options.extraction
-    made_of: dict[str, Any] = {
+    cache_inputs: dict[str, Any] = {
         "media": item.media.sha256,
         "bucket": list(item.bucket),
         "frames": None if crop is None else [crop.position, crop.frames],
-        # Which decoded frames those are depends on the frame rates alone.
+        # The positions count frames at this rate.
         "source_fps": None if crop is None else extraction.source_fps,
         "vae": digests.get("vae"),
         "vae_tile": inputs.memory.vae_tile or 0,
-        "engine": inputs.cache_identity,
+        "engine": inputs.engine_cache_id,
         "task": task,
         "image_encoder": digests.get("image_encoder") if task == "i2v" else None,
         "decode": DECODE_VERSION,
     }
-    untiled = {**made_of, "vae_tile": 0}
-    if not force and f"latents/{entry_name(untiled)}" in inputs.cached:
-        # Tiles save memory and approximate the whole frame, so that what is there is better.
-        made_of = untiled
+    untiled = {**cache_inputs, "vae_tile": 0}
+    if not force and f"latents/{cache_key(untiled)}" in inputs.cached:
+        # Tiling is an approximation, so an existing untiled entry is preferred.
+        cache_inputs = untiled
     if crop is None:
         produced = image_latents_name(item.id, item.media.size)
     else:
         produced = video_latents_name(item.id, crop, item.bucket)
-    place = f"{cache_folder(item)}/{produced}"
-    return Entry(produced, "latents", entry_name(made_of), made_of, (place,))
+    place = f"{run_cache_folder(item)}/{produced}"
+    return CacheEntry(produced, "latents", cache_key(cache_inputs), cache_inputs, (place,))
 
 
 LATENTS = Latents()

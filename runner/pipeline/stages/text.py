@@ -1,51 +1,58 @@
-"""The text stage: every item's text embeddings in the run's cache folder, encoded or found."""
+"""The text stage: put text embeddings into the run's cache folder, encoding missing ones."""
 
 from __future__ import annotations
 
 from runner.core.command import Command
 from runner.engines.base import Engine, Job
 from runner.formats import jsonl
-from runner.formats.cache import text_name
-from runner.formats.dataset_toml import DatasetEntry
-from runner.pipeline.model import Entry, Inputs
+from runner.formats.cache_files import text_name
+from runner.formats.dataset_toml import DatasetTable
+from runner.pipeline.model import CacheEntry, Inputs
 from runner.pipeline.stages.encoding import Encoding, Encodings, add_link
-from runner.pipeline.stages.filling import Work
-from runner.pipeline.tables import cache_folder
-from runner.storage.store import entry_name, key_of
+from runner.pipeline.stages.filling import WorkWords
+from runner.pipeline.tables import run_cache_folder
+from runner.storage.shared_cache import cache_key, json_digest
 
 
 class Text(Encoding):
+    """The stage that encodes captions."""
+
     name = "text"
     what = "encoded captions"
-    work = Work("caption", "encodes")
+    work = WorkWords("caption", "encodes")
 
     def command(self, engine: Engine, job: Job, dataset_toml: str) -> Command:
+        """Return the engine's command that encodes captions; pure."""
         return engine.cache_text(job, dataset_toml)
 
     def encodings(self, inputs: Inputs) -> Encodings:
+        """List the text embeddings of all items, one entry per distinct caption; pure."""
         digests = inputs.weights.digests or {}
         force = self.name in inputs.config.stages.force
-        wanted: dict[str, Entry] = {}
+        wanted: dict[str, CacheEntry] = {}
         for item in inputs.selection.items:
-            made_of = {
+            cache_inputs = {
                 "caption": item.caption,
                 "text_encoder": digests.get("text_encoder"),
                 "byt5": digests.get("byt5"),
                 "fp8": bool(inputs.memory.fp8_text_encoder),
-                "engine": inputs.cache_identity,
+                "engine": inputs.engine_cache_id,
             }
-            produced = text_name(key_of(made_of))
-            place = f"{cache_folder(item)}/{text_name(item.id)}"
-            add_link(wanted, Entry(produced, "text", entry_name(made_of), made_of, (place,)))
-        missing = [e for e in wanted.values() if force or e.stored not in inputs.cached]
+            produced = text_name(json_digest(cache_inputs))
+            place = f"{run_cache_folder(item)}/{text_name(item.id)}"
+            add_link(
+                wanted,
+                CacheEntry(produced, "text", cache_key(cache_inputs), cache_inputs, (place,)),
+            )
+        missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
         if not missing:
             return Encodings(wanted, 0, (), ())
-        # Captions are encoded without their media, so one line for each caption is enough.
+        # Captions are encoded without their media, so one line per caption is enough.
         rows = [
-            (entry.produced.removesuffix(text_name("")) + ".png", entry.made_of["caption"])
+            (entry.produced.removesuffix(text_name("")) + ".png", entry.cache_inputs["caption"])
             for entry in missing
         ]
-        only = DatasetEntry(
+        only = DatasetTable(
             kind="image",
             cache_directory="staging/text",
             resolution=(16, 16),

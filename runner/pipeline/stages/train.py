@@ -1,4 +1,4 @@
-"""The train stage: run the trainer, and follow its metrics into MLflow and the console."""
+"""The train stage: run the trainer, and pass its metrics on to MLflow and the console."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from runner.data.select import shapes
 from runner.pipeline.context import Context
 from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
-from runner.storage.store import link
+from runner.storage.shared_cache import link
 from runner.tracking.metrics import Point
 
 _FINAL = "checkpoints/lora.safetensors"
-# A second name of the trainer's file, or a copy where the file system has no such thing. The place
-# may be a name of it already, which ln and cp would refuse.
+# Make a hard link to the trainer's file, or a copy if the file system has no hard links. The file
+# may already be that link, which ln and cp would refuse to overwrite.
 _KEEP = Command(("sh", "-c", f"f={LORA}; rm -f $f; ln checkpoints/$f . || cp checkpoints/$f ."))
-# Where trainers put previews.
+# The folder that trainers write previews into.
 PREVIEWS = "checkpoints/sample"
 
 
 class Train(Stage):
+    """The stage that writes ``lora.safetensors``."""
+
     name = "train"
     needs = (MEDIA, TRAINING_ITEMS)
     makes = (LORA,)
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the training; pure."""
         return StagePlan(
             self.name,
             counted(planning.steps, "step"),
@@ -42,7 +45,11 @@ class Train(Stage):
         )
 
     def run(self, context: Context) -> None:
-        """Train to the end; ``lora.safetensors`` and the previews then lie in the run's folder."""
+        """Train, and put ``lora.safetensors`` and the previews into the run's folder.
+
+        Raises:
+            StageError: the trainer failed or wrote no LoRA.
+        """
         from runner.tracking.follower import MetricsFollower
 
         folder = context.run_dir / "tensorboard"
@@ -80,40 +87,42 @@ class Train(Stage):
 
 
 def _last_line(log: Path) -> str:
-    # A traceback further up is of a trainer that ended well.
+    # The trainer ended well, so a traceback further up is not the reason.
     return (log_lines(log) or ["it printed nothing"])[-1]
 
 
 class _View:
-    """The bar's words, from the metrics: loss and speed; and a bar for the previews."""
+    """The progress bar of training with loss and speed, and a second one for previews."""
 
     def __init__(self, bar: Bar, folder: Path, previews: int) -> None:
         self.bar, self.folder, self.previews = bar, folder, previews
         self.values: dict[str, float] = {}
 
     def tick(self) -> None:
+        """Redraw the bars."""
         self.bar.tick()
         if self.previews:
             made = sum(1 for _ in _files(self.folder))
             self.bar.beside("previews", min(made, self.previews), self.previews)
 
     def points(self, points: Sequence[Point]) -> None:
+        """Show new metrics."""
         step = self.bar.done
         for point in points:
             self.values[point.key] = point.value
             if point.key == "loss/current":
                 step = max(step, point.step)
-        words = []
+        parts = []
         if "loss/average" in self.values:
-            words.append(f"loss {self.values['loss/average']:.4f}")
+            parts.append(f"loss {self.values['loss/average']:.4f}")
         seconds = self.values.get("time/step_seconds")
         if seconds:
-            words.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
-        self.bar.update(step, "  ".join(words), self.values.get("time/seconds_left"))
+            parts.append(f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step")
+        self.bar.update(step, "  ".join(parts), self.values.get("time/seconds_left"))
 
 
 def previews(plan: Plan, config: RunConfig) -> int:
-    """How many previews a trainer makes in all of a plan's epochs."""
+    """Return how many previews a trainer makes in all epochs of a plan."""
     sampling = config.sampling
     if sampling.name == "none":
         return 0
@@ -127,7 +136,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _collect_samples(context: Context) -> None:
-    """Previews are written below the checkpoints; the run's folder shows them as ``samples``."""
+    """Link the previews, which trainers write below the checkpoints, into ``samples``."""
     for file in sorted(_files(context.run_dir / PREVIEWS)):
         link(file.absolute(), context.run_dir / "samples" / file.name)
         context.writer.log_artifact(file, "samples")

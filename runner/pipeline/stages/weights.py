@@ -1,4 +1,4 @@
-"""The weights stage: have the model's files on this machine."""
+"""The weights stage: fetch or create the model's files."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
 from runner.core.errors import StageError
 from runner.core.process import last_error, log_lines
-from runner.hub.weights import checked_cache
+from runner.hub.weights import user_hub_cache
 from runner.pipeline.context import Context
-from runner.pipeline.model import Planning, StagePlan, Surroundings
+from runner.pipeline.model import Planning, RunEnvironment, StagePlan
 from runner.pipeline.stages.base import Stage, run_commands
 
 if TYPE_CHECKING:
-    from runner.hub.fetch import Obtained
+    from runner.hub.fetch import FetchedFile
 
 
 class Weights(Stage):
-    name = "weights"
-    looks = True
+    """The stage that fetches missing weights, and writes ``weights.json``."""
 
-    def refusal(self, config: RunConfig, here: Surroundings) -> str | None:
-        if self.name in config.stages.skip and not here.weights.present:
-            return "stages.skip=[weights], but the weights are not all on this machine yet."
+    name = "weights"
+    refreshes_plan = True
+
+    def refusal(self, config: RunConfig, environment: RunEnvironment) -> str | None:
+        """Return a reason if the stage is skipped but weights are missing; pure."""
+        if self.name in config.stages.skip and not environment.weights.present:
+            return "stages.skip=[weights], but some weights are not on this computer yet."
         return None
 
     def plan(self, planning: Planning) -> StagePlan:
+        """Plan the download or creation of missing weights; pure."""
         weights = planning.inputs.weights
         forced = weights.requests and self.name in planning.inputs.config.stages.force
         done = weights.present and weights.checked and not forced
@@ -42,9 +46,10 @@ class Weights(Stage):
         )
 
     def run(self, context: Context) -> None:
-        """Make or fetch what is missing, and write what was found into ``weights.json``.
+        """Fetch or create missing weights, and list them in ``weights.json``.
 
-        Raises :class:`StageError` when that fails or leaves the weights incomplete.
+        Raises:
+            StageError: that failed, or the weights are still incomplete.
         """
         from runner.hub.fetch import recorded
         from runner.hub.progress import Follower
@@ -54,27 +59,27 @@ class Weights(Stage):
             place = context.run_dir / "staging" / "weights.jsonl"
             with Follower(place, context.console) as follower:
                 run_commands(
-                    context, stage, follower.update, variables=follower.variables, explain=_why
+                    context, stage, follower.update, variables=follower.variables, explain=_explain
                 )
-        weights = context.look_at_weights() if stage.to_run else context.inputs.weights
-        found = recorded(weights.requests, checked_cache(context.inputs.root))
-        if not weights.present or found is None:
+        weights = context.refresh_weights() if stage.to_run else context.inputs.weights
+        fetched = recorded(weights.requests, user_hub_cache(context.inputs.root))
+        if not weights.present or fetched is None:
             raise StageError(f"the weights are still incomplete: start again, or see {log}")
-        if found:
-            write_text(context.run_dir / "weights.json", weights_json(found))
-            commits = {file.repository: file.commit for file in found}
+        if fetched:
+            write_text(context.run_dir / "weights.json", weights_json(fetched))
+            commits = {file.repository: file.commit for file in fetched}
             context.writer.set_tags({f"weights.{name}": commit for name, commit in commits.items()})
 
 
-def _why(log: Path) -> str:
-    """Why fetching failed: the command's own line, as long as it is."""
+def _explain(log: Path) -> str:
+    """Explain why fetching failed: the command's own error line, unshortened."""
     last = (log_lines(log) or [""])[-1]
     return last.removeprefix("error: ") if last.startswith("error: ") else last_error(log)
 
 
-def weights_json(found: Sequence[Obtained]) -> str:
-    """What a run was trained on, and the overrides that ask for just that again."""
-    again = sorted({f"{file.option}={file.commit}" for file in found})
+def weights_json(fetched: Sequence[FetchedFile]) -> str:
+    """List the files that a run was trained on, and the overrides that select the same commits."""
+    again = sorted({f"{file.option}={file.commit}" for file in fetched})
     files = [
         {
             "repository": file.repository,
@@ -84,7 +89,7 @@ def weights_json(found: Sequence[Obtained]) -> str:
             "size": file.size,
             "sha256": file.sha256,
         }
-        for file in found
+        for file in fetched
     ]
     return json.dumps({"overrides": again, "files": files}, indent=1) + "\n"
 

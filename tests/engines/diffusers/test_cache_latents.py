@@ -17,7 +17,7 @@ from PIL import Image
 from runner.core.errors import UserError
 from runner.engines.diffusers import cache_latents, models
 from runner.engines.diffusers.make_weights import make_weights
-from runner.formats import cache
+from runner.formats import cache_files
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_tiling(weights: Path, tmp_path: Path) -> None:
         flags = ["--vae", str(weights / "vae"), "--vae_sample_size", tile]
         cache_latents.main(["--dataset_config", str(toml), *flags])
         found.append(
-            cache.read_latents(tmp_path / "cache" / "p_0096x0064_hv15.safetensors").latents
+            cache_files.read_latents(tmp_path / "cache" / "p_0096x0064_hv15.safetensors").latents
         )
     assert torch.equal(found[0], found[1])
     assert found[2].shape == found[0].shape
@@ -160,7 +160,7 @@ def test_short_clips_are_named(
         (["a.png"], ["--vae_sample_size", "100"], "multiple of 64"),
         (["a.png"], ["--vae_sample_size", "-64"], "multiple of 64"),
         (["a.png", "gone.png"], [], "gone.png: no such file"),
-        (["a.png", "b/a.png"], [], "have one name"),
+        (["a.png", "b/a.png"], [], "would have the same cache files"),
         ([], [], "nothing in its datasets"),
     ],
 )

@@ -13,7 +13,7 @@ from runner.core.errors import UserError
 from runner.engines.diffusers import cache_text, models
 from runner.engines.diffusers import text_encoding as encoding
 from runner.engines.diffusers.make_weights import make_weights
-from runner.formats import cache, captions
+from runner.formats import cache_files, captions
 
 CAPTIONS = ["a cat", 'a sign that says "OPEN" beside a long road through the hills', "", "日本 🐇"]
 
@@ -141,7 +141,7 @@ def test_stage(
     cache_text.main(["--dataset_config", str(toml), *paths, "--batch_size", batch_size])
     assert capsys.readouterr().out.splitlines() == [f"{i}/4 {i - 1}.png" for i in range(1, 5)]
     for index, caption in enumerate(CAPTIONS):
-        text = cache.read_text(tmp_path / "cache" / cache.text_name(str(index)))
+        text = cache_files.read_text(tmp_path / "cache" / cache_files.text_name(str(index)))
         vl_embed, byt5_embed = encoding.encode_prompt(*qwen, *byt5, caption)
         assert text.caption == caption
         assert torch.allclose(text.vl_embed.float(), vl_embed.float(), rtol=2**-7, atol=1e-3)
@@ -168,7 +168,7 @@ def test_folder(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         "1/2 a.jpg",
         "2/2 b.PNG",
     ]
-    assert cache.read_text(tmp_path / "cache" / "b_hv15_te.safetensors").caption == "a bee"
+    assert cache_files.read_text(tmp_path / "cache" / "b_hv15_te.safetensors").caption == "a bee"
 
 
 # A batch of none would encode nothing in silence.

@@ -83,11 +83,11 @@ def test_base_loss_is_the_datasets_own(tmp_path: Path) -> None:
 # Noise belongs to an item's content and the time: other latents, other noise.
 def test_noise_is_the_items_own() -> None:
     latents = torch.randn(32, 1, 4, 6, generator=torch.Generator().manual_seed(0))
-    noise = evaluate.item_noise(latents)
-    assert torch.equal(noise, evaluate.item_noise(latents.clone()))
+    noise = evaluate.example_noise(latents)
+    assert torch.equal(noise, evaluate.example_noise(latents.clone()))
     assert noise.shape == (8, 32, 1, 4, 6)
     assert all(not torch.equal(noise[0], noise[index]) for index in range(1, 8))
-    assert not torch.equal(noise, evaluate.item_noise(latents + 1e-3))
+    assert not torch.equal(noise, evaluate.example_noise(latents + 1e-3))
 
 
 # A LoRA that is no file, or fits another model, is one clear line and leaves nothing behind.

@@ -23,7 +23,7 @@ def tiny() -> HunyuanVideo15Transformer3DModel:
 
 def item(
     seed: int, *, text: int = 5, byt5: int = 3, frames: int = 1, i2v: bool = False
-) -> flow.Item:
+) -> flow.TrainingExample:
     stream = torch.Generator().manual_seed(seed)
     latents = torch.randn(32, frames, 4, 6, generator=stream)
     condition = vision = None
@@ -31,7 +31,7 @@ def item(
         condition = torch.zeros(33, frames, 4, 6)
         condition[:32, 0], condition[32, 0] = latents[:, 0], 1
         vision = torch.randn(16, 32, generator=stream)
-    return flow.Item(
+    return flow.TrainingExample(
         latents,
         torch.randn(text, 64, generator=stream),
         torch.randn(byt5, 32, generator=stream),

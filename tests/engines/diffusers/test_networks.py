@@ -31,7 +31,7 @@ def prediction(model: torch.nn.Module) -> Tensor:
     stream = torch.Generator().manual_seed(1)
     batch = flow.collate(
         [
-            flow.Item(
+            flow.TrainingExample(
                 torch.randn(32, 1, 4, 6, generator=stream),
                 torch.randn(5, 64, generator=stream),
                 torch.randn(3, 32, generator=stream),

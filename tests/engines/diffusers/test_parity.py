@@ -45,7 +45,7 @@ def batch_of(case: given.Case) -> tuple[flow.Batch, Tensor]:
     inputs = given.inputs(case)
     condition, vision = inputs.condition, inputs.vision
     items = [
-        flow.Item(
+        flow.TrainingExample(
             torch.from_numpy(inputs.latents[i]),
             torch.from_numpy(inputs.text[i]),
             torch.from_numpy(inputs.byt5[i]),

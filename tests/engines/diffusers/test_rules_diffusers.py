@@ -12,17 +12,17 @@ from in_process import program_here
 from other_processes import pictures
 
 from runner.core.errors import UserError
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 from runner.engines.diffusers import try_optimizer
 from runner.engines.diffusers.engine import DiffusersEngine
 
 EMBEDDED = ("engine=diffusers", "model=tiny", "optimizer=adamw")
-SMALL = Machine("small card", 12.0, (8, 9))
+SMALL = Gpu("small card", 12.0, (8, 9))
 
 
-def plan(*overrides: str, machine: Machine | None = SMALL) -> Any:
+def plan(*overrides: str, gpu: Gpu | None = SMALL) -> Any:
     config = compose(*EMBEDDED, *overrides)
-    return plan_of(config, fake_facts(config, [fake_item("a.jpg")], machine=machine))
+    return plan_of(config, fake_facts(config, [fake_item("a.jpg")], gpu=gpu))
 
 
 BROKEN: dict[tuple[str, ...], str] = {
@@ -108,9 +108,9 @@ def test_what_is_right_passes(overrides: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedLion8bit", "bitsandbytes.optim.PagedAdamW"])
 def test_bitsandbytes_needs_a_gpu(name: str) -> None:
     with pytest.raises(UserError) as error:
-        plan("optimizer=custom", f"optimizer.type={name}", machine=None)
+        plan("optimizer=custom", f"optimizer.type={name}", gpu=None)
     assert str(error.value) == (
-        "optimizer=custom needs an NVIDIA card, and none was found: take optimizer=adamw."
+        "optimizer=custom needs an NVIDIA GPU, and none was found: take optimizer=adamw."
     )
     plan("optimizer=custom", f"optimizer.type={name}")
 
@@ -151,9 +151,9 @@ def test_what_does_nothing_is_told(overrides: tuple[str, ...]) -> None:
 # Without a GPU the precision is what the CPU has, whatever was asked for.
 def test_the_cpu_has_one_precision() -> None:
     line = "precision=bf16 does nothing without a GPU: on the CPU everything is computed in fp32."
-    assert line in plan(machine=None).notices
+    assert line in plan(gpu=None).notices
     assert line not in plan().notices
-    assert not [told for told in plan("precision=fp32", machine=None).notices if "CPU" in told]
+    assert not [told for told in plan("precision=fp32", gpu=None).notices if "CPU" in told]
 
 
 # What a tier of the GPU says for the real weights is not asked of this engine's trainer, which

@@ -190,7 +190,7 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.Mon
 def test_batches_are_mixed_anew(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", images=6)
     with inside(folder):
-        pictures = data.scan("dataset.toml", "t2v")[0].items
+        pictures = data.scan("dataset.toml", "t2v")[0].examples
     pairs = [
         {
             frozenset(item.latents.name for item in batch)
@@ -210,7 +210,7 @@ def test_a_picture_named_like_a_crop_has_its_own_caption(tmp_path: Path) -> None
         write_item(folder / "images", name, seed)
     with inside(folder):
         pictures, clips = data.scan("dataset.toml", "t2v")
-    captions = {item.latents.name: item.text.name for item in (*pictures.items, *clips.items)}
+    captions = {item.latents.name: item.text.name for item in (*pictures.examples, *clips.examples)}
     assert captions["red_0096x0064_hv15.safetensors"] == "red_hv15_te.safetensors"
     like_a_crop = captions["red_00007-013_0096x0064_hv15.safetensors"]
     assert like_a_crop == "red_00007-013_hv15_te.safetensors"
@@ -224,7 +224,7 @@ def test_repeats_and_batches(tmp_path: Path) -> None:
     write_item(folder / "clips", "short", 30, frames=5)
     with inside(folder):
         pictures, clips = data.scan("dataset.toml", "t2v")
-    repeated = data.Dataset(clips.items, clips.batch_size, 3)
+    repeated = data.Dataset(clips.examples, clips.batch_size, 3)
     batches = data.epoch_batches([pictures, repeated], seed=1, epoch=1)
     counts: dict[str, int] = {}
     for batch in batches:
@@ -495,7 +495,7 @@ def test_metadata_of_a_file(
     parsed = options.parse(
         {**values, "output_dir": str(tmp_path), "optimizer_type": "AdamW", **chosen}
     )
-    item = data.CachedItem(tmp_path / "a", tmp_path / "b", (32, 1, 4, 6))
+    item = data.ExampleFiles(tmp_path / "a", tmp_path / "b", (32, 1, 4, 6))
     datasets = [data.Dataset((item, item), 1, 3), data.Dataset((item,), 2, 1)]
     files = checkpoints.Checkpoints(
         parsed, datasets, optimizer="AdamW", seed=1, steps=7, epochs=1, batches=7

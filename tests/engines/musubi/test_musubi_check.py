@@ -13,11 +13,11 @@ from in_process import program_here
 from runner.config.groups import conf_folder, groups
 from runner.core.command import Command
 from runner.core.errors import UserError
-from runner.engines.base import EngineFacts, Job, Machine
+from runner.engines.base import EngineInstall, Gpu, Job
 from runner.engines.musubi.check import cannot_compile, check_environment, needs
 from runner.engines.musubi.engine import MusubiEngine
 from runner.formats.train_toml import WeightPaths
-from runner.pipeline.inputs import find_machine
+from runner.pipeline.inputs import find_gpu
 
 # A Python in which everything that a run may import is there, at no cost.
 MODULES = {
@@ -40,7 +40,7 @@ MODULES = {
     "xformers": "",
     "xformers.ops": "",
 }
-CARD = Machine("NVIDIA RTX 4090", 24.0, (8, 9))
+CARD = Gpu("NVIDIA RTX 4090", 24.0, (8, 9))
 
 
 def command(folder: Path, *without: str, **changed: str) -> Command:
@@ -152,15 +152,15 @@ def test_our_own_install_is_mended_by_its_command(
 ) -> None:
     mend = "with: scripts/install-musubi"
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: tmp_path / "a/python")
-    assert problem(tmp_path / "a", (), "torch").endswith(f". Mend it {mend}")
+    assert problem(tmp_path / "a", (), "torch").endswith(f". Repair it {mend}")
     assert problem(tmp_path / "b", (), "toml").endswith("to the Python that has them.")
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: tmp_path / "c/python")
     broken = problem(tmp_path / "c", (), torch="raise OSError('libcudart.so')")
-    assert broken.endswith(f"(torch: OSError: libcudart.so). Mend it {mend} --again")
+    assert broken.endswith(f"(torch: OSError: libcudart.so). Repair it {mend} --again")
     with pytest.raises(UserError, match=f"this driver {mend} --again$"):
         check_environment(compose("optimizer=adamw"), command(tmp_path / "c"), CARD)
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: Path("/bin/false"))
-    with pytest.raises(UserError, match=f"Mend it {mend}$"):
+    with pytest.raises(UserError, match=f"Repair it {mend}$"):
         check_environment(compose(), Command(("/bin/false",), (("X", "ours"),)), None)
 
 
@@ -291,7 +291,7 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
             "nvidia-smi's answer could not be read (NVIDIA GB10, [N/A]",
         ),
         ('Field "compute_cap" is not a valid field to query.', 2, "nvidia-smi failed (Field "),
-        ("No devices were found", 6, "no card was found here"),
+        ("No devices were found", 6, "no GPU was found"),
         ("NVIDIA RTX 4090, 24564, 8.9", 0, None),
     ],
 )
@@ -303,17 +303,17 @@ def test_an_unread_card_is_told(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    machine, without = find_machine()
-    assert (machine is None, bool(without)) == (told is not None, told is not None)
+    gpu, without = find_gpu()
+    assert (gpu is None, bool(without)) == (told is not None, told is not None)
     if told is None:
         return
     config = compose("memory=auto")
     engine = MusubiEngine()
-    memory, note = engine.memory_plan(config, machine, without)
+    memory, note = engine.memory_plan(config, gpu, without)
     assert (memory.name, str(note)[1 : len(told)]) == ("24gb", told[1:])
-    found = EngineFacts("python", "1")
-    facts = engine.examine(found, config, memory, machine, without, trains=True)
-    _, why = engine.compiles(Job(config, facts, WeightPaths("", "", "", "", ""), memory), machine)
+    found = EngineInstall("python", "1")
+    facts = engine.examine(found, config, memory, gpu, without, trains=True)
+    _, why = engine.compiles(Job(config, facts, WeightPaths("", "", "", "", ""), memory), gpu)
     assert str(why).startswith(f"torch.compile is off: {told}")
 
 

@@ -15,7 +15,14 @@ from conftest import TOP, Finished, compose, run_program
 from runner.core.errors import UserError
 from runner.engines.musubi import install as musubi_install
 from runner.engines.musubi import packages as musubi_packages
-from runner.engines.musubi.packages import BESIDE, TORCH, Wish, constraints, steps, torch_build
+from runner.engines.musubi.packages import (
+    BESIDE,
+    TORCH,
+    InstallRequest,
+    constraints,
+    steps,
+    torch_build,
+)
 
 SMI = """\
 +-----------------------------------------------------------------------------------------+
@@ -113,7 +120,7 @@ def test_build_follows_the_driver() -> None:
         None: "no NVIDIA driver was found (nvidia-smi): install the driver first, or name the "
         "build of torch yourself with --torch cu128 (cu124, cu128, cu130 or cpu).",
         SMI.format(driver="470.10", cuda="11.4"): "driver 470.10 has CUDA 11.4, and torch needs "
-        "12.0 at least: renew the driver (525 or later, 580 for the newest torch).",
+        "12.0 at least: update the driver (525 or later, 580 for the newest torch).",
         SMI.format(driver="550.1", cuda="N/A"): "nvidia-smi does not say which CUDA version driver "
         "550.1 has: name the build of torch with --torch cu124, cu128 or cu130.",
     }.items():
@@ -125,7 +132,7 @@ def test_build_follows_the_driver() -> None:
 # The commands are known before any is run: torch first, from its own index, and then pinned.
 def test_commands_are_planned() -> None:
     home = Path("/home")
-    wish = Wish("cu128", TORCH["cu128"], "/usr/bin/python3.11")
+    wish = InstallRequest("cu128", TORCH["cu128"], "/usr/bin/python3.11")
     pip = "/home/venv/bin/python -m pip install --disable-pip-version-check --progress-bar off "
     assert [" ".join(step.argv) for step in steps(wish, home)] == [
         "/usr/bin/python3.11 -m venv --clear /home/venv",
@@ -134,7 +141,7 @@ def test_commands_are_planned() -> None:
         f"{' '.join(BESIDE)} --constraint /home/constraints.txt",
     ]
     assert constraints(wish) == "torch==2.9.1\ntorchvision==0.24.1\n"
-    other = Wish("cpu", ("torch==2.13.0",), "python", source="/checkout")
+    other = InstallRequest("cpu", ("torch==2.13.0",), "python", source="/checkout")
     assert "--index-url" not in steps(other, home)[1].argv
     assert "/checkout" in steps(other, home)[2].argv
     assert all(len(pins) == 2 for pins in TORCH.values())
@@ -148,7 +155,7 @@ def test_install_once(sandbox: Sandbox) -> None:
         f"[1/4] an environment with {sandbox.python}",
         "[2/4] torch==2.9.1, torchvision==0.24.1 (cu128)",
         "[3/4] musubi-tuner v0.3.4 and what it needs",
-        "[4/4] looking at what was installed",
+        "[4/4] checking the installed packages",
         "Done: musubi-tuner v0.3.4 (30c658c), cu128: torch 2.9.1+cu128.",
     ]
     assert len(sandbox.calls()) == 4

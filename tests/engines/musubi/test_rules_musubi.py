@@ -33,15 +33,15 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("training.seed=4294967296",): "training.seed=4294967296 must be below 4294967296.",
     ('network.exclude=[".*(?=attn).*"]',): (
-        "network.exclude: '.*(?=attn).*' holds an equals sign, where musubi-tuner would cut it: "
-        "names have none, so word it without (?= and (?<=."
+        "network.exclude: '.*(?=attn).*' contains '=', at which musubi-tuner splits the argument: "
+        "rewrite the pattern without lookaheads (?= and lookbehinds (?<=."
     ),
     ("+network.args.verbose='a=b'",): (
-        "network.args.verbose='a=b' holds an equals sign, where musubi-tuner would cut it: it "
+        "network.args.verbose='a=b' contains '=', at which musubi-tuner splits the argument: it "
         "can't be passed on."
     ),
     ("optimizer=custom", "optimizer.type=a.Sum", "+optimizer.args.rule=['lr=1']"): (
-        "optimizer.args.rule=['lr=1'] holds an equals sign, where musubi-tuner would cut it: it "
+        "optimizer.args.rule=['lr=1'] contains '=', at which musubi-tuner splits the argument: it "
         "can't be passed on."
     ),
     ("+network.args.conv_dim=4",): (
@@ -137,8 +137,8 @@ BROKEN: dict[tuple[str, ...], str] = {
         "swapped."
     ),
     ("memory=24gb", "memory.h2d_only=true", "memory.checkpointing=none"): (
-        "memory.checkpointing=none can't be with memory.h2d_only=true, as blocks are swapped in "
-        "memory=24gb: take memory.checkpointing=full, or memory.h2d_only=false."
+        "memory.h2d_only=true with block swap (memory=24gb) needs memory.checkpointing=full or "
+        "offload, not none: take one of them, or memory.h2d_only=false."
     ),
 }
 

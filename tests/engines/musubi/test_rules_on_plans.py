@@ -1,4 +1,4 @@
-"""musubi-tuner's rules that need the data or the card: told in the plan, before anything runs."""
+"""musubi-tuner's rules that depend on the data or the GPU, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.core.errors import UserError
-from runner.engines.base import Machine
+from runner.engines.base import Gpu
 
 
 def plan(*overrides: str, items: list[Any]) -> Any:
@@ -16,13 +16,13 @@ def plan(*overrides: str, items: list[Any]) -> Any:
     return plan_of(config, fake_facts(config, items))
 
 
-SMALL = Machine("small card", 12.0, (8, 9))
-LARGE = Machine("large card", 80.0, (9, 0))
+SMALL = Gpu("small GPU", 12.0, (8, 9))
+LARGE = Gpu("large GPU", 80.0, (9, 0))
 
 
-def plan_on(card: Machine, *overrides: str) -> Any:
+def plan_on(gpu: Gpu, *overrides: str) -> Any:
     config = compose(*overrides)
-    return plan_of(config, fake_facts(config, PICTURES, machine=card))
+    return plan_of(config, fake_facts(config, PICTURES, gpu=gpu))
 
 
 PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]
@@ -86,21 +86,21 @@ def test_dropout_without_effect_is_told() -> None:
     assert not any("network.dropout" in notice for notice in lora)
 
 
-# memory=auto is told from the card: what its tier fills in is held to the same rules as what is
-# given, or musubi would refuse it once everything is cached.
-def test_the_tier_of_the_card_is_held_to_the_rules() -> None:
+# memory=auto is chosen by the GPU. The options of its tier are checked by the same rules as given
+# ones; otherwise musubi-tuner would reject them once everything is cached.
+def test_the_tier_of_the_gpu_is_held_to_the_rules() -> None:
     with pytest.raises(UserError) as error:
         plan_on(SMALL, "memory.checkpointing=none")
     assert str(error.value) == (
-        "memory.checkpointing=none can't be with memory.h2d_only=true, as blocks are swapped in "
-        "memory=12gb: take memory.checkpointing=full, or memory.h2d_only=false."
+        "memory.h2d_only=true with block swap (memory=12gb) needs memory.checkpointing=full or "
+        "offload, not none: take one of them, or memory.h2d_only=false."
     )
     plan_on(SMALL, "memory.checkpointing=none", "memory.blocks_to_swap=0")
     plan_on(SMALL, "memory.checkpointing=none", "memory.h2d_only=false")
     plan_on(LARGE, "memory.checkpointing=none")
 
 
-# The buffers of one-way swapping are of use where the card's tier swaps so, and there alone.
+# The buffers of one-way swapping are useful only where the GPU's tier swaps one way.
 def test_swap_buffers_are_judged_by_the_tier_of_the_card() -> None:
     ring = "engine.extra_args=[--block_swap_ring_size,3]"
     plan_on(SMALL, ring)

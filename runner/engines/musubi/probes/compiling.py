@@ -1,7 +1,7 @@
-"""Print what torch.compile lacks here: a list of packages, what is wrong in words, or null.
+"""Print what torch.compile is missing: a list of packages, a problem in words, or null.
 
-Triton builds a small module for each kernel as here, with the compiler that is chosen as here
-(triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it brings its own compiler.
+Triton builds a small module for each kernel. This does the same with the compiler that Triton would
+choose (triton/runtime/build.py, the same in 3.3, 3.5 and 3.7). On Windows it has its own compiler.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def triton_wanted() -> list[str]:
-    """What pip is to install: each torch was built for one Triton, not for the newest."""
+    """Return the requirement for pip: each torch was built for one version of Triton."""
     try:
         wanted = importlib.metadata.requires("torch") or []
     except importlib.metadata.PackageNotFoundError:
@@ -27,8 +27,8 @@ def triton_wanted() -> list[str]:
     return ["triton" + (pin[2] or "").strip() for pin in pins if pin][:1] or ["triton"]
 
 
-def compiler_lacks() -> str | None:
-    """``compiler``, ``headers``, or what the compiler said when it failed."""
+def compiler_problem() -> str | None:
+    """Return ``compiler`` or ``headers`` if missing, the compiler's error, or None."""
     compiler = os.environ.get("CC")
     if compiler is None:
         compiler = shutil.which("gcc") or shutil.which("clang")
@@ -44,17 +44,17 @@ def compiler_lacks() -> str | None:
         command = [compiler, str(source), "-shared", "-fPIC", "-o", f"{source}.so", f"-I{headers}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            said, failed = done.stderr, done.returncode != 0
+            message, failed = done.stderr, done.returncode != 0
         except OSError as error:
-            said, failed = error.strerror or str(error), True
+            message, failed = error.strerror or str(error), True
     if not failed:
         return None
-    return (compiler or "CC is empty") + ": " + (said.strip().splitlines() or ["it failed"])[0]
+    return (compiler or "CC is empty") + ": " + (message.strip().splitlines() or ["it failed"])[0]
 
 
-lacks: str | list[str] | None = None
+problem: str | list[str] | None = None
 if importlib.util.find_spec("triton") is None:
-    lacks = triton_wanted()
+    problem = triton_wanted()
 elif sys.platform != "win32":
-    lacks = compiler_lacks()
-print("\n" + json.dumps(lacks))
+    problem = compiler_problem()
+print("\n" + json.dumps(problem))

@@ -1,6 +1,6 @@
-"""Import the modules in the arguments; print their versions, and what fails with why.
+"""Import the modules named as arguments; print their versions, and the error of each that fails.
 
-Printed too are the CUDA that torch can use and the commit that musubi-tuner was installed from.
+It also prints torch's CUDA version, if usable, and the commit that musubi-tuner was installed from.
 """
 
 import importlib

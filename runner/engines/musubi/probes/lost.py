@@ -1,4 +1,4 @@
-"""Print which of the modules in the arguments are not there; none is imported."""
+"""Print which of the modules named as arguments are missing, without importing any."""
 
 import importlib.util
 import json

@@ -1,8 +1,7 @@
-"""The latent and text caches: names, keys, types and metadata, as musubi-tuner v0.3.4 has them.
+"""Latent and text cache files: names, keys, dtypes and metadata of musubi-tuner v0.3.4.
 
-A file's name carries what training needs to sort it into a bucket (item, crop, size), its keys
-carry shape and type, and its metadata the size in pixels or the caption. Every write is atomic:
-a reader sees the whole file or none.
+A file's name contains what training needs to sort it into a bucket (item, crop, size), its keys
+contain shape and dtype, and its metadata the size in pixels or the caption. Every write is atomic.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _BYT5_KEY = re.compile(r"varlen_byt5_embed_\w+")
 
 @dataclass(frozen=True)
 class Latents:
-    """One picture's or crop's encoding, unscaled (as the VAE gave it)."""
+    """The latents of one picture or crop, unscaled (as the VAE returns them)."""
 
     latents: Tensor  # [32, F, h, w]: latent frames, pixels / 16
     latents_image: Tensor | None  # [33, F, h, w]: first-frame latents, zeros after, mask; i2v only
@@ -53,33 +52,39 @@ class Latents:
 
 @dataclass(frozen=True)
 class Text:
-    """One caption's encoding, without padding."""
+    """The text embeddings of one caption, without padding."""
 
     vl_embed: Tensor  # [L, D] from Qwen2.5-VL
     byt5_embed: Tensor  # [L2, D2] of the quoted text; L2 is 0 when the caption quotes none
     caption: str
 
 
-def image_latents_name(item: str, original: Size) -> str:
-    """Name of a picture's latents; `original` is its size before resizing, in pixels."""
-    return f"{item}_{_size(original)}{LATENTS_SUFFIX}"
+def image_latents_name(item_key: str, original: Size) -> str:
+    """Name the latents file of a picture; ``original`` is its size in pixels before resizing."""
+    return f"{item_key}_{_size(original)}{LATENTS_SUFFIX}"
 
 
-def video_latents_name(item: str, crop: Crop, bucket: Size) -> str:
-    """Name of a crop's latents; `bucket` is the size it was resized to, in pixels."""
-    return f"{item}_{crop.position:05d}-{crop.frames:03d}_{_size(bucket)}{LATENTS_SUFFIX}"
+def video_latents_name(item_key: str, crop: Crop, bucket: Size) -> str:
+    """Name the latents file of a crop; ``bucket`` is the size in pixels after resizing."""
+    return f"{item_key}_{crop.position:05d}-{crop.frames:03d}_{_size(bucket)}{LATENTS_SUFFIX}"
 
 
-def text_name(item: str) -> str:
-    """Name of a caption's encoding; every crop of one clip shares it."""
-    return f"{item}{TEXT_SUFFIX}"
+def text_name(item_key: str) -> str:
+    """Name the text file of an item; all crops of a clip share it."""
+    return f"{item_key}{TEXT_SUFFIX}"
 
 
 def parse_latents_name(name: str) -> tuple[str, Crop | None, Size]:
-    """Item key, crop (None for a picture) and size (width, height in pixels) of a latents file.
+    """Parse the name of a latents file.
 
-    A picture whose own name ends like a crop (`x_00000-001.png`) reads as one; only the dataset
-    it belongs to can tell them apart. Raises UserError for any other name.
+    A picture whose own name ends like a crop (``x_00000-001.png``) is parsed as a crop; only its
+    dataset shows the difference.
+
+    Returns:
+        Item key, crop (None for a picture) and size (width, height in pixels).
+
+    Raises:
+        UserError: it is not such a name.
     """
     match = _LATENTS_NAME.fullmatch(name)
     if match is None:
@@ -99,11 +104,18 @@ def write_latents(
     latents_image: Tensor | None = None,
     siglip: Tensor | None = None,
 ) -> None:
-    """Write one latents file.
+    """Write one latents file; all tensors keep their dtypes.
 
-    `latents` [32, F, h, w] and `latents_image` [33, F, h, w] keep their types; `siglip` is
-    [tokens, width]. `size` is the size in the name; `frame_count` counts the crop's frames in
-    pixels' time and is None for a picture. Raises StageError if a value is not a number.
+    Args:
+        path: the file.
+        latents: [32, F, h, w].
+        size: the size in the file's name, in pixels.
+        frame_count: the number of frames (not latent frames) of a crop, None for a picture.
+        latents_image: [33, F, h, w] for i2v.
+        siglip: [tokens, width] for i2v.
+
+    Raises:
+        StageError: a value is not a finite number.
     """
     tensors = {f"latents_{_shape(latents)}_{_dtype(latents)}": latents}
     if latents_image is not None:
@@ -122,9 +134,16 @@ def write_latents(
 
 
 def write_text(path: Path | str, vl_embed: Tensor, byt5_embed: Tensor, *, caption: str) -> None:
-    """Write one text file: `vl_embed` [L, D] and `byt5_embed` [L2, D2], in the types given.
+    """Write one text file; the tensors keep their dtypes.
 
-    Raises StageError if a value is not a number.
+    Args:
+        path: the file.
+        vl_embed: [L, D].
+        byt5_embed: [L2, D2].
+        caption: the caption, for the metadata.
+
+    Raises:
+        StageError: a value is not a finite number.
     """
     tensors = {
         f"varlen_vl_embed_{_dtype(vl_embed)}": vl_embed,
@@ -139,7 +158,11 @@ def write_text(path: Path | str, vl_embed: Tensor, byt5_embed: Tensor, *, captio
 
 
 def read_latents(path: Path | str) -> Latents:
-    """Read a latents file. Raises UserError if it is missing, damaged or another kind of file."""
+    """Read a latents file.
+
+    Raises:
+        UserError: it is missing, damaged, or not a latents file.
+    """
     tensors, metadata = _read(Path(path))
     latents = _find(Path(path), tensors, _LATENTS_KEY, "latents")
     assert latents is not None
@@ -152,7 +175,11 @@ def read_latents(path: Path | str) -> Latents:
 
 
 def read_text(path: Path | str) -> Text:
-    """Read a text file. Raises UserError if it is missing, damaged or another kind of file."""
+    """Read a text file.
+
+    Raises:
+        UserError: it is missing, damaged, or not a text file.
+    """
     tensors, metadata = _read(Path(path))
     vl_embed = _find(Path(path), tensors, _VL_KEY, "varlen_vl_embed")
     byt5_embed = _find(Path(path), tensors, _BYT5_KEY, "varlen_byt5_embed")
@@ -178,7 +205,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     from safetensors.torch import save
 
     for key, value in tensors.items():
-        # A single NaN spoils every training step it takes part in, so none is ever stored.
+        # A single NaN ruins every training step that uses it, so none is ever stored.
         if not bool(torch.isfinite(value.float()).all()):
             raise StageError(f"{path.name}: {key} has values that are not finite numbers")
     ready = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -188,10 +215,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
 
 
 def _in_order(content: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted.
+    """Sort the metadata of a safetensors file.
 
     The library writes metadata in an order that changes from process to process; sorted, equal
-    encodings are equal files. Format: 8 bytes of header length, header JSON padded with spaces
+    results are equal files. Format: 8 bytes of header length, header JSON padded with spaces
     to a multiple of 8, data (https://github.com/huggingface/safetensors, "Format").
     """
     length = int.from_bytes(content[:8], "little")
@@ -219,7 +246,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _find(
     path: Path, tensors: Mapping[str, Tensor], key: re.Pattern[str], required: str = ""
 ) -> Tensor | None:
-    found = [value for name, value in tensors.items() if key.fullmatch(name)]
-    if required and not found:
+    matching = [value for name, value in tensors.items() if key.fullmatch(name)]
+    if required and not matching:
         raise UserError(f"{path}: not a cache file of this model, it has no {required}")
-    return found[0] if found else None
+    return matching[0] if matching else None

@@ -8,71 +8,71 @@ from pathlib import Path
 
 from other_processes import other
 
-from runner.storage.leases import Ledger, Use
+from runner.storage.leases import Leases, UseLease
 
 
 # An entry has one maker: what another process claims is not given, what it does not claim is.
 def test_claims_are_on_entries(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
-    with other("claim", ledger.root, "text/a", "text/b") as (process, said):
+    leases = Leases(tmp_path / "cache")
+    with other("claim", leases.root, "text/a", "text/b") as (process, said):
         assert said == "text/a text/b"
-        with ledger.claim({"text/b", "text/c"}, "runs/mine") as (mine, claims):
+        with leases.claim({"text/b", "text/c"}, "runs/mine") as (mine, claims):
             assert mine == {"text/c"}
             (claim,) = claims
             assert claim.who == f"runs/other (process {process.pid})"
             assert claim.names == {"text/a", "text/b"}
-        with ledger.claim({"latents/x"}, "runs/mine") as (mine, claims):
+        with leases.claim({"latents/x"}, "runs/mine") as (mine, claims):
             assert (set(mine), claims) == ({"latents/x"}, ())
 
 
 # A killed process claims nothing any more, and its files go when the next one claims.
 def test_a_dead_process_claims_nothing(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
-    with other("claim", ledger.root, "text/a") as (process, _):
-        with ledger.claim({"text/a"}, "runs/mine") as (mine, claims):
+    leases = Leases(tmp_path / "cache")
+    with other("claim", leases.root, "text/a") as (process, _):
+        with leases.claim({"text/a"}, "runs/mine") as (mine, claims):
             assert not mine
         process.kill()
         process.wait()
-        ledger.wait(claims)
-        assert len(list((ledger.root / "claims").iterdir())) == 2
-        with ledger.claim({"text/a"}, "runs/mine") as (mine, _claims):
+        leases.wait(claims)
+        assert len(list((leases.root / "claims").iterdir())) == 2
+        with leases.claim({"text/a"}, "runs/mine") as (mine, _claims):
             assert mine == {"text/a"}
-    assert list((ledger.root / "claims").iterdir()) == []
+    assert list((leases.root / "claims").iterdir()) == []
 
 
 # Claims end with their block, whether it ends well or not.
 def test_claims_end(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
+    leases = Leases(tmp_path / "cache")
     for error in (None, RuntimeError("failed")):
         try:
-            with ledger.claim({"text/a"}, "runs/mine") as (mine, _):
+            with leases.claim({"text/a"}, "runs/mine") as (mine, _):
                 assert mine == {"text/a"}
                 if error:
                     raise error
         except RuntimeError:
             pass
-        with ledger.claim({"text/a"}, "runs/mine") as (mine, claims):
+        with leases.claim({"text/a"}, "runs/mine") as (mine, claims):
             assert (set(mine), claims) == ({"text/a"}, ())
-    assert list((ledger.root / "claims").iterdir()) == []
+    assert list((leases.root / "claims").iterdir()) == []
 
 
 # Thousands of entries are claimed with one open file, not one each.
 def test_many_entries_take_one_lock(tmp_path: Path) -> None:
     import psutil
 
-    ledger = Ledger(tmp_path / "cache")
+    leases = Leases(tmp_path / "cache")
     names = {f"latents/{number:040x}.safetensors" for number in range(20_000)}
     before = psutil.Process().num_fds()
-    with ledger.claim(names, "runs/mine") as (mine, _):
+    with leases.claim(names, "runs/mine") as (mine, _):
         assert mine == names
         assert psutil.Process().num_fds() == before + 1
 
 
 # Words that a crash or a power cut left half-written, and foreign files, stop nobody.
 def test_scraps_are_swept(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
+    leases = Leases(tmp_path / "cache")
     for folder in ("claims", "uses"):
-        (ledger.root / folder).mkdir(parents=True)
+        (leases.root / folder).mkdir(parents=True)
         for name, words in (
             ("cut.json", '{"names": ["text/a'),
             ("cut.lock", ""),
@@ -81,86 +81,86 @@ def test_scraps_are_swept(tmp_path: Path) -> None:
             ("lone.lock", ""),
             (".x.json.7.tmp", "{"),
         ):
-            (ledger.root / folder / name).write_text(words)
-    with ledger.claim({"text/a"}, "runs/mine") as (mine, _):
+            (leases.root / folder / name).write_text(words)
+    with leases.claim({"text/a"}, "runs/mine") as (mine, _):
         assert mine == {"text/a"}
-        assert ledger.in_use() == {"text/a"}
-    assert list((ledger.root / "claims").iterdir()) == []
-    use = Use(ledger, "runs/mine", {"name": "d", "paths": ["/d"]})
+        assert leases.leased_keys() == {"text/a"}
+    assert list((leases.root / "claims").iterdir()) == []
+    use = UseLease(leases, "runs/mine", {"name": "d", "paths": ["/d"]})
     use.hold(["text/a"])
     use.release()
-    assert {file.suffix for file in (ledger.root / "uses").iterdir()} == {".json"}
+    assert {file.suffix for file in (leases.root / "uses").iterdir()} == {".json"}
 
 
 # What a run uses is in use until its process has ended, however that ends; its record stays.
 def test_uses_hold_while_their_process_lives(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
-    with other("use", ledger.root, "text/a") as (process, said):
+    leases = Leases(tmp_path / "cache")
+    with other("use", leases.root, "text/a") as (process, said):
         assert said == "held"
-        assert ledger.in_use() == {"text/a", "weights/tiny-1"}
+        assert leases.leased_keys() == {"text/a", "weights/tiny-1"}
         process.kill()
         process.wait()
-        assert ledger.in_use() == frozenset()
-        (record,) = ledger.uses.all()
+        assert leases.leased_keys() == frozenset()
+        (record,) = leases.uses.all()
         assert record.names == {"text/a", "weights/tiny-1"}
         assert record.data["dataset"] == {"name": "d", "paths": ["/d"]}
 
 
 # A use is rewritten as the run finds out what it needs, and is one record to the end.
 def test_a_use_follows_its_run(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
-    use = Use(ledger, "runs/mine", {"name": "d", "paths": ["/d"]})
+    leases = Leases(tmp_path / "cache")
+    use = UseLease(leases, "runs/mine", {"name": "d", "paths": ["/d"]})
     use.hold(["text/a"])
     use.hold(["text/b", "text/c"])
-    assert ledger.in_use() == {"text/b", "text/c"}
+    assert leases.leased_keys() == {"text/b", "text/c"}
     use.release()
-    assert ledger.in_use() == frozenset()
-    (file,) = (ledger.root / "uses").iterdir()
+    assert leases.leased_keys() == frozenset()
+    (file,) = (leases.root / "uses").iterdir()
     assert json.loads(file.read_text())["names"] == ["text/b", "text/c"]
 
 
 # A thousand runs of a sweep on the same entries leave one record; runs on other entries, or on
 # another dataset, keep theirs.
 def test_records_do_not_pile_up(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
+    leases = Leases(tmp_path / "cache")
     for number in range(10):
         for path, names in (("/a", ["text/a"]), ("/a", ["text/b"]), ("/b", ["text/a"])):
-            use = Use(ledger, f"runs/{number}{path}{names}", {"name": "d", "paths": [path]})
+            use = UseLease(leases, f"runs/{number}{path}{names}", {"name": "d", "paths": [path]})
             use.hold(names)
             use.release()
-    assert len(list((ledger.root / "uses").iterdir())) == 3
-    assert {record.data["run"][:6] for record in ledger.uses.all()} == {"runs/9"}
+    assert len(list((leases.root / "uses").iterdir())) == 3
+    assert {record.data["run"][:6] for record in leases.uses.all()} == {"runs/9"}
 
 
 # Who wants one name takes turns: it is waited for, which is said once, and a dead holder has none.
 def test_turns_on_one_name(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
+    leases = Leases(tmp_path / "cache")
     told: list[str] = []
-    with other("claim", ledger.root, "incoming/x") as (process, _):
-        with ledger.turn("incoming/y", "mine", lambda: told.append("y")):
-            assert ledger.claimed() == {"incoming/x", "incoming/y"}
+    with other("claim", leases.root, "incoming/x") as (process, _):
+        with leases.turn("incoming/y", "mine", lambda: told.append("y")):
+            assert leases.claimed() == {"incoming/x", "incoming/y"}
         killer = threading.Timer(0.5, process.kill)
         killer.start()
-        with ledger.turn("incoming/x", "mine", lambda: told.append("x")):
+        with leases.turn("incoming/x", "mine", lambda: told.append("x")):
             assert told == ["x"]
-            assert ledger.claimed() == {"incoming/x"}
-    assert list((ledger.root / "claims").iterdir()) == []
+            assert leases.claimed() == {"incoming/x"}
+    assert list((leases.root / "claims").iterdir()) == []
 
 
 # A run that ends takes the records of ended runs like it away, and never that of a run that goes
 # on, though it is on the same dataset and uses the same.
 def test_the_record_of_a_running_run_stays(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cache")
+    leases = Leases(tmp_path / "cache")
     names = ["text/a", "weights/tiny-1"]
-    with other("use", ledger.root, "text/a") as (process, said):
+    with other("use", leases.root, "text/a") as (process, said):
         assert said == "held"
         for number in range(2):
-            use = Use(ledger, f"runs/mine{number}", {"name": "d", "paths": ["/d"]})
+            use = UseLease(leases, f"runs/mine{number}", {"name": "d", "paths": ["/d"]})
             use.hold(names)
             use.release()
-        records = {record.data["run"]: record for record in ledger.uses.all()}
+        records = {record.data["run"]: record for record in leases.uses.all()}
         assert records.keys() == {"runs/other", "runs/mine1"}
         # They are alike indeed, so that only its life keeps the first.
         assert len({record.data["set"] for record in records.values()}) == 1
         assert records["runs/other"].who == f"runs/other (process {process.pid})"
-        assert ledger.in_use() == set(names)
+        assert leases.leased_keys() == set(names)

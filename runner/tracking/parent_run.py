@@ -1,4 +1,4 @@
-"""The parent run of a sweep: one for all its children, in whatever process they run."""
+"""The parent run of a sweep in MLflow, shared by children in any number of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.tracking.client import connect, first_line
-from runner.tracking.mlflow_run import PARENT_TAG, RunWriter, Status
+from runner.tracking.mlflow_run import PARENT_TAG, RunStatus, RunWriter
 from runner.tracking.passwords import hidden, revealed
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ SUMMARY_METRICS = ("eval/loss", "loss/average")
 
 
 def child_tags(parent_id: str, sweep_id: str) -> dict[str, str]:
-    """The tags of a child run: MLflow's for nesting it, ours for finding it in a flat list."""
+    """Return a child's tags: MLflow's to nest it, the runner's to find it in a flat list."""
     return {PARENT_TAG: parent_id, SWEEP_TAG: sweep_id}
 
 
@@ -38,10 +38,22 @@ def open_parent(
     name: str,
     tags: Mapping[str, str],
 ) -> str:
-    """The id of the parent run of a sweep; whichever child asks first makes it.
+    """Return the id of a sweep's parent run, which the first child to ask creates.
 
-    All children, in this process or others, get the same one: a file lock guards `parent.json` in
-    the sweep's folder. The store must be initialised. Raises UserError if it refuses.
+    All children, in this process or others, get the same run: a file lock guards ``parent.json`` in
+    the sweep's folder.
+
+    Args:
+        uri: The address of a store that was initialised.
+        experiment: The experiment of all runs of the sweep.
+        outputs: The folder that ``mlartifacts`` is in, if the store is not a server.
+        folder: The sweep's folder.
+        sweep_id: The sweep's id, a tag of the run.
+        name: The run's name.
+        tags: Further tags.
+
+    Raises:
+        UserError: The store refused, or the folder can't be written to.
     """
     from filelock import FileLock
 
@@ -71,23 +83,23 @@ def open_parent(
 
 
 def close_parent(
-    folder: Path, status: Status, *, killed: Collection[str] = ()
-) -> tuple[Status, str] | None:
-    """End the parent run, and store a table of its children in it (`sweep.csv`, `sweep.json`).
+    folder: Path, status: RunStatus, *, killed: Collection[str] = ()
+) -> tuple[RunStatus, str] | None:
+    """End the parent run with a table of its children (``sweep.csv``, ``sweep.json``).
 
-    It ends as `status`, except that FINISHED needs children that all finished: one that was
-    killed makes it KILLED, one that failed, or never ended, FAILED.
+    It ends as ``status``, except that FINISHED needs children that all finished: one that was
+    killed makes it KILLED, one that failed or never ended FAILED.
 
     Args:
         folder: The sweep's folder.
         status: How its jobs ended.
-        killed: Ids of children whose processes died: nobody else can end these.
+        killed: Ids of children whose processes died, and which are ended here as KILLED.
 
     Returns:
-        The status it ended with and where a person finds it; None if no parent was opened.
+        The status it ended with and the hint where to find it; None if no parent was opened.
 
     Raises:
-        UserError: The store cannot be read.
+        UserError: The store can't be read.
     """
     record = _recorded(folder)
     run_id, uri, outputs = (record.get(key) for key in ("run_id", "uri", "outputs"))
@@ -108,24 +120,26 @@ def close_parent(
     rows = summary(children)
     writer.log_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", "sweep.json")
     writer.log_text(_csv(rows), "sweep.csv")
-    true_status = _true_status(status, [child.info.status for child in children])
+    true_status = _status_with_children(status, [child.info.status for child in children])
     writer.finish(true_status)
     return true_status, writer.url_hint
 
 
 def summary(children: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row for each child, best first: name, status, what differs between them, losses.
+    """Build one row per child, best first: name, status, swept parameters, losses.
 
-    A swept parameter is one whose value is not the same in all children. Sorted by evaluation
-    loss where there is one, else by average training loss.
+    A swept parameter is one whose value is not the same in all children. Rows are sorted by
+    evaluation loss if there is one, else by average training loss.
     """
     keys = sorted({key for child in children for key in child.data.params})
-    swept = [key for key in keys if len({child.data.params.get(key) for child in children}) > 1]
+    swept_keys = [
+        key for key in keys if len({child.data.params.get(key) for child in children}) > 1
+    ]
     rows = [
         {
             "name": child.info.run_name,
             "status": child.info.status,
-            **{key: child.data.params.get(key) for key in swept},
+            **{key: child.data.params.get(key) for key in swept_keys},
             **{key: child.data.metrics.get(key) for key in SUMMARY_METRICS},
             "run_id": child.info.run_id,
         }
@@ -135,7 +149,7 @@ def summary(children: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _rank(row: Mapping[str, Any]) -> tuple:
-    # A missing loss and NaN (the one value unequal to itself) come last.
+    # A missing loss and NaN (the only value unequal to itself) come last.
     losses = [row[key] for key in SUMMARY_METRICS]
     known = [loss is not None and loss == loss for loss in losses]
     order = [(0, loss) if ok else (1, 0.0) for loss, ok in zip(losses, known, strict=True)]
@@ -151,7 +165,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _true_status(status: Status, children: Sequence[str]) -> Status:
+def _status_with_children(status: RunStatus, children: Sequence[str]) -> RunStatus:
     if status != "FINISHED":
         return status
     if children and all(child == "FINISHED" for child in children):
@@ -160,7 +174,7 @@ def _true_status(status: Status, children: Sequence[str]) -> Status:
 
 
 def _children(client: Any, parent: Run) -> list[Run]:
-    found: list[Run] = []
+    children: list[Run] = []
     token: str | None = None
     while True:
         page = client.search_runs(
@@ -169,14 +183,14 @@ def _children(client: Any, parent: Run) -> list[Run]:
             max_results=1000,
             page_token=token,
         )
-        found.extend(page)
+        children.extend(page)
         token = page.token
         if not token:
-            return found
+            return children
 
 
 def _is_open(uri: str, run_id: str) -> bool:
-    """Whether the run is in the store; one that had ended goes on, one that is gone does not."""
+    """Reopen the run if it has ended; return False if it was deleted."""
     from mlflow.exceptions import MlflowException
 
     client = connect(uri)

@@ -1,4 +1,4 @@
-"""The hub's cache on this machine: what is in it, and what was checked.
+"""The Hugging Face cache on this computer, and notes on which of its files were verified.
 
 Its layout is the one described in huggingface_hub's guide "Understand caching"::
 
@@ -6,9 +6,9 @@ Its layout is the one described in huggingface_hub's guide "Understand caching":
     models--<owner>--<name>/snapshots/<commit>/<file>  a link to ../../blobs/<etag>
     models--<owner>--<name>/blobs/<etag>               the bytes; the etag is the sha256 of a
                                                        large (LFS) file, else git's blob id
-    .locks/models--<owner>--<name>/<etag>.lock         held while a blob is made
+    .locks/models--<owner>--<name>/<etag>.lock         held while a blob is written
 
-and for a dataset ``datasets--`` in place of ``models--``.
+For a dataset, ``datasets--`` replaces ``models--``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ _READ = 4 << 20
 class Request:
     """Files wanted from one repository at one revision (branch, tag or commit).
 
-    ``files`` must be there; of what the repository has besides, files like ``patterns`` are taken
-    too. ``branch`` is a name that programs will ask for offline: it is made to point at the
-    commit. ``option`` is the option that holds the revision. ``repo_type`` is model or dataset.
+    Attributes:
+        files: Required files.
+        patterns: Patterns of optional files, which are fetched too if there are any.
+        branch: A branch that programs will ask for offline; it is pointed at the commit.
+        option: The option that holds the revision, for messages.
+        repo_type: ``model`` or ``dataset``.
     """
 
     repository: str
@@ -51,7 +54,7 @@ class Request:
         """Whether a file of the repository is wanted."""
         if file in self.files:
             return True
-        # A pattern is for one folder: its * takes no slash.
+        # A pattern is for one folder: its * matches no slash.
         return any(
             fnmatch(file, pattern) and file.count("/") == pattern.count("/")
             for pattern in self.patterns
@@ -59,10 +62,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Cached:
-    """A file in the cache: its place in the snapshot, its bytes, and the etag naming them.
+class HubFile:
+    """A file in the cache: its path in the snapshot, its blob, and the blob's etag.
 
-    ``etag`` is None where the file system has no links, and the bytes lie in the snapshot.
+    ``etag`` is None on a file system without links, where the snapshot holds the file itself.
     """
 
     path: Path
@@ -71,73 +74,75 @@ class Cached:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit, which never moves."""
+    """Whether a revision is a full commit hash, which never moves."""
     return _COMMIT.fullmatch(revision) is not None
 
 
 class HubCache:
-    """The cache at ``folder`` as far as it is of one type; ``checked`` is where it is noted which
-    files were found whole."""
+    """The Hugging Face cache in ``folder``, for repositories of one type.
+
+    ``checked`` is the folder of the notes on verified files.
+    """
 
     def __init__(self, folder: Path, checked: Path, repo_type: str = "model") -> None:
         self.folder = folder
         self._type = repo_type
         self._checked = checked
-        # The notes once more, for when they can't be written.
+        # A copy of the notes, in case they can't be written.
         self._notes: dict[str, dict[str, object]] = {}
 
     @classmethod
     def of_user(cls, checked: Path, repo_type: str = "model") -> HubCache:
-        """The user's own cache, where HF_HOME and HF_HUB_CACHE put it."""
+        """Open the user's own cache, in the folder that HF_HOME and HF_HUB_CACHE name."""
         from huggingface_hub import constants
 
-        _settle_folders()
+        _make_folders_absolute()
         return cls(Path(constants.HF_HUB_CACHE).absolute(), checked, repo_type)
 
     def of(self, repository: str) -> Path:
-        """A repository's folder."""
+        """Return a repository's folder."""
         return self.folder / f"{self._type}s--{repository.replace('/', '--')}"
 
     def commit(self, repository: str, revision: str) -> str | None:
-        """The commit of a revision as far as this machine knows."""
+        """Return the commit of a revision, or None if the cache does not have it."""
         if is_commit(revision):
             return revision
         try:
             commit = (self.of(repository) / "refs" / revision).read_text("ascii").strip()
         except (OSError, UnicodeDecodeError):
             return None
-        # A damaged note, cut to nothing or filled with zeros by a crash, is none.
+        # Ignore a file that a crash left empty or filled with zeros.
         return commit if commit.isalnum() else None
 
     def place(self, repository: str, commit: str, file: str) -> Path:
-        """Where a file of a commit lies, or will lie."""
+        """Return the path that a file of a commit has or will have."""
         return self.of(repository) / "snapshots" / commit / file
 
     def blob(self, repository: str, etag: str) -> Path:
-        """Where the bytes named ``etag`` lie, or will lie."""
+        """Return the path that the blob ``etag`` has or will have."""
         return self.of(repository) / "blobs" / etag
 
     def lock(self, repository: str, etag: str) -> Path:
-        """The file that every client of the hub locks while it makes a blob."""
+        """Return the file that every client of the hub locks while it writes a blob."""
         return self.folder / ".locks" / self.of(repository).name / f"{etag}.lock"
 
-    def find(self, repository: str, commit: str | None, file: str) -> Cached | None:
-        """A file of a commit, or None when it is not here."""
+    def find(self, repository: str, commit: str | None, file: str) -> HubFile | None:
+        """Return a file of a commit, or None if it is not cached."""
         if commit is None:
             return None
         path = self.place(repository, commit, file)
         if not path.is_file():
             return None
-        # One step only: a blob can itself be a link into a store shared by repositories, where
-        # names are no etags.
+        # Follow one link only: a blob can itself be a link into storage that repositories share,
+        # where files are not named by their etag.
         if path.is_symlink():
             target = Path(os.path.normpath(path.parent / path.readlink()))
             if target.parent.name == "blobs":
-                return Cached(path, target, target.name)
-        return Cached(path, path, None)
+                return HubFile(path, target, target.name)
+        return HubFile(path, path, None)
 
-    def lacking(self, request: Request) -> list[str]:
-        """The required files of a request that are not here."""
+    def missing_files(self, request: Request) -> list[str]:
+        """Return the required files of a request that are not cached."""
         commit = self.commit(request.repository, request.revision)
         return [f for f in request.files if self.find(request.repository, commit, f) is None]
 
@@ -148,8 +153,8 @@ class HubCache:
         commit = self.commit(request.repository, request.revision)
         return commit is not None and commit == self.commit(request.repository, request.branch)
 
-    def here(self, request: Request) -> dict[str, Cached]:
-        """The files of a request that are here, the optional ones included."""
+    def here(self, request: Request) -> dict[str, HubFile]:
+        """Return the cached files of a request, including optional ones."""
         commit = self.commit(request.repository, request.revision)
         if commit is None:
             return {}
@@ -157,15 +162,15 @@ class HubCache:
         names = {*request.files}
         for pattern in request.patterns:
             names.update(path.relative_to(top).as_posix() for path in top.glob(pattern))
-        found = {name: self.find(request.repository, commit, name) for name in sorted(names)}
-        return {name: cached for name, cached in found.items() if cached is not None}
+        hub_files = {name: self.find(request.repository, commit, name) for name in sorted(names)}
+        return {name: hub_file for name, hub_file in hub_files.items() if hub_file is not None}
 
     def unchecked(self, request: Request) -> int:
-        """How many files of a request are here and were not read since they came."""
-        return sum(self.known_sha256(cached) is None for cached in self.here(request).values())
+        """Count the cached files of a request that were not verified yet."""
+        return sum(self.known_sha256(one) is None for one in self.here(request).values())
 
     def link(self, repository: str, commit: str, file: str, etag: str) -> None:
-        """Put a blob into a snapshot."""
+        """Link a blob into a snapshot; without links, move it there."""
         from huggingface_hub import constants
 
         place, blob = self.place(repository, commit, file), self.blob(repository, etag)
@@ -176,26 +181,30 @@ class HubCache:
             if constants.HF_HUB_DISABLE_SYMLINKS:
                 raise OSError("no links are wanted")
             temporary.symlink_to(os.path.relpath(blob, place.parent))
-        except OSError:  # No links here: then the bytes themselves lie in the snapshot.
+        except OSError:
             blob.replace(place)
             return
         temporary.replace(place)
 
     def point(self, repository: str, branch: str, commit: str) -> bool:
-        """Make a branch point at a commit; False when it did."""
+        """Point a branch at a commit.
+
+        Returns:
+            False if it pointed there already.
+        """
         if is_commit(branch) or self.commit(repository, branch) == commit:
             return False
         write_text(self.of(repository) / "refs" / branch, commit)
         return True
 
-    def known_sha256(self, cached: Cached) -> str | None:
-        """The sha256 found when the file was read, if it has the size and time it had then."""
-        place = self._note(cached.blob)
+    def known_sha256(self, hub_file: HubFile) -> str | None:
+        """Return the SHA-256 noted when the file was verified, if size and time are the same."""
+        place = self._note(hub_file.blob)
         note = self._notes.get(place.name)
         try:
             if note is None:
                 note = json.loads(place.read_text(encoding="utf-8"))
-            stat = cached.blob.stat()
+            stat = hub_file.blob.stat()
             if (note["size"], note["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
                 return str(note["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -203,7 +212,7 @@ class HubCache:
         return None
 
     def remember(self, file: Path, sha256: str) -> None:
-        """Note that a file was read whole and has this sha256."""
+        """Note that a file was verified and has this SHA-256."""
         stat, place = file.stat(), self._note(file)
         note = {
             "file": str(file),
@@ -212,7 +221,7 @@ class HubCache:
             "sha256": sha256,
         }
         self._notes[place.name] = note
-        # Without the note the file is only read once more by the next run.
+        # Without the note, the next run only verifies the file again.
         with suppress(OSError):
             write_text(place, json.dumps(note, indent=1) + "\n")
 
@@ -220,18 +229,18 @@ class HubCache:
         name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:40]
         return self._checked / f"{name}.json"
 
-    def name_of(self, cached: Cached) -> str | None:
-        """A digest of a file without reading it: its name in the cache, or what a check noted.
+    def name_of(self, hub_file: HubFile) -> str | None:
+        """Return a digest of a file without reading it: its etag, or its noted SHA-256.
 
-        The name of a large file is its sha256, that of a small one git's blob id.
+        The etag of a large file is its SHA-256, that of a small one git's blob id.
         """
-        return cached.etag or self.known_sha256(cached)
+        return hub_file.etag or self.known_sha256(hub_file)
 
 
-def _settle_folders() -> None:
-    """Make the hub's relative folders absolute, for the programs that this one starts.
+def _make_folders_absolute() -> None:
+    """Make the hub's relative folders absolute, for programs started in other folders.
 
-    They are started in other folders and would look for the cache, or the token, there.
+    They would look for the cache and the token there.
     """
     from huggingface_hub import constants
 
@@ -241,11 +250,16 @@ def _settle_folders() -> None:
 
 
 def read_sha256(file: Path, etag: str | None, progress: Callable[[int], None]) -> tuple[str, bool]:
-    """A file's sha256, and whether its bytes are those that ``etag`` names.
+    """Hash a file and compare the result with its etag.
 
-    A 64-digit etag is their sha256; a 40-digit one is git's blob id, the sha1 of ``blob <size>``,
-    a zero byte and the bytes. Nothing can be said of other etags, which pass. ``progress`` is
-    called with the bytes read so far.
+    Args:
+        file: The file.
+        etag: 64 digits are a SHA-256; 40 digits are git's blob id, the SHA-1 of ``blob <size>``, a
+            zero byte and the content. Any other etag can't be checked and is accepted.
+        progress: Called with the number of bytes read so far.
+
+    Returns:
+        The file's SHA-256, and whether the etag matches.
     """
     sha256 = hashlib.sha256()
     git = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
@@ -258,9 +272,9 @@ def read_sha256(file: Path, etag: str | None, progress: Callable[[int], None]) -
                 git.update(piece)
             done += len(piece)
             progress(done)
-    found = sha256.hexdigest()
+    digest = sha256.hexdigest()
     if is_git:
-        return found, git.hexdigest() == etag
+        return digest, git.hexdigest() == etag
     if etag is not None and _SHA256.fullmatch(etag):
-        return found, found == etag
-    return found, True
+        return digest, digest == etag
+    return digest, True

@@ -1,8 +1,8 @@
-"""What can only be told from pixels: sharpness, light, a hash alike pictures share, a thumbnail.
+"""Image statistics: sharpness, brightness, perceptual hash, thumbnail.
 
-A picture is decoded as small as its format allows, and of a clip one frame near its middle. What
-was seen is kept under ``outputs/cache/looks`` by the media's digest, so that no other run looks
-again. PIL, numpy and PyAV are imported where they are used.
+A picture is decoded as small as its format allows, and of a clip one frame near its middle. The
+statistics are stored under ``outputs/cache/looks`` by the media's digest, so that other runs need
+not measure again. PIL, numpy and PyAV are imported where they are used.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
 from runner.data.decode import to_rgb
 from runner.data.sources.archive import open_archive
-from runner.storage.store import key_of
+from runner.storage.shared_cache import json_digest
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from runner.data.sources import Item
+    from runner.data.sources import SourceMedia
 
-# Raised when anything below measures differently, so that older looks are not taken for newer ones.
-LOOK_VERSION = 1
+# Increase when the measurement changes, so that old statistics are not used.
+STATISTICS_VERSION = 1
 
-# Media are measured with their longer side at this many pixels, and never enlarged: about the size
-# they are trained at, so that what is lost in shrinking does not count as sharpness.
+# Pixels of the longer side at which media are measured; smaller ones are not enlarged. This is
+# about the size of training, so that detail lost in shrinking does not count as sharpness.
 SIDE = 512
 THUMBNAIL = 160
 
-# Sharpness below which a medium is called blurred. The sample's pictures have 700 to 2900; blurred
+# Media with a lower sharpness are called blurred. The sample's pictures have 700 to 2900; blurred
 # by 1 pixel of the 512 they have 44 to 175, by 1.5 pixels 13 to 49 (tests/data/test_report.py).
 BLURRED = 100.0
 DARK = 16.0  # mean brightness, of 255
@@ -51,19 +51,22 @@ FLAT = 4.0  # standard deviation of brightness, of 255
 _TILES = 4
 _IN_MEMORY = 64 << 20
 _ORIENTATION = 0x0112  # the EXIF tag
-# How far behind a key frame that shows nothing (a fade, a cut to black) another one is tried.
+# Frames to skip after a key frame that is dark or flat (a fade) before measuring another.
 _FRAMES_ON = 48
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen of one medium.
+class ImageStatistics:
+    """Image statistics of one picture or clip.
 
-    sharpness: variance of the Laplacian in the sharpest of 16 tiles, so that a sharp subject
-    before a soft background is sharp. brightness, contrast: mean and standard deviation, 0 to 255.
-    hash: 128 bits, the signs of the differences between neighbours in a tiny copy, across and
-    down. thumbnail: a JPEG, base64. turned: whether a picture's EXIF data ask for a rotation or
-    mirroring, which training does not do.
+    Attributes:
+        sharpness: variance of the Laplacian in the sharpest of 16 tiles, so that a sharp subject
+            before a soft background counts as sharp.
+        brightness, contrast: mean and standard deviation, 0 to 255.
+        hash: 128 bits, the signs of the differences between neighbouring pixels in a tiny copy,
+            across and down.
+        thumbnail: a JPEG, base64.
+        turned: whether EXIF data ask for a rotation or mirroring, which training ignores.
     """
 
     sharpness: float
@@ -75,70 +78,86 @@ class Look:
 
     @property
     def dark(self) -> bool:
+        """Whether it is nearly black."""
         return self.brightness < DARK and not self.flat
 
     @property
     def flat(self) -> bool:
+        """Whether it is one flat colour."""
         return self.contrast < FLAT
 
     @property
     def blurred(self) -> bool:
+        """Whether it is blurred, and not dark or flat."""
         return self.sharpness < BLURRED and not self.flat and not self.dark
 
     @property
     def fine(self) -> bool:
+        """Whether it is neither dark nor flat nor blurred."""
         return not (self.dark or self.flat or self.blurred)
 
 
-def look_at(
-    items: Iterable[Item],
+def measure_all(
+    media: Iterable[SourceMedia],
     folder: Path,
     *,
     keep: bool,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Look]:
-    """A look for each medium, by sha256; what can't be looked at has none.
+) -> dict[str, ImageStatistics]:
+    """Measure media, or read statistics measured before.
 
-    folder: where looks are kept between runs; written to only with `keep`.
-    progress: called with (done, all) for those that are not there yet.
+    Args:
+        media: the media.
+        folder: the folder of stored statistics.
+        keep: whether to store new statistics there.
+        progress: called with the numbers of media measured and to measure.
+
+    Returns:
+        The statistics by SHA-256, without media that can't be read.
     """
-    wanted = {item.sha256: item for item in items}
-    kept = {digest: _kept(folder, digest) for digest in wanted}
-    looks = {digest: look for digest, look in kept.items() if look is not None}
-    missing = [item for digest, item in wanted.items() if digest not in looks]
+    wanted = {one.sha256: one for one in media}
+    stored = {digest: _stored(folder, digest) for digest in wanted}
+    image_statistics = {
+        digest: statistics for digest, statistics in stored.items() if statistics is not None
+    }
+    missing = [item for digest, item in wanted.items() if digest not in image_statistics]
     with ExitStack() as stack:
         archives: dict[Path, zipfile.ZipFile] = {}
         for item in missing:
             if item.archive is not None and item.archive not in archives:
-                with suppress(UserError):  # Gone since the scan: its media have no look.
+                with suppress(UserError):  # Deleted since the scan: its media have no statistics.
                     archives[item.archive] = stack.enter_context(open_archive(item.archive))
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
-            futures = {pool.submit(_look, item, archives): item for item in missing}
+            futures = {pool.submit(_measure_media, item, archives): item for item in missing}
             for done, future in enumerate(as_completed(futures), 1):
-                look = future.result()
-                if look is not None:
+                statistics = future.result()
+                if statistics is not None:
                     digest = futures[future].sha256
-                    looks[digest] = look
+                    image_statistics[digest] = statistics
                     if keep:
-                        # Not worth a sync: one that a power cut tears is no JSON, and made again.
-                        write_text(_place(folder, digest), json.dumps(asdict(look)), sync=False)
+                        # Not synced: a truncated file is not valid JSON and is made again.
+                        write_text(
+                            _statistics_path(folder, digest),
+                            json.dumps(asdict(statistics)),
+                            sync=False,
+                        )
                 if progress is not None:
                     progress(done, len(missing))
         finally:
             pool.shutdown(cancel_futures=True)
-    return looks
+    return image_statistics
 
 
-def _place(folder: Path, digest: str) -> Path:
-    name = key_of({"media": digest, "look": LOOK_VERSION})
+def _statistics_path(folder: Path, digest: str) -> Path:
+    name = json_digest({"media": digest, "look": STATISTICS_VERSION})
     return folder / name[:2] / f"{name}.json"
 
 
-def _kept(folder: Path, digest: str) -> Look | None:
+def _stored(folder: Path, digest: str) -> ImageStatistics | None:
     try:
-        record: Any = json.loads(_place(folder, digest).read_text("utf-8"))
-        return Look(
+        record: Any = json.loads(_statistics_path(folder, digest).read_text("utf-8"))
+        return ImageStatistics(
             sharpness=float(record["sharpness"]),
             brightness=float(record["brightness"]),
             contrast=float(record["contrast"]),
@@ -150,29 +169,31 @@ def _kept(folder: Path, digest: str) -> Look | None:
         return None
 
 
-def _look(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> Look | None:
+def _measure_media(
+    item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]
+) -> ImageStatistics | None:
     try:
         with _opened(item, archives) as stream:
-            if item.kind == "image":
+            if item.media_kind == "image":
                 data = stream.read()
                 same = hashlib.sha256(data).hexdigest() == item.sha256
-                return look_at_picture(io.BytesIO(data)) if same else None
+                return measure_picture(io.BytesIO(data)) if same else None
             if item.file is not None:
                 same = item.identity in (None, identity_of(os.fstat(stream.fileno())))
-                return look_at_clip(item.file) if same else None
+                return measure_clip(item.file) if same else None
             digest = hashlib.sha256()
             with cast(BinaryIO, SpooledTemporaryFile(_IN_MEMORY)) as spool:
                 while data := stream.read(1 << 20):
                     digest.update(data)
                     spool.write(data)
-                return look_at_clip(spool) if digest.hexdigest() == item.sha256 else None
+                return measure_clip(spool) if digest.hexdigest() == item.sha256 else None
     except Exception:
-        # Decoders raise all kinds of errors. The scan could read it, and a report must not stop a
-        # run: the media without a look are named in it.
+        # Decoders raise all kinds of errors, and a report must not stop a run. Media without
+        # statistics are named in it.
         return None
 
 
-def _opened(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
+def _opened(item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
     if item.file is not None:
         return item.file.open("rb")
     assert item.archive is not None
@@ -180,20 +201,20 @@ def _opened(item: Item, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
     return cast(BinaryIO, archives[item.archive].open(item.member))
 
 
-def look_at_picture(stream: BinaryIO) -> Look:
-    """Look at a picture; the decoder's error when it is damaged."""
+def measure_picture(stream: BinaryIO) -> ImageStatistics:
+    """Measure a picture; the decoder's error is raised if it is damaged."""
     from PIL import Image
 
     with Image.open(stream) as image:
-        share = SIDE / max(image.size)
+        ratio = SIDE / max(image.size)
         # A JPEG can be decoded at a half, a quarter or an eighth, which saves most of the work.
-        image.draft(None, (int(image.width * share), int(image.height * share)))
+        image.draft(None, (int(image.width * ratio), int(image.height * ratio)))
         turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
         return replace(measure(to_rgb(image)), turned=turned)
 
 
-def look_at_clip(source: Path | BinaryIO) -> Look:
-    """Look at the key frame before a clip's middle, or a later frame when it shows nothing."""
+def measure_clip(source: Path | BinaryIO) -> ImageStatistics:
+    """Measure the key frame before a clip's middle, or a later frame if that one is not fine."""
     import av
 
     if not isinstance(source, Path):
@@ -203,20 +224,20 @@ def look_at_clip(source: Path | BinaryIO) -> Look:
         if stream.duration:
             container.seek((stream.start_time or 0) + stream.duration // 2, stream=stream)
         frames = container.decode(stream)
-        look = measure(next(frames).to_image())
-        if look.fine:
-            return look
+        statistics = measure(next(frames).to_image())
+        if statistics.fine:
+            return statistics
         later = None
         for number, frame in enumerate(frames, 1):
             later = frame
             if number == _FRAMES_ON:
                 break
-        second = look if later is None else measure(later.to_image())
-        return max(look, second, key=lambda seen: (seen.fine, seen.sharpness))
+        second = statistics if later is None else measure(later.to_image())
+        return max(statistics, second, key=lambda one: (one.fine, one.sharpness))
 
 
-def measure(image: Image.Image) -> Look:
-    """Look at an RGB picture."""
+def measure(image: Image.Image) -> ImageStatistics:
+    """Measure an RGB picture."""
     import numpy as np
     from PIL import Image
 
@@ -227,7 +248,7 @@ def measure(image: Image.Image) -> Look:
     signs = np.concatenate([(np.diff(across) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
     thumbnail = io.BytesIO()
     _shrunk(image, THUMBNAIL, 1.0).save(thumbnail, "JPEG", quality=65)
-    return Look(
+    return ImageStatistics(
         sharpness=round(_sharpness(grey), 2),
         brightness=round(float(grey.mean()), 2),
         contrast=round(float(grey.std()), 2),
@@ -247,7 +268,7 @@ def _shrunk(image: Image.Image, side: int, gap: float = 2.0) -> Image.Image:
 
 
 def _sharpness(grey: np.ndarray) -> float:
-    """The greatest variance of the Laplacian in a tile of `grey` ([H, W] uint8)."""
+    """Return the maximum variance of the Laplacian in a tile of ``grey`` ([H, W] uint8)."""
     import numpy as np
 
     if min(grey.shape) < 3:
@@ -256,7 +277,7 @@ def _sharpness(grey: np.ndarray) -> float:
     edges = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
     parts = _TILES if min(edges.shape) >= _TILES else 1
     height, width = (side // parts for side in edges.shape)
-    # What is over at the edges is left out, so that all tiles are of one size.
+    # The rest at the edges is left out, so that all tiles have one size.
     tiles = edges[: height * parts, : width * parts].reshape(parts, height, parts, width)
     squares = np.einsum("ahbw,ahbw->ab", tiles, tiles) / (height * width)
     return float((squares - tiles.mean(axis=(1, 3)) ** 2).max())

@@ -14,23 +14,30 @@ from typing import Any
 
 import pytest
 
-import runner.storage.store
+import runner.storage.shared_cache
 from runner.core.atomic import sync, write_text
-from runner.storage import store as store_module
-from runner.storage.store import Arrival, Shelf, Store, key_of, link, note_of
+from runner.storage import shared_cache as store_module
+from runner.storage.shared_cache import (
+    FinishedFile,
+    Namespace,
+    SharedCache,
+    json_digest,
+    link,
+    note_of,
+)
 
 
 # A key depends on every part and on nothing else, not even on their order.
 def test_keys_are_of_the_content() -> None:
     parts = {"media": "a", "bucket": [96, 64], "tile": 0}
-    assert key_of(parts) == key_of(dict(reversed(parts.items())))
+    assert json_digest(parts) == json_digest(dict(reversed(parts.items())))
     for name, other in (("media", "b"), ("bucket", [64, 96]), ("tile", 128)):
-        assert key_of({**parts, name: other}) != key_of(parts)
+        assert json_digest({**parts, name: other}) != json_digest(parts)
 
 
 # A committed entry is read-only, says what made it, and leaves nothing behind.
 def test_commit_moves_and_protects(tmp_path: Path) -> None:
-    store = Store(tmp_path / "cache")
+    store = SharedCache(tmp_path / "cache")
     made = tmp_path / "made"
     made.write_bytes(b"latents")
     place = store.commit("latents", "ab12.safetensors", made, {"media": "x"})
@@ -45,7 +52,7 @@ def test_commit_moves_and_protects(tmp_path: Path) -> None:
 
 # An entry that is there is never replaced, whoever comes second.
 def test_the_first_entry_stays(tmp_path: Path) -> None:
-    store = Store(tmp_path / "cache")
+    store = SharedCache(tmp_path / "cache")
     for text in (b"first", b"second"):
         made = tmp_path / "made"
         made.write_bytes(text)
@@ -70,7 +77,7 @@ def test_a_power_cut_leaves_whole_entries(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
-    place = stored(Store(tmp_path / "cache"), b"latents")
+    place = full_key(SharedCache(tmp_path / "cache"), b"latents")
     entry, note = place.stat().st_ino, note_of(place).stat().st_ino
     folder = ("synced", place.parent.stat().st_ino)
     for name, inode in (("renamed .safetensors", entry), ("renamed .json", note)):
@@ -84,14 +91,16 @@ def test_a_power_cut_leaves_whole_entries(tmp_path: Path, monkeypatch: pytest.Mo
 def test_files_are_committed_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_disk: bool
 ) -> None:
-    store, rename = Store(tmp_path / "cache"), Path.replace
+    store, rename = SharedCache(tmp_path / "cache"), Path.replace
     made = [tmp_path / f"made{number}" for number in range(3)]
     for file in made:
         file.write_bytes(file.name.encode())
     store.commit("text", "a0", made[0], {})
     made[0].write_bytes(b"second")
     synced: list[int] = []
-    monkeypatch.setattr(runner.storage.store, "sync", lambda p: synced.append(p.stat().st_ino))
+    monkeypatch.setattr(
+        runner.storage.shared_cache, "sync", lambda p: synced.append(p.stat().st_ino)
+    )
 
     def checked(self: Path, target: Path) -> Path:
         if other_disk and self.parent != target.parent:
@@ -100,7 +109,7 @@ def test_files_are_committed_together(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", checked)
-    store.commit_all("text", [Arrival(f"a{n}", file, {"n": n}) for n, file in enumerate(made)])
+    store.commit_all("text", [FinishedFile(f"a{n}", file, {"n": n}) for n, file in enumerate(made)])
     places = [store.path("text", f"a{n}") for n in range(3)]
     assert [place.read_bytes() for place in places] == [b"made0", b"made1", b"made2"]
     assert {stat.S_IMODE(place.stat().st_mode) for place in places} == {0o444}
@@ -112,7 +121,7 @@ def test_files_are_committed_together(
 
 # A half-written entry under a temporary name is not an entry.
 def test_temporary_files_are_not_entries(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = SharedCache(tmp_path)
     folder = store.path("latents", "ab.safetensors").parent
     folder.mkdir(parents=True)
     (folder / ".ab.safetensors.7.tmp").write_bytes(b"half")
@@ -149,15 +158,15 @@ def test_write_text_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert file.read_text() == "old"
 
 
-def stored(store: Store, data: bytes, shelf: Shelf = "latents") -> Path:
+def full_key(store: SharedCache, data: bytes, namespace: Namespace = "latents") -> Path:
     made = store.root.parent / "made"
     made.write_bytes(data)
-    return store.commit(shelf, f"{data[:2].hex()}.safetensors", made, {"data": data[:2].hex()})
+    return store.commit(namespace, f"{data[:2].hex()}.safetensors", made, {"data": data[:2].hex()})
 
 
 # The note of an entry has the size and the digest of its bytes, and what made it.
 def test_the_note_tells_the_bytes(tmp_path: Path) -> None:
-    place = stored(Store(tmp_path / "cache"), b"latents")
+    place = full_key(SharedCache(tmp_path / "cache"), b"latents")
     assert json.loads(note_of(place).read_text()) == {
         "bytes": 7,
         "sha256": hashlib.sha256(b"latents").hexdigest(),
@@ -185,9 +194,9 @@ def test_the_note_tells_the_bytes(tmp_path: Path) -> None:
 def test_damage_is_found(
     tmp_path: Path, damage: str, glance: str | None, fault: str | None
 ) -> None:
-    store = Store(tmp_path / "cache")
+    store = SharedCache(tmp_path / "cache")
     data = os.urandom(3 << 20)
-    place, other = stored(store, data), stored(store, b"other")
+    place, other = full_key(store, data), full_key(store, b"other")
     note = note_of(place)
     place.chmod(0o644)
     if damage in ("cut", "empty", "longer", "flipped"):
@@ -208,8 +217,8 @@ def test_damage_is_found(
 
 # Damage that comes later is found too, by the same store: what was read is known by its file.
 def test_damage_after_a_look_is_found(tmp_path: Path) -> None:
-    store = Store(tmp_path / "cache")
-    place = stored(store, b"latents")
+    store = SharedCache(tmp_path / "cache")
+    place = full_key(store, b"latents")
     name = f"latents/{place.name}"
     assert store.faults([name], read=True) == {}
     place.chmod(0o644)
@@ -225,8 +234,8 @@ def test_damage_after_a_look_is_found(tmp_path: Path) -> None:
 
 # An entry that another process replaces at the moment of the look is not taken for damaged.
 def test_replacing_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path / "cache")
-    place = stored(store, b"latents")
+    store = SharedCache(tmp_path / "cache")
+    place = full_key(store, b"latents")
     name = f"latents/{place.name}"
     assert store.faults([name], read=True) == {}
     new = tmp_path / "new"
@@ -243,16 +252,16 @@ def test_replacing_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 # Each file is read once in a run, however often the run looks.
 def test_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(tmp_path / "cache")
-    names = [f"latents/{stored(store, bytes([n] * 9)).name}" for n in range(20)]
+    store = SharedCache(tmp_path / "cache")
+    names = [f"latents/{full_key(store, bytes([n] * 9)).name}" for n in range(20)]
     read: list[Path] = []
-    real = runner.storage.store.digest_of
+    real = runner.storage.shared_cache.digest_of
 
     def watched(file: Path) -> str:
         read.append(file)
         return real(file)
 
-    monkeypatch.setattr(runner.storage.store, "digest_of", watched)
+    monkeypatch.setattr(runner.storage.shared_cache, "digest_of", watched)
     seen: list[tuple[int, int]] = []
     for _ in range(3):
         assert store.faults(names, read=True, progress=lambda *at: seen.append(at)) == {}
@@ -265,7 +274,7 @@ def test_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # nothing but the disk and the digest takes time.
 def test_reading_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(8 << 20)
-    name = f"latents/{stored(Store(tmp_path / 'cache'), data).name}"
+    name = f"latents/{full_key(SharedCache(tmp_path / 'cache'), data).name}"
     pieces: list[int] = []
     real = hashlib.sha256
 
@@ -283,24 +292,27 @@ def test_reading_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             return self._digest.hexdigest()
 
     monkeypatch.setattr(hashlib, "sha256", Counting)
-    assert Store(tmp_path / "cache").faults([name], read=True) == {}
+    assert SharedCache(tmp_path / "cache").faults([name], read=True) == {}
     assert sum(pieces) == len(data)
     assert len(pieces) <= 8
 
 
 # And several of them at once, also where there is but one core: the disk can do more.
 def test_entries_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"latents/{stored(Store(tmp_path / 'cache'), bytes([n] * 9)).name}" for n in range(2)]
+    names = [
+        f"latents/{full_key(SharedCache(tmp_path / 'cache'), bytes([n] * 9)).name}"
+        for n in range(2)
+    ]
     # Each waits until the other is being read too.
     both = threading.Barrier(2, timeout=60)
-    real = runner.storage.store.digest_of
+    real = runner.storage.shared_cache.digest_of
 
     def waiting(file: Path) -> str:
         both.wait()
         return real(file)
 
-    monkeypatch.setattr(runner.storage.store, "digest_of", waiting)
-    assert Store(tmp_path / "cache").faults(names, read=True) == {}
+    monkeypatch.setattr(runner.storage.shared_cache, "digest_of", waiting)
+    assert SharedCache(tmp_path / "cache").faults(names, read=True) == {}
 
 
 # Nothing but the file itself ever lies where it was made: an engine that is still at work there
@@ -318,7 +330,7 @@ def test_a_commit_leaves_the_engines_folder_alone(
         sync(path)
 
     monkeypatch.setattr(store_module, "sync", noted)
-    store = Store(tmp_path / "cache")
+    store = SharedCache(tmp_path / "cache")
     store.commit("text", "ab", made, {})
     assert seen == [[made.name], [made.name], []]
     assert sorted(file.name for file in store.path("text", "ab").parent.iterdir()) == [

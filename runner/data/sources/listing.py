@@ -1,4 +1,4 @@
-"""Which media a source lists, and their captions; no medium is opened."""
+"""List the media of a source and their captions, without opening the media."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any, BinaryIO, cast
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
 from runner.data.sources.archive import check_members, member_name, open_archive, plain
-from runner.formats.media_types import MediaKind, hidden, media_kind
+from runner.formats.media_types import MediaKind, hidden, media_kind_of
 
-# As the Hugging Face loaders of pictures and clips read it: a file_name, and text beside it.
+# The format of the Hugging Face loaders of pictures and clips: file_name, and text or caption.
 METADATA = "metadata.jsonl"
 
 Opener = Callable[[], BinaryIO]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A medium that is yet to be looked at; `size` is that of an archive's member, unpacked."""
+class ListedMedia:
+    """A media file that was listed, not opened; ``size`` is the uncompressed size of a member."""
 
     name: str
-    kind: MediaKind
+    media_kind: MediaKind
     caption: str | None
     open: Opener
     file: Path | None = None
@@ -40,34 +40,40 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """Media of a source. For those of an archive: its identity when it was listed, and when that
-    was, in nanoseconds."""
+    """The listed media of a source.
 
-    entries: list[Entry]
+    Attributes:
+        entries: the media.
+        identity: of an archive, when it was listed.
+        began: when an archive was listed, in nanoseconds since 1970.
+    """
+
+    entries: list[ListedMedia]
     identity: Identity | None = None
     began: int = 0
 
 
 @contextmanager
-def listed(kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
-    """The media of a source; those of an archive can be read while the block runs.
+def open_listing(source_kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
+    """List the media of a source; those of an archive can be read during the block.
 
-    Raises UserError for an archive that `check_members` refuses, a caption that is not UTF-8 and
-    a wrong line of JSON.
+    Raises:
+        UserError: :func:`check_members` refuses the archive, a caption is not UTF-8, or a line of
+            JSON is wrong.
     """
-    if kind == "jsonl":
-        yield Listing(_jsonl_entries(path))
-    elif kind == "zip":
+    if source_kind == "jsonl":
+        yield Listing(_list_jsonl(path))
+    elif source_kind == "zip":
         with open_archive(path) as archive:
             check_members(path, archive.infolist(), max_bytes)
-            yield _zip_entries(archive, path)
+            yield _list_zip(archive, path)
     else:
         files = files_of(path)
-        found = _tree_entries({name: _file_opener(file) for name, file in files.items()}, path)
-        yield Listing([replace(entry, file=files[entry.name]) for entry in found])
+        media = _list_tree({name: _file_opener(file) for name, file in files.items()}, path)
+        yield Listing([replace(listed, file=files[listed.name]) for listed in media])
 
 
-def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
+def _list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
     assert archive.fp is not None
     began, identity = time.time_ns(), identity_of(os.fstat(archive.fp.fileno()))
 
@@ -76,15 +82,15 @@ def _zip_entries(archive: zipfile.ZipFile, path: Path) -> Listing:
 
     packed = [member for member in archive.infolist() if not member.is_dir()]
     members = {plain(member_name(member)): member for member in packed}
-    found = _tree_entries({name: reader(member) for name, member in members.items()}, path)
+    media = _list_tree({name: reader(member) for name, member in members.items()}, path)
     entries = [
         replace(
-            entry,
+            listed,
             archive=path,
-            member=members[entry.name].filename,
-            size=members[entry.name].file_size,
+            member=members[listed.name].filename,
+            size=members[listed.name].file_size,
         )
-        for entry in found
+        for listed in media
     ]
     return Listing(entries, identity, began)
 
@@ -93,28 +99,28 @@ def _file_opener(file: Path) -> Opener:
     return lambda: file.open("rb")
 
 
-def _tree_entries(openers: Mapping[str, Opener], where: Path) -> list[Entry]:
+def _list_tree(openers: Mapping[str, Opener], where: Path) -> list[ListedMedia]:
     visible = [name for name in sorted(openers) if not hidden(name)]
     captions = {name[:-4]: name for name in visible if name.lower().endswith(".txt")}
-    told = _metadata(visible, openers, where)
-    entries: list[Entry] = []
+    captions_from_metadata = _metadata(visible, openers, where)
+    entries: list[ListedMedia] = []
     for name in visible:
-        kind = media_kind(name)
+        kind = media_kind_of(name)
         if kind is None:
             continue
         text = captions.get(posixpath.splitext(name)[0])
-        caption = told.get(name)
+        caption = captions_from_metadata.get(name)
         if text is not None:
             caption = _read(openers[text], f"{text} in {where}").strip()
-        entries.append(Entry(name, kind, caption, openers[name]))
+        entries.append(ListedMedia(name, kind, caption, openers[name]))
     return entries
 
 
 def _metadata(
     visible: list[str], openers: Mapping[str, Opener], where: Path
 ) -> dict[str, str | None]:
-    """Captions by the name of their media, of every metadata.jsonl; each names those below it."""
-    found: dict[str, str | None] = {}
+    """Read the captions of every metadata.jsonl, by the name of their media."""
+    by_name: dict[str, str | None] = {}
     for name in visible:
         if posixpath.basename(name) != METADATA:
             continue
@@ -131,8 +137,8 @@ def _metadata(
             caption = record.get("text", record.get("caption"))
             if not isinstance(caption, str | None):
                 raise UserError(f"{line}: the caption (text or caption) must be a string")
-            found[place] = None if caption is None else caption.strip()
-    return found
+            by_name[place] = None if caption is None else caption.strip()
+    return by_name
 
 
 def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -150,13 +156,13 @@ def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, A
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{place}: has half of a character written as \\ud800 to \\udfff: write it whole"
+                f"{place}: has half of a character (\\ud800 to \\udfff): write both halves"
             ) from None
         yield place, record
 
 
-def _jsonl_entries(path: Path) -> list[Entry]:
-    entries: list[Entry] = []
+def _list_jsonl(path: Path) -> list[ListedMedia]:
+    entries: list[ListedMedia] = []
     for where, record in _records(_read(_file_opener(path), str(path)), str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
@@ -165,23 +171,23 @@ def _jsonl_entries(path: Path) -> list[Entry]:
         if not isinstance(caption, str | None):
             raise UserError(f"{where}: caption must be a string")
         name = Path(record[keys[0]]).as_posix()
-        kind = media_kind(name)
+        kind = media_kind_of(name)
         if kind is None or keys[0] not in ("path", f"{kind}_path"):
             raise UserError(f"{where}: {name} is not a file that {keys[0]} can name")
         file = path.parent / name
         if not file.is_file():
             raise UserError(f"{where}: there is no {file}")
         caption = None if caption is None else caption.strip()
-        entries.append(Entry(name, kind, caption, _file_opener(file), file))
+        entries.append(ListedMedia(name, kind, caption, _file_opener(file), file))
     return entries
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Files of a folder and those in it by name, hidden ones left out; each folder once."""
-    found: dict[str, Path] = {}
+    """Find the files below a folder by relative name, without hidden ones; enter folders once."""
+    by_name: dict[str, Path] = {}
     seen: set[str] = set()
     for top, folders, names in os.walk(folder, followlinks=True):
-        # Links may lead back up: a folder met before is not entered again.
+        # Links may lead back up: do not enter a folder again.
         real = os.path.realpath(top)
         if real in seen:
             folders.clear()
@@ -191,8 +197,8 @@ def files_of(folder: Path) -> dict[str, Path]:
         for name in names:
             file = Path(top, name)
             if not hidden(name):
-                found[file.relative_to(folder).as_posix()] = file
-    return found
+                by_name[file.relative_to(folder).as_posix()] = file
+    return by_name
 
 
 def _read(opener: Opener, where: str) -> str:

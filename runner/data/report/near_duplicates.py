@@ -1,4 +1,4 @@
-"""Which media look alike, told from their hashes; pure."""
+"""Find near duplicates by their perceptual hashes; pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Hashes that differ in no more of the 128 bits than this are taken for the same picture. The
-# sample's pictures differ in 0 to 4 from themselves saved again at another size, light or quality,
+# Media whose hashes differ in at most this many of 128 bits are near duplicates. The sample's
+# pictures differ in 0 to 4 from copies of another size, brightness or quality,
 # and in 57 and up from each other; a crop of 2% differs in 4 to 20 (tests/data/test_report.py).
 NEAR = 10
 
 
 def groups(hashes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Numbers of hashes that are near each other, or near to one that is: sorted, two and up."""
+    """Group near-duplicate hashes, transitively.
+
+    Returns:
+        Sorted tuples of indices, each with at least two.
+    """
     import numpy as np
 
     words = _words(hashes)
@@ -24,12 +28,12 @@ def groups(hashes: Sequence[int]) -> list[tuple[int, ...]]:
         near = np.flatnonzero(_distances(words[index], words[index + 1 :]) <= NEAR) + index + 1
         for label in np.unique(labels[near]):
             labels[labels == label] = labels[index]
-    found = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return sorted(tuple(group.tolist()) for group in found if len(group) > 1)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return sorted(tuple(group.tolist()) for group in members if len(group) > 1)
 
 
 def nearest(value: int, hashes: Sequence[int]) -> int | None:
-    """The number of the hash nearest to `value`, when that is near."""
+    """Return the index of the hash nearest to ``value``, if it is a near duplicate."""
     if not hashes:
         return None
     distances = _distances(_words([value])[0], _words(hashes))
@@ -37,7 +41,7 @@ def nearest(value: int, hashes: Sequence[int]) -> int | None:
 
 
 def _words(hashes: Sequence[int]) -> np.ndarray:
-    """[N, 2] uint64."""
+    """Convert 128-bit hashes to [N, 2] uint64."""
     import numpy as np
 
     joined = b"".join(value.to_bytes(16) for value in hashes)
@@ -45,7 +49,7 @@ def _words(hashes: Sequence[int]) -> np.ndarray:
 
 
 def _distances(value: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """How many bits of each row of `words` differ from `value`."""
+    """Count the bits in which each row of ``words`` differs from ``value``."""
     import numpy as np
 
     return np.bitwise_count(words ^ value).sum(axis=1, dtype=np.int64)

@@ -11,13 +11,19 @@ import pytest
 from bad_media import PHOTOS, blurred, make_bad_media, photo, saved
 from conftest import compose, fake_facts, report_of, tree
 
-from runner.data.report import looks as looking
-from runner.data.report.alike import NEAR, groups, nearest
-from runner.data.report.looks import Look, look_at, look_at_clip, look_at_picture, measure
+from runner.data.report import image_statistics as looking
+from runner.data.report.image_statistics import (
+    ImageStatistics,
+    measure,
+    measure_all,
+    measure_clip,
+    measure_picture,
+)
+from runner.data.report.near_duplicates import NEAR, groups, nearest
 from runner.data.sources import scan
 
 
-def distance(first: Look, second: Look) -> int:
+def distance(first: ImageStatistics, second: ImageStatistics) -> int:
     return (first.hash ^ second.hash).bit_count()
 
 
@@ -26,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bad_media(tmp_path_factory.mktemp("media") / "it's [bad] <media> ünïcode")
 
 
-def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[str, Look]:
-    return look_at(scan(kind, path, max_bytes=10**9).items, cache, keep=keep)
+def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[str, ImageStatistics]:
+    return measure_all(scan(kind, path, max_bytes=10**9).items, cache, keep=keep)
 
 
 # A sharp picture is not called blurred, its blurred copy is, and the worse the blur the lower the
@@ -101,7 +107,7 @@ def test_groups_are_what_near_pairs_tie_together() -> None:
 
 # A clip that is black where its key frame is, as in a fade, is judged by a later frame.
 def test_a_fade_is_not_black(folder: Path) -> None:
-    look = look_at_clip(folder / "fade.mp4")
+    look = measure_clip(folder / "fade.mp4")
     assert look.fine
     assert look.brightness > 50
 
@@ -129,7 +135,7 @@ def test_nothing_is_looked_at_twice(
     files[0].write_text(files[0].read_text()[:50])
     files[1].write_text("{}")
     assert looked(folder, "folder", cache, keep=True) == first
-    monkeypatch.setattr(looking, "LOOK_VERSION", looking.LOOK_VERSION + 1)
+    monkeypatch.setattr(looking, "STATISTICS_VERSION", looking.STATISTICS_VERSION + 1)
     looked(folder, "folder", cache, keep=True)
     assert len(sorted(cache.rglob("*.json"))) == 2 * len(first)
 
@@ -154,11 +160,11 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     items = list(scan("folder", tmp_path, max_bytes=10**9).items)
     (tmp_path / "1.jpg").unlink()
     shutil.copy(PHOTOS[3], tmp_path / "2.jpg")
-    looks = look_at(items, tmp_path / "cache", keep=True)
+    looks = measure_all(items, tmp_path / "cache", keep=True)
     assert set(looks) == {items[0].sha256}
     config = compose("dataset.resolution=[256,256]")
     made = report_of(config, fake_facts(config, items), looks)
-    (unseen,) = (finding for finding in made.findings if finding.kind == "unseen")
+    (unseen,) = (finding for finding in made.findings if finding.category == "unseen")
     assert [made.media[i].name for case in unseen.cases for i in case.media] == ["1.jpg", "2.jpg"]
 
 
@@ -173,7 +179,7 @@ def test_every_mode_and_size(mode: str, size: tuple[int, int], tmp_path: Path) -
     file = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
     (image.convert("LA") if mode == "LA" else image).save(file)
     with file.open("rb") as stream:
-        look = look_at_picture(stream)
+        look = measure_picture(stream)
     assert look.flat
     assert look.sharpness < 1
     assert look.thumbnail

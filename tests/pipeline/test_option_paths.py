@@ -13,14 +13,14 @@ from runner.config.schema import RunConfig
 from runner.core.errors import UserError
 from runner.engines.musubi.engine import MusubiEngine
 from runner.formats.lora import to_comfyui
-from runner.pipeline import given_files
+from runner.pipeline import option_paths
 
 NAME = "lora_unet_double_blocks_0_img_attn_q"
 STEM = "lora_unet_double_blocks_0_"
 
 
-def settle(config: RunConfig, cwd: Path) -> RunConfig:
-    return given_files.settle(config, MusubiEngine(), cwd)
+def resolve_paths(config: RunConfig, cwd: Path) -> RunConfig:
+    return option_paths.resolve_paths(config, MusubiEngine(), cwd)
 
 
 def lora(rank: int = 4, alpha: float = 2.0) -> dict[str, torch.Tensor]:
@@ -44,7 +44,9 @@ def whole_lora() -> dict[str, torch.Tensor]:
 def test_a_fitting_lora_is_taken(tmp_path: Path) -> None:
     save_file(lora(), tmp_path / "old run [1].safetensors")
     config = compose("network.weights=old run [1].safetensors", "network.rank=4", "network.alpha=2")
-    assert settle(config, tmp_path).network.weights == str(tmp_path / "old run [1].safetensors")
+    assert resolve_paths(config, tmp_path).network.weights == str(
+        tmp_path / "old run [1].safetensors"
+    )
 
 
 # Files are saved in bf16, which rounds an alpha: what was trained with is still the same.
@@ -52,7 +54,7 @@ def test_a_rounded_alpha_is_the_same(tmp_path: Path) -> None:
     state = {key: tensor.bfloat16() for key, tensor in lora(4, 0.3).items()}
     save_file(state, tmp_path / "old.safetensors")
     config = compose("network.weights=old.safetensors", "network.rank=4", "network.alpha=0.3")
-    assert settle(config, tmp_path).network.weights == str(tmp_path / "old.safetensors")
+    assert resolve_paths(config, tmp_path).network.weights == str(tmp_path / "old.safetensors")
 
 
 # The trainer would load what fits by name and start the rest from nothing: each is refused.
@@ -63,7 +65,7 @@ def test_a_rounded_alpha_is_the_same(tmp_path: Path) -> None:
         (lora(4, 1), "add network=lora network.rank=4 network.alpha=1."),
         (to_comfyui(lora(4, 2), None)[0], "is a LoRA for ComfyUI"),
         (to_comfyui(whole_lora(), None)[0], "is a LoRA for ComfyUI"),
-        ({"other": torch.zeros(1)}, "is no LoRA of this model"),
+        ({"other": torch.zeros(1)}, "is not a LoRA of this model"),
         (
             {f"{NAME}.hada_w1_b": torch.zeros(4, 8), f"{NAME}.alpha": torch.tensor(2.0)},
             "add network=loha network.rank=4 network.alpha=2.",
@@ -76,7 +78,7 @@ def test_another_lora_is_refused(
     save_file(state, tmp_path / "old.safetensors")
     config = compose("network.weights=old.safetensors", "network.rank=4", "network.alpha=2")
     with pytest.raises(UserError) as caught:
-        settle(config, tmp_path)
+        resolve_paths(config, tmp_path)
     assert message in str(caught.value)
 
 
@@ -100,7 +102,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         ("sampling.image_path=none.png", "sampling.image_path=none.png: there is no such file."),
     ):
         with pytest.raises(UserError) as caught:
-            settle(compose(override), tmp_path)
+            resolve_paths(compose(override), tmp_path)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -114,7 +116,7 @@ def test_files_among_the_trainers_arguments_are_found(tmp_path: Path) -> None:
         "engine.extra_args=[--base_weights,a.safetensors,b.safetensors,--base_weights_multiplier,"
         "1,-0.5,'--log_tracker_config=tracker.toml',--log_prefix,a.safetensors]"
     )
-    assert settle(config, tmp_path).engine.extra_args == [
+    assert resolve_paths(config, tmp_path).engine.extra_args == [
         *("--base_weights", f"{tmp_path}/a.safetensors", f"{tmp_path}/b.safetensors"),
         *("--base_weights_multiplier", "1", "-0.5"),
         f"--log_tracker_config={tmp_path}/tracker.toml",
