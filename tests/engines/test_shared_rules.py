@@ -83,7 +83,7 @@ BROKEN: dict[tuple[str, ...], str] = {
         "memory.vae_tile=96 must be a multiple of 64 (nearest: 128), or 0 for whole frames."
     ),
     ("network.exclude=['(']",): (
-        "network.exclude: '(' is no regular expression: missing ), unterminated subpattern at "
+        "network.exclude: '(' is not a regular expression: missing ), unterminated subpattern at "
         "position 0."
     ),
     ("network.include=['.*attn.*']",): (
