@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from runner.config import colours
+from runner.config.colours import hex_colour
 from runner.config.latent_frames import nearest_frames, valid_frames
 from runner.config.option import Bounds, Option
 from runner.config.schema import RunConfig, SourceConfig, options
@@ -15,7 +17,7 @@ from runner.core.text import did_you_mean
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Yield one line for each broken rule, of those that hold for all engines."""
-    for rule in (_choices, _texts, _numbers, _frames, _combinations):
+    for rule in (_choices, _texts, _media, _numbers, _frames, _combinations):
         yield from rule(config)
 
 
@@ -66,6 +68,28 @@ def _texts(config: RunConfig) -> Iterator[str]:
                 f"engine.extra_args holds {secret.group(0)}: a secret on a command line can be "
                 "read by others. Set it in the environment, for example HF_TOKEN."
             )
+
+
+def _media(config: RunConfig) -> Iterator[str]:
+    dataset = config.dataset
+    for key, fps in [
+        ("dataset.fps", dataset.fps),
+        *((f"dataset.sources[{n}].fps", source.fps) for n, source in enumerate(dataset.sources)),
+    ]:
+        if fps not in (None, "auto", "native") and not _is_rate(fps):
+            yield f"{key}={fps} must be auto, native or a number of frames per second."
+    if hex_colour(dataset.background) is None:
+        yield (
+            f"dataset.background={dataset.background} is not a colour: give one of "
+            f"{', '.join(colours.NAMES)}, or '#rrggbb' in quotes."
+        )
+
+
+def _is_rate(text: str | None) -> bool:
+    try:
+        return 0.1 <= float(text or "") <= 1000
+    except ValueError:
+        return False
 
 
 def _numbers(config: RunConfig) -> Iterator[str]:

@@ -91,6 +91,7 @@ class SourceConfig:
     frame_sample: int | None = None
     max_frames: int | None = None
     source_fps: float | None = None
+    fps: str | None = None
     enable_bucket: bool | None = None
     bucket_no_upscale: bool | None = None
     regularisation: bool = option(
@@ -158,11 +159,18 @@ class DatasetConfig:
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("full",)),
     )
+    fps: str = option(
+        "auto",
+        "Frames per second that faster clips are brought to by their own rate: auto is the "
+        "model's 24, a number another, native keeps every frame. Slower clips keep all of theirs.",
+    )
     source_fps: float | None = option(
         None,
-        "Frame rate of the clips; frames are dropped to reach 24 per second. null keeps every "
-        "frame.",
+        "Frame rate of all clips, instead of their own: frames are dropped to reach 24 per second.",
         above=0,
+    )
+    background: str = option(
+        "white", "Colour behind transparent pixels: white, black, gray, or '#rrggbb' in quotes."
     )
     enable_bucket: bool = option(True, "Keep aspect ratios by sorting into buckets.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture to its bucket.")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from runner.core.errors import UserError
+from runner.data.corrections.pictures import to_rgb
 from runner.formats.bucket import Size, bucket_size
 from runner.formats.frames import FrameExtraction, choose
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
 
 def resize_to_bucket(image: np.ndarray, size: Size) -> np.ndarray:
@@ -47,14 +47,6 @@ def resize_to_bucket(image: np.ndarray, size: Size) -> np.ndarray:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
     return image[top : top + size[1], left : left + size[0]]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to mode RGB; an alpha channel is dropped, not blended.
-
-    musubi-tuner converts every mode this way except RGBA, on which it crashes.
-    """
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_image(path: Path | str | BinaryIO) -> np.ndarray:

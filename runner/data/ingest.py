@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.data.select import Source, SourceOptions, is_refused, source_options, would_be_selected
+from runner.data.select import (
+    Source,
+    SourceOptions,
+    correction_of,
+    is_refused,
+    source_options,
+    would_be_selected,
+)
 from runner.storage.shared_cache import SharedCache
 
 if TYPE_CHECKING:
+    from runner.data.corrections.model import Correction
+    from runner.data.sources import SourceMedia
     from runner.data.sources.listing import ListedMedia
     from runner.data.sources.media_reader import ArchiveExtractor
     from runner.hub.progress import DownloadListener
@@ -160,13 +169,17 @@ def _keep(
             return nullcontext()
         return unpacking(media[0].archive)
 
+    def wanted(media: SourceMedia) -> Correction | None:
+        used = would_be_selected(media, options, task)
+        return correction_of(media, options, task) if used else None
+
     @contextmanager
     def unpacking(archive: Path) -> Iterator[ArchiveExtractor]:
         from runner.data.sources.media_reader import ArchiveExtractor
         from runner.storage.bulk_writer import BulkWriter
 
         with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
-            yield ArchiveExtractor(writer, lambda media: would_be_selected(media, options, task))
+            yield ArchiveExtractor(writer, wanted)
         unpacked(writer.added)
 
     return keep

@@ -15,9 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from runner.config.colours import hex_colour
 from runner.config.schema import DatasetConfig, SourceConfig
 from runner.core.errors import UserError
 from runner.core.text import counted, named
+from runner.data.corrections.model import (
+    NO_CORRECTION,
+    Correction,
+    clip_correction,
+    picture_correction,
+    played_frames,
+    target_rate,
+)
 from runner.formats.bucket import Size, bucket_size
 from runner.formats.captions import with_trigger
 from runner.formats.frames import Crop, FrameExtraction, crops, kept_frames
@@ -44,6 +53,8 @@ class SourceOptions:
     enable_bucket: bool
     bucket_no_upscale: bool
     extraction: FrameExtraction
+    fps: str
+    background: str
     regularisation: bool = False
     weight: float = 1.0
 
@@ -76,17 +87,22 @@ class SelectedItem:
     bucket: Size
     crops: tuple[Crop, ...]
     held_out: bool
-
-    @property
-    def as_rgb(self) -> bool:
-        """Whether the run uses an RGB copy instead of the file itself."""
-        return self.media.as_rgb
+    correction: Correction = NO_CORRECTION
 
     @property
     def media_name(self) -> str:
         """The item's file in the run's ``dataset/media``; its stem is the item key."""
-        suffix = ".png" if self.as_rgb else PurePosixPath(self.media.name).suffix.lower()
-        return self.id + suffix
+        return self.id + self.media.copy_suffix(self.correction)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the run uses a copy in the shared cache, not the user's own file."""
+        return self.media.file is None or bool(self.correction)
+
+    @property
+    def cache_key(self) -> str:
+        """The key of that copy."""
+        return self.media.cache_key(self.correction)
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,8 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
             max_frames=pick("max_frames"),
             source_fps=pick("source_fps"),
         ),
+        fps=pick("fps"),
+        background=hex_colour(dataset.background) or "#ffffff",
         regularisation=source.regularisation,
         weight=1.0 if source.weight is None else source.weight,
     )
@@ -274,7 +292,32 @@ def would_be_selected(media: SourceMedia, options: SourceOptions, task: str) -> 
         extraction = _extraction_for_task(options, task, [])
     except UserError:
         return False
-    return bool(crops(len(kept_frames(media.frames, extraction.source_fps)), extraction))
+    return bool(crops(len(frames_of(media, options)), extraction))
+
+
+def correction_of(media: SourceMedia, options: SourceOptions, task: str) -> Correction:
+    """Return the correction of media that :func:`select` takes."""
+    if media.media_kind == "image":
+        return picture_correction(media.mode, media.display, options.background)
+    extraction = _extraction_for_task(options, task, [])
+    return clip_correction(
+        media.size,
+        media.frames,
+        media.fps,
+        media.display,
+        extraction,
+        target=target_rate(options.fps, extraction.source_fps),
+        background=options.background,
+    )
+
+
+def frames_of(media: SourceMedia, options: SourceOptions) -> Sequence[int]:
+    """Return the indices of the stored frames that crops are cut from, at the rate of training."""
+    source_fps = options.extraction.source_fps
+    if source_fps is not None:
+        return kept_frames(media.frames, source_fps)
+    target = target_rate(options.fps, source_fps)
+    return played_frames(media.frames, media.fps, media.display, target)[1]
 
 
 def is_refused(listing: Sequence[ListedMedia], options: SourceOptions, task: str) -> bool:
@@ -327,7 +370,7 @@ def _items_of_source(
         else:
             # musubi-tuner ignores both bucket flags when it caches clips.
             bucket = bucket_size(one.size, options.resolution)
-            kept = len(kept_frames(one.frames, extraction.source_fps))
+            kept = len(frames_of(one, options))
             item_crops = tuple(crops(kept, extraction))
             if not item_crops:
                 too_short.append(f"{one.name} ({kept} frames)")
@@ -347,6 +390,7 @@ def _items_of_source(
             bucket=bucket,
             crops=item_crops,
             held_out=not options.regularisation and is_held_out(one.sha256, validation_fraction),
+            correction=correction_of(one, options, task),
         )
     if dropped:
         targets = ", ".join(str(f) for f in sorted(dropped))
@@ -391,6 +435,7 @@ def dataset_fingerprint(items: Iterable[SelectedItem]) -> str:
                 item.bucket,
                 [(crop.position, crop.frames) for crop in item.crops],
                 item.held_out,
+                *([item.correction.cache_inputs(copy=True)] if item.correction.changes else []),
             )
         )
         for item in items

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from runner.core.text import counted, named
 from runner.data.report.model import Case, Finding, ReportedItem, Tokens
 from runner.data.report.near_duplicates import groups, nearest
-from runner.data.select import Source
+from runner.data.select import Source, frames_of
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
-from runner.formats.frames import kept_frames
 from runner.formats.media_types import MediaKind
 
 # Media enlarged by more than this to cover their bucket clearly lack detail.
@@ -210,7 +209,6 @@ def _image_quality(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     for category, text in (
         ("dark", "are nearly black"),
         ("flat", "are one flat colour"),
-        ("turned", "are rotated by EXIF data, which training ignores"),
     ):
         which = [i for i, one in statistics.items() if getattr(one, category)]
         yield from _each(media, category, which, text, serious=True)
@@ -255,7 +253,7 @@ def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator
         extraction = sources[medium.item.source].options.extraction
         if not medium.item.crops or extraction.mode == "full":
             continue
-        kept = len(kept_frames(medium.item.media.frames, extraction.source_fps))
+        kept = len(frames_of(medium.item.media, sources[medium.item.source].options))
         missing = [str(frames) for frames in extraction.target_frames if frames > kept]
         if missing:
             notes[index] = f"{counted(kept, 'frame')}, no crop of {', '.join(missing)}"

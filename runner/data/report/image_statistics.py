@@ -1,7 +1,8 @@
 """Image statistics: sharpness, brightness, perceptual hash, thumbnail.
 
-A picture is decoded as small as its format allows, and of a clip one frame near its middle. The
-statistics are stored under ``outputs/cache/looks`` by the media's digest, so that other runs need
+A picture is decoded as small as its format allows, and of a clip one frame near its middle, both
+with their corrections. The statistics are stored under ``outputs/cache/looks`` by the media's
+digest, so that other runs need
 not measure again. PIL, numpy and PyAV are imported where they are used.
 """
 
@@ -24,12 +25,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
-from runner.data.decode import to_rgb
+from runner.data.corrections.clips import corrected_frame, open_clip
+from runner.data.corrections.model import NO_CORRECTION, Correction
+from runner.data.corrections.pictures import correct_picture, open_picture, to_rgb
 from runner.data.sources.archive import open_archive
 from runner.storage.shared_cache import json_digest
 
 if TYPE_CHECKING:
     import numpy as np
+    from av.video.frame import VideoFrame
     from PIL import Image
 
     from runner.data.sources import SourceMedia
@@ -50,7 +54,6 @@ FLAT = 4.0  # standard deviation of brightness, of 255
 
 _TILES = 4
 _IN_MEMORY = 64 << 20
-_ORIENTATION = 0x0112  # the EXIF tag
 # Frames to skip after a key frame that is dark or flat (a fade) before measuring another.
 _FRAMES_ON = 48
 
@@ -66,7 +69,7 @@ class ImageStatistics:
         hash: 128 bits, the signs of the differences between neighbouring pixels in a tiny copy,
             across and down.
         thumbnail: a JPEG, base64.
-        turned: whether EXIF data ask for a rotation or mirroring, which training ignores.
+        stored: a thumbnail of the pixels as they are stored, if they are displayed otherwise.
     """
 
     sharpness: float
@@ -74,7 +77,7 @@ class ImageStatistics:
     contrast: float
     hash: int
     thumbnail: str
-    turned: bool = False
+    stored: str = ""
 
     @property
     def dark(self) -> bool:
@@ -98,7 +101,7 @@ class ImageStatistics:
 
 
 def measure_all(
-    media: Iterable[SourceMedia],
+    media: Iterable[tuple[SourceMedia, Correction]],
     folder: Path,
     *,
     keep: bool,
@@ -107,38 +110,36 @@ def measure_all(
     """Measure media, or read statistics measured before.
 
     Args:
-        media: the media.
+        media: the media, and their corrections: they are measured as they are trained on.
         folder: the folder of stored statistics.
         keep: whether to store new statistics there.
         progress: called with the numbers of media measured and to measure.
 
     Returns:
-        The statistics by SHA-256, without media that can't be read.
+        The statistics by :func:`statistics_key`, without media that can't be read.
     """
-    wanted = {one.sha256: one for one in media}
-    stored = {digest: _stored(folder, digest) for digest in wanted}
-    image_statistics = {
-        digest: statistics for digest, statistics in stored.items() if statistics is not None
-    }
-    missing = [item for digest, item in wanted.items() if digest not in image_statistics]
+    wanted = {statistics_key(*one): one for one in media}
+    known = {key: _recorded(folder, key) for key in wanted}
+    image_statistics = {key: found for key, found in known.items() if found is not None}
+    missing = [key for key in wanted if key not in image_statistics]
     with ExitStack() as stack:
         archives: dict[Path, zipfile.ZipFile] = {}
-        for item in missing:
+        for item in (wanted[key][0] for key in missing):
             if item.archive is not None and item.archive not in archives:
                 with suppress(UserError):  # Deleted since the scan: its media have no statistics.
                     archives[item.archive] = stack.enter_context(open_archive(item.archive))
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
-            futures = {pool.submit(_measure_media, item, archives): item for item in missing}
+            futures = {pool.submit(_measure_media, *wanted[key], archives): key for key in missing}
             for done, future in enumerate(as_completed(futures), 1):
                 statistics = future.result()
                 if statistics is not None:
-                    digest = futures[future].sha256
-                    image_statistics[digest] = statistics
+                    key = futures[future]
+                    image_statistics[key] = statistics
                     if keep:
                         # Not synced: a truncated file is not valid JSON and is made again.
                         write_text(
-                            _statistics_path(folder, digest),
+                            _statistics_path(folder, key),
                             json.dumps(asdict(statistics)),
                             sync=False,
                         )
@@ -149,44 +150,51 @@ def measure_all(
     return image_statistics
 
 
-def _statistics_path(folder: Path, digest: str) -> Path:
-    name = json_digest({"media": digest, "look": STATISTICS_VERSION})
-    return folder / name[:2] / f"{name}.json"
+def statistics_key(item: SourceMedia, correction: Correction) -> str:
+    """Return the key of the statistics of media with this correction."""
+    inputs: dict[str, Any] = {"media": item.sha256, "look": STATISTICS_VERSION}
+    changed = correction.cache_inputs(copy=False) if correction.changes else None
+    return json_digest(inputs if changed is None else {**inputs, "correction": changed})
 
 
-def _stored(folder: Path, digest: str) -> ImageStatistics | None:
+def _statistics_path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.json"
+
+
+def _recorded(folder: Path, key: str) -> ImageStatistics | None:
     try:
-        record: Any = json.loads(_statistics_path(folder, digest).read_text("utf-8"))
+        record: Any = json.loads(_statistics_path(folder, key).read_text("utf-8"))
         return ImageStatistics(
             sharpness=float(record["sharpness"]),
             brightness=float(record["brightness"]),
             contrast=float(record["contrast"]),
             hash=int(record["hash"]),
             thumbnail=str(record["thumbnail"]),
-            turned=bool(record["turned"]),
+            stored=str(record.get("stored", "")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _measure_media(
-    item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]
+    item: SourceMedia, correction: Correction, archives: Mapping[Path, zipfile.ZipFile]
 ) -> ImageStatistics | None:
     try:
         with _opened(item, archives) as stream:
             if item.media_kind == "image":
                 data = stream.read()
                 same = hashlib.sha256(data).hexdigest() == item.sha256
-                return measure_picture(io.BytesIO(data)) if same else None
+                return measure_picture(io.BytesIO(data), correction) if same else None
             if item.file is not None:
                 same = item.identity in (None, identity_of(os.fstat(stream.fileno())))
-                return measure_clip(item.file) if same else None
+                return measure_clip(item.file, correction) if same else None
             digest = hashlib.sha256()
             with cast(BinaryIO, SpooledTemporaryFile(_IN_MEMORY)) as spool:
                 while data := stream.read(1 << 20):
                     digest.update(data)
                     spool.write(data)
-                return measure_clip(spool) if digest.hexdigest() == item.sha256 else None
+                same = digest.hexdigest() == item.sha256
+                return measure_clip(spool, correction) if same else None
     except Exception:
         # Decoders raise all kinds of errors, and a report must not stop a run. Media without
         # statistics are named in it.
@@ -201,30 +209,29 @@ def _opened(item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]) -> Bina
     return cast(BinaryIO, archives[item.archive].open(item.member))
 
 
-def measure_picture(stream: BinaryIO) -> ImageStatistics:
-    """Measure a picture; the decoder's error is raised if it is damaged."""
-    from PIL import Image
-
-    with Image.open(stream) as image:
+def measure_picture(stream: BinaryIO, correction: Correction = NO_CORRECTION) -> ImageStatistics:
+    """Measure a picture as corrected; the decoder's error is raised if it is damaged."""
+    with open_picture(stream) as image:
         ratio = SIDE / max(image.size)
         # A JPEG can be decoded at a half, a quarter or an eighth, which saves most of the work.
         image.draft(None, (int(image.width * ratio), int(image.height * ratio)))
-        turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-        return replace(measure(to_rgb(image)), turned=turned)
+        image.load()
+        statistics = measure(correct_picture(image, correction))
+        if not correction.looks_different:
+            return statistics
+        return replace(statistics, stored=_thumbnail(to_rgb(image)))
 
 
-def measure_clip(source: Path | BinaryIO) -> ImageStatistics:
+def measure_clip(
+    source: Path | BinaryIO, correction: Correction = NO_CORRECTION
+) -> ImageStatistics:
     """Measure the key frame before a clip's middle, or a later frame if that one is not fine."""
-    import av
-
-    if not isinstance(source, Path):
-        source.seek(0)
-    with av.open(f"file:{source}" if isinstance(source, Path) else source, "r") as container:
-        stream = container.streams.video[0]
+    with open_clip(source) as container:
+        stream = container.streams.video[correction.stream]
         if stream.duration:
             container.seek((stream.start_time or 0) + stream.duration // 2, stream=stream)
         frames = container.decode(stream)
-        statistics = measure(next(frames).to_image())
+        statistics = _measure_frame(next(frames), correction)
         if statistics.fine:
             return statistics
         later = None
@@ -232,8 +239,17 @@ def measure_clip(source: Path | BinaryIO) -> ImageStatistics:
             later = frame
             if number == _FRAMES_ON:
                 break
-        second = statistics if later is None else measure(later.to_image())
+        second = statistics if later is None else _measure_frame(later, correction)
         return max(statistics, second, key=lambda one: (one.fine, one.sharpness))
+
+
+def _measure_frame(frame: VideoFrame, correction: Correction) -> ImageStatistics:
+    from PIL import Image
+
+    if not correction.looks_different:
+        return measure(frame.to_image())
+    statistics = measure(Image.fromarray(corrected_frame(frame, correction)))
+    return replace(statistics, stored=_thumbnail(frame.to_image()))
 
 
 def measure(image: Image.Image) -> ImageStatistics:
@@ -246,15 +262,20 @@ def measure(image: Image.Image) -> ImageStatistics:
     across = np.asarray(light.resize((9, 8), Image.Resampling.BOX), np.int16)
     down = np.asarray(light.resize((8, 9), Image.Resampling.BOX), np.int16)
     signs = np.concatenate([(np.diff(across) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
-    thumbnail = io.BytesIO()
-    _shrunk(image, THUMBNAIL, 1.0).save(thumbnail, "JPEG", quality=65)
     return ImageStatistics(
         sharpness=round(_sharpness(grey), 2),
         brightness=round(float(grey.mean()), 2),
         contrast=round(float(grey.std()), 2),
         hash=int.from_bytes(np.packbits(signs).tobytes()),
-        thumbnail=base64.b64encode(thumbnail.getvalue()).decode(),
+        thumbnail=_thumbnail(image),
     )
+
+
+def _thumbnail(image: Image.Image) -> str:
+    """Return a small JPEG, base64."""
+    out = io.BytesIO()
+    _shrunk(image, THUMBNAIL, 1.0).save(out, "JPEG", quality=65)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def _shrunk(image: Image.Image, side: int, gap: float = 2.0) -> Image.Image:

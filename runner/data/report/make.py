@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from runner.core.text import counted
 from runner.data.report.findings import findings
-from runner.data.report.image_statistics import ImageStatistics
+from runner.data.report.image_statistics import ImageStatistics, statistics_key
 from runner.data.report.model import Batches, LeftOut, Report, ReportedItem, SourceCounts, Tokens
-from runner.data.select import SelectedItem, Selection, Source, shapes
-from runner.formats.frames import MODEL_FPS, kept_frames
+from runner.data.select import SelectedItem, Selection, Source, frames_of, shapes
+from runner.formats.frames import MODEL_FPS
 
 
 def make_report(
@@ -26,7 +26,7 @@ def make_report(
         sources: the run's sources.
         selection: the run's items.
         task: t2v or i2v.
-        statistics: image statistics by SHA-256, without media that could not be read; None when
+        statistics: image statistics by their keys, without media that could not be read; None when
             nothing was measured.
         tokens: the lengths of the captions that may be too long for the encoder.
     """
@@ -57,14 +57,15 @@ def _reported(
     cut = 1 - bucket[0] * bucket[1] / (width * scale * height * scale)
     used: list[tuple[int, int]] = []
     if item.crops:
-        kept = kept_frames(item.media.frames, sources[item.source].options.extraction.source_fps)
+        kept = frames_of(item.media, sources[item.source].options)
         for crop in sorted(item.crops):
             first, past = kept[crop.position], kept[crop.position + crop.frames - 1] + 1
             if used and first <= used[-1][1]:
                 used[-1] = (used[-1][0], max(used[-1][1], past))
             else:
                 used.append((first, past))
-    return ReportedItem(item, scale, max(0.0, cut), tuple(used), statistics.get(item.media.sha256))
+    key = statistics_key(item.media, item.correction)
+    return ReportedItem(item, scale, max(0.0, cut), tuple(used), statistics.get(key))
 
 
 def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Iterator[LeftOut]:
@@ -82,7 +83,7 @@ def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Ite
             elif media.media_kind == "image" and task == "i2v":
                 reason = "task=i2v learns from clips alone"
             else:
-                kept = len(kept_frames(media.frames, source.options.extraction.source_fps))
+                kept = len(frames_of(media, source.options))
                 reason = f"{counted(kept, 'frame')}, fewer than every target"
             yield LeftOut(index, media.name, reason)
 

@@ -50,7 +50,7 @@ def read_report(
                 bars[0].update(done)
 
         statistics = measure_all(
-            (item.media for item in selection.items),
+            ((item.media, item.correction) for item in selection.items),
             statistics_folder,
             keep=keep,
             progress=progress,

@@ -15,11 +15,11 @@ from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
 
 from runner.core.file_identity import Identity, identity_of
-from runner.data.decode import to_rgb
+from runner.data.corrections.model import NO_CORRECTION, Correction
+from runner.data.corrections.pictures import picture_png
 from runner.data.sources.listing import ListedMedia
 from runner.data.sources.model import SourceMedia
-from runner.data.sources.probe import probe_image, probe_video
-from runner.formats.bucket import Size
+from runner.data.sources.probe import Properties, probe_clip, probe_picture
 from runner.storage.bulk_writer import BulkWriter, CacheNotWritable, Write
 
 CHUNK = 1 << 20
@@ -30,25 +30,39 @@ IN_MEMORY = 16 << 20
 
 @dataclass(frozen=True)
 class ArchiveExtractor:
-    """Extracts media of an archive into the cache while they are read, if ``wanted`` says so."""
+    """Extracts media of an archive into the cache while they are read.
+
+    Attributes:
+        writer: writes to the cache.
+        wanted: returns the correction of media that the run uses, None for others.
+    """
 
     writer: BulkWriter
-    wanted: Callable[[SourceMedia], bool]
+    wanted: Callable[[SourceMedia], Correction | None]
 
-    def takes(self, media: SourceMedia) -> bool:
-        """Return whether the caller is to extract the media."""
-        return self.wanted(media) and self.writer.claim(media.cache_key)
+    def takes(self, media: SourceMedia) -> Correction | None:
+        """Return the correction with which the caller is to extract the media, else None.
 
-    def write(self, media: SourceMedia, data: bytes) -> None:
-        """Commit media that are held in memory, or the RGB picture made from them."""
-        content = rgb_png(io.BytesIO(data)) if media.as_rgb else data
-        digest = hashlib.sha256(content).hexdigest() if media.as_rgb else media.sha256
-        file = self.writer.write(lambda write: write(content))
-        self.writer.add(file, media.cache_key, media.cache_inputs, digest)
+        Clips to be corrected are left for later, since that takes long.
+        """
+        correction = self.wanted(media)
+        if correction is None or (correction and media.media_kind == "video"):
+            return None
+        return correction if self.writer.claim(media.cache_key(correction)) else None
+
+    def write(self, media: SourceMedia, correction: Correction, data: bytes) -> None:
+        """Commit media that are held in memory, or the corrected picture made from them."""
+        content = picture_png(io.BytesIO(data), correction) if correction else data
+        digest = hashlib.sha256(content).hexdigest() if correction else media.sha256
+        self._add(media, correction, self.writer.write(lambda write: write(content)), digest)
 
     def add(self, media: SourceMedia, file: Path) -> None:
-        """Commit media that were written to ``file``."""
-        self.writer.add(file, media.cache_key, media.cache_inputs, media.sha256)
+        """Commit media that were written to ``file``, and need no correction."""
+        self._add(media, NO_CORRECTION, file, media.sha256)
+
+    def _add(self, media: SourceMedia, correction: Correction, file: Path, digest: str) -> None:
+        key, inputs = media.cache_key(correction), media.cache_inputs(correction)
+        self.writer.add(file, key, inputs, digest)
 
 
 @dataclass(frozen=True)
@@ -108,27 +122,30 @@ class MediaReader:
         if listed.media_kind == "image" and before[2] <= IN_MEMORY:
             data = stream.read()
             digest, length = hashlib.sha256(data).hexdigest(), len(data)
-            properties = _image(io.BytesIO(data))
+            properties = probe_picture(io.BytesIO(data))
         else:
-            digest, length = hashed(stream, None, self.stop)
+            # Before hashing: a file of any size can call itself a clip.
+            properties = _probe_file(listed, listed.file)
             stream.seek(0)
-            properties = _image(stream) if listed.media_kind == "image" else _video(listed.file)
+            digest, length = hashed(stream, None, self.stop)
         return _make_media(listed, digest, length, properties, before)
 
     def _of_small_member(self, listed: ListedMedia, stream: BinaryIO) -> SourceMedia:
         data = stream.read()
-        properties = _image(io.BytesIO(data))
+        properties = probe_picture(io.BytesIO(data))
         digest = hashlib.sha256(data).hexdigest()
         media = _make_media(listed, digest, len(data), properties, self.archive)
-        if self.extractor is not None and self.extractor.takes(media):
-            self.extractor.write(media, data)
+        if self.extractor is not None:
+            correction = self.extractor.takes(media)
+            if correction is not None:
+                self.extractor.write(media, correction, data)
         return media
 
     def _of_member(self, listed: ListedMedia, stream: BinaryIO) -> SourceMedia:
         with cast(BinaryIO, SpooledTemporaryFile(IN_MEMORY)) as held:
             digest, length = hashed(stream, held.write, self.stop)
             held.seek(0)
-            properties = _image(held) if listed.media_kind == "image" else _video(held)
+            properties = _probe(listed, held)
             return _make_media(listed, digest, length, properties, self.archive)
 
     def _of_kept_member(
@@ -137,13 +154,14 @@ class MediaReader:
         hashes: list[tuple[str, int]] = []
         file = extractor.writer.write(lambda write: hashes.append(hashed(stream, write, self.stop)))
         try:
-            properties = _image_in(file) if listed.media_kind == "image" else _video(file)
+            properties = _probe_file(listed, file)
             media = _make_media(listed, *hashes[0], properties, self.archive)
-            if extractor.takes(media):
-                if not media.as_rgb:
+            correction = extractor.takes(media)
+            if correction is not None:
+                if not correction:
                     extractor.add(media, file)
                     return media
-                extractor.write(media, file.read_bytes())
+                extractor.write(media, correction, file.read_bytes())
         except BaseException:
             file.unlink(missing_ok=True)
             raise
@@ -151,34 +169,22 @@ class MediaReader:
         return media
 
 
-@dataclass(frozen=True)
-class _MediaProperties:
-    size: Size
-    frames: int
-    fps: float | None
-    mode: str | None
+def _probe(listed: ListedMedia, stream: BinaryIO) -> Properties:
+    return probe_picture(stream) if listed.media_kind == "image" else probe_clip(stream)
 
 
-def _image(stream: BinaryIO) -> _MediaProperties:
-    size, mode = probe_image(stream)
-    return _MediaProperties(size, 1, None, mode)
-
-
-def _image_in(file: Path) -> _MediaProperties:
+def _probe_file(listed: ListedMedia, file: Path) -> Properties:
+    if listed.media_kind == "video":
+        return probe_clip(file)
     with file.open("rb") as stream:
-        return _image(stream)
-
-
-def _video(source: Path | BinaryIO) -> _MediaProperties:
-    size, frames, fps = probe_video(source)
-    return _MediaProperties(size, frames, fps, None)
+        return probe_picture(stream)
 
 
 def _make_media(
     listed: ListedMedia,
     digest: str,
     length: int,
-    properties: _MediaProperties,
+    properties: Properties,
     identity: Identity | None,
 ) -> SourceMedia:
     return SourceMedia(
@@ -195,6 +201,7 @@ def _make_media(
         archive=listed.archive,
         member=listed.member,
         identity=identity,
+        display=properties.display,
     )
 
 
@@ -213,14 +220,3 @@ def hashed(
         if write is not None:
             write(data)
     return digest.hexdigest(), length
-
-
-def rgb_png(stream: BinaryIO) -> bytes:
-    """Convert a picture to an RGB PNG."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    with Image.open(stream) as image:
-        # Compression is not worth the time here.
-        to_rgb(image).save(out, "PNG", compress_level=1)
-    return out.getvalue()

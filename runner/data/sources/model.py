@@ -8,8 +8,10 @@ from typing import Any
 
 from runner.config.schema import SourceKind
 from runner.core.file_identity import Identity
+from runner.data.corrections.model import AS_STORED, Correction, Display
 from runner.formats.bucket import Size
 from runner.formats.media_types import MediaKind
+from runner.storage.shared_cache import json_digest
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,15 @@ class SourceMedia:
         media_kind: image or video.
         sha256: hex digest of the media's bytes.
         bytes: their number.
-        size: width and height in pixels, as stored.
+        size: width and height in pixels, as displayed.
         frames: number of frames that can be decoded, 1 for a picture.
-        fps: frames per second of a clip, if stated.
+        fps: frames per second of a clip, by its time stamps; None if it has none.
         mode: PIL's mode of a picture.
         caption: None when there is none.
         file: the file, for media that are not in an archive.
         archive, member: the archive and the member's name in it.
         identity: of the file or archive, taken before reading, to detect later changes.
+        display: how it is displayed.
     """
 
     name: str
@@ -44,22 +47,28 @@ class SourceMedia:
     archive: Path | None
     member: str | None
     identity: Identity | None = None
+    display: Display = AS_STORED
 
-    @property
-    def as_rgb(self) -> bool:
-        """Whether a run needs an RGB copy of the picture, since musubi-tuner crashes on RGBA."""
-        return self.media_kind == "image" and self.mode != "RGB"
+    def copy_suffix(self, correction: Correction) -> str:
+        """Return the extension of the file that a run uses: this one, or its corrected copy."""
+        if not correction:
+            return PurePosixPath(self.name).suffix.lower()
+        return ".png" if self.media_kind == "image" else ".mkv"
 
-    @property
-    def cache_key(self) -> str:
-        """The key of the media in the shared cache."""
-        suffix = ".png" if self.as_rgb else PurePosixPath(self.name).suffix.lower()
-        return self.sha256 + ("-rgb" if self.as_rgb else "") + suffix
+    def cache_key(self, correction: Correction) -> str:
+        """Return the key of the media, or of their corrected copy, in the shared cache."""
+        mark = ""
+        if correction.only_rgb:
+            mark = "-rgb"
+        elif correction:
+            mark = f"-{json_digest(correction.cache_inputs(copy=True))[:16]}"
+        return self.sha256 + mark + self.copy_suffix(correction)
 
-    @property
-    def cache_inputs(self) -> dict[str, Any]:
-        """The cache inputs of the media in the shared cache."""
-        return {"media": self.sha256, "as_rgb": self.as_rgb}
+    def cache_inputs(self, correction: Correction) -> dict[str, Any]:
+        """Return the cache inputs of the media, or of their corrected copy."""
+        if not correction or correction.only_rgb:
+            return {"media": self.sha256, "as_rgb": bool(correction)}
+        return {"media": self.sha256, "correction": correction.cache_inputs(copy=True)}
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from runner.core.errors import UserError
+from runner.data.corrections.clips import clip_stream, frame_display, open_clip
+from runner.data.corrections.model import Display, square_size, turned_size, uneven_times
+from runner.data.corrections.pictures import (
+    load_picture,
+    open_picture,
+    picture_display,
+    shrink_factor,
+)
 from runner.formats.bucket import Size
 
 if TYPE_CHECKING:
@@ -21,31 +30,49 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-_Counter = Callable[["InputContainer", "VideoStream"], tuple[Size, int] | None]
-
 _EOI = b"\xff\xd9"
 # Bytes of a JPEG that contain its headers and more than 16 lines.
 _HEAD = 256 << 10
+# A clip that has fewer of the frames that its header states is named.
+_LEFT = 0.9
 
 # Increase when probing may give another result for the same file.
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 
 
-def probe_image(stream: BinaryIO) -> tuple[Size, str]:
-    """Probe a picture; the decoder's error is raised if it is damaged.
+@dataclass(frozen=True)
+class Properties:
+    """The properties of a media file.
 
-    Returns:
-        Its size in pixels, as stored, and PIL's mode.
+    Attributes:
+        size: width and height in pixels, as displayed.
+        frames: number of frames that can be decoded, 1 for a picture.
+        fps: frames per second of a clip, by its time stamps; None if it has none.
+        mode: PIL's mode of a picture.
+        display: how it is displayed.
     """
-    from PIL import Image
 
-    with Image.open(stream) as image:
-        size, mode = image.size, image.mode
-        is_whole = {"JPEG": _jpeg_is_whole, "PNG": _png_is_whole}.get(image.format or "")
-        # A file that is cut short opens, and fails only in load().
-        if is_whole is None or not is_whole(stream):
-            image.load()
-    return size, mode
+    size: Size
+    frames: int
+    fps: float | None
+    mode: str | None
+    display: Display
+
+
+def probe_picture(stream: BinaryIO) -> Properties:
+    """Probe a picture; the decoder's error is raised if it is damaged."""
+    with open_picture(stream) as image:
+        shrink = shrink_factor(image.size)
+        # A file that is cut short opens, and fails only when the pixels are read.
+        if image.format in ("JPEG", "MPO") and _jpeg_is_whole(stream):
+            display = picture_display(image, shrink)
+            width, height = (-(-side // shrink) for side in image.size)
+        else:
+            loaded = load_picture(image, shrink)
+            display = picture_display(loaded, shrink)
+            width, height = loaded.size
+        size = turned_size((width, height), display.orientation)
+        return Properties(size, 1, None, image.mode, display)
 
 
 def _jpeg_is_whole(stream: BinaryIO) -> bool:
@@ -87,35 +114,11 @@ def _jpeg_head_decodes(head: bytearray) -> bool:
     return True
 
 
-def _png_is_whole(stream: BinaryIO) -> bool:
-    """Whether every chunk of a PNG up to its end matches its checksum."""
-    place = stream.tell()
-    stream.seek(8)
-    try:
-        while len(head := stream.read(8)) == 8:
-            length = int.from_bytes(head[:4], "big")
-            body = stream.read(length + 4)
-            if len(body) < length + 4:
-                return False
-            checksum = zlib.crc32(memoryview(body)[:length], zlib.crc32(head[4:]))
-            if checksum != int.from_bytes(body[length:], "big"):
-                return False
-            if head[4:] == b"IEND":
-                return True
-        return False
-    finally:
-        stream.seek(place)
-
-
-def probe_video(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
+def probe_clip(source: Path | BinaryIO) -> Properties:
     """Probe a clip; the decoder's error is raised if it is damaged.
 
     Containers state wrong counts and hide damage, so frames are counted by decoding all of them,
     except where the packets alone leave no doubt.
-
-    Returns:
-        Its size in pixels, the number of frames that can be decoded, and the frames per second, if
-        stated.
 
     Raises:
         UserError: it has no frame.
@@ -124,7 +127,7 @@ def probe_video(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
     return properties if properties is not None else _decoded(source)
 
 
-def _decoded(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
+def _decoded(source: Path | BinaryIO) -> Properties:
     """Probe a clip by decoding every frame."""
     properties = _probe(source, _count_decoded)
     if properties is None:
@@ -132,44 +135,72 @@ def _decoded(source: Path | BinaryIO) -> tuple[Size, int, float | None]:
     return properties
 
 
-def _probe(source: Path | BinaryIO, count: _Counter) -> tuple[Size, int, float | None] | None:
-    import av
+# A clip's first frame, and the times of all in seconds; None if in doubt, or if there is none.
+_Frames = tuple["VideoFrame", list[float]]
 
-    if not isinstance(source, Path):
-        source.seek(0)
-    # "file:" keeps a name with a colon from being taken for a protocol.
-    with av.open(f"file:{source}" if isinstance(source, Path) else source, "r") as container:
-        if not container.streams.video:
-            raise UserError("it has no video stream")
-        stream = container.streams.video[0]
+
+def _probe(
+    source: Path | BinaryIO, count: Callable[[InputContainer, VideoStream], _Frames | None]
+) -> Properties | None:
+    with open_clip(source) as container:
+        stream = clip_stream(container)
+        stated_rate = stream.average_rate or stream.guessed_rate
         counted = count(container, stream)
-        rate = stream.average_rate or stream.guessed_rate
-    if counted is None:
+        if counted is None:
+            return None
+        first, times = counted
+        frames, seconds = len(times), max(times) - min(times)
+        fps = (frames - 1) / seconds if frames > 1 and seconds > 0 else None
+        fps = fps or (float(stated_rate) if stated_rate else None)
+        stated = _frames_stated(container, stream, fps)
+        display = replace(
+            frame_display(first, stream),
+            times=uneven_times(times),
+            frames_stated=stated if stated is not None and frames < _LEFT * stated else None,
+        )
+        stored = (first.width, first.height)
+    size = turned_size(square_size(stored, display.pixel_aspect), display.orientation)
+    if size == turned_size(stored, display.orientation):
+        display = replace(display, pixel_aspect=(1, 1))
+    return Properties(size, frames, fps and _rounded(fps), None, display)
+
+
+def _rounded(fps: float) -> float:
+    """Return a usual rate for one that differs from it by the rounding of time stamps alone."""
+    usual = (Fraction(round(fps)), Fraction(round(fps * 1.001) * 1000, 1001))
+    return next((float(rate) for rate in usual if abs(fps / float(rate) - 1) < 2e-4), fps)
+
+
+def _frames_stated(container: InputContainer, stream: VideoStream, fps: float | None) -> int | None:
+    """Return the number of frames that fit into the duration that the header states."""
+    if fps is None:
         return None
-    return counted[0], counted[1], float(rate) if rate else None
+    if stream.duration and stream.time_base:
+        return round(float(stream.duration * stream.time_base) * fps)
+    return round(container.duration / 1_000_000 * fps) if container.duration else None
 
 
-def _count_decoded(container: InputContainer, stream: VideoStream) -> tuple[Size, int] | None:
+def _count_decoded(container: InputContainer, stream: VideoStream) -> _Frames | None:
     stream.thread_type = "AUTO"
     # Several clips are probed at once, and each thread holds frames of its own.
     stream.codec_context.thread_count = 2
-    size, frames = None, 0
+    first, times = None, []
     for frame in container.decode(stream):
-        size = size or (frame.width, frame.height)
-        frames += 1
-    return None if size is None else (size, frames)
+        first = first or frame
+        times.append(frame.time if frame.time is not None else float(len(times)))
+    return None if first is None else (first, times)
 
 
-def _count_packets(container: InputContainer, stream: VideoStream) -> tuple[Size, int] | None:
+def _count_packets(container: InputContainer, stream: VideoStream) -> _Frames | None:
     """Count the frames of H.264 and HEVC in MP4, MOV and MKV, where one packet is one frame.
 
     Returns:
-        Size and number of frames. None if in doubt: packets are damaged, empty or missing, are
+        The first frame and the times. None if in doubt: packets are damaged, empty or missing, are
         decoded but not shown (edit lists), are shown before the first key frame, or may contain
         half a frame (interlaced).
     """
     length_size = _nal_length_size(container, stream)
-    if length_size is None:
+    if length_size is None or stream.time_base is None:
         return None
     stream.codec_context.thread_count = 1
     shown: VideoFrame | None = None
@@ -192,7 +223,7 @@ def _count_packets(container: InputContainer, stream: VideoStream) -> tuple[Size
                 return None
     if shown is None or not _even(times):
         return None
-    return (shown.width, shown.height), len(times)
+    return shown, [float(time * stream.time_base) for time in times]
 
 
 def _nal_length_size(container: InputContainer, stream: VideoStream) -> int | None:

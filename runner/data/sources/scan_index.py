@@ -17,6 +17,7 @@ from typing import Any
 
 from runner.core.atomic import write_text
 from runner.core.file_identity import Identity
+from runner.data.corrections.model import Display
 from runner.data.sources.listing import ListedMedia
 from runner.data.sources.model import SourceMedia
 from runner.data.sources.probe import PROBE_VERSION
@@ -78,6 +79,7 @@ class ScanIndex:
                 archive=listed.archive,
                 member=listed.member,
                 identity=identity,
+                display=Display.from_record(record["display"]),
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -97,6 +99,7 @@ class ScanIndex:
             "frames": media.frames,
             "fps": media.fps,
             "mode": media.mode,
+            "display": media.display.record(),
         }
 
     def save(self, names: Sequence[str]) -> None:
@@ -114,7 +117,7 @@ class ScanIndex:
 
 def _version() -> str:
     """Return the version of the probing code and of the decoders it uses."""
-    return " ".join([f"1.{PROBE_VERSION}", *(_of(name) for name in ("av", "pillow"))])
+    return " ".join([f"1.{PROBE_VERSION}", *(_of(name) for name in ("av", "pillow", "pi-heif"))])
 
 
 def _of(package: str) -> str:

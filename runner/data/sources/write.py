@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
 
 from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
+from runner.data.corrections.clips import write_clip
+from runner.data.corrections.model import Correction
+from runner.data.corrections.pictures import picture_png
 from runner.data.sources.archive import open_archive
-from runner.data.sources.media_reader import hashed, rgb_png
+from runner.data.sources.media_reader import IN_MEMORY, hashed
 from runner.data.sources.model import SourceMedia
 from runner.data.sources.scan import workers
-from runner.storage.bulk_writer import BulkWriter
+from runner.storage.bulk_writer import BulkWriter, CacheNotWritable
 
 
 def unpack(
-    media: Sequence[SourceMedia], writer: BulkWriter, progress: Callable[[int], None]
+    media: Sequence[tuple[SourceMedia, Correction]],
+    writer: BulkWriter,
+    progress: Callable[[int], None],
 ) -> None:
-    """Write media into the shared cache, several at once; existing entries are kept.
+    """Write media into the shared cache, corrected, several at once; existing entries are kept.
 
     Args:
-        media: the media to write.
+        media: the media to write, and their corrections.
         writer: writes to the cache.
         progress: called with the number of media that are done.
 
@@ -38,18 +43,18 @@ def unpack(
     """
     stop = threading.Event()
 
-    def extract(item: SourceMedia) -> None:
-        if stop.is_set() or not writer.claim(item.cache_key):
+    def extract(one: tuple[SourceMedia, Correction]) -> None:
+        item, correction = one
+        key = item.cache_key(correction)
+        if stop.is_set() or not writer.claim(key):
             return
         digests: list[str] = []
         file = writer.write(
-            lambda write: digests.append(
-                _copy(item, archives, write, as_rgb=item.as_rgb, stop=stop)
-            )
+            lambda write: digests.append(_copy(item, correction, archives, write, stop))
         )
-        writer.add(file, item.cache_key, item.cache_inputs, digests[0])
+        writer.add(file, key, item.cache_inputs(correction), digests[0])
 
-    with _archives(media) as archives:
+    with _archives(item for item, _ in media) as archives:
         pool = ThreadPoolExecutor(workers())
         try:
             for done, _ in enumerate(pool.map(extract, media), 1):
@@ -82,22 +87,39 @@ def _check(item: SourceMedia, digest: str) -> None:
 
 def _copy(
     item: SourceMedia,
+    correction: Correction,
     archives: dict[Path, zipfile.ZipFile],
     write: Callable[[bytes], object],
-    *,
-    as_rgb: bool,
-    stop: threading.Event | None = None,
+    stop: threading.Event,
 ) -> str:
-    """Pass the bytes, or the RGB picture, to ``write``; return the SHA-256 of what was passed."""
-    held = io.BytesIO()
-    with _open_media(item, archives) as source:
-        _check(item, hashed(source, held.write if as_rgb else write, stop)[0])
-    if not as_rgb:
+    """Pass the media, corrected, to ``write``; return the SHA-256 of what was passed."""
+    if not correction:
+        with _open_media(item, archives) as source:
+            _check(item, hashed(source, write, stop)[0])
         return item.sha256
-    held.seek(0)
-    png = rgb_png(held)
-    write(png)
-    return hashlib.sha256(png).hexdigest()
+    digest = hashlib.sha256()
+
+    def hash_and_write(data: bytes) -> None:
+        if stop.is_set():
+            raise CancelledError
+        digest.update(data)
+        write(data)
+
+    with cast(BinaryIO, SpooledTemporaryFile(IN_MEMORY)) as held:
+        with _open_media(item, archives) as source:
+            _check(item, hashed(source, held.write, stop)[0])
+        held.seek(0)
+        try:
+            if item.media_kind == "image":
+                hash_and_write(picture_png(held, correction))
+            else:
+                write_clip(held, correction, hash_and_write)
+        except (CacheNotWritable, CancelledError):
+            raise
+        except Exception as error:
+            # Decoders raise all kinds of errors; what could be read before has changed since.
+            raise UserError(f"{item.name} can't be corrected: {error}") from error
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from runner.data.report.html import html
 from runner.data.report.model import Report
 from runner.data.report.page import notices
 from runner.data.report.read import read_report
-from runner.data.select import SelectedItem
 from runner.data.sources import check_archive, check_unchanged, unpack
 from runner.formats import jsonl
 from runner.pipeline.context import Context
@@ -55,9 +54,11 @@ class Dataset(Stage):
                 files.append((name, jsonl.render(media_kind, rows)))
         items = inputs.selection.items
         wanted: dict[str, CacheEntry] = {}
-        for item in filter(_in_cache, items):
-            key, link_path = item.media.cache_key, f"dataset/media/{item.media_name}"
-            add_link(wanted, CacheEntry(key, "media", key, item.media.cache_inputs, (link_path,)))
+        for item in items:
+            if item.cached:
+                key, link_path = item.cache_key, f"dataset/media/{item.media_name}"
+                inputs_ = item.media.cache_inputs(item.correction)
+                add_link(wanted, CacheEntry(key, "media", key, inputs_, (link_path,)))
         missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
         pictures = sum(item.media_kind == "image" for item in items)
         summary = f"{counted(pictures, 'picture')}, {counted(len(items) - pictures, 'clip')}"
@@ -92,11 +93,11 @@ class Dataset(Stage):
         work = WorkWords("item", "unpacks")
         fill(context, self.name, work, lambda todo: _unpack(context, todo))
         stage = context.plan.stage(self.name)
-        check_unchanged(item.media for item in items if not _in_cache(item))
+        check_unchanged(item.media for item in items if not item.cached)
         link_entries(context, stage)
         media = context.run_dir / "dataset" / "media"
         for item in items:
-            if item.media.file is not None and not item.as_rgb:
+            if item.media.file is not None and not item.cached:
                 link(Path(item.media.file).absolute(), media / item.media_name)
         context.writer.set_tags(
             {
@@ -136,19 +137,14 @@ def write_report(context: Context) -> None:
         context.console.notice(notice)
 
 
-def _in_cache(item: SelectedItem) -> bool:
-    """Return whether the run uses a copy in the shared cache, not the user's own file."""
-    return item.media.file is None or item.as_rgb
-
-
 def _unpack(context: Context, todo: frozenset[str]) -> None:
     media_by_key = {
-        item.media.cache_key: item.media
+        item.cache_key: (item.media, item.correction)
         for item in context.inputs.selection.items
-        if f"media/{item.media.cache_key}" in todo
+        if f"media/{item.cache_key}" in todo
     }
     limit = int(context.inputs.config.dataset.max_archive_gb * 1e9)
-    for archive in {media.archive for media in media_by_key.values() if media.archive}:
+    for archive in {media.archive for media, _ in media_by_key.values() if media.archive}:
         check_archive(archive, limit)
 
     def waiting() -> None:

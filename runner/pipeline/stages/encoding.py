@@ -206,7 +206,7 @@ class _EncodingCommitter:
         self.media = {
             item.id: item.media
             for item in context.inputs.selection.items
-            if item.media.file is not None and not item.as_rgb
+            if item.media.file is not None and not item.cached
         }
         self.kept: set[str] = set()
         self._last = time.monotonic()

@@ -96,6 +96,8 @@ def _latents_entry(
         "image_encoder": digests.get("image_encoder") if task == "i2v" else None,
         "decode": DECODE_VERSION,
     }
+    if item.correction.changes:
+        cache_inputs["correction"] = item.correction.cache_inputs(copy=False)
     untiled = {**cache_inputs, "vae_tile": 0}
     if not force and f"latents/{cache_key(untiled)}" in inputs.cached:
         # Tiling is an approximation, so an existing untiled entry is preferred.
