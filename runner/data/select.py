@@ -100,6 +100,12 @@ class SelectedItem:
         return self.media.file is None or bool(self.correction)
 
     @property
+    def copy_bytes(self) -> int:
+        """The largest size of the corrected copy in bytes: that of its pixels."""
+        width, height = self.media.size
+        return width * height * 3 * (len(self.correction.frames) or 1)
+
+    @property
     def cache_key(self) -> str:
         """The key of that copy."""
         return self.media.cache_key(self.correction)

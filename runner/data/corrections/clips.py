@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from runner.core.errors import UserError
 from runner.data.corrections.model import Correction, Display, Transfer
 from runner.data.corrections.tone_mapping import DEFAULT_PEAK, tone_map
-from runner.formats.bucket import Size
 from runner.formats.frames import MODEL_FPS
 
 if TYPE_CHECKING:
@@ -241,8 +240,3 @@ def _fitted(image: np.ndarray, stream: VideoStream) -> np.ndarray:
     if image.shape[:2] == (stream.height, stream.width):
         return image
     return np.array(Image.fromarray(image).resize((stream.width, stream.height)))
-
-
-def clip_bytes(size: Size, frames: int) -> int:
-    """Return the largest size of a corrected copy of a clip, in bytes."""
-    return size[0] * size[1] * 3 * frames

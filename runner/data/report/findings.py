@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from runner.core.text import counted, named
-from runner.data.report.model import Case, Finding, ReportedItem, Tokens
+from runner.data.report.corrected import corrected, misleading
+from runner.data.report.model import Case, Finding, ReportedItem, Tokens, finding_each
 from runner.data.report.near_duplicates import groups, nearest
 from runner.data.select import Source, frames_of
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
@@ -28,56 +28,20 @@ def findings(
 ) -> tuple[Finding, ...]:
     """Return all findings, the worst first; ``measured``: whether there are image statistics."""
     result = [
+        *misleading(media, sources),
         *_duplicates(media),
         *_long_captions(media, tokens),
         *_image_quality(media),
         *_fit(media),
         *_captions(media, sources),
         *_short(media, sources),
+        *corrected(media),
     ]
     if measured:
         unseen = [index for index, medium in enumerate(media) if medium.statistics is None]
-        result += _each(media, "unseen", unseen, "could not be analysed", serious=True)
+        result += finding_each(media, "unseen", unseen, "could not be analysed", serious=True)
     # sorted() keeps the order above among equals.
     return tuple(sorted(result, key=lambda finding: not finding.serious))
-
-
-def _none(_: int) -> str:
-    return ""
-
-
-def _each(
-    media: Sequence[ReportedItem],
-    category: str,
-    which: Sequence[int],
-    text: str,
-    *,
-    serious: bool,
-    note: Callable[[int], str] = _none,
-) -> Iterator[Finding]:
-    """Make one finding about several media, each by itself; ``which`` has the worst first.
-
-    ``note`` says in a word how bad the media file of that index is.
-    """
-    if not which:
-        return
-    cases = tuple(Case((i,), note(i)) for i in which)
-    shown = [
-        media[i].name + (f" ({case.note})" if case.note else "")
-        for i, case in zip(which, cases, strict=True)
-    ]
-    if len(which) == 1:
-        text = re.sub("^are ", "is ", text)
-    what = _many([media[i] for i in which])
-    yield Finding(category, f"{what} {text}", named(shown, 3), serious, cases)
-
-
-def _many(media: Sequence[ReportedItem]) -> str:
-    """Count media: ``1 clip``, ``2 pictures``, ``3 media``."""
-    kinds = {medium.item.media_kind for medium in media}
-    if len(kinds) > 1:
-        return f"{len(media)} media"
-    return counted(len(media), "picture" if kinds == {"image"} else "clip")
 
 
 def _duplicates(media: Sequence[ReportedItem]) -> Iterator[Finding]:
@@ -173,7 +137,7 @@ def _long_captions(
             for i, medium in enumerate(media)
             if (length := over.get(medium.item.caption)) is not None and length.exact == exact
         ]
-        yield from _each(
+        yield from finding_each(
             media,
             "long-caption" if exact else "maybe-long-caption",
             sorted(which, key=lambda i: -over[media[i].item.caption].count),
@@ -184,7 +148,7 @@ def _long_captions(
     texts = {i: glyph_text(medium.item.caption) for i, medium in enumerate(media)}
     # ByT5 reads bytes and an end token.
     quoted = {i: len(text.encode()) + 1 for i, text in texts.items() if text is not None}
-    yield from _each(
+    yield from finding_each(
         media,
         "long-quote",
         sorted((i for i, n in quoted.items() if n > MAX_GLYPH_TOKENS), key=lambda i: -quoted[i]),
@@ -198,7 +162,7 @@ def _image_quality(media: Sequence[ReportedItem]) -> Iterator[Finding]:
         i: medium.statistics for i, medium in enumerate(media) if medium.statistics is not None
     }
     sharpness = {i: one.sharpness for i, one in statistics.items()}
-    yield from _each(
+    yield from finding_each(
         media,
         "blurred",
         sorted((i for i, one in statistics.items() if one.blurred), key=sharpness.__getitem__),
@@ -211,12 +175,12 @@ def _image_quality(media: Sequence[ReportedItem]) -> Iterator[Finding]:
         ("flat", "are one flat colour"),
     ):
         which = [i for i, one in statistics.items() if getattr(one, category)]
-        yield from _each(media, category, which, text, serious=True)
+        yield from finding_each(media, category, which, text, serious=True)
 
 
 def _fit(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     tiny = [i for i, medium in enumerate(media) if medium.scale > TINY]
-    yield from _each(
+    yield from finding_each(
         media,
         "tiny",
         sorted(tiny, key=lambda i: -media[i].scale),
@@ -225,7 +189,7 @@ def _fit(media: Sequence[ReportedItem]) -> Iterator[Finding]:
         note=lambda i: f"{media[i].scale:.1f}x",
     )
     cut = [i for i, medium in enumerate(media) if medium.cut > CUT]
-    yield from _each(
+    yield from finding_each(
         media,
         "cut",
         sorted(cut, key=lambda i: -media[i].cut),
@@ -242,9 +206,11 @@ def _captions(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Itera
         if not medium.item.media.caption and sources[medium.item.source].options.default_caption
     ]
     text = "are without a caption and get dataset.default_caption"
-    yield from _each(media, "default-caption", default, text, serious=False)
+    yield from finding_each(media, "default-caption", default, text, serious=False)
     empty = [i for i, medium in enumerate(media) if not medium.item.caption]
-    yield from _each(media, "empty-caption", empty, "are captioned with nothing", serious=True)
+    yield from finding_each(
+        media, "empty-caption", empty, "are captioned with nothing", serious=True
+    )
 
 
 def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
@@ -257,7 +223,7 @@ def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator
         missing = [str(frames) for frames in extraction.target_frames if frames > kept]
         if missing:
             notes[index] = f"{counted(kept, 'frame')}, no crop of {', '.join(missing)}"
-    yield from _each(
+    yield from finding_each(
         media,
         "short",
         list(notes),

@@ -12,6 +12,8 @@ from runner.formats.bucket import Size
 
 # A thumbnail is about 5 kB; larger datasets show all media with findings, and others up to this.
 MAX_THUMBNAILS = 2000
+# Findings that show media as they are stored beside what is trained on.
+BEFORE_AND_AFTER = ("turned", "tone-mapped", "blended", "scaled", "profile", "squared")
 # Cases shown under a finding.
 MAX_CASES = 60
 _CAPTION = 240
@@ -51,6 +53,7 @@ def html(report: Report, title: str) -> str:
         most=max(sum(numbers.values()) for numbers in buckets.values()),
         clips=[(i, medium) for i, medium in enumerate(report.media) if medium.item.crops],
         max_cases=MAX_CASES,
+        before_and_after=BEFORE_AND_AFTER,
         max_caption=_CAPTION,
         counted=counted,
     )

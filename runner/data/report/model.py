@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from runner.core.text import counted, named
 from runner.data.report.image_statistics import ImageStatistics
 from runner.data.select import SelectedItem, Shape
 
@@ -138,3 +141,37 @@ class Report:
     def serious(self) -> tuple[Finding, ...]:
         """The serious findings."""
         return tuple(finding for finding in self.findings if finding.serious)
+
+
+def finding_each(
+    media: Sequence[ReportedItem],
+    category: str,
+    which: Sequence[int],
+    text: str,
+    *,
+    serious: bool,
+    note: Callable[[int], str] = lambda _: "",
+) -> Iterator[Finding]:
+    """Make one finding about several media, each by itself; none if there are none.
+
+    Args:
+        media: all media of the report.
+        category: the finding's kind.
+        which: the indices of those that it is about, the worst first.
+        text: what they are, beginning with "are" or "have".
+        serious: whether it is worth a notice.
+        note: says in a word how bad the media file of that index is.
+    """
+    if not which:
+        return
+    cases = tuple(Case((index,), note(index)) for index in which)
+    shown = [
+        media[index].name + (f" ({case.note})" if case.note else "")
+        for index, case in zip(which, cases, strict=True)
+    ]
+    if len(which) == 1:
+        text = re.sub("^have ", "has ", re.sub("^are ", "is ", text))
+    kinds = {media[index].item.media_kind for index in which}
+    noun = "picture" if kinds == {"image"} else "clip"
+    what = f"{len(which)} media" if len(kinds) > 1 else counted(len(which), noun)
+    yield Finding(category, f"{what} {text}", named(shown, 3), serious, cases)

@@ -92,6 +92,7 @@ def summary_rows(report: Report) -> Iterator[tuple[str, str]]:
     clips = [medium for medium in report.media if medium.item.crops]
     if clips:
         yield "frames", _frames(clips)
+        yield "rates", _rates(clips)
     yield "fit", _fit(report)
     yield "captions", _captions(report)
 
@@ -130,6 +131,20 @@ def _frames(clips: list[ReportedItem]) -> str:
     return (
         f"{counted(crops, 'crop')} of {shown} frames use {used / frames:.0%} of {frames:,} frames"
     )
+
+
+def _rates(clips: list[ReportedItem]) -> str:
+    """Count the clips of each rate, and those that are brought to another."""
+    numbers: dict[str, int] = defaultdict(int)
+    for medium in clips:
+        fps, rate = medium.item.media.fps, medium.item.correction.rate
+        stored = "unknown" if fps is None else f"{fps:.4g}"
+        numbers[
+            stored if rate is None or stored == f"{rate:.4g}" else f"{stored} to {rate:.4g}"
+        ] += 1
+    rows = sorted(numbers.items(), key=lambda row: (-row[1], row[0]))
+    shown = named([f"{rate} ({counted(number, 'clip')})" for rate, number in rows], 6)
+    return f"frames per second: {shown}"
 
 
 def _fit(report: Report) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
 from runner.core.console import Console
-from runner.core.text import counted
+from runner.core.text import counted, readable
 from runner.data.report.html import html
 from runner.data.report.model import Report
 from runner.data.report.page import notices
@@ -65,8 +65,17 @@ class Dataset(Stage):
         unpacked = sum(source.unpacked for source in inputs.sources)
         if unpacked:
             summary += f", {unpacked} unpacked"
-        if missing:
-            summary += f", {len(missing)} to unpack"
+        absent = {entry.full_key for entry in missing}
+        corrected = {
+            item.cache_key: item.copy_bytes
+            for item in items
+            if item.correction.changes and f"media/{item.cache_key}" in absent
+        }
+        if len(missing) > len(corrected):
+            summary += f", {len(missing) - len(corrected)} to unpack"
+        if corrected:
+            most = readable(sum(corrected.values()))
+            summary += f", {len(corrected)} to correct (at most {most} of disk)"
         return StagePlan(
             self.name,
             summary,
