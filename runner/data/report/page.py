@@ -139,9 +139,8 @@ def _rates(clips: list[ReportedItem]) -> str:
     for medium in clips:
         fps, rate = medium.item.media.fps, medium.item.correction.rate
         stored = "unknown" if fps is None else f"{fps:.4g}"
-        numbers[
-            stored if rate is None or stored == f"{rate:.4g}" else f"{stored} to {rate:.4g}"
-        ] += 1
+        trained = stored if rate is None else f"{rate:.4g}"
+        numbers[stored if trained == stored else f"{stored} to {trained}"] += 1
     rows = sorted(numbers.items(), key=lambda row: (-row[1], row[0]))
     shown = named([f"{rate} ({counted(number, 'clip')})" for rate, number in rows], 6)
     return f"frames per second: {shown}"
