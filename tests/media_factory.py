@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from runner.data.corrections.model import Correction
+    from runner.data.sources import SourceMedia
 
 # Digits of base 8, one a channel, 32 levels apart: they survive lossy codecs and any resizing.
 _BASE, _STEP = 8, 32
@@ -103,3 +107,18 @@ def make_sound(path: Path) -> Path:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def with_corrections(items: Sequence[SourceMedia]) -> list[tuple[SourceMedia, Correction]]:
+    """Media with the corrections that the default options give them."""
+    from runner.config.schema import DatasetConfig
+    from runner.data.select import correction_of, source_options
+
+    (options,) = source_options(DatasetConfig())
+    return [(item, correction_of(item, options, "t2v")) for item in items]
+
+
+def key_of(item: SourceMedia) -> str:
+    """The key of a medium, or of its corrected copy, in the shared cache."""
+    ((_, correction),) = with_corrections([item])
+    return item.cache_key(correction)

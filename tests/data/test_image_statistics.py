@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from bad_media import PHOTOS, blurred, make_bad_media, photo, saved
 from conftest import compose, fake_facts, report_of, tree
+from media_factory import with_corrections
 
+from runner.data.corrections.model import NO_CORRECTION as PLAIN
 from runner.data.report import image_statistics as looking
 from runner.data.report.image_statistics import (
     ImageStatistics,
@@ -18,6 +20,7 @@ from runner.data.report.image_statistics import (
     measure_all,
     measure_clip,
     measure_picture,
+    statistics_key,
 )
 from runner.data.report.near_duplicates import NEAR, groups, nearest
 from runner.data.sources import scan
@@ -33,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[str, ImageStatistics]:
-    return measure_all(scan(kind, path, max_bytes=10**9).items, cache, keep=keep)
+    items = scan(kind, path, max_bytes=10**9).items
+    return measure_all(with_corrections(items), cache, keep=keep)
 
 
 # A sharp picture is not called blurred, its blurred copy is, and the worse the blur the lower the
@@ -160,8 +164,8 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     items = list(scan("folder", tmp_path, max_bytes=10**9).items)
     (tmp_path / "1.jpg").unlink()
     shutil.copy(PHOTOS[3], tmp_path / "2.jpg")
-    looks = measure_all(items, tmp_path / "cache", keep=True)
-    assert set(looks) == {items[0].sha256}
+    looks = measure_all(with_corrections(items), tmp_path / "cache", keep=True)
+    assert set(looks) == {statistics_key(items[0], PLAIN)}
     config = compose("dataset.resolution=[256,256]")
     made = report_of(config, fake_facts(config, items), looks)
     (unseen,) = (finding for finding in made.findings if finding.category == "unseen")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import compose, tree
-from media_factory import make_clip, make_image
+from media_factory import key_of, make_clip, make_image, with_corrections
 
 from runner.core.errors import UserError
 from runner.data.ingest import ScanOptions, scan_sources
@@ -97,7 +97,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What is looked at from here on."""
     seen: list[object] = []
-    for name in ("probe_image", "probe_video"):
+    for name in ("probe_picture", "probe_clip"):
         real = getattr(media_reader, name)
 
         def noted(source: Any, real: Any = real) -> Any:
@@ -122,10 +122,10 @@ def test_one_pass(tmp_path: Path, opened: list[str]) -> None:
     source = ingest(tmp_path)
     assert sorted(opened) == sorted(item.name for item in source.items)
     kept = entries(tmp_path)
-    assert sorted(kept) == sorted(item.cache_key for item in source.items)
+    assert sorted(kept) == sorted(key_of(item) for item in source.items)
     for item in source.items:
-        assert hashlib.sha256(kept[item.cache_key]).hexdigest() == item.sha256
-        place = store_of(tmp_path).path("media", item.cache_key)
+        assert hashlib.sha256(kept[key_of(item)]).hexdigest() == item.sha256
+        place = store_of(tmp_path).path("media", key_of(item))
         assert place.stat().st_mode & 0o777 == 0o444
         note = json.loads(place.with_name(place.name + ".json").read_text())
         cache_inputs = {"as_rgb": False, "media": item.sha256}
@@ -268,24 +268,24 @@ def _cut_after(number: int) -> Callable[[str, int, int], None]:
 
 def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]:
     """Looking at a wider picture takes until an interrupt was told; what is looked at."""
-    real: Any = getattr(media_reader, "probe_image")  # noqa: B009
+    real: Any = getattr(media_reader, "probe_picture")  # noqa: B009
     shut_down: Any = ThreadPoolExecutor.shutdown
     interrupted = threading.Event()
     looked: list[object] = []
 
     def slow(stream: Any) -> Any:
         looked.append(stream)
-        size, mode = real(stream)
-        if size[0] > wider_than:
+        properties = real(stream)
+        if properties.size[0] > wider_than:
             assert interrupted.wait(60)
-        return size, mode
+        return properties
 
     def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
         shut_down(self, **{**options, "wait": False})
         interrupted.set()
         shut_down(self, *given, **options)
 
-    monkeypatch.setattr(media_reader, "probe_image", slow)
+    monkeypatch.setattr(media_reader, "probe_picture", slow)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
     return looked
 
@@ -305,10 +305,10 @@ def test_a_cut_ingestion_goes_on(
     source = ingest(tmp_path)
     assert len(opened) <= 63 - 20
     store = store_of(tmp_path)
-    missing = [item for item in source.items if not store.has("media", item.cache_key)]
+    missing = [item for item in source.items if not store.has("media", key_of(item))]
     with BulkWriter(store, "media", "a.zip") as arriving:
-        unpack(missing, arriving, lambda _: None)
-    assert sorted(entries(tmp_path)) == sorted(item.cache_key for item in source.items)
+        unpack(with_corrections(missing), arriving, lambda _: None)
+    assert sorted(entries(tmp_path)) == sorted(key_of(item) for item in source.items)
     assert entries(tmp_path).items() >= some.items()
 
 
@@ -323,7 +323,7 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
         source = ingest(tmp_path)
         assert [file.read_bytes() for file in living.folder.iterdir()] == [b"not yet whole"]
     assert not left.exists()
-    assert sorted(entries(tmp_path)) == sorted(item.cache_key for item in source.items)
+    assert sorted(entries(tmp_path)) == sorted(key_of(item) for item in source.items)
 
 
 # An interrupt does not wait for what is left.
@@ -409,8 +409,8 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     by_name = {item.name: item for item in source.items}
     assert len(by_name) == 6
     kept = entries(tmp_path)
-    assert set(kept) == {by_name[n].cache_key for n in ("alpha.png", "b.png", "long.mp4")}
-    alpha = store_of(tmp_path).path("media", by_name["alpha.png"].cache_key)
+    assert set(kept) == {key_of(by_name[n]) for n in ("alpha.png", "b.png", "long.mp4")}
+    alpha = store_of(tmp_path).path("media", key_of(by_name["alpha.png"]))
     assert alpha.name.endswith("-rgb.png")
     with Image.open(alpha) as image, Image.open(made / "alpha.png") as original:
         assert image.mode == "RGB" and image.tobytes() == original.convert("RGB").tobytes()
@@ -421,7 +421,7 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "m.zip").rename(tmp_path / "other" / "m.zip")
     ingest(tmp_path / "other", *options, "task=i2v")
-    assert set(entries(tmp_path / "other")) == {by_name["long.mp4"].cache_key}
+    assert set(entries(tmp_path / "other")) == {key_of(by_name["long.mp4"])}
 
 
 # What will be refused for its captions, or as pictures for i2v, leaves no trace.
@@ -542,7 +542,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     items = ingest(tmp_path, dry=True).items
     store, done = store_of(tmp_path), list[int]()
     with BulkWriter(store, "media", "a.zip") as arriving:
-        unpack(items, arriving, done.append)
+        unpack(with_corrections(items), arriving, done.append)
     assert done == list(range(1, 17))
     unpacked = tree(tmp_path / "outputs" / "cache" / "media")
     bytes_of = entries(tmp_path)
@@ -550,12 +550,12 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     ingest(tmp_path)
     assert entries(tmp_path) == bytes_of
     assert tree(tmp_path / "outputs" / "cache" / "media").keys() == unpacked.keys()
-    place = store.path("media", items[0].cache_key)
+    place = store.path("media", key_of(items[0]))
     place.chmod(0o644)
     place.write_bytes(b"damaged")
-    for anew in ((), (items[0].cache_key,)):
+    for anew in ((), (key_of(items[0]),)):
         with BulkWriter(store, "media", "a.zip", anew=anew) as arriving:
-            unpack(items, arriving, done.append)
+            unpack(with_corrections(items), arriving, done.append)
         assert (entries(tmp_path) == bytes_of) == bool(anew)
 
 
@@ -569,7 +569,11 @@ def test_unpacking_checks_what_it_reads(tmp_path: Path, captured: BulkWriter) ->
         archive.write(tmp_path / "made" / "p0.png", "p0.png")
     first = next(item for item in items if item.name == "p0.png")
     with pytest.raises(UserError, match="has changed since"):
-        unpack([first], captured, lambda _: None)
+        unpack(with_corrections([first]), captured, lambda _: None)
     with pytest.raises(UserError, match="can't be read"):
-        unpack([item for item in items if item.name == "p1.png"], captured, lambda _: None)
+        unpack(
+            with_corrections([item for item in items if item.name == "p1.png"]),
+            captured,
+            lambda _: None,
+        )
     assert entries(tmp_path) == {}

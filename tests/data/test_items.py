@@ -76,13 +76,19 @@ def test_targets_lost_to_a_low_frame_rate_are_named() -> None:
 
 
 # What is unpacked of an archive is what the run will train on: so too where source_fps drops so
-# many frames of a clip that none of the targets fits.
+# many frames of a clip that none of the targets fits, or the clip's own rate does.
 @pytest.mark.parametrize("mode", ["head", "uniform"])
 def test_what_is_used_is_what_is_selected(mode: str) -> None:
     clip, picture = fake_item("a.mp4", frames=49, fps=48.0), fake_item("b.jpg")
     options = ("dataset.target_frames=[49]", f"dataset.frame_extraction={mode}")
-    for fps, used in (("null", True), ("24", True), ("48", False)):
-        given = (*options, f"dataset.source_fps={fps}")
+    for rate, used in (
+        ("source_fps=24", True),
+        ("source_fps=48", False),
+        ("fps=native", True),
+        ("fps=48", True),
+        ("fps=auto", False),
+    ):
+        given = (*options, f"dataset.{rate}")
         config = compose(*TINY, *given)
         (source,) = source_options(config.dataset)
         assert would_be_selected(clip, source, config.task.name) is used
@@ -218,5 +224,5 @@ def test_bucket_flags_leave_clips_as_they_are(flag: str) -> None:
 # Pictures that musubi-tuner would crash on are handed on as RGB copies.
 def test_transparent_pictures_become_rgb() -> None:
     (item,) = selection([fake_item("a.png", mode="RGBA")]).items
-    assert item.as_rgb
+    assert item.correction.only_rgb
     assert item.media_name.endswith(".png")

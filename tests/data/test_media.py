@@ -13,7 +13,7 @@ from media_factory import CODECS, frame_number, make_clip, make_image, make_soun
 
 from runner.core.errors import UserError
 from runner.data.decode import load_clip, load_image, resize_to_bucket
-from runner.data.sources.probe import probe_video
+from runner.data.sources.probe import probe_clip
 from runner.formats.frames import FrameExtraction
 from runner.formats.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
@@ -62,9 +62,11 @@ def test_clips_are_read_frame_for_frame(
     clip = load_clip(path, FrameExtraction(mode="full"), (128, 96))
     assert clip.shape == (30, 96, 128, 3) and clip.dtype == np.uint8
     assert [frame_number(frame) for frame in clip] == list(range(30))
-    assert probe_video(path) == ((64, 48), 30, 30.0)
+    found = probe_clip(path)
+    assert (found.size, found.frames, found.fps) == ((64, 48), 30, 30.0)
     with path.open("rb") as stream:
-        assert probe_video(stream) == ((64, 48), 30, 30.0)
+        found = probe_clip(stream)
+        assert (found.size, found.frames, found.fps) == ((64, 48), 30, 30.0)
 
 
 # Scaling covers the bucket and cuts the middle out: the centre stays, both sides lose the same.

@@ -14,10 +14,12 @@ import pytest
 from bad_media import make_bad_media
 from conftest import compose, fake_facts, fake_item, report_of, tree
 from in_process import program_here
+from media_factory import with_corrections
 
+from runner.data.corrections.model import NO_CORRECTION as PLAIN
 from runner.data.report import image_statistics as looking
 from runner.data.report.html import html
-from runner.data.report.image_statistics import ImageStatistics, measure_all
+from runner.data.report.image_statistics import ImageStatistics, measure_all, statistics_key
 from runner.data.report.model import Report, Tokens
 from runner.data.report.page import notices, page_lines, printable
 from runner.data.sources import SourceMedia, scan
@@ -50,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Each way a medium can be wrong is found in it and in no other.
 def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
     items = list(scan("folder", folder, max_bytes=10**9).items)
-    looks = measure_all(items, tmp_path, keep=False)
+    looks = measure_all(with_corrections(items), tmp_path, keep=False)
     made = report(items, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]", looks=looks)
     found = kinds(made)
     assert found["blurred"] == {"blurred.jpg"}
@@ -73,7 +75,10 @@ def test_a_leak_is_named() -> None:
     hashes = [int.from_bytes(np.random.default_rng(n).bytes(16)) for n in range(16)]
     # By its digest 0.jpg is held out, 9.jpg is its twin, and 8.jpg is that of 7.jpg: both trained.
     hashes[9], hashes[8] = hashes[0] ^ 0b1011, hashes[7]
-    looks = {item.sha256: replace(FINE, hash=h) for item, h in zip(items, hashes, strict=True)}
+    looks = {
+        statistics_key(item, PLAIN): replace(FINE, hash=h)
+        for item, h in zip(items, hashes, strict=True)
+    }
     made = report(items, "dataset.validation_fraction=0.1", looks=looks)
     assert [m.name for m in made.media if m.item.held_out] == ["0.jpg", "1.jpg"]
     found = kinds(made)
@@ -228,7 +233,10 @@ def test_hostile_names_and_captions_are_text() -> None:
     source = replace(
         facts.sources[0], path=f"/media/{HOSTILE}", ignored=((f"\udcff{HOSTILE}", HOSTILE),)
     )
-    looks = {item.sha256: replace(FINE, sharpness=1.0, thumbnail="AA==") for item in items}
+    looks = {
+        statistics_key(item, PLAIN): replace(FINE, sharpness=1.0, thumbnail="AA==")
+        for item in items
+    }
     made = report_of(config, replace(facts, sources=(source,)), looks)
     written = html(made, HOSTILE)
     written.encode("utf-8")
@@ -259,7 +267,7 @@ def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     found = scan("folder", folder, max_bytes=10**9)
-    looks = measure_all(found.items, tmp_path, keep=False)
+    looks = measure_all(with_corrections(found.items), tmp_path, keep=False)
     config = compose(*BASE, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]")
     facts = fake_facts(config, found.items)
     facts = replace(facts, sources=(replace(facts.sources[0], ignored=found.ignored),))
@@ -292,11 +300,13 @@ def test_a_large_dataset_has_fewer_thumbnails(monkeypatch: pytest.MonkeyPatch) -
     items = [fake_item(f"{n:03}.jpg") for n in range(40)]
     random = np.random.default_rng(0)
     looks = {
-        item.sha256: replace(FINE, hash=int.from_bytes(random.bytes(16)), thumbnail=item.name)
+        statistics_key(item, PLAIN): replace(
+            FINE, hash=int.from_bytes(random.bytes(16)), thumbnail=item.name
+        )
         for item in items
     }
     bad = items[-1]
-    looks[bad.sha256] = replace(looks[bad.sha256], sharpness=1.0)
+    looks[statistics_key(bad, PLAIN)] = replace(looks[statistics_key(bad, PLAIN)], sharpness=1.0)
     monkeypatch.setattr(pages, "MAX_THUMBNAILS", 10)
     made = report(items, looks=looks)
     assert kinds(made) == {"blurred": {bad.name}}
@@ -314,9 +324,12 @@ def test_the_section_is_golden(golden: Callable[[str, str], None]) -> None:
         fake_item("clip.mp4", frames=20),
         fake_item("long name " * 12 + ".jpg", caption="y" * 2000),
     ]
-    looks = {item.sha256: replace(FINE, hash=1 << n, sharpness=n) for n, item in enumerate(items)}
-    looks[items[0].sha256] = replace(FINE, brightness=2.0)
-    looks[items[1].sha256] = replace(FINE, contrast=0.0, turned=True)
+    looks = {
+        statistics_key(item, PLAIN): replace(FINE, hash=1 << n, sharpness=n)
+        for n, item in enumerate(items)
+    }
+    looks[statistics_key(items[0], PLAIN)] = replace(FINE, brightness=2.0)
+    looks[statistics_key(items[1], PLAIN)] = replace(FINE, contrast=0.0)
     tokens = {"y" * 2000: Tokens(1500, exact=True)}
     made = report(items, "dataset.batch_size=4", looks=looks, tokens=tokens)
     lines = page_lines(made)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tree
-from media_factory import make_clip, make_image, make_sound
+from media_factory import key_of, make_clip, make_image, make_sound, with_corrections
 
 from runner.core.errors import UserError
 from runner.data.sources import Scan, SourceMedia, check_archive, locate, scan, unpack
@@ -34,7 +34,7 @@ def media(tmp_path: Path) -> Path:
     folder = tmp_path / "media"
     make_image(folder / "b.png")
     make_image(folder / "deep" / "er" / "a.v2.jpg", (80, 40))
-    make_clip(folder / "deep" / "c.mp4", 13, fps=30.0)
+    make_clip(folder / "deep" / "c.mp4", 13)
     (folder / "b.txt").write_text("a picture\n")
     (folder / "deep" / "er" / "a.v2.txt").write_bytes("\ufeffÉté".encode())
     (folder / "deep" / "c.txt").write_text("  ")
@@ -44,8 +44,8 @@ def media(tmp_path: Path) -> Path:
 def _unpacked(item: SourceMedia, store: SharedCache) -> bytes:
     """What is kept of an item."""
     with BulkWriter(store, "media", "a test") as writer:
-        unpack([item], writer, lambda _: None)
-    return store.path("media", item.cache_key).read_bytes()
+        unpack(with_corrections([item]), writer, lambda _: None)
+    return store.path("media", key_of(item)).read_bytes()
 
 
 def _seen(found: Scan) -> list[tuple[object, ...]]:
@@ -62,7 +62,7 @@ def test_folder_and_zip_are_seen_alike(media: Path, tmp_path: Path) -> None:
         ("deep/c.mp4", "video", (64, 48), 13, ""),
         ("deep/er/a.v2.jpg", "image", (80, 40), 1, "Été"),
     ]
-    assert folder.items[1].fps == 30.0
+    assert folder.items[1].fps == 24.0
     for item in folder.items:
         data = (media / item.name).read_bytes()
         assert (item.sha256, item.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
@@ -339,7 +339,7 @@ def test_unpacking_media(media: Path, tmp_path: Path) -> None:
             kept = _unpacked(item, store)
             assert (hashlib.sha256(kept).hexdigest() == item.sha256) == (item != alpha)
         with (
-            Image.open(store.path("media", alpha.cache_key)) as image,
+            Image.open(store.path("media", key_of(alpha))) as image,
             Image.open(media / "alpha.png") as original,
         ):
             assert (image.mode, image.format) == ("RGB", "PNG")

@@ -14,7 +14,7 @@ import pytest
 from conftest import compose, run_program, tree
 from hub_fetch import Notes, outside
 from hub_server import Hub, Repository, serve, talk_to
-from media_factory import make_clip, make_image
+from media_factory import key_of, make_clip, make_image
 
 from runner.config.schema import RunConfig
 from runner.core.errors import StageError, UserError
@@ -161,7 +161,7 @@ def test_a_repository_of_one_zip(hub: Hub, tmp_path: Path) -> None:
         *("caption of a.png", "caption of b.jpg", "caption of c.mp4")
     ]
     store = SharedCache(tmp_path / "outputs" / "cache")
-    assert all(store.has("media", item.cache_key) for item in source.items)
+    assert all(store.has("media", key_of(item)) for item in source.items)
 
 
 # What can't be had or used is told in one line, before the first byte, and without the token.

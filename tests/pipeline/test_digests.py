@@ -32,7 +32,13 @@ DATASET = [
     and one.counts == "asked"
     and one.key not in ("dataset.kind", "dataset.revision", "dataset.sources")
 ]
-VALUES = {"resolution": [512, 512], "target_frames": [1, 25], "validation_fraction": 0.5}
+VALUES = {
+    "resolution": [512, 512],
+    "target_frames": [1, 25],
+    "validation_fraction": 0.5,
+    "fps": "native",
+    "background": "black",
+}
 
 
 def digests(config: RunConfig, **changes: Any) -> tuple[str | None, str]:
@@ -102,7 +108,7 @@ def test_options_of_the_dataset_are_asked_for(key: str, several: bool) -> None:
     config = compose(*TINY)
     one = OPTIONS[f"dataset.{key}"]
     value = VALUES.get(key, other(one, value_of(config, one.key)))
-    whole = key in ("missing_captions", "validation_fraction")
+    whole = key in ("missing_captions", "validation_fraction", "background")
     if several:
         sources = [schema.SourceConfig(path="/one"), schema.SourceConfig(path="/two")]
         config = changed(config, "dataset.sources", sources)

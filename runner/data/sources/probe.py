@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from runner.core.errors import UserError
 from runner.data.corrections.clips import clip_stream, frame_display, open_clip
-from runner.data.corrections.model import Display, square_size, turned_size, uneven_times
+from runner.data.corrections.model import (
+    RATE_TOLERANCE,
+    Display,
+    square_size,
+    turned_size,
+    uneven_times,
+)
 from runner.data.corrections.pictures import (
     load_picture,
     open_picture,
@@ -144,14 +150,11 @@ def _probe(
 ) -> Properties | None:
     with open_clip(source) as container:
         stream = clip_stream(container)
-        stated_rate = stream.average_rate or stream.guessed_rate
         counted = count(container, stream)
         if counted is None:
             return None
         first, times = counted
-        frames, seconds = len(times), max(times) - min(times)
-        fps = (frames - 1) / seconds if frames > 1 and seconds > 0 else None
-        fps = fps or (float(stated_rate) if stated_rate else None)
+        frames, fps = len(times), _rate(times, stream.average_rate or stream.guessed_rate)
         stated = _frames_stated(container, stream, fps)
         display = replace(
             frame_display(first, stream),
@@ -162,13 +165,16 @@ def _probe(
     size = turned_size(square_size(stored, display.pixel_aspect), display.orientation)
     if size == turned_size(stored, display.orientation):
         display = replace(display, pixel_aspect=(1, 1))
-    return Properties(size, frames, fps and _rounded(fps), None, display)
+    return Properties(size, frames, fps, None, display)
 
 
-def _rounded(fps: float) -> float:
-    """Return a usual rate for one that differs from it by the rounding of time stamps alone."""
-    usual = (Fraction(round(fps)), Fraction(round(fps * 1.001) * 1000, 1001))
-    return next((float(rate) for rate in usual if abs(fps / float(rate) - 1) < 2e-4), fps)
+def _rate(times: list[float], stated: Fraction | None) -> float | None:
+    """Return the frames per second by the time stamps; the stated rate if it agrees with them."""
+    seconds = max(times) - min(times)
+    fps = (len(times) - 1) / seconds if seconds > 0 else None
+    if stated and (fps is None or abs(fps / stated - 1) <= RATE_TOLERANCE):
+        return float(stated)
+    return fps
 
 
 def _frames_stated(container: InputContainer, stream: VideoStream, fps: float | None) -> int | None:
