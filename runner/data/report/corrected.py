@@ -39,7 +39,7 @@ def misleading(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iter
         media,
         "cut-short",
         [i for i, display in enumerate(displays) if display.frames_stated is not None],
-        "are cut short: the files end before their headers say",
+        "are cut short, with fewer frames than the header says",
         serious=True,
         note=lambda i: f"{media[i].item.media.frames} of about {displays[i].frames_stated} frames",
     )
@@ -55,8 +55,7 @@ def misleading(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iter
         media,
         "too-slow",
         [i for i, (target, rate) in rates.items() if rate < target * (1 - RATE_TOLERANCE)],
-        "are slower than the rate of training and keep their frames: their motion is learned too "
-        "fast",
+        "are slower than the rate of training: every frame is kept, and motion is learned too fast",
         serious=True,
         note=lambda i: f"{_per_second(rates[i][1])} as {rates[i][0]:g}",
     )
@@ -69,7 +68,7 @@ def corrected(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     rows: tuple[tuple[str, str, Callable[[int], str]], ...] = (
         (
             "turned",
-            "are turned as their files ask",
+            "are turned, for files say how to hold them",
             lambda i: _TURNED.get(corrections[i].orientation, ""),
         ),
         (
@@ -88,32 +87,32 @@ def corrected(media: Sequence[ReportedItem]) -> Iterator[Finding]:
         ),
         (
             "scaled",
-            "have more than 8 bits per channel and are scaled",
+            "have more than 8 bits per channel, scaled to 8",
             lambda i: f"white is {corrections[i].white:g}" if corrections[i].white else "",
         ),
         (
             "profile",
-            "are brought from their colour profile to sRGB",
+            "have colours of another profile, brought to sRGB",
             lambda i: corrections[i].profile,
         ),
         (
             "squared",
-            "have pixels that are not square, and are widened or narrowed",
+            "have pixels that are not square, made square",
             lambda i: _square_note(corrections[i]),
         ),
         (
             "rate",
-            "are brought to another rate by their time stamps (dataset.fps)",
+            "are brought to another rate by the time stamps (dataset.fps)",
             lambda i: _rate_note(media[i]),
         ),
         (
             "shrunk",
-            "are huge and read smaller",
+            "are huge, read smaller",
             lambda i: f"1/{corrections[i].shrink}" if corrections[i].shrink > 1 else "",
         ),
         (
             "animated",
-            "are animated, and only the first picture is taken",
+            "are animated; only the first picture is taken",
             lambda i: f"{displays[i].pictures} pictures" if displays[i].pictures > 1 else "",
         ),
     )
