@@ -68,7 +68,7 @@ def corrected(media: Sequence[ReportedItem]) -> Iterator[Finding]:
     rows: tuple[tuple[str, str, Callable[[int], str]], ...] = (
         (
             "turned",
-            "are turned, for files say how to hold them",
+            "are turned as the file says",
             lambda i: _TURNED.get(corrections[i].orientation, ""),
         ),
         (
