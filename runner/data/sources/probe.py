@@ -154,7 +154,8 @@ def _probe(
         if counted is None:
             return None
         first, times = counted
-        frames, fps = len(times), _rate(times, stream.average_rate or stream.guessed_rate)
+        tick = float(stream.time_base or 0)
+        frames, fps = len(times), _rate(times, tick, stream.average_rate or stream.guessed_rate)
         stated = _frames_stated(container, stream, fps)
         display = replace(
             frame_display(first, stream),
@@ -168,13 +169,16 @@ def _probe(
     return Properties(size, frames, fps, None, display)
 
 
-def _rate(times: list[float], stated: Fraction | None) -> float | None:
-    """Return the frames per second by the time stamps; the stated rate if it agrees with them."""
+def _rate(times: list[float], tick: float, stated: Fraction | None) -> float | None:
+    """Return the frames per second by the time stamps; the stated rate if they can't tell it apart.
+
+    Stamps are rounded to a ``tick``, in seconds: Matroska's to 1 ms.
+    """
     seconds = max(times) - min(times)
-    fps = (len(times) - 1) / seconds if seconds > 0 else None
-    if stated and (fps is None or abs(fps / stated - 1) <= RATE_TOLERANCE):
-        return float(stated)
-    return fps
+    if seconds <= 0:
+        return float(stated) if stated else None
+    fps = (len(times) - 1) / seconds
+    return float(stated) if stated and abs(1 - fps / stated) <= 2 * tick / seconds else fps
 
 
 def _frames_stated(container: InputContainer, stream: VideoStream, fps: float | None) -> int | None:
