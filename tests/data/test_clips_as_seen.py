@@ -143,7 +143,7 @@ def test_the_copy_is_exact(tmp_path: Path) -> None:
         write_clip(path, correction, parts.append)
         written.append(b"".join(parts))
     assert written[0] == written[1]
-    with av.open(io.BytesIO(written[0])) as container:
+    with av.open(io.BytesIO(written[0]), "r") as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert float(container.streams.video[0].average_rate or 0) == 24
     assert np.array_equal(frames, images)

@@ -17,11 +17,12 @@ from in_process import program_here
 from media_factory import with_corrections
 
 from runner.data.corrections.model import NO_CORRECTION as PLAIN
+from runner.data.corrections.model import Display
 from runner.data.report import image_statistics as looking
 from runner.data.report.html import html
 from runner.data.report.image_statistics import ImageStatistics, measure_all, statistics_key
 from runner.data.report.model import Report, Tokens
-from runner.data.report.page import notices, page_lines, printable
+from runner.data.report.page import notices, page_lines, printable, summary_rows
 from runner.data.sources import SourceMedia, scan
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS
 
@@ -67,6 +68,63 @@ def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
     assert found["long-quote"] == {"sign.png"}
     assert "unseen" not in found
     assert [out.name for out in made.left_out] == ["short.mp4"]
+
+
+# What was corrected is found, and what misleads although it can't be: by name, with what it was.
+def test_corrections_are_reported() -> None:
+    displays = {
+        "turned.jpg": Display(orientation=6),
+        "cutout.png": Display(transparent=True),
+        "deep.png": Display(white=65535.0),
+        "wide.png": Display(profile="Display P3"),
+        "huge.jpg": Display(shrink=2),
+        "moving.gif": Display(pictures=7),
+        "hdr.mp4": Display(transfer="pq", peak=1000.0),
+        "dvd.mp4": Display(pixel_aspect=(16, 15)),
+        "fields.mp4": Display(interlaced=True),
+        "cut.mp4": Display(frames_stated=98),
+    }
+    items = [fake_item(name, display=display) for name, display in displays.items()]
+    items += [fake_item("fast.mp4", fps=60.0, frames=200), fake_item("slow.mp4", fps=16.0)]
+    made = report(items)
+    lines = {finding.category: finding.line for finding in made.findings}
+    serious = [finding.category for finding in made.findings if finding.serious]
+    assert serious[:3] == ["cut-short", "interlaced", "too-slow"]
+    for category, name, note in (
+        ("turned", "turned.jpg", "to the right"),
+        ("blended", "cutout.png", "#ffffff"),
+        ("scaled", "deep.png", "white is 65535"),
+        ("profile", "wide.png", "Display P3"),
+        ("shrunk", "huge.jpg", "1/2"),
+        ("animated", "moving.gif", "7 pictures"),
+        ("tone-mapped", "hdr.mp4", "PQ, peak 1000 cd/m2"),
+        ("squared", "dvd.mp4", "to 1280 x 720"),
+        ("cut-short", "cut.mp4", "49 of about 98 frames"),
+        ("rate", "fast.mp4", "60 to 24"),
+        ("too-slow", "slow.mp4", "16 per second as 24"),
+    ):
+        assert lines[category].endswith(f": {name} ({note})."), category
+    assert lines["interlaced"].endswith("fields.mp4.")
+    rows = dict(summary_rows(made))
+    assert rows["rates"].startswith("frames per second: 24 (4 clips), 16 (1 clip), 60 to 24 (1")
+    native = report([fake_item("fast.mp4", fps=60.0)], "dataset.fps=native")
+    assert [finding.category for finding in native.findings if finding.serious] == ["slow-motion"]
+
+
+# Every medium at fault is on the page by name, and what looks different is shown before and after.
+def test_the_page_shows_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.data.report import html as pages
+
+    monkeypatch.setattr(pages, "MAX_CASES", 2)
+    items = [fake_item(f"{n}.jpg", display=Display(orientation=3)) for n in range(5)]
+    looks = {
+        statistics_key(item, correction): replace(FINE, thumbnail="after", stored="before")
+        for item, correction in with_corrections(items)
+    }
+    page = html(report(items, looks=looks), "test")
+    finding = page[page.index('id="finding-turned"') :].partition("</details>")[0]
+    assert finding.count("base64,before") == finding.count("base64,after") == 2
+    assert all(f"{n}.jpg" in finding for n in range(5))
 
 
 # A held-out item that nearly equals one that is trained on is named, and no other is.
