@@ -62,6 +62,7 @@ class Source:
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
     unpacked: int = field(default=0, compare=False)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
     chosen: list[SelectedItem] = []
     notices: list[str] = []
     for index, source in enumerate(sources):
-        notices += _unreadable(source)
+        notices += [*source.notices, *_unreadable(source)]
         _refuse_missing_captions(source)
         left = _without_missing_captions(source, notices)
         if task == "i2v":

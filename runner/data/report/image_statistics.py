@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
@@ -25,7 +24,8 @@ from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.core.file_identity import identity_of
 from runner.data.decode import to_rgb
-from runner.data.sources.archive import open_archive
+from runner.data.sources.archive import Archive
+from runner.data.sources.open_archive import open_archive
 from runner.storage.shared_cache import json_digest
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def measure_all(
     }
     missing = [item for digest, item in wanted.items() if digest not in image_statistics]
     with ExitStack() as stack:
-        archives: dict[Path, zipfile.ZipFile] = {}
+        archives: dict[Path, Archive] = {}
         for item in missing:
             if item.archive is not None and item.archive not in archives:
                 with suppress(UserError):  # Deleted since the scan: its media have no statistics.
@@ -169,9 +169,7 @@ def _stored(folder: Path, digest: str) -> ImageStatistics | None:
         return None
 
 
-def _measure_media(
-    item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]
-) -> ImageStatistics | None:
+def _measure_media(item: SourceMedia, archives: Mapping[Path, Archive]) -> ImageStatistics | None:
     try:
         with _opened(item, archives) as stream:
             if item.media_kind == "image":
@@ -193,12 +191,12 @@ def _measure_media(
         return None
 
 
-def _opened(item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
+def _opened(item: SourceMedia, archives: Mapping[Path, Archive]) -> BinaryIO:
     if item.file is not None:
         return item.file.open("rb")
     assert item.archive is not None
     assert item.member is not None
-    return cast(BinaryIO, archives[item.archive].open(item.member))
+    return archives[item.archive].open(item.member)
 
 
 def measure_picture(stream: BinaryIO) -> ImageStatistics:
