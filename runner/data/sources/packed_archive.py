@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from runner.core.errors import UserError
@@ -110,7 +110,8 @@ class SevenZipArchive(Archive):
             writers = _writers(_Spool(path, size))
             try:
                 # Nothing is written to that folder: members become paths before they get a writer.
-                archive.extractall("/", factory=writers)
+                files = [one.filename for one in archive.files if not one.is_directory]
+                archive.extract("/", targets=files, factory=writers)
             except BaseException:
                 writers.spool.file.close()
                 raise
@@ -152,8 +153,8 @@ def _seven_zip_member(member: ArchiveFile) -> Member:
     reason = None
     if member.is_symlink or member.is_junction or member.is_socket:
         reason = "is a link or a special file: pack the file itself"
-    name = str(member.filename)
-    return Member(name, int(member.uncompressed or 0), f"/{name}", member.is_directory, reason)
+    name, size = str(member.filename), int(member.uncompressed or 0)
+    return Member(name, size, str(PurePosixPath("/", name)), member.is_directory, reason)
 
 
 def _writers(spool: _Spool) -> Any:

@@ -75,10 +75,9 @@ def scan(
     )
     notices = [printable(notice) for notice in listing.notices]
     if not media:
-        reasons = [f"{name}: {reason}" for name, reason in ignored[:1]] + notices
-        raise UserError(
-            "; ".join([f"{path} holds no picture or clip that can be read", *reasons]).rstrip(".")
-        )
+        reasons = [f"; {name}: {reason}" for name, reason in ignored[:1]]
+        reasons += [f". {notice}" for notice in notices]
+        raise UserError(f"{path} holds no picture or clip that can be read{''.join(reasons)}")
     media.sort(key=lambda one: one.name)
     return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored), tuple(notices))
 
