@@ -23,6 +23,13 @@ CODECS = {
     ".mkv": ("ffv1", "bgr0"),
     ".avi": ("mpeg4", "yuv420p"),
     ".webm": ("libvpx", "yuv420p"),
+    ".m4v": ("libx264", "yuv420p"),
+    ".mpg": ("mpeg2video", "yuv420p"),
+    ".mpeg": ("mpeg1video", "yuv420p"),
+    ".ts": ("libx264", "yuv420p"),
+    ".wmv": ("wmv2", "yuv420p"),
+    ".3gp": ("mpeg4", "yuv420p"),
+    ".flv": ("flv", "yuv420p"),
 }
 
 

@@ -17,7 +17,7 @@ Groups (each choice is a short file in conf/):
 {groups}
 
 The ten most used options:
-  dataset.path=mydata.zip        zip, folder or JSONL of pictures, clips and captions
+  dataset.path=mydata.zip        archive, folder or JSONL of pictures, clips, captions
   dataset.trigger_word=ohwx      word put before every caption
   dataset.resolution=[544,960]   width and height; buckets keep the area
   dataset.target_frames=[1,25]   frames to train on, each 4N+1

@@ -32,7 +32,7 @@ _OTHER_NAMES = {
     "frames": "dataset.target_frames",
     "output": "output_dir",
 }
-_MEDIA_LIST = re.compile(r".*\.(zip|jsonl)", re.IGNORECASE)
+_MEDIA_LIST = re.compile(r".*\.(zip|7z|tgz|tar(\.\w+)?|jsonl)", re.IGNORECASE)
 
 Choices = Mapping[str, Sequence[str]]
 # The problem, and the corrected arguments, or None if the correction is unknown.

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from runner.config.option import Bounds, Counts, Needs, Option, option, part
 
 # Kinds of media source; auto detects the kind from the path.
-SourceKind = Literal["zip", "folder", "jsonl", "hub", "sample"]
+SourceKind = Literal["archive", "zip", "folder", "jsonl", "hub", "sample"]
 SOURCE_KINDS = ("auto", *get_args(SourceKind))
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "sigma", "logsnr")
@@ -178,7 +178,10 @@ class DatasetConfig:
         0.0, "Fraction of the items held out for eval/loss.", at_least=0, below=1
     )
     max_archive_gb: float = option(
-        100.0, "Refuse a zip that unpacks to more than this many GB.", above=0, counts="neither"
+        100.0,
+        "Refuse an archive that unpacks to more than this many GB.",
+        above=0,
+        counts="neither",
     )
     sources: list[SourceConfig] = field(
         default_factory=list,

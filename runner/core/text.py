@@ -39,6 +39,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def printable(text: str) -> str:
+    """Return a text that UTF-8 can express: what it can't, as a byte of a name, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def duration(seconds: float) -> str:
     """Format seconds: ``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
     whole = max(0, round(seconds))

@@ -85,6 +85,7 @@ def scan_sources(
             progress=_report(reading.progress, located.shown),
             memos=store.root / "scans",
             keep=_keep(store, options, task, reading, unpacked.append) if reading.keep else None,
+            outputs=store.root.parent,
         )
         sources.append(
             Source(
@@ -95,6 +96,7 @@ def scan_sources(
                 scanned.ignored,
                 located.commit,
                 sum(unpacked),
+                scanned.notices,
             )
         )
     return tuple(sources)
@@ -117,7 +119,8 @@ def _locate_source(
     from runner.data.sources import locate
 
     if options.source_kind != "hub":
-        kind, path = locate(options.path, options.source_kind, cwd=cwd)
+        outputs = store.root.parent
+        kind, path = locate(options.path, options.source_kind, cwd=cwd, outputs=outputs)
         return _LocatedSource(options, kind, path, str(path))
     from runner.hub.dataset import HubDatasets
     from runner.hub.remote import hush

@@ -73,6 +73,7 @@ class Source:
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
     unpacked: int = field(default=0, compare=False)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
     chosen: list[SelectedItem] = []
     notices: list[str] = []
     for index, source in enumerate(sources):
-        notices += _unreadable(source)
+        notices += [*source.notices, *_unreadable(source)]
         _refuse_missing_captions(source)
         left = _without_missing_captions(source, notices)
         if task == "i2v":
@@ -304,7 +305,7 @@ def would_be_selected(media: SourceMedia, options: SourceOptions, task: str) -> 
 def correction_of(media: SourceMedia, options: SourceOptions, task: str) -> Correction:
     """Return the correction of media that :func:`select` takes."""
     if media.media_kind == "image":
-        return picture_correction(media.mode, media.display, options.background)
+        return picture_correction(media.name, media.mode, media.display, options.background)
     extraction = _extraction_for_task(options, task, [])
     return clip_correction(
         media.size,

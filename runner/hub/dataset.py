@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: media, captions and zips, in the Hugging Face cache.
+"""Datasets of the Hugging Face hub: media, captions and archives, in the Hugging Face cache.
 
 They are used from the cache like a folder. The files of a commit are noted, so that a cached
 dataset needs no network; a branch is looked up again only with ``stages.force=[dataset]``.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
 from runner.core.text import counted, readable
-from runner.formats.media_types import hidden, media_kind_of
+from runner.formats.media_types import TEXT_EXTENSIONS, hidden, is_archive, media_kind_of
 from runner.hub.hub_cache import HubCache, Request
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Container formats whose media are not files.
-_PACKED = (".parquet", ".arrow", ".tar")
+_PACKED = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,23 @@ class HubDatasets:
 
 def is_wanted(file: str) -> bool:
     """Whether a file of a repository is a picture, a clip, a caption or an archive."""
-    known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
+    known = PurePosixPath(file).suffix.lower() in TEXT_EXTENSIONS or is_archive(file)
     return not hidden(file) and (known or media_kind_of(file) is not None)
 
 
 def _usable(remote: Remote) -> list[str]:
     names = [file.name for file in remote.files]
     wanted = [name for name in names if is_wanted(name)]
-    if any(_holds_media(name) for name in wanted):
-        return wanted
     what = f"the dataset {remote.request.repository}"
+    archives = [name for name in wanted if is_archive(name)]
+    if any(media_kind_of(name) for name in wanted) or len(archives) == 1:
+        return wanted
+    if archives:
+        raise UserError(
+            f"{what} keeps its media in {len(archives)} archives such as {archives[0]}, of which "
+            f"one can be read: fetch some (hf download {remote.request.repository} --repo-type "
+            "dataset) and name each in dataset.sources."
+        )
     packed = [name for name in names if name not in wanted]
     if packed:
         suffixes = ", ".join(sorted({PurePosixPath(name).suffix for name in packed}))
@@ -176,11 +183,7 @@ def _usable(remote: Remote) -> list[str]:
             "as pictures or clips with a .txt beside each (datasets.load_dataset reads them), and "
             "give that folder."
         )
-    raise UserError(f"{what} has no picture, clip or zip.")
-
-
-def _holds_media(name: str) -> bool:
-    return not name.lower().endswith((".txt", ".jsonl"))
+    raise UserError(f"{what} has no picture, clip or archive.")
 
 
 def _request(remote: Remote, names: Iterable[str]) -> Request:

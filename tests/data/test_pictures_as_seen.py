@@ -31,7 +31,7 @@ def seen(data: bytes, background: str = "#ffffff") -> tuple[Properties, Correcti
         # No warning of a library's reaches the user.
         warnings.simplefilter("error")
         found = probe_picture(io.BytesIO(data))
-        correction = picture_correction(found.mode, found.display, background)
+        correction = picture_correction("a.png", found.mode, found.display, background)
         image = corrected_picture(io.BytesIO(data), correction)
     assert (image.mode, image.size) == ("RGB", found.size)
     return found, correction, np.asarray(image)

@@ -151,7 +151,7 @@ def test_unusable_sources_are_named(media: Path, tmp_path: Path) -> None:
         scan("zip", _zip(tmp_path / "e.zip", tmp_path / "nothing"), max_bytes=BIG)
 
 
-# Names outside ASCII survive a zip, with the UTF-8 flag, in cp437, and as UTF-8 without the flag.
+# Names outside ASCII survive a zip, with the UTF-8 flag and as UTF-8 without the flag.
 def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
     data = (media / "b.png").read_bytes()
     path = tmp_path / "n.zip"
@@ -162,18 +162,15 @@ def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
         archive.writestr("XXXXXX.png", data)
         archive.writestr("./dot.png", data)
         archive.writestr("./dot.txt", "dotted")
-        archive.writestr("YYY.png", data)
-    raw = path.read_bytes()
-    raw = raw.replace(b"XXXXXX.png", "日本.png".encode()).replace(b"YYY.png", b"\x82t\x82.png")
-    path.write_bytes(raw)
+    path.write_bytes(path.read_bytes().replace(b"XXXXXX.png", "日本.png".encode()))
     found = scan("zip", path, max_bytes=BIG)
     assert {item.name: item.caption for item in found.items} == {
         "日本 é.png": "flagged",
         "日本.png": None,
         "├⌐.png": None,
         "dot.png": "dotted",
-        "été.png": None,
     }
+    assert found.notices == ()
     for item in found.items:
         assert _unpacked(item, SharedCache(tmp_path / "store")) == data
 
@@ -192,7 +189,7 @@ def _member(name: str, *, mode: int = 0, data: bytes = b"x") -> tuple[zipfile.Zi
         ([_member("C:/a.png")], "absolute"),
         ([_member("a/../../b.png")], "leads out"),
         ([_member("..")], "leads out"),
-        ([_member("..\\b.png")], "backslash"),
+        ([_member("..\\b.png")], "leads out"),
         ([_member("link.png", mode=stat.S_IFLNK | 0o777)], "link or a special"),
         ([_member("pipe.png", mode=stat.S_IFIFO | 0o600)], "link or a special"),
         ([_member("a.png"), _member("a.png")], "twice"),
@@ -245,7 +242,7 @@ def test_locating(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     data = tmp_path / "data"
     data.mkdir()
-    refused("data", "holds no zip and no picture")
+    refused("data", "holds no archive and no picture")
     (data / "list.jsonl").write_text("")
     assert find("data") == ("jsonl", "data/list.jsonl")
     archive = _zip(data / "First.ZIP", media)

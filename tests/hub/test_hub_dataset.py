@@ -186,7 +186,7 @@ def test_refusals(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     repository.files = {"data/a.parquet": b"PAR1", "README.md": files["README.md"]}
     refused(UserError, r"inside \.parquet files, which can't be read here: save them")
     repository.files = {"README.md": b"", "a.txt": b"x"}
-    refused(UserError, "has no picture, clip or zip")
+    refused(UserError, "has no picture, clip or archive")
 
 
 # Lines of metadata.jsonl that name no medium are told by their number.

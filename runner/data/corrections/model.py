@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from runner.formats.bucket import Size
 from runner.formats.frames import MODEL_FPS, FrameExtraction, choose
+from runner.formats.media_types import needs_copy
 
 # Increase when a correction gives other pixels or frames, so that older copies are not used.
 CORRECTION_VERSION = 1
@@ -145,10 +146,19 @@ NO_CORRECTION = Correction()
 AS_STORED = Display()
 
 
-def picture_correction(mode: str | None, display: Display, background: str) -> Correction:
-    """Return the correction of a picture; ``mode`` is PIL's."""
+def picture_correction(
+    name: str, mode: str | None, display: Display, background: str
+) -> Correction:
+    """Return the correction of a picture.
+
+    Args:
+        name: its file name.
+        mode: PIL's mode.
+        display: how it is displayed.
+        background: the colour behind transparent pixels.
+    """
     return Correction(
-        as_rgb=mode != "RGB",
+        as_rgb=mode != "RGB" or needs_copy(name),
         orientation=display.orientation,
         background=background if display.transparent else "",
         white=display.white,

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, BinaryIO
 from runner.core.errors import UserError
 from runner.data.corrections.model import Correction, Display
 from runner.formats.bucket import Size
+from runner.formats.media_types import PIL_FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image, ImageCms
-
-# PIL's names of the formats that are read. Others are never tried: EPS would start Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 
 # Pictures with more pixels are read smaller: trainers refuse them, and they hold no more detail at
 # the size of training. PIL warns above this number.
@@ -52,7 +50,7 @@ def open_picture(stream: BinaryIO) -> Iterator[Image.Image]:
     from PIL import Image
 
     _prepare()
-    with Image.open(stream, formats=FORMATS) as image:
+    with Image.open(stream, formats=PIL_FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UserError(
@@ -70,7 +68,7 @@ def _prepare() -> None:
     import pi_heif
     from PIL import Image
 
-    # Its plugins: without them PIL does not know the names of FORMATS.
+    # Loads the plugins; without them PIL does not know the names of PIL_FORMATS.
     Image.init()
     pi_heif.register_heif_opener()
     # A limit of PIL's own would refuse what is read smaller here.

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
@@ -28,7 +27,8 @@ from runner.core.file_identity import identity_of
 from runner.data.corrections.clips import corrected_frame, open_clip
 from runner.data.corrections.model import NO_CORRECTION, Correction
 from runner.data.corrections.pictures import correct_picture, open_picture, to_rgb
-from runner.data.sources.archive import open_archive
+from runner.data.sources.archive import Archive
+from runner.data.sources.open_archive import open_archive
 from runner.storage.shared_cache import json_digest
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def measure_all(
     image_statistics = {key: found for key, found in known.items() if found is not None}
     missing = [key for key in wanted if key not in image_statistics]
     with ExitStack() as stack:
-        archives: dict[Path, zipfile.ZipFile] = {}
+        archives: dict[Path, Archive] = {}
         for item in (wanted[key][0] for key in missing):
             if item.archive is not None and item.archive not in archives:
                 with suppress(UserError):  # Deleted since the scan: its media have no statistics.
@@ -177,7 +177,7 @@ def _recorded(folder: Path, key: str) -> ImageStatistics | None:
 
 
 def _measure_media(
-    item: SourceMedia, correction: Correction, archives: Mapping[Path, zipfile.ZipFile]
+    item: SourceMedia, correction: Correction, archives: Mapping[Path, Archive]
 ) -> ImageStatistics | None:
     try:
         with _opened(item, archives) as stream:
@@ -201,12 +201,12 @@ def _measure_media(
         return None
 
 
-def _opened(item: SourceMedia, archives: Mapping[Path, zipfile.ZipFile]) -> BinaryIO:
+def _opened(item: SourceMedia, archives: Mapping[Path, Archive]) -> BinaryIO:
     if item.file is not None:
         return item.file.open("rb")
     assert item.archive is not None
     assert item.member is not None
-    return cast(BinaryIO, archives[item.archive].open(item.member))
+    return archives[item.archive].open(item.member)
 
 
 def measure_picture(stream: BinaryIO, correction: Correction = NO_CORRECTION) -> ImageStatistics:

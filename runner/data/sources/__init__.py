@@ -1,13 +1,13 @@
-"""Sources of media: a zip archive, a folder, a JSONL file, a dataset of the Hugging Face hub, or
+"""Sources of media: an archive, a folder, a JSONL file, a dataset of the Hugging Face hub, or
 the runner's own sample.
 
 Archives are not trusted: :func:`check_archive` checks all members before anything is written.
 PIL and PyAV are imported where they are used, so that importing this package is quick.
 """
 
-from runner.data.sources.archive import check_archive
 from runner.data.sources.locate import SAMPLE, locate
 from runner.data.sources.model import Scan, SourceMedia
+from runner.data.sources.open_archive import check_archive
 from runner.data.sources.scan import scan
 from runner.data.sources.write import check_unchanged, unpack
 

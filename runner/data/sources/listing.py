@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import posixpath
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from runner.core.errors import UserError
-from runner.core.file_identity import Identity, identity_of
-from runner.data.sources.archive import check_members, member_name, open_archive, plain
+from runner.core.file_identity import Identity
+from runner.data.sources.archive import READ_ERRORS, Archive
+from runner.data.sources.open_archive import open_archive
+from runner.data.sources.tree import data_of, files_of
 from runner.formats.media_types import MediaKind, hidden, media_kind_of
 
 # The format of the Hugging Face loaders of pictures and clips: file_name, and text or caption.
@@ -46,53 +46,53 @@ class Listing:
         entries: the media.
         identity: of an archive, when it was listed.
         began: when an archive was listed, in nanoseconds since 1970.
+        notices: what was decided or left out.
     """
 
     entries: list[ListedMedia]
     identity: Identity | None = None
     began: int = 0
+    notices: tuple[str, ...] = ()
 
 
 @contextmanager
-def open_listing(source_kind: str, path: Path, max_bytes: int) -> Iterator[Listing]:
+def open_listing(
+    source_kind: str, path: Path, max_bytes: int, outputs: Path | None = None
+) -> Iterator[Listing]:
     """List the media of a source; those of an archive can be read during the block.
 
+    Args:
+        source_kind: from :func:`locate`, as ``path`` is.
+        path: the source.
+        max_bytes: the maximum uncompressed size of an archive.
+        outputs: the output folder of this run, which is no data.
+
     Raises:
-        UserError: :func:`check_members` refuses the archive, a caption is not UTF-8, or a line of
+        UserError: :func:`open_archive` refuses the archive, a caption is not UTF-8, or a line of
             JSON is wrong.
     """
     if source_kind == "jsonl":
         yield Listing(_list_jsonl(path))
-    elif source_kind == "zip":
-        with open_archive(path) as archive:
-            check_members(path, archive.infolist(), max_bytes)
-            yield _list_zip(archive, path)
+    elif source_kind in ("zip", "archive"):
+        with open_archive(path, max_bytes) as archive:
+            yield _list_archive(archive)
     else:
-        files = files_of(path)
-        media = _list_tree({name: _file_opener(file) for name, file in files.items()}, path)
-        yield Listing([replace(listed, file=files[listed.name]) for listed in media])
-
-
-def _list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
-    assert archive.fp is not None
-    began, identity = time.time_ns(), identity_of(os.fstat(archive.fp.fileno()))
-
-    def reader(member: zipfile.ZipInfo) -> Opener:
-        return lambda: cast(BinaryIO, archive.open(member))
-
-    packed = [member for member in archive.infolist() if not member.is_dir()]
-    members = {plain(member_name(member)): member for member in packed}
-    media = _list_tree({name: reader(member) for name, member in members.items()}, path)
-    entries = [
-        replace(
-            listed,
-            archive=path,
-            member=members[listed.name].filename,
-            size=members[listed.name].file_size,
+        tree = files_of(path, outputs)
+        media = _list_tree({name: _file_opener(file) for name, file in tree.files.items()}, path)
+        yield Listing(
+            [replace(listed, file=tree.files[listed.name]) for listed in media],
+            notices=tree.notices,
         )
+
+
+def _list_archive(archive: Archive) -> Listing:
+    names, notices = data_of(archive.sizes)
+    media = _list_tree({name: partial(archive.open, name) for name in names}, archive.path)
+    entries = [
+        replace(listed, archive=archive.path, member=listed.name, size=archive.sizes[listed.name])
         for listed in media
     ]
-    return Listing(entries, identity, began)
+    return Listing(entries, archive.identity, archive.began, (*archive.notices, *notices))
 
 
 def _file_opener(file: Path) -> Opener:
@@ -182,30 +182,11 @@ def _list_jsonl(path: Path) -> list[ListedMedia]:
     return entries
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    """Find the files below a folder by relative name, without hidden ones; enter folders once."""
-    by_name: dict[str, Path] = {}
-    seen: set[str] = set()
-    for top, folders, names in os.walk(folder, followlinks=True):
-        # Links may lead back up: do not enter a folder again.
-        real = os.path.realpath(top)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not hidden(name))
-        for name in names:
-            file = Path(top, name)
-            if not hidden(name):
-                by_name[file.relative_to(folder).as_posix()] = file
-    return by_name
-
-
 def _read(opener: Opener, where: str) -> str:
     try:
         with opener() as stream:
             return stream.read().decode("utf-8-sig")
-    except (OSError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{where} can't be read: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8") from None

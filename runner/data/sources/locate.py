@@ -9,26 +9,33 @@ from pathlib import Path
 
 from runner.config.schema import SOURCE_KINDS
 from runner.core.errors import UserError
-from runner.data.sources.archive import open_archive
-from runner.data.sources.listing import files_of
-from runner.formats.media_types import media_kind_of
+from runner.core.text import printable
+from runner.data.sources.open_archive import archive_kind
+from runner.data.sources.tree import files_of
+from runner.data.sources.zip_archive import open_zip
+from runner.formats.media_types import hidden, is_archive, media_kind_of
 
 # Datasets of the hub are downloaded first, and then located as one of the other kinds.
 KINDS = tuple(kind for kind in SOURCE_KINDS if kind != "hub")
+_ARCHIVE = ("archive", "zip")
+_GIVE = "a .zip, .tar, .tar.gz or .7z, a .jsonl or a folder"
 SAMPLE = Path(__file__).resolve().parents[1] / "sample"
 
 
-def locate(path: str, kind: str = "auto", *, cwd: Path) -> tuple[str, Path]:
+def locate(
+    path: str, kind: str = "auto", *, cwd: Path, outputs: Path | None = None
+) -> tuple[str, Path]:
     """Locate a source and detect its kind.
 
     Args:
         path: as the user typed it; ``~`` is expanded.
-        kind: its kind; "auto" detects a .zip, a .jsonl, a folder with media, or a folder with
-            nothing but one .zip or .jsonl.
+        kind: its kind; "auto" detects an archive, a .jsonl, a folder with media, or a folder with
+            nothing but one archive or .jsonl. "zip" is an older word for "archive".
         cwd: the folder that a relative path starts at.
+        outputs: the output folder of this run, which is no data.
 
     Returns:
-        The kind and the absolute path.
+        The kind, "zip" or "archive" for archives of either form, and the absolute path.
 
     Raises:
         UserError: there is no such source, more than one, or one of another kind.
@@ -37,59 +44,84 @@ def locate(path: str, kind: str = "auto", *, cwd: Path) -> tuple[str, Path]:
         raise UserError(f"dataset kind {kind!r} is unknown: use one of {', '.join(KINDS)}")
     if kind == "sample":
         return "sample", SAMPLE
+    if printable(path) != path:
+        raise UserError(f"dataset.path={printable(path)}: the name is not UTF-8: rename it")
     try:
         expanded = Path(path).expanduser()
     except RuntimeError:  # "~name" of an unknown user may still be a file.
         expanded = Path(path)
     target = Path(os.path.normpath(cwd / expanded))
-    if not target.exists():
-        raise UserError(_missing(path, target))
-    located = _in_folder(path, target, kind) if target.is_dir() else _kind_of_file(target, kind)
-    if located[0] == "zip":
-        open_archive(located[1]).close()
-    return located
+    try:
+        if not target.exists():
+            raise UserError(_missing(path, target))
+        located = (
+            _in_folder(path, target, kind, outputs)
+            if target.is_dir()
+            else _kind_of_file(target, kind)
+        )
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    if located[0] != "archive":
+        return located
+    if archive_kind(located[1]) != "zip":
+        return located
+    open_zip(located[1]).close()
+    return "zip", located[1]
 
 
 def _kind_of_file(file: Path, kind: str) -> tuple[str, Path]:
-    kind_by_suffix = {".zip": "zip", ".jsonl": "jsonl"}.get(file.suffix.lower())
+    if not file.is_file():
+        raise UserError(f"{file} is not a regular file: give {_GIVE}")
     if kind == "folder":
         raise UserError(f"{file} is a file, and dataset=folder needs a folder")
-    if kind == "auto" and kind_by_suffix is None:
-        raise UserError(f"{file} is not a source of media: give a .zip, a .jsonl or a folder")
-    return (kind_by_suffix if kind_by_suffix is not None and kind == "auto" else kind), file
+    if kind in _ARCHIVE:
+        return "archive", file
+    if kind == "jsonl" or file.suffix.lower() == ".jsonl":
+        return "jsonl", file
+    if not is_archive(file.name):
+        # It may be one of another kind, which is named then.
+        archive_kind(file)
+        raise UserError(f"{file} is not a source of media: give {_GIVE}")
+    return "archive", file
 
 
-def _in_folder(path: str, folder: Path, kind: str) -> tuple[str, Path]:
+def _in_folder(path: str, folder: Path, kind: str, outputs: Path | None) -> tuple[str, Path]:
     if kind == "folder":
         return "folder", folder
     visible = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    of_kind = {k: [p for p in visible if p.suffix.lower() == f".{k}"] for k in ("zip", "jsonl")}
+    archives = [p for p in visible if is_archive(p.name)]
+    lists = [p for p in visible if p.suffix.lower() == ".jsonl"]
     if kind == "auto":
-        return _kind_of_folder(path, folder, of_kind["zip"], of_kind["jsonl"])
-    if len(of_kind[kind]) == 1:
-        return kind, of_kind[kind][0]
-    names = ", ".join(p.name for p in of_kind[kind]) or "none"
-    raise UserError(f"{path} must hold one .{kind} file for dataset={kind}; it holds {names}")
+        return _kind_of_folder(path, folder, archives, lists, outputs)
+    what, found = ("archive", archives) if kind in _ARCHIVE else ("jsonl", lists)
+    if len(found) == 1:
+        return what, found[0]
+    names = ", ".join(p.name for p in found) or "none"
+    file = "archive" if what == "archive" else ".jsonl file"
+    raise UserError(f"{path} must hold one {file} for dataset={kind}; it holds {names}")
 
 
 def _kind_of_folder(
-    path: str, folder: Path, archives: list[Path], lists: list[Path]
+    path: str, folder: Path, archives: list[Path], lists: list[Path], outputs: Path | None
 ) -> tuple[str, Path]:
     """Return the folder if it has media and no archive, else its only archive or list."""
-    media = next((name for name in sorted(files_of(folder)) if media_kind_of(name)), None)
+    tree = files_of(folder, outputs)
+    names = (name for name in sorted(tree.files) if not hidden(name))
+    media = next((name for name in names if media_kind_of(name)), None)
     if not archives:
         if media is not None:
             return "folder", folder
         if len(lists) == 1:
             return "jsonl", lists[0]
-        raise UserError(
-            f"{path} holds no zip and no picture or clip: put some there, or set dataset.path"
-        )
+        nothing = "holds no archive and no picture or clip: put some there, or set dataset.path"
+        raise UserError(printable(". ".join([f"{path} {nothing}", *tree.notices])))
     if media is None and len(archives) == 1:
-        return "zip", archives[0]
+        return "archive", archives[0]
     also = f" and media such as {media}" if media is not None else ""
-    names = ", ".join(p.name for p in archives)
-    raise UserError(f"{path} holds {names}{also}: say which with dataset.path={path}/<name>")
+    held = ", ".join(p.name for p in archives)
+    raise UserError(
+        printable(f"{path} holds {held}{also}: say which with dataset.path={path}/<name>")
+    )
 
 
 def _missing(path: str, target: Path) -> str:

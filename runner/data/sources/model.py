@@ -73,9 +73,17 @@ class SourceMedia:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan: media sorted by name, and those left out as (name, reason)."""
+    """The result of a scan.
+
+    Attributes:
+        source_kind, path: the source.
+        items: its media, sorted by name.
+        ignored: those left out, as (name, reason).
+        notices: what was decided or left out besides.
+    """
 
     source_kind: SourceKind
     path: Path
     items: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]
+    notices: tuple[str, ...] = ()

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, BinaryIO
 from runner.core.errors import UserError
 from runner.data.corrections.clips import clip_stream, frame_display, open_clip
 from runner.data.corrections.model import (
-    RATE_TOLERANCE,
     Display,
     square_size,
     turned_size,

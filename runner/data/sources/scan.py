@@ -14,6 +14,7 @@ from typing import cast
 from runner.config.schema import SourceKind
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
+from runner.core.text import printable
 from runner.data.sources.listing import ListedMedia, Listing, open_listing
 from runner.data.sources.media_reader import ArchiveExtractor, MediaReader
 from runner.data.sources.model import Scan, SourceMedia
@@ -41,6 +42,7 @@ def scan(
     progress: Progress | None = None,
     memos: Path | None = None,
     keep: Keep | None = None,
+    outputs: Path | None = None,
 ) -> Scan:
     """Scan all media of a source; write nothing without ``keep``.
 
@@ -51,12 +53,13 @@ def scan(
         progress: called with the numbers of media scanned and in all.
         memos: the folder of scan indexes, None to use none.
         keep: called with the listed media, for a real run.
+        outputs: the output folder of this run, which is no data.
 
     Raises:
         UserError: :func:`check_archive` refuses the archive, a caption is not UTF-8, a JSONL line
             is wrong, or no media file can be read.
     """
-    with open_listing(kind, path, max_bytes) as listing:
+    with open_listing(kind, path, max_bytes, outputs) as listing:
         keeping = keep(listing.entries) if keep is not None else None
         index = ScanIndex.load(memos, path) if memos is not None else None
         if keeping is not None and len(_recalled(listing, index)) == len(listing.entries):
@@ -67,12 +70,16 @@ def scan(
             index = ScanIndex.load(memos, path) if memos is not None else None
             results = _read_all(listing, index, extractor, keeping is not None, progress)
     media = [result for _, result in results if isinstance(result, SourceMedia)]
-    ignored = sorted((listed.name, result) for listed, result in results if isinstance(result, str))
+    ignored = sorted(
+        (printable(listed.name), result) for listed, result in results if isinstance(result, str)
+    )
+    notices = [printable(notice) for notice in listing.notices]
     if not media:
-        reason = f"; {ignored[0][0]}: {ignored[0][1]}" if ignored else ""
-        raise UserError(f"{path} holds no picture or clip that can be read{reason}")
+        reasons = [f"; {name}: {reason}" for name, reason in ignored[:1]]
+        reasons += [f". {notice}" for notice in notices]
+        raise UserError(f"{path} holds no picture or clip that can be read{''.join(reasons)}")
     media.sort(key=lambda one: one.name)
-    return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored))
+    return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored), tuple(notices))
 
 
 def _read_all(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,9 +17,10 @@ from runner.core.file_identity import identity_of
 from runner.data.corrections.clips import write_clip
 from runner.data.corrections.model import Correction
 from runner.data.corrections.pictures import picture_png
-from runner.data.sources.archive import open_archive
+from runner.data.sources.archive import READ_ERRORS, Archive
 from runner.data.sources.media_reader import IN_MEMORY, hashed
 from runner.data.sources.model import SourceMedia
+from runner.data.sources.open_archive import open_archive
 from runner.data.sources.scan import workers
 from runner.storage.bulk_writer import BulkWriter, CacheNotWritable
 
@@ -88,7 +87,7 @@ def _check(item: SourceMedia, digest: str) -> None:
 def _copy(
     item: SourceMedia,
     correction: Correction,
-    archives: dict[Path, zipfile.ZipFile],
+    archives: dict[Path, Archive],
     write: Callable[[bytes], object],
     stop: threading.Event,
 ) -> str:
@@ -123,7 +122,7 @@ def _copy(
 
 
 @contextmanager
-def _archives(media: Iterable[SourceMedia]) -> Iterator[dict[Path, zipfile.ZipFile]]:
+def _archives(media: Iterable[SourceMedia]) -> Iterator[dict[Path, Archive]]:
     """Open each archive of the media once, since opening a large one takes a while."""
     with ExitStack() as stack:
         paths = dict.fromkeys(item.archive for item in media if item.archive is not None)
@@ -131,7 +130,7 @@ def _archives(media: Iterable[SourceMedia]) -> Iterator[dict[Path, zipfile.ZipFi
 
 
 @contextmanager
-def _open_media(item: SourceMedia, archives: dict[Path, zipfile.ZipFile]) -> Iterator[BinaryIO]:
+def _open_media(item: SourceMedia, archives: dict[Path, Archive]) -> Iterator[BinaryIO]:
     if item.file is not None:
         try:
             stream = item.file.open("rb")
@@ -144,6 +143,6 @@ def _open_media(item: SourceMedia, archives: dict[Path, zipfile.ZipFile]) -> Ite
         raise ValueError(f"media {item.name!r} have no source")
     try:
         with archives[item.archive].open(item.member) as member:
-            yield cast(BinaryIO, member)
-    except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            yield member
+    except READ_ERRORS as error:
         raise UserError(f"{item.name} in {item.archive} can't be read: {error}") from None
