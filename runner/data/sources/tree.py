@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 from collections.abc import Collection, Iterator, Sequence
@@ -114,6 +115,9 @@ class _Walk:
 
     def _entries(self, folder: Path, prefix: str) -> list[os.DirEntry[str]]:
         try:
+            # Of a folder that may be listed but not entered, no file can be read.
+            if not os.access(folder, os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
