@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -27,6 +28,9 @@ def did_you_mean(wrong: str, right: Iterable[str]) -> str:
     return ""
 
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 def named(names: Iterable[str], limit: int = 5) -> str:
     """List a few names, and say how many more there are."""
     listed = list(names)
@@ -40,8 +44,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that UTF-8 can express: what it can't, as a byte of a name, is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Return a text on one line, and in UTF-8; what of it can't be so is escaped."""
+    whole = text.encode("utf-8", "backslashreplace").decode()
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), whole)
 
 
 def duration(seconds: float) -> str:

@@ -131,15 +131,19 @@ def test_special_files_are_named(tmp_path: Path) -> None:
     )
 
 
-# Names that are not UTF-8 are told in a form that any terminal and file can take.
+# Names that are not UTF-8, or hold a new line, are told in a form that any terminal can take.
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     made(tmp_path, "a.png")
-    for name in (b"b\xff.png", b"c\xff.psd", b"d\xff"):
+    for name in (b"b\xff.png", b"c\xff.psd", b"d\xff", b"n\nn.\n", b"o\no.png"):
         Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"x")
     os.mkfifo(os.fsdecode(bytes(tmp_path) + b"/e\xff.txt"))
     found = looked_at(tmp_path)
-    assert found.ignored == (("b\\udcff.png", "its file name is not UTF-8: rename it"),)
-    assert all(notice.encode() for notice in found.notices) and "e\\udcff" in found.notices[0]
+    assert found.ignored == (
+        ("b\\udcff.png", "its file name is not UTF-8: rename it"),
+        ("o\\no.png", "can't be read: it is not a picture"),
+    )
+    assert all(notice.encode() and "\n" not in notice for notice in found.notices)
+    assert "e\\udcff" in found.notices[0]
     with pytest.raises(UserError, match="the name is not UTF-8") as caught:
         locate(os.fsdecode(b"d\xff"), cwd=tmp_path)
     assert str(caught.value).encode()

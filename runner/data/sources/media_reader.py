@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -17,6 +16,7 @@ from typing import BinaryIO, cast
 
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
+from runner.core.holes import is_hollow
 from runner.data.decode import to_rgb
 from runner.data.sources.listing import ListedMedia
 from runner.data.sources.model import SourceMedia
@@ -112,7 +112,7 @@ class MediaReader:
             digest, length = hashlib.sha256(data).hexdigest(), len(data)
             properties = _image(io.BytesIO(data))
         else:
-            if _is_hollow(stream):
+            if is_hollow(stream.fileno()):
                 raise UserError("more than half of it was never written: get the file again")
             # First, since a large file need not be what its name says.
             properties = _image(stream) if listed.media_kind == "image" else _video(listed.file)
@@ -162,27 +162,6 @@ class _MediaProperties:
     frames: int
     fps: float | None
     mode: str | None
-
-
-def _is_hollow(stream: BinaryIO) -> bool:
-    """Return whether more than half of a file is holes, as a download leaves that was broken off.
-
-    A file system that does not keep holes has none to tell of.
-    """
-    size = os.fstat(stream.fileno()).st_size
-    if not hasattr(os, "SEEK_DATA"):
-        return False
-    data = at = 0
-    try:
-        while at < size and data <= size // 2:
-            start = os.lseek(stream.fileno(), at, os.SEEK_DATA)
-            at = os.lseek(stream.fileno(), start, os.SEEK_HOLE)
-            data += at - start
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # which says that there is no data up to the end
-            return False
-    stream.seek(0)
-    return size > 0 and data <= size // 2
 
 
 def _image(stream: BinaryIO) -> _MediaProperties:
