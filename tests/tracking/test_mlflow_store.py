@@ -41,12 +41,12 @@ def test_stores_of_other_versions(revision: str, says: str, tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         initialise(uri, tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"cannot open the MLflow store {database}: {says.format(uri=uri)}")
+    assert message.startswith(f"cannot open the MLflow store {database}: {says}")
     assert ("upgrade" in message) == ("older" in says)
     assert "\n" not in message
 
 
-# SQLite's words for a full disk are said plainly. The limit here is one of pages, as on a full disk.
+# SQLite's words for a full disk are said plainly; a limit of pages fills the disk here.
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "a.db")) as connection:
         connection.execute("CREATE TABLE t (x)")
