@@ -23,7 +23,7 @@ from runner.tracking.mlflow_store import initialise, sqlite_path, sqlite_uri
     [
         (
             "451aebb31d03",
-            "made by an older MLflow; back it up, then run: mlflow db upgrade '{uri}'",
+            "made by an older MLflow; back it up, then run: mlflow db upgrade '",
         ),
         ("ffffffffffff", "made by a newer MLflow than"),
     ],
