@@ -208,6 +208,23 @@ def test_damaged_members(packing: int, tmp_path: Path) -> None:
     refused(path, r"b\.txt in .* can't be read")
 
 
+# So if its own header lies: of the name's encoding, or of gigabytes that decompressing it takes.
+def test_members_whose_headers_lie(tmp_path: Path) -> None:
+    path = tmp_path / "m.zip"
+    picture = make_image(tmp_path / "a.png").read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name in ("é1.png", "é2.png", "c.png"):
+            archive.writestr(name, picture)
+        first, second, _ = (one.header_offset + 30 for one in archive.infolist())
+    data = bytearray(path.read_bytes())
+    data[first] = 0xFF
+    data[second + 7 + 5 : second + 7 + 9] = b"\xff" * 4
+    path.write_bytes(data)
+    found = found_in(path)
+    assert [item.name for item in found.items] in (["c.png"], ["c.png", "é2.png"])
+    assert found.ignored[0] == ("é1.png", "can't be read: its name is damaged")
+
+
 # Only regular files are read: a pipe would block, a device never ends.
 @pytest.mark.parametrize("name", ["m.zip", "m.tar", "m.7z", "m.jsonl", "m"])
 def test_special_files_are_no_sources(name: str, tmp_path: Path) -> None:
