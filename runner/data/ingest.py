@@ -86,6 +86,7 @@ def scan_sources(
                 scanned.ignored,
                 located.commit,
                 sum(unpacked),
+                scanned.notices,
             )
         )
     return tuple(sources)

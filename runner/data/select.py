@@ -52,7 +52,8 @@ class SourceOptions:
 class Source:
     """One source: its options and the result of its scan.
 
-    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run.
+    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run;
+    ``notices`` are those of its listing.
     """
 
     options: SourceOptions
@@ -62,6 +63,7 @@ class Source:
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
     unpacked: int = field(default=0, compare=False)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
     chosen: list[SelectedItem] = []
     notices: list[str] = []
     for index, source in enumerate(sources):
-        notices += _unreadable(source)
+        notices += [*source.notices, *_unreadable(source)]
         _refuse_missing_captions(source)
         left = _without_missing_captions(source, notices)
         if task == "i2v":

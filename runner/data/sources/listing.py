@@ -46,11 +46,13 @@ class Listing:
         entries: the media.
         identity: of an archive, when it was listed.
         began: when an archive was listed, in nanoseconds since 1970.
+        notices: what a person should know of how the source was read, one sentence each.
     """
 
     entries: list[ListedMedia]
     identity: Identity | None = None
     began: int = 0
+    notices: tuple[str, ...] = ()
 
 
 @contextmanager

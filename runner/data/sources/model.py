@@ -64,9 +64,13 @@ class SourceMedia:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan: media sorted by name, and those left out as (name, reason)."""
+    """The result of a scan: media sorted by name, and those left out as (name, reason).
+
+    ``notices`` are those of the listing.
+    """
 
     source_kind: SourceKind
     path: Path
     items: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]
+    notices: tuple[str, ...] = ()

@@ -72,7 +72,7 @@ def scan(
         reason = f"; {ignored[0][0]}: {ignored[0][1]}" if ignored else ""
         raise UserError(f"{path} holds no picture or clip that can be read{reason}")
     media.sort(key=lambda one: one.name)
-    return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored))
+    return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored), listing.notices)
 
 
 def _read_all(
