@@ -52,7 +52,8 @@ class SourceOptions:
 class Source:
     """One source: its options and the result of its scan.
 
-    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run.
+    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run;
+    ``notices`` are those of its listing.
     """
 
     options: SourceOptions

@@ -46,7 +46,7 @@ class Listing:
         entries: the media.
         identity: of an archive, when it was listed.
         began: when an archive was listed, in nanoseconds since 1970.
-        notices: what was decided or left out.
+        notices: what a person should know of how the source was read, one sentence each.
     """
 
     entries: list[ListedMedia]
