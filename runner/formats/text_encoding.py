@@ -107,12 +107,12 @@ def _is_accident(content: bytes, candidate: Candidate) -> bool:
 def _plain(content: bytes, encoding: str | None) -> str | None:
     """Decode UTF-8 without a mark; None for what is not, or could be in the caller's encoding."""
     text = _decoded(content, "utf-8")
-    if text is None:
+    if text is None or _has_zeros(text.count("\0"), len(text)):
         return None
     if encoding is not None and text.isascii():
         # Encodings of 7 bits, and UTF-16, write other characters in bytes of ASCII.
         return None if _decoded(content, encoding) != text else text
-    return None if _has_zeros(content.count(0), len(content)) else text
+    return text
 
 
 def _has_zeros(zeros: int, length: int) -> bool:
