@@ -47,7 +47,7 @@ def make_media(folder: Path) -> Path:
     (folder / "b.txt").write_text("a picture")
     (folder / "deep" / "日本 é.txt").write_text("a place")
     (folder / "deep" / "c.txt").write_text("a jump")
-    (folder / "empty.txt").write_text("")
+    (folder / ".empty").write_text("")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Text helpers: plurals, sizes, durations, suggestions for misspelt names; pure."""
+"""Text helpers: plurals, sizes, durations, suggestions for misspelt names, encodings; pure."""
 
 from __future__ import annotations
 
@@ -63,3 +63,14 @@ def readable(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count:.0f} bytes"
+
+
+def is_text_encoding(name: str) -> bool:
+    """Return whether Python knows a text encoding of this name."""
+    try:
+        b"a".decode(name)
+    except UnicodeError:
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True

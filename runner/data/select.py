@@ -46,6 +46,8 @@ class SourceOptions:
     extraction: FrameExtraction
     regularisation: bool = False
     weight: float = 1.0
+    encoding: str | None = None
+    captions: str = "whole"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Source:
 
 @dataclass(frozen=True)
 class SelectedItem:
-    """One item of the run. ``crops`` is empty for a picture."""
+    """One item of the run. ``crops`` is empty for a picture.
+
+    ``repeats`` are those of its folder's name; the source's come on top.
+    """
 
     id: str
     source: int
@@ -78,6 +83,7 @@ class SelectedItem:
     bucket: Size
     crops: tuple[Crop, ...]
     held_out: bool
+    repeats: int = 1
 
     @property
     def as_rgb(self) -> bool:
@@ -128,7 +134,7 @@ def shapes(sources: Sequence[Source], selection: Selection) -> dict[Shape, int]:
     for item in selection.items:
         if item.held_out:
             continue
-        repeats = sources[item.source].options.num_repeats
+        repeats = sources[item.source].options.num_repeats * item.repeats
         for crop in item.crops or (None,):
             shape = Shape(item.source, item.media_kind, item.bucket, crop.frames if crop else 1)
             counts[shape] = counts.get(shape, 0) + repeats
@@ -174,6 +180,8 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
         ),
         regularisation=source.regularisation,
         weight=1.0 if source.weight is None else source.weight,
+        encoding=pick("encoding"),
+        captions=pick("captions"),
     )
 
 
@@ -246,6 +254,7 @@ def _refuse_missing_captions(source: Source) -> None:
             f"{named(missing)}. Put a .txt of the same name beside each, or set "
             "dataset.default_caption='...' to caption them all, or "
             "dataset.missing_captions=skip to leave them out."
+            + "".join(f" {notice}" for notice in source.notices)
         )
 
 
@@ -349,6 +358,8 @@ def _items_of_source(
             bucket=bucket,
             crops=item_crops,
             held_out=not options.regularisation and is_held_out(one.sha256, validation_fraction),
+            # How often a regularisation set is seen follows from its weight alone.
+            repeats=1 if options.regularisation else one.repeats,
         )
     if dropped:
         targets = ", ".join(str(f) for f in sorted(dropped))
@@ -393,6 +404,7 @@ def dataset_fingerprint(items: Iterable[SelectedItem]) -> str:
                 item.bucket,
                 [(crop.position, crop.frames) for crop in item.crops],
                 item.held_out,
+                *([item.repeats] if item.repeats > 1 else []),
             )
         )
         for item in items

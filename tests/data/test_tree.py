@@ -120,15 +120,13 @@ def test_endings(tmp_path: Path) -> None:
 # Files that aren't regular are named and not opened: a pipe would block for ever.
 def test_special_files_are_named(tmp_path: Path) -> None:
     made(tmp_path, "a.png")
-    for name in ("a.txt", "metadata.jsonl", "p.png"):
+    for name in ("a.psd", "noise", "p.png"):
         os.mkfifo(tmp_path / name)
-    (tmp_path / "zero.json").symlink_to("/dev/zero")
-    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "zero.bin").symlink_to("/dev/zero")
+    (tmp_path / "gone").symlink_to("nowhere")
     found = looked_at(tmp_path)
     assert found.ignored == (("p.png", "can't be read: it is a broken link or not a regular file"),)
-    assert found.notices == (
-        "Left out, being no regular files: a.txt, gone.txt, metadata.jsonl and 1 more.",
-    )
+    assert found.notices == ("Left out, being no regular files: a.psd, gone, noise and 1 more.",)
 
 
 # Names that are not UTF-8, or hold a new line, are told in a form that any terminal can take.
@@ -136,7 +134,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     made(tmp_path, "a.png")
     for name in (b"b\xff.png", b"c\xff.psd", b"d\xff", b"n\nn.\n", b"o\no.png"):
         Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"x")
-    os.mkfifo(os.fsdecode(bytes(tmp_path) + b"/e\xff.txt"))
+    os.mkfifo(os.fsdecode(bytes(tmp_path) + b"/e\xff.bin"))
     found = looked_at(tmp_path)
     assert found.ignored == (
         ("b\\udcff.png", "its file name is not UTF-8: rename it"),

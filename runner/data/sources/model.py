@@ -29,6 +29,7 @@ class SourceMedia:
         file: the file, for media that are not in an archive.
         archive, member: the archive and the member's name in it.
         identity: of the file or archive, taken before reading, to detect later changes.
+        repeats: those of its folder's name.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SourceMedia:
     archive: Path | None
     member: str | None
     identity: Identity | None = None
+    repeats: int = 1
 
     @property
     def as_rgb(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.core.text import named
-from runner.formats.media_types import left_over, media_kind_of
+from runner.formats.media_types import TEXT_EXTENSIONS, left_over, media_kind_of
 
 # The files that each run's folder, the shared cache and the store of runs have.
 _RUN = frozenset({"run.json", "commands.sh"})
@@ -26,7 +26,8 @@ class Tree:
     """The files below a folder.
 
     Attributes:
-        files: by their relative names, with forward slashes; also media that are not regular files.
+        files: by their relative names, with forward slashes; also media and texts that are not
+            regular files.
         notices: one for each kind of thing that is not used.
     """
 
@@ -105,7 +106,7 @@ class _Walk:
                         # Git keeps thousands of files there, and none is meant.
                         if entry.name != ".git":
                             inside.append((Path(entry.path), name + "/"))
-                    elif media_kind_of(name) or entry.is_file():
+                    elif _is_wanted(name) or entry.is_file():
                         yield name, Path(entry.path)
                     else:
                         self.special.append(name)
@@ -125,6 +126,11 @@ class _Walk:
                 raise UserError(f"{folder} can't be listed: {error.strerror}") from None
             self.closed.append(f"{prefix} ({error.strerror})")
             return []
+
+
+def _is_wanted(name: str) -> bool:
+    """Return whether somebody names the file if it can't be read."""
+    return media_kind_of(name) is not None or name.lower().endswith(TEXT_EXTENSIONS)
 
 
 def without_outputs(names: Collection[str]) -> tuple[list[str], list[str]]:
