@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
 from runner.core.text import counted, readable
+from runner.formats.caption_files import CAPTION_ENDINGS, LIST_ENDINGS
 from runner.formats.media_types import hidden, media_kind_of
 from runner.hub.hub_cache import HubCache, Request
 
@@ -158,7 +159,7 @@ class HubDatasets:
 
 def is_wanted(file: str) -> bool:
     """Whether a file of a repository is a picture, a clip, a caption or an archive."""
-    known = PurePosixPath(file).suffix.lower() in (".txt", ".jsonl", ".zip")
+    known = PurePosixPath(file).suffix.lower() in (*CAPTION_ENDINGS, *LIST_ENDINGS, ".zip")
     return not hidden(file) and (known or media_kind_of(file) is not None)
 
 
@@ -180,7 +181,7 @@ def _usable(remote: Remote) -> list[str]:
 
 
 def _holds_media(name: str) -> bool:
-    return not name.lower().endswith((".txt", ".jsonl"))
+    return not name.lower().endswith((*CAPTION_ENDINGS, *LIST_ENDINGS))
 
 
 def _request(remote: Remote, names: Iterable[str]) -> Request:

@@ -24,7 +24,6 @@ from runner.data.sources.texts import MAX_CAPTION, clean
 
 # Their rows must name media that are there; other lists may be of something else.
 STRICT = ("metadata.jsonl", "metadata.csv")
-ENDINGS = (".jsonl", ".json", ".csv")
 PROMPT_NAMES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 MEDIA_NAMES = ("videos.txt", "video.txt", "images.txt", "image.txt")
 
