@@ -334,7 +334,7 @@ def _resolved(
 
 def _not_there(row: Row, folder: str, paths: WrittenPaths) -> str:
     if row.media in paths.ambiguous:
-        other = paths.ambiguous[row.media]
-        return f"{row.place}: {row.media[:200]} and {other[:200]} would be the same file here"
+        one, other = (printable(path[:200]) for path in (row.media, paths.ambiguous[row.media]))
+        return f"{row.place}: {one} and {other} would be the same file here"
     place = posixpath.normpath(posixpath.join(folder, row.media))
     return f"{row.place}: there is no {printable(place[:200])}"

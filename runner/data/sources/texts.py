@@ -41,8 +41,8 @@ class ReadTexts:
 
 
 def printable(name: str) -> str:
-    """Return a name that every terminal can show; file names need not be UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """Return a name that every terminal can show; file names may hold controls, and no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def clean(caption: str) -> str:
