@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 
@@ -28,9 +27,6 @@ def did_you_mean(wrong: str, right: Iterable[str]) -> str:
     return ""
 
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
 def named(names: Iterable[str], limit: int = 5) -> str:
     """List a few names, and say how many more there are."""
     listed = list(names)
@@ -44,9 +40,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, and in UTF-8; what of it can't be so is escaped."""
-    whole = text.encode("utf-8", "backslashreplace").decode()
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), whole)
+    """Return a text that every terminal can show; names may hold controls, and no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def duration(seconds: float) -> str:

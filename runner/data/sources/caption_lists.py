@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.core.errors import UserError
-from runner.core.text import readable
+from runner.core.text import printable, readable
 from runner.data.sources.texts import MAX_CAPTION, clean
 
 # Their rows must name media that are there; other lists may be of something else.
 STRICT = ("metadata.jsonl", "metadata.csv")
-ENDINGS = (".jsonl", ".json", ".csv")
 PROMPT_NAMES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 MEDIA_NAMES = ("videos.txt", "video.txt", "images.txt", "image.txt")
 
@@ -161,7 +160,7 @@ def _row(place: str, record: Mapping[str, Any], key: str | None) -> Row:
 
 def _of_object(document: Mapping[str, Any], where: str) -> Iterator[Row]:
     for media, value in document.items():
-        place = f"{where} at {media[:100]}"
+        place = f"{where} at {printable(media[:100])}"
         if isinstance(value, dict):
             # In kohya's metadata tags follow the caption.
             both = [value.get("caption"), value.get("tags")]

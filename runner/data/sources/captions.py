@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from runner.core.errors import UserError
 from runner.core.text import counted, named, printable
 from runner.data.sources.caption_lists import (
-    ENDINGS,
     STRICT,
     NoList,
     Row,
@@ -27,10 +26,9 @@ from runner.data.sources.texts import (
     read_texts,
 )
 from runner.data.sources.written_paths import WrittenPaths
+from runner.formats.caption_files import CAPTION_ENDINGS, LIST_ENDINGS
 from runner.formats.media_types import media_kind_of
 
-# In order of preference.
-CAPTION_ENDINGS = (".txt", ".caption")
 _NO_CAPTIONS = ("readme", "license", "licence", "copying", "changelog", "notice")
 
 
@@ -83,7 +81,7 @@ def captions_of(
     lists = [
         name
         for name in sorted(openers, key=lambda one: (posixpath.basename(one) not in STRICT, one))
-        if name.lower().endswith(ENDINGS)
+        if name.lower().endswith(LIST_ENDINGS)
         if posixpath.basename(name) in STRICT or posixpath.splitext(name)[0] not in stems
     ]
     in_pairs = [name for pair in pairs for name in pair]
@@ -335,7 +333,7 @@ def _resolved(
 
 def _not_there(row: Row, folder: str, paths: WrittenPaths) -> str:
     if row.media in paths.ambiguous:
-        other = paths.ambiguous[row.media]
-        return f"{row.place}: {row.media[:200]} and {other[:200]} would be the same file here"
+        one, other = (printable(path[:200]) for path in (row.media, paths.ambiguous[row.media]))
+        return f"{row.place}: {one} and {other} would be the same file here"
     place = posixpath.normpath(posixpath.join(folder, row.media))
     return f"{row.place}: there is no {printable(place[:200])}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity
 from runner.core.regular_file import open_regular
+from runner.core.text import printable
 from runner.data.sources.archive import Archive
 from runner.data.sources.caption_lists import captions_in, json_lines
 from runner.data.sources.captions import (
@@ -167,14 +168,16 @@ def _list_jsonl(path: Path, reading: CaptionOptions) -> Listing:
         name = Path(found or written).as_posix()
         kind = media_kind_of(name)
         if kind is None or keys[0] not in ("path", f"{kind}_path"):
-            raise UserError(f"{where}: {name[:200]} is not a file that {keys[0]} can name")
+            raise UserError(
+                f"{where}: {printable(name[:200])} is not a file that {keys[0]} can name"
+            )
         if written in paths.ambiguous:
             raise UserError(
-                f"{where}: {written[:200]} and {paths.ambiguous[written][:200]} would be the same "
-                "file here"
+                f"{where}: {printable(written[:200])} and "
+                f"{printable(paths.ambiguous[written][:200])} would be the same file here"
             )
         if found is None:
-            raise UserError(f"{where}: there is no {str(path.parent / name)[:300]}")
+            raise UserError(f"{where}: there is no {printable(str(path.parent / name)[:300])}")
         file = path.parent / name
         if len(captions) > 1:
             several.append(name)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.core.text import named
-from runner.formats.media_types import TEXT_EXTENSIONS, left_over, media_kind_of
+from runner.formats.caption_files import TEXT_ENDINGS
+from runner.formats.media_types import left_over, media_kind_of
 
 # The files that each run's folder, the shared cache and the store of runs have.
 _RUN = frozenset({"run.json", "commands.sh"})
@@ -130,7 +131,7 @@ class _Walk:
 
 def _is_wanted(name: str) -> bool:
     """Return whether somebody names the file if it can't be read."""
-    return media_kind_of(name) is not None or name.lower().endswith(TEXT_EXTENSIONS)
+    return media_kind_of(name) is not None or name.lower().endswith(TEXT_ENDINGS)
 
 
 def without_outputs(names: Collection[str]) -> tuple[list[str], list[str]]:
