@@ -12,7 +12,7 @@ from runner.config.colours import hex_colour
 from runner.config.latent_frames import nearest_frames, valid_frames
 from runner.config.option import Bounds, Option
 from runner.config.schema import RunConfig, SourceConfig, options
-from runner.core.text import did_you_mean
+from runner.core.text import did_you_mean, is_text_encoding
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -48,6 +48,11 @@ def _choice(key: str, value: Any, choices: tuple[str, ...]) -> Iterator[str]:
         yield f"{key}={value} is not a choice.{did_you_mean(str(value), choices)}"
 
 
+# Those that captions are likely to be in; Python knows more.
+_ENCODINGS = (
+    "cp1252", "cp1250", "cp1251", "koi8-r", "cp932", "cp936", "cp949", "cp950", "big5", "utf-16-le",
+    "utf-8",
+)  # fmt: skip
 _SECRET_FLAG = re.compile(r"-+\w*(token|password|secret|api_key)\b", re.IGNORECASE)
 
 
@@ -55,6 +60,9 @@ def _texts(config: RunConfig) -> Iterator[str]:
     name = config.name
     if name is not None and (not name.strip(". ") or set(name) & set("/\\\0\n")):
         yield f"name={name!r} can't be a folder's name: leave out / and \\."
+    for option, key, value in _values(config):
+        if option.key == "dataset.encoding" and value and not is_text_encoding(value):
+            yield f"{key}={value} is not an encoding.{did_you_mean(value, _ENCODINGS)}"
     for key in ("include", "exclude"):
         for pattern in getattr(config.network, key):
             try:

@@ -15,6 +15,7 @@ from runner.config.option import Bounds, Counts, Needs, Option, option, part
 # Kinds of media source; auto detects the kind from the path.
 SourceKind = Literal["archive", "zip", "folder", "jsonl", "hub", "sample"]
 SOURCE_KINDS = ("auto", *get_args(SourceKind))
+CAPTIONS = ("whole", "first", "all")
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "sigma", "logsnr")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -82,6 +83,10 @@ class SourceConfig:
     revision: str | None = None
     trigger_word: str | None = None
     default_caption: str | None = None
+    encoding: str | None = None
+    captions: str | None = option(
+        None, "What becomes of several captions, as in dataset.", choices=CAPTIONS
+    )
     resolution: list[int] | None = None
     batch_size: int | None = None
     num_repeats: int | None = None
@@ -129,6 +134,17 @@ class DatasetConfig:
     default_caption: str | None = option(None, "Caption for media without one.")
     missing_captions: str = option(
         "error", "What to do about media with no caption.", choices=("error", "skip")
+    )
+    encoding: str | None = option(
+        None,
+        "Encoding of captions and lists that are not UTF-8 and have no mark, such as cp1252, cp932 "
+        "or koi8-r. null decides it from all of them, and shows it.",
+    )
+    captions: str = option(
+        "whole",
+        "What becomes of a caption of several lines, and of a list of captions: whole (all lines "
+        "are one caption, of a list the first is taken), first, or all (each makes an item).",
+        choices=CAPTIONS,
     )
     resolution: list[int] = option(
         [544, 960], "Width and height in pixels; buckets have about the same area."

@@ -1,4 +1,4 @@
-"""Text helpers: plurals, sizes, durations, suggestions for misspelt names; pure."""
+"""Text helpers: plurals, sizes, durations, suggestions for misspelt names, encodings; pure."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that UTF-8 can express: what it can't, as a byte of a name, is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Return a text that every terminal can show; names may hold controls, and no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def duration(seconds: float) -> str:
@@ -58,3 +58,14 @@ def readable(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count:.0f} bytes"
+
+
+def is_text_encoding(name: str) -> bool:
+    """Return whether Python knows a text encoding of this name."""
+    try:
+        b"a".decode(name)
+    except UnicodeError:
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True

@@ -73,7 +73,7 @@ def _is_regularisation(sources: Sequence[Source], item: SelectedItem) -> bool:
 def _ordinary_samples(sources: Sequence[Source], selection: Selection) -> int:
     """Count the samples of an epoch that are not of a regularisation set."""
     return sum(
-        _samples(item) * sources[item.source].options.num_repeats
+        _samples(item) * sources[item.source].options.num_repeats * item.repeats
         for item in selection.items
         if not item.held_out and not _is_regularisation(sources, item)
     )

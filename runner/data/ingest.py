@@ -68,6 +68,7 @@ def scan_sources(
         UserError: a source can't be used, or the shared cache can't be written to.
     """
     from runner.data.sources import scan
+    from runner.data.sources.captions import CaptionOptions
 
     sources: list[Source] = []
     limit = int(config.dataset.max_archive_gb * 1e9)
@@ -86,6 +87,7 @@ def scan_sources(
             memos=store.root / "scans",
             keep=_keep(store, options, task, reading, unpacked.append) if reading.keep else None,
             outputs=store.root.parent,
+            reading=CaptionOptions(options.encoding, options.captions),
         )
         sources.append(
             Source(

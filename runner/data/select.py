@@ -57,13 +57,16 @@ class SourceOptions:
     background: str
     regularisation: bool = False
     weight: float = 1.0
+    encoding: str | None = None
+    captions: str = "whole"
 
 
 @dataclass(frozen=True)
 class Source:
     """One source: its options and the result of its scan.
 
-    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run.
+    ``commit`` is set for a Hub dataset; ``unpacked`` counts media extracted by this run;
+    ``notices`` are those of its listing.
     """
 
     options: SourceOptions
@@ -78,7 +81,10 @@ class Source:
 
 @dataclass(frozen=True)
 class SelectedItem:
-    """One item of the run. ``crops`` is empty for a picture."""
+    """One item of the run. ``crops`` is empty for a picture.
+
+    ``repeats`` are those of its folder's name; the source's come on top.
+    """
 
     id: str
     source: int
@@ -89,6 +95,7 @@ class SelectedItem:
     crops: tuple[Crop, ...]
     held_out: bool
     correction: Correction = NO_CORRECTION
+    repeats: int = 1
 
     @property
     def media_name(self) -> str:
@@ -149,7 +156,7 @@ def shapes(sources: Sequence[Source], selection: Selection) -> dict[Shape, int]:
     for item in selection.items:
         if item.held_out:
             continue
-        repeats = sources[item.source].options.num_repeats
+        repeats = sources[item.source].options.num_repeats * item.repeats
         for crop in item.crops or (None,):
             shape = Shape(item.source, item.media_kind, item.bucket, crop.frames if crop else 1)
             counts[shape] = counts.get(shape, 0) + repeats
@@ -197,6 +204,8 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
         background=hex_colour(dataset.background) or "#ffffff",
         regularisation=source.regularisation,
         weight=1.0 if source.weight is None else source.weight,
+        encoding=pick("encoding"),
+        captions=pick("captions"),
     )
 
 
@@ -269,6 +278,7 @@ def _refuse_missing_captions(source: Source) -> None:
             f"{named(missing)}. Put a .txt of the same name beside each, or set "
             "dataset.default_caption='...' to caption them all, or "
             "dataset.missing_captions=skip to leave them out."
+            + "".join(f" {notice}" for notice in source.notices)
         )
 
 
@@ -398,6 +408,8 @@ def _items_of_source(
             crops=item_crops,
             held_out=not options.regularisation and is_held_out(one.sha256, validation_fraction),
             correction=correction_of(one, options, task),
+            # How often a regularisation set is seen follows from its weight alone.
+            repeats=1 if options.regularisation else one.repeats,
         )
     if dropped:
         targets = ", ".join(str(f) for f in sorted(dropped))
@@ -443,6 +455,7 @@ def dataset_fingerprint(items: Iterable[SelectedItem]) -> str:
                 [(crop.position, crop.frames) for crop in item.crops],
                 item.held_out,
                 *([item.correction.cache_inputs(copy=True)] if item.correction.changes else []),
+                *([item.repeats] if item.repeats > 1 else []),
             )
         )
         for item in items

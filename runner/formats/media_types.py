@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
+from runner.formats.caption_files import TEXT_ENDINGS
+
 MediaKind = Literal["image", "video"]
 
 # Of an animated GIF, WebP or AVIF the first frame is taken, so it is a picture.
@@ -22,8 +24,6 @@ ARCHIVE_EXTENSIONS = (
     *(".zip", ".7z", ".tar", ".tar.gz", ".tgz"),
     *(".tar.bz2", ".tbz2", ".tar.xz", ".txz"),
 )
-# Files that may hold captions; which of them are used is decided where captions are matched.
-TEXT_EXTENSIONS = (".txt", ".caption", ".json", ".jsonl", ".csv")
 
 # The formats that a picture may have, whatever its ending, for the `formats` of PIL's Image.open:
 # with all of PIL's, a JPG that is PostScript starts Ghostscript. JPEG includes MPO.
@@ -82,7 +82,7 @@ def left_over(names: Iterable[str]) -> str | None:
                 unseen.append(name)
         elif base.lower() not in _UNASKED and not media_kind_of(name):
             ending = posixpath.splitext(base)[1].lower()
-            if ending not in TEXT_EXTENSIONS:
+            if ending not in TEXT_ENDINGS:
                 endings[ending or "without an ending"] += 1
     said = []
     if endings:

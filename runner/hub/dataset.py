@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from runner.core.atomic import write_text
 from runner.core.errors import StageError, UserError
 from runner.core.text import counted, readable
-from runner.formats.media_types import TEXT_EXTENSIONS, hidden, is_archive, media_kind_of
+from runner.formats.caption_files import TEXT_ENDINGS
+from runner.formats.media_types import hidden, is_archive, media_kind_of
 from runner.hub.hub_cache import HubCache, Request
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class HubDatasets:
 
 def is_wanted(file: str) -> bool:
     """Whether a file of a repository is a picture, a clip, a caption or an archive."""
-    known = PurePosixPath(file).suffix.lower() in TEXT_EXTENSIONS or is_archive(file)
+    known = PurePosixPath(file).suffix.lower() in TEXT_ENDINGS or is_archive(file)
     return not hidden(file) and (known or media_kind_of(file) is not None)
 
 

@@ -1,9 +1,13 @@
-"""The tables of dataset.toml: one per source, media kind and side of the validation split; pure."""
+"""The tables of dataset.toml, whose options are those of all their items; pure.
+
+There is one for each source, media kind, side of the validation split, and number of repeats that
+folders' names give.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from runner.data.select import SelectedItem, Source
 from runner.formats.dataset_toml import DatasetTable
@@ -12,33 +16,43 @@ from runner.formats.media_types import MediaKind
 from runner.pipeline.model import Inputs
 
 
-def groups(
-    inputs: Inputs, *, held_out: bool
-) -> Iterable[tuple[int, Source, MediaKind, list[SelectedItem]]]:
-    """Yield the items of each source and media kind on one side of the split, if there are any."""
+@dataclass(frozen=True)
+class Group:
+    """The items of one table, and the name of its folder and files in the run's folder."""
+
+    name: str
+    source: Source
+    media_kind: MediaKind
+    items: Sequence[SelectedItem]
+
+
+def groups(inputs: Inputs, *, held_out: bool) -> Iterator[Group]:
+    """Yield the groups of items on one side of the split, those of a source one after another."""
     for index, source in enumerate(inputs.sources):
         media_kinds: tuple[MediaKind, ...] = ("image", "video")
         for media_kind in media_kinds:
             items = inputs.selection.of(index, media_kind, held_out=held_out)
-            if items:
-                yield index, source, media_kind, items
+            for repeats in sorted({item.repeats for item in items}):
+                of_group = [item for item in items if item.repeats == repeats]
+                yield Group(_folder(of_group[0]), source, media_kind, of_group)
 
 
-def folder(source: int, media_kind: MediaKind, held_out: bool) -> str:
-    """Return the name of a group's folder and files in the run's folder."""
-    return f"{source}-{media_kind}s{'-held-out' if held_out else ''}"
+def _folder(item: SelectedItem) -> str:
+    repeats = f"-x{item.repeats}" if item.repeats > 1 else ""
+    side = "-held-out" if item.held_out else ""
+    return f"{item.source}-{item.media_kind}s{repeats}{side}"
 
 
 def run_cache_folder(item: SelectedItem) -> str:
     """Return the folder of the run that an item's cache files are linked into."""
-    return f"cache/{folder(item.source, item.media_kind, item.held_out)}"
+    return f"cache/{_folder(item)}"
 
 
 def tables(inputs: Inputs, *, held_out: bool) -> list[DatasetTable]:
     """Return the tables of dataset.toml (or validation.toml)."""
     return [
-        table(source, media_kind, folder(index, media_kind, held_out), items)
-        for index, source, media_kind, items in groups(inputs, held_out=held_out)
+        table(group.source, group.media_kind, group.name, group.items)
+        for group in groups(inputs, held_out=held_out)
     ]
 
 
@@ -60,7 +74,7 @@ def table(
         resolution=options.resolution,
         jsonl=f"dataset/{name}.jsonl",
         batch_size=options.batch_size,
-        num_repeats=options.num_repeats,
+        num_repeats=options.num_repeats * items[0].repeats,
         # musubi-tuner caches clips as if these values were set, but batches by the file's values;
         # with others, clips of different sizes would share a batch.
         enable_bucket=options.enable_bucket or media_kind == "video",

@@ -8,7 +8,7 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
-from runner.core.errors import UserError
+from runner.core.errors import UserError, plain_reason
 from runner.tracking.client import connect, first_line, quiet, safe
 from runner.tracking.server import check_server, why
 
@@ -114,7 +114,8 @@ def _initialise_sqlite(uri: str, database: Path, artifacts: Path) -> None:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"cannot create {database}: {error.strerror or error}") from error
+        reason = plain_reason(error.strerror or str(error))
+        raise UserError(f"cannot create {database}: {reason}") from error
     except Exception as error:
         message = first_line(error)
         if "out-of-date database schema" in message:

@@ -70,6 +70,15 @@ def test_failure_names_the_last_error(tmp_path: Path) -> None:
     assert str(caught.value) == f"RuntimeError: CUDA out of memory (exit code 1; log: {log})"
 
 
+# A command that the disk has no space for says so in plain words, whatever its traceback says.
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "stage.log"
+    with pytest.raises(StageError) as caught:
+        python("open('/dev/full', 'w').write('x' * 100_000)", log)
+    where = f"(exit code 1; log: {log})"
+    assert str(caught.value) == f"the disk is full: free some space {where}"
+
+
 # The last error is found behind progress bars and clean-up chatter.
 def test_last_error_is_found(tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -185,6 +185,8 @@ def test_refusals(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     repository.gated = False
     repository.files = {"data/a.parquet": b"PAR1", "README.md": files["README.md"]}
     refused(UserError, r"inside \.parquet files, which can't be read here: save them")
+    repository.files = {f"shard-{number}.tar": b"" for number in range(3)}
+    refused(UserError, r"in 3 archives such as shard-0\.tar, of which one can be read: fetch some")
     repository.files = {"README.md": b"", "a.txt": b"x"}
     refused(UserError, "has no picture, clip or archive")
 

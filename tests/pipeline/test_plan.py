@@ -13,6 +13,7 @@ from plan_text import difference, rendered
 from runner.cli.page import page
 from runner.config.groups import conf_folder, groups
 from runner.core.errors import UserError
+from runner.data.select import dataset_fingerprint
 from runner.engines.base import NO_GPU, Gpu
 from runner.formats.train_options import TABLE
 from runner.pipeline.model import Plan
@@ -77,6 +78,40 @@ def test_targets_are_whole_when_frames_are_resampled() -> None:
     toml = dict(again.stage("latents").files)["staging/latents.toml"]
     assert toml == dict(plan.stage("latents").files)["staging/latents.toml"]
     assert "25" in toml
+
+
+# Items whose folders' names give repeats have tables of their own, in which those of the source are
+# multiplied; the steps of an epoch count them, and so does the fingerprint of the dataset.
+def test_repeats_of_folders_are_planned() -> None:
+    import tomllib
+
+    config = compose(*BASES["diffusers"], "dataset.num_repeats=2", "dataset.batch_size=1")
+    items = [fake_item("10_a/p.jpg"), fake_item("3_b/p.jpg"), fake_item("1_c/p.jpg")]
+    plain = plan_of(config, fake_facts(config, items))
+    repeated = [replace(item, repeats=int(item.name.split("_")[0])) for item in items]
+    facts = fake_facts(config, repeated)
+    plan = plan_of(config, facts)
+    tables = tomllib.loads(dict(plan.files)["dataset.toml"])["datasets"]
+    assert [(t["cache_directory"], t["num_repeats"]) for t in tables] == [
+        ("cache/0-images", 2),
+        ("cache/0-images-x3", 6),
+        ("cache/0-images-x10", 20),
+    ]
+    written = dict(plan.stage("dataset").files)
+    assert [written[table["image_jsonl_file"]].count("\n") for table in tables] == [1, 1, 1]
+    linked = {place for entry in plan.entries for place in entry.links}
+    assert all(
+        any(place.startswith(t["cache_directory"] + "/") for place in linked) for t in tables
+    )
+    assert (plain.steps_per_epoch, plan.steps_per_epoch) == (6, 28)
+    plain_items = fake_facts(config, items).selection.items
+    assert dataset_fingerprint(facts.selection.items) != dataset_fingerprint(plain_items)
+    # A regularisation set is seen as often as its weight says.
+    config = compose(
+        *BASES["diffusers"], "dataset.sources=[{path: a}, {path: r, regularisation: true}]"
+    )
+    selected = fake_facts(config, repeated).selection.items
+    assert {item.repeats for item in selected if item.source == 1} == {1}
 
 
 # Several datasets in one run keep their own resolution, repeats and frames, in what the trainer is

@@ -26,7 +26,7 @@ from runner.formats.name_encoding import LANGUAGES, encoding_of
 
 # What reading a damaged member may raise.
 READ_ERRORS = (
-    *(OSError, EOFError, KeyError, NotImplementedError, RuntimeError),
+    *(OSError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
 # Nobody has as many files, and listing more takes memory and time without end.

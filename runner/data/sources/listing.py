@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity
-from runner.data.sources.archive import READ_ERRORS, Archive
+from runner.core.regular_file import open_regular
+from runner.core.text import printable
+from runner.data.sources.archive import Archive
+from runner.data.sources.caption_lists import captions_in, json_lines
+from runner.data.sources.captions import (
+    AS_WRITTEN,
+    CaptionOptions,
+    captions_of,
+    chosen,
+    several_notices,
+    split_lines,
+)
+from runner.data.sources.kohya_folders import repeats_of_folders
 from runner.data.sources.open_archive import open_archive
+from runner.data.sources.texts import MAX_LIST, Opener, TextFile, read_texts
 from runner.data.sources.tree import data_of, files_of
+from runner.data.sources.written_paths import WrittenPaths
 from runner.formats.media_types import MediaKind, hidden, media_kind_of
-
-# The format of the Hugging Face loaders of pictures and clips: file_name, and text or caption.
-METADATA = "metadata.jsonl"
-
-Opener = Callable[[], BinaryIO]
 
 
 @dataclass(frozen=True)
 class ListedMedia:
-    """A media file that was listed, not opened; ``size`` is the uncompressed size of a member."""
+    """A media file that was listed, not opened.
+
+    ``size`` is the uncompressed size of a member. Each of ``more_captions`` makes another item.
+    ``repeats`` are those of its folder's name.
+    """
 
     name: str
     media_kind: MediaKind
@@ -36,6 +47,8 @@ class ListedMedia:
     archive: Path | None = None
     member: str | None = None
     size: int = 0
+    more_captions: tuple[str, ...] = ()
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Listing:
         entries: the media.
         identity: of an archive, when it was listed.
         began: when an archive was listed, in nanoseconds since 1970.
-        notices: what was decided or left out.
+        notices: what a person should know of how the source was read, one sentence each.
     """
 
     entries: list[ListedMedia]
@@ -57,136 +70,132 @@ class Listing:
 
 @contextmanager
 def open_listing(
-    source_kind: str, path: Path, max_bytes: int, outputs: Path | None = None
+    source_kind: str,
+    path: Path,
+    max_bytes: int,
+    reading: CaptionOptions = AS_WRITTEN,
+    outputs: Path | None = None,
 ) -> Iterator[Listing]:
     """List the media of a source; those of an archive can be read during the block.
 
     Args:
-        source_kind: from :func:`locate`, as ``path`` is.
+        source_kind: the source kind, from :func:`locate`.
         path: the source.
         max_bytes: the maximum uncompressed size of an archive.
+        reading: how captions are read.
         outputs: the output folder of this run, which is no data.
 
     Raises:
-        UserError: :func:`open_archive` refuses the archive, a caption is not UTF-8, or a line of
-            JSON is wrong.
+        UserError: :func:`open_archive` refuses the archive, a caption can't be read or decoded, or
+            a list is wrong.
     """
     if source_kind == "jsonl":
-        yield Listing(_list_jsonl(path))
+        yield _list_jsonl(path, reading)
     elif source_kind in ("zip", "archive"):
         with open_archive(path, max_bytes) as archive:
-            yield _list_archive(archive)
+            yield _list_archive(archive, reading)
     else:
         tree = files_of(path, outputs)
-        media = _list_tree({name: _file_opener(file) for name, file in tree.files.items()}, path)
-        yield Listing(
-            [replace(listed, file=tree.files[listed.name]) for listed in media],
-            notices=tree.notices,
-        )
+        openers = {name: _file_opener(file) for name, file in tree.files.items()}
+        media, notices = _list_tree(openers, path, reading)
+        entries = [replace(listed, file=tree.files[listed.name]) for listed in media]
+        yield Listing(entries, notices=(*tree.notices, *notices))
 
 
-def _list_archive(archive: Archive) -> Listing:
-    names, notices = data_of(archive.sizes)
-    media = _list_tree({name: partial(archive.open, name) for name in names}, archive.path)
+def _list_archive(archive: Archive, reading: CaptionOptions) -> Listing:
+    names, left_out = data_of(archive.sizes)
+    openers = {name: partial(archive.open, name) for name in names}
+    media, notices = _list_tree(openers, archive.path, reading)
     entries = [
         replace(listed, archive=archive.path, member=listed.name, size=archive.sizes[listed.name])
         for listed in media
     ]
-    return Listing(entries, archive.identity, archive.began, (*archive.notices, *notices))
+    told = (*archive.notices, *left_out, *notices)
+    return Listing(entries, archive.identity, archive.began, told)
 
 
 def _file_opener(file: Path) -> Opener:
-    return lambda: file.open("rb")
+    return lambda: open_regular(file)
 
 
-def _list_tree(openers: Mapping[str, Opener], where: Path) -> list[ListedMedia]:
-    visible = [name for name in sorted(openers) if not hidden(name)]
-    captions = {name[:-4]: name for name in visible if name.lower().endswith(".txt")}
-    captions_from_metadata = _metadata(visible, openers, where)
+def _list_tree(
+    openers: Mapping[str, Opener], where: Path, reading: CaptionOptions
+) -> tuple[list[ListedMedia], tuple[str, ...]]:
+    """List the media of a tree of files with their captions; and what is to be noticed."""
+    visible = {name: openers[name] for name in sorted(openers) if not hidden(name)}
+    kinds = {name: kind for name in visible if (kind := media_kind_of(name)) is not None}
+    captions = captions_of(list(kinds), visible, str(where), reading)
+    repeats, notices = repeats_of_folders(kinds)
+    media = [
+        _listed(
+            ListedMedia(
+                name,
+                kind,
+                None,
+                openers[name],
+                repeats=repeats.get(posixpath.dirname(name), 1),
+            ),
+            captions.by_name.get(name),
+        )
+        for name, kind in kinds.items()
+    ]
+    return media, (*captions.notices, *notices)
+
+
+def _listed(listed: ListedMedia, captions: tuple[str, ...] | None) -> ListedMedia:
+    if not captions:
+        return listed
+    return replace(listed, caption=captions[0], more_captions=captions[1:])
+
+
+def _list_jsonl(path: Path, reading: CaptionOptions) -> Listing:
+    texts = read_texts(
+        [TextFile(path.name, _file_opener(path), MAX_LIST)], str(path), reading.encoding
+    )
+    for why in texts.failed.values():
+        raise UserError(f"{path}: {why}")
+    paths = WrittenPaths(lambda written: _file_beside(path, written))
     entries: list[ListedMedia] = []
-    for name in visible:
-        kind = media_kind_of(name)
-        if kind is None:
-            continue
-        text = captions.get(posixpath.splitext(name)[0])
-        caption = captions_from_metadata.get(name)
-        if text is not None:
-            caption = _read(openers[text], f"{text} in {where}").strip()
-        entries.append(ListedMedia(name, kind, caption, openers[name]))
-    return entries
-
-
-def _metadata(
-    visible: list[str], openers: Mapping[str, Opener], where: Path
-) -> dict[str, str | None]:
-    """Read the captions of every metadata.jsonl, by the name of their media."""
-    by_name: dict[str, str | None] = {}
-    for name in visible:
-        if posixpath.basename(name) != METADATA:
-            continue
-        folder = posixpath.dirname(name)
-        for line, record in _records(
-            _read(openers[name], f"{name} in {where}"), f"{where}/{name}", "file_name"
-        ):
-            media = record.get("file_name")
-            if not isinstance(media, str):
-                raise UserError(f"{line}: needs a file_name, a string")
-            place = posixpath.normpath(posixpath.join(folder, media))
-            if place not in openers:
-                raise UserError(f"{line}: there is no {place}")
-            caption = record.get("text", record.get("caption"))
-            if not isinstance(caption, str | None):
-                raise UserError(f"{line}: the caption (text or caption) must be a string")
-            by_name[place] = None if caption is None else caption.strip()
-    return by_name
-
-
-def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{where} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f'{place}: must be an object such as {{"{key}": ...}}')
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{place}: has half of a character (\\ud800 to \\udfff): write both halves"
-            ) from None
-        yield place, record
-
-
-def _list_jsonl(path: Path) -> list[ListedMedia]:
-    entries: list[ListedMedia] = []
-    for where, record in _records(_read(_file_opener(path), str(path)), str(path), "image_path"):
+    lines: list[str] = []
+    several: list[str] = []
+    for where, record in json_lines(texts.texts[path.name], str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
             raise UserError(f"{where}: needs one of image_path, video_path and path, a string")
-        caption = record.get("caption")
-        if not isinstance(caption, str | None):
-            raise UserError(f"{where}: caption must be a string")
-        name = Path(record[keys[0]]).as_posix()
+        captions = captions_in(record.get("caption"), where)
+        written = record[keys[0]]
+        found = paths.resolve(written)
+        name = Path(found or written).as_posix()
         kind = media_kind_of(name)
         if kind is None or keys[0] not in ("path", f"{kind}_path"):
-            raise UserError(f"{where}: {name} is not a file that {keys[0]} can name")
+            raise UserError(
+                f"{where}: {printable(name[:200])} is not a file that {keys[0]} can name"
+            )
+        if written in paths.ambiguous:
+            raise UserError(
+                f"{where}: {printable(written[:200])} and "
+                f"{printable(paths.ambiguous[written][:200])} would be the same file here"
+            )
+        if found is None:
+            raise UserError(f"{where}: there is no {printable(str(path.parent / name)[:300])}")
         file = path.parent / name
-        if not file.is_file():
-            raise UserError(f"{where}: there is no {file}")
-        caption = None if caption is None else caption.strip()
-        entries.append(ListedMedia(name, kind, caption, _file_opener(file), file))
-    return entries
+        if len(captions) > 1:
+            several.append(name)
+        elif captions and len(split_lines(captions[0])) > 1:
+            lines.append(name)
+        listed = ListedMedia(name, kind, None, _file_opener(file), file)
+        blank = ("",) if isinstance(record.get("caption"), str) else None
+        entries.append(_listed(listed, chosen(captions, reading) if captions else blank))
+    notices = (
+        *texts.notices,
+        *paths.notices(str(path)),
+        *several_notices(lines, several, reading),
+    )
+    return Listing(entries, notices=notices)
 
 
-def _read(opener: Opener, where: str) -> str:
+def _file_beside(path: Path, written: str) -> str | None:
     try:
-        with opener() as stream:
-            return stream.read().decode("utf-8-sig")
-    except READ_ERRORS as error:
-        raise UserError(f"{where} can't be read: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        return written if (path.parent / written).is_file() else None
+    except OSError:  # The path is too long.
+        return None

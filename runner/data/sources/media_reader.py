@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -17,6 +16,7 @@ from typing import BinaryIO, cast
 
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
+from runner.core.holes import is_hollow
 from runner.data.corrections.model import NO_CORRECTION, Correction
 from runner.data.corrections.pictures import picture_png
 from runner.data.sources.listing import ListedMedia
@@ -126,7 +126,7 @@ class MediaReader:
             digest, length = hashlib.sha256(data).hexdigest(), len(data)
             properties = probe_picture(io.BytesIO(data))
         else:
-            if _is_hollow(stream):
+            if is_hollow(stream.fileno()):
                 raise UserError("more than half of it was never written: get the file again")
             # Before hashing: a file of any size can call itself a clip.
             properties = _probe_file(listed, listed.file)
@@ -175,27 +175,6 @@ class MediaReader:
 
 def _probe(listed: ListedMedia, stream: BinaryIO) -> Properties:
     return probe_picture(stream) if listed.media_kind == "image" else probe_clip(stream)
-
-
-def _is_hollow(stream: BinaryIO) -> bool:
-    """Return whether more than half of a file is holes, as a download leaves that was broken off.
-
-    A file system that does not keep holes has none to tell of.
-    """
-    size = os.fstat(stream.fileno()).st_size
-    if not hasattr(os, "SEEK_DATA"):
-        return False
-    data = at = 0
-    try:
-        while at < size and data <= size // 2:
-            start = os.lseek(stream.fileno(), at, os.SEEK_DATA)
-            at = os.lseek(stream.fileno(), start, os.SEEK_HOLE)
-            data += at - start
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # which says that there is no data up to the end
-            return False
-    stream.seek(0)
-    return size > 0 and data <= size // 2
 
 
 def _probe_file(listed: ListedMedia, file: Path) -> Properties:

@@ -32,6 +32,7 @@ class SourceMedia:
         archive, member: the archive and the member's name in it.
         identity: of the file or archive, taken before reading, to detect later changes.
         display: how it is displayed.
+        repeats: those of its folder's name.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SourceMedia:
     member: str | None
     identity: Identity | None = None
     display: Display = AS_STORED
+    repeats: int = 1
 
     def copy_suffix(self, correction: Correction) -> str:
         """Return the extension of the file that a run uses: this one, or its corrected copy."""

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from runner.core.errors import UserError
+from runner.core.holes import is_hollow
 from runner.data.sources.archive import Archive
 from runner.data.sources.packed_archive import SevenZipArchive, TarArchive
 from runner.data.sources.zip_archive import ZipArchive
@@ -50,13 +51,16 @@ def archive_kind(path: Path) -> str:
     """Return zip, 7z, tar, or the compression of a tar (gz, bz2, xz), by the file's first bytes.
 
     Raises:
-        UserError: it is not a regular file, can't be read, or is of a kind that can't be.
+        UserError: it is not a regular file, is mostly empty, can't be read, or is of a kind that
+            can't be.
     """
     try:
         # A pipe would block, and a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path} is not a regular file, so no archive")
         with path.open("rb") as stream:
+            if is_hollow(stream.fileno()):
+                raise UserError(f"{path}: more than half of it was never written: get it again")
             head = stream.read(512)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from runner.config.schema import SourceKind
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
 from runner.core.text import printable
+from runner.data.sources.captions import AS_WRITTEN, CaptionOptions
 from runner.data.sources.listing import ListedMedia, Listing, open_listing
 from runner.data.sources.media_reader import ArchiveExtractor, MediaReader
 from runner.data.sources.model import Scan, SourceMedia
@@ -43,6 +45,7 @@ def scan(
     memos: Path | None = None,
     keep: Keep | None = None,
     outputs: Path | None = None,
+    reading: CaptionOptions = AS_WRITTEN,
 ) -> Scan:
     """Scan all media of a source; write nothing without ``keep``.
 
@@ -54,12 +57,13 @@ def scan(
         memos: the folder of scan indexes, None to use none.
         keep: called with the listed media, for a real run.
         outputs: the output folder of this run, which is no data.
+        reading: how captions are read.
 
     Raises:
-        UserError: :func:`check_archive` refuses the archive, a caption is not UTF-8, a JSONL line
-            is wrong, or no media file can be read.
+        UserError: :func:`check_archive` refuses the archive, a caption can't be read or decoded,
+            a list is wrong, or no media file can be read.
     """
-    with open_listing(kind, path, max_bytes, outputs) as listing:
+    with open_listing(kind, path, max_bytes, reading, outputs) as listing:
         keeping = keep(listing.entries) if keep is not None else None
         index = ScanIndex.load(memos, path) if memos is not None else None
         if keeping is not None and len(_recalled(listing, index)) == len(listing.entries):
@@ -69,7 +73,7 @@ def scan(
             # Another run may have scanned the source while this one waited.
             index = ScanIndex.load(memos, path) if memos is not None else None
             results = _read_all(listing, index, extractor, keeping is not None, progress)
-    media = [result for _, result in results if isinstance(result, SourceMedia)]
+    media = [item for listed, result in results for item in _items(listed, result)]
     ignored = sorted(
         (printable(listed.name), result) for listed, result in results if isinstance(result, str)
     )
@@ -80,6 +84,13 @@ def scan(
         raise UserError(f"{path} holds no picture or clip that can be read{''.join(reasons)}")
     media.sort(key=lambda one: one.name)
     return Scan(cast(SourceKind, kind), path, tuple(media), tuple(ignored), tuple(notices))
+
+
+def _items(listed: ListedMedia, result: SourceMedia | str) -> Iterator[SourceMedia]:
+    """Yield the media once for each of its captions."""
+    if not isinstance(result, str):
+        for caption in (listed.caption, *listed.more_captions):
+            yield replace(result, caption=caption, repeats=listed.repeats)
 
 
 def _read_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 from collections.abc import Collection, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.core.text import named
+from runner.formats.caption_files import TEXT_ENDINGS
 from runner.formats.media_types import left_over, media_kind_of
 
 # The files that each run's folder, the shared cache and the store of runs have.
@@ -25,7 +27,8 @@ class Tree:
     """The files below a folder.
 
     Attributes:
-        files: by their relative names, with forward slashes; also media that are not regular files.
+        files: by their relative names, with forward slashes; also media and texts that are not
+            regular files.
         notices: one for each kind of thing that is not used.
     """
 
@@ -104,7 +107,7 @@ class _Walk:
                         # Git keeps thousands of files there, and none is meant.
                         if entry.name != ".git":
                             inside.append((Path(entry.path), name + "/"))
-                    elif media_kind_of(name) or entry.is_file():
+                    elif _is_wanted(name) or entry.is_file():
                         yield name, Path(entry.path)
                     else:
                         self.special.append(name)
@@ -114,6 +117,9 @@ class _Walk:
 
     def _entries(self, folder: Path, prefix: str) -> list[os.DirEntry[str]]:
         try:
+            # Of a folder that may be listed but not entered, no file can be read.
+            if not os.access(folder, os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -121,6 +127,11 @@ class _Walk:
                 raise UserError(f"{folder} can't be listed: {error.strerror}") from None
             self.closed.append(f"{prefix} ({error.strerror})")
             return []
+
+
+def _is_wanted(name: str) -> bool:
+    """Return whether somebody names the file if it can't be read."""
+    return media_kind_of(name) is not None or name.lower().endswith(TEXT_ENDINGS)
 
 
 def without_outputs(names: Collection[str]) -> tuple[list[str], list[str]]:

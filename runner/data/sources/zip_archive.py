@@ -44,7 +44,10 @@ class ZipArchive(Archive):
             raise
 
     def _open(self, handle: Any) -> BinaryIO:
-        member: Any = self._zip.open(handle)
+        try:
+            member: Any = self._zip.open(handle)
+        except ValueError:  # the name before the data is not in the encoding that it is said to be
+            raise zipfile.BadZipFile("its name is damaged") from None
         return member
 
     def close(self) -> None:

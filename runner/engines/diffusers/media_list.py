@@ -52,7 +52,7 @@ def _media(dataset: DatasetTable) -> list[MediaToEncode]:
 def _from_jsonl(dataset: DatasetTable) -> Iterator[MediaToEncode]:
     path = Path(dataset.jsonl or "")
     field = f"{dataset.kind}_path"
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -72,7 +72,7 @@ def parse_prompts(text: str) -> list[Prompt]:
             there is no prompt.
     """
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         first, *options = re.split(r"\s+--(?=\w)", line.strip())

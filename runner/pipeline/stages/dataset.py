@@ -20,7 +20,7 @@ from runner.pipeline.model import CacheEntry, Inputs, Planning, StagePlan
 from runner.pipeline.stages.base import MEDIA, Stage
 from runner.pipeline.stages.encoding import add_link
 from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
-from runner.pipeline.tables import folder, groups
+from runner.pipeline.tables import groups
 from runner.storage.bulk_writer import BulkWriter
 from runner.storage.shared_cache import link
 
@@ -48,10 +48,9 @@ class Dataset(Stage):
         force = self.name in inputs.config.stages.force
         files: list[tuple[str, str]] = []
         for held_out in (False, True):
-            for index, _source, media_kind, group in groups(inputs, held_out=held_out):
-                rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group]
-                name = f"dataset/{folder(index, media_kind, held_out)}.jsonl"
-                files.append((name, jsonl.render(media_kind, rows)))
+            for group in groups(inputs, held_out=held_out):
+                rows = [(f"dataset/media/{item.media_name}", item.caption) for item in group.items]
+                files.append((f"dataset/{group.name}.jsonl", jsonl.render(group.media_kind, rows)))
         items = inputs.selection.items
         wanted: dict[str, CacheEntry] = {}
         for item in items:
