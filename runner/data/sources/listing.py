@@ -6,7 +6,7 @@ import os
 import posixpath
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
 from runner.core.regular_file import open_regular
+from runner.core.text import counted, named
 from runner.data.sources.archive import check_members, member_name, open_archive, plain
 from runner.data.sources.caption_lists import captions_in, json_lines
 from runner.data.sources.captions import (
@@ -28,6 +29,7 @@ from runner.data.sources.captions import (
 from runner.data.sources.kohya_folders import repeats_of_folders
 from runner.data.sources.texts import MAX_LIST, Opener, TextFile, printable, read_texts
 from runner.data.sources.written_paths import WrittenPaths
+from runner.formats.caption_files import CAPTION_ENDINGS
 from runner.formats.media_types import MediaKind, hidden, media_kind_of
 
 
@@ -165,6 +167,7 @@ def _list_jsonl(path: Path, reading: CaptionOptions) -> Listing:
     entries: list[ListedMedia] = []
     lines: list[str] = []
     several: list[str] = []
+    unread: list[str] = []
     for where, record in json_lines(texts.texts[path.name], str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
@@ -192,20 +195,36 @@ def _list_jsonl(path: Path, reading: CaptionOptions) -> Listing:
             lines.append(name)
         listed = ListedMedia(name, kind, None, _file_opener(file), file)
         blank = ("",) if isinstance(record.get("caption"), str) else None
+        if not captions and (beside := _caption_beside(file)) is not None:
+            unread.append(printable(beside))
         entries.append(_listed(listed, chosen(captions, reading) if captions else blank))
     notices = (
         *texts.notices,
         *paths.notices(str(path)),
         *several_notices(lines, several, reading),
+        *_unread(path, unread),
     )
     return Listing(entries, notices=notices)
 
 
+def _caption_beside(media: Path) -> str | None:
+    """Return the name of a text that looks like the caption of a medium without one."""
+    names = [media.stem + ending for ending in CAPTION_ENDINGS]
+    names += [media.name + ending for ending in CAPTION_ENDINGS]
+    # os.path's answer is no for a path that is too long, where pathlib's is an error.
+    return next((name for name in names if os.path.isfile(media.parent / name)), None)
+
+
+def _unread(path: Path, names: Sequence[str]) -> Iterator[str]:
+    if names:
+        yield (
+            f"{path} has no caption for {counted(len(names), 'row')} with a text beside the medium "
+            f"({named(names)}), which is not read: write it into the row, or give the folder."
+        )
+
+
 def _file_beside(path: Path, written: str) -> str | None:
-    try:
-        return written if (path.parent / written).is_file() else None
-    except OSError:  # The path is too long.
-        return None
+    return written if os.path.isfile(path.parent / written) else None
 
 
 def files_of(folder: Path) -> dict[str, Path]:
