@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
-from runner.core.regular_file import open_regular
+from runner.core.regular_file import is_regular, open_regular
 from runner.core.text import counted, named
 from runner.data.sources.archive import check_members, member_name, open_archive, plain
 from runner.data.sources.caption_lists import captions_in, json_lines
@@ -211,8 +211,7 @@ def _caption_beside(media: Path) -> str | None:
     """Return the name of a text that looks like the caption of a medium without one."""
     names = [media.stem + ending for ending in CAPTION_ENDINGS]
     names += [media.name + ending for ending in CAPTION_ENDINGS]
-    # os.path's answer is no for a path that is too long, where pathlib's is an error.
-    return next((name for name in names if os.path.isfile(media.parent / name)), None)
+    return next((name for name in names if is_regular(media.parent / name)), None)
 
 
 def _unread(path: Path, names: Sequence[str]) -> Iterator[str]:
@@ -224,7 +223,7 @@ def _unread(path: Path, names: Sequence[str]) -> Iterator[str]:
 
 
 def _file_beside(path: Path, written: str) -> str | None:
-    return written if os.path.isfile(path.parent / written) else None
+    return written if is_regular(path.parent / written) else None
 
 
 def files_of(folder: Path) -> dict[str, Path]:
