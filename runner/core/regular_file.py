@@ -24,3 +24,11 @@ def open_regular(file: Path) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def is_regular(file: Path) -> bool:
+    """Return whether a path leads to a regular file; no, where it is too long to be a path."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False

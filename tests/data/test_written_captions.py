@@ -105,8 +105,8 @@ def test_other_encodings_are_decided_and_shown(tmp_path: Path) -> None:
     found = _scan(folder)
     assert [caption for _, caption in _captions(found)] == list(texts.values())
     assert found.notices == (
-        "3 texts (a.txt, b.txt, c.txt) are read as cp1252, Western European by its characters: "
-        "c.txt says 'o gato não está aqui'. If that is wrong, set dataset.encoding.",
+        "3 texts (a.txt, b.txt, c.txt) are read as cp1252 (Western European, judged by their "
+        "characters); c.txt says 'o gato não está aqui'. If that is wrong, set dataset.encoding.",
     )
     other = _scan(folder, encoding="cp1250")
     assert other.items[0].caption == "um căo em Săo Paulo"
@@ -118,7 +118,7 @@ def test_utf16_is_read_by_its_mark(tmp_path: Path) -> None:
     folder = _folder(tmp_path, {"a.jpg": None, "a.txt": "a café".encode("utf-16")})
     found = _scan(folder)
     assert _captions(found) == [("a.jpg", "a café")]
-    assert found.notices == ("a.txt is read as utf-16: a.txt says 'a café'.",)
+    assert found.notices == ("a.txt is read as utf-16: 'a café'.",)
     files = {"a.txt": b"\xff\x81\xfe\x9d\x90", "b.jpg": None, "b.txt": "cat".encode("utf-16-le")}
     with pytest.raises(UserError, match=r"a\.txt, b\.txt are not UTF-8, .*dataset\.encoding="):
         _scan(_folder(tmp_path, files))
@@ -235,6 +235,16 @@ def test_wrong_lists_are_named(tmp_path: Path) -> None:
     pair = {"prompts.txt": "one\ntwo\n", "videos.txt": "a.jpg\n"}
     with pytest.raises(UserError, match="has 2 captions for 1 media"):
         _scan(_folder(tmp_path / "pair", beside | pair))
+
+
+# A row of JSONL without a caption, whose medium has a text beside it, is said: a default caption
+# would take the place of what was written.
+def test_a_text_beside_a_row_without_caption_is_named(tmp_path: Path) -> None:
+    row = {"image_path": "a.jpg"}
+    folder = _folder(tmp_path, {"a.jpg": None, "a.txt": "A", "rows.jsonl": row})
+    found = _scan(folder / "rows.jsonl")
+    assert _captions(found) == [("a.jpg", None)]
+    assert "has no caption for 1 row with a text beside the medium (a.txt)" in found.notices[0]
 
 
 # Paths of Windows are understood; two paths of another place never mean one file here, and no

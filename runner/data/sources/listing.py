@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity
-from runner.core.regular_file import open_regular
-from runner.core.text import printable
+from runner.core.regular_file import is_regular, open_regular
+from runner.core.text import counted, named, printable
 from runner.data.sources.archive import Archive
 from runner.data.sources.caption_lists import captions_in, json_lines
 from runner.data.sources.captions import (
@@ -28,6 +28,7 @@ from runner.data.sources.open_archive import open_archive
 from runner.data.sources.texts import MAX_LIST, Opener, TextFile, read_texts
 from runner.data.sources.tree import data_of, files_of
 from runner.data.sources.written_paths import WrittenPaths
+from runner.formats.caption_files import CAPTION_ENDINGS
 from runner.formats.media_types import MediaKind, hidden, media_kind_of
 
 
@@ -158,6 +159,7 @@ def _list_jsonl(path: Path, reading: CaptionOptions) -> Listing:
     entries: list[ListedMedia] = []
     lines: list[str] = []
     several: list[str] = []
+    unread: list[str] = []
     for where, record in json_lines(texts.texts[path.name], str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
@@ -185,17 +187,32 @@ def _list_jsonl(path: Path, reading: CaptionOptions) -> Listing:
             lines.append(name)
         listed = ListedMedia(name, kind, None, _file_opener(file), file)
         blank = ("",) if isinstance(record.get("caption"), str) else None
+        if not captions and (beside := _caption_beside(file)) is not None:
+            unread.append(printable(beside))
         entries.append(_listed(listed, chosen(captions, reading) if captions else blank))
     notices = (
         *texts.notices,
         *paths.notices(str(path)),
         *several_notices(lines, several, reading),
+        *_unread(path, unread),
     )
     return Listing(entries, notices=notices)
 
 
+def _caption_beside(media: Path) -> str | None:
+    """Return the name of a text that looks like the caption of a medium without one."""
+    names = [media.stem + ending for ending in CAPTION_ENDINGS]
+    names += [media.name + ending for ending in CAPTION_ENDINGS]
+    return next((name for name in names if is_regular(media.parent / name)), None)
+
+
+def _unread(path: Path, names: Sequence[str]) -> Iterator[str]:
+    if names:
+        yield (
+            f"{path} has no caption for {counted(len(names), 'row')} with a text beside the medium "
+            f"({named(names)}), which is not read: write it into the row, or give the folder."
+        )
+
+
 def _file_beside(path: Path, written: str) -> str | None:
-    try:
-        return written if (path.parent / written).is_file() else None
-    except OSError:  # The path is too long.
-        return None
+    return written if is_regular(path.parent / written) else None

@@ -105,18 +105,20 @@ def _notices(
         of_encoding.setdefault((encoding, name in guessed), []).append(name)
     result: list[str] = []
     for (encoding, is_guess), names in of_encoding.items():
-        meaning = next((f", {c.shown}" for c in CANDIDATES if c.codec == encoding), "")
-        # The longest shows best whether the guess is right.
+        meaning = [c.shown for c in CANDIDATES if c.codec == encoding]
+        if is_guess:
+            meaning.append(f"judged by {'its' if len(names) == 1 else 'their'} characters")
+        how = f" ({', '.join(meaning)})" if meaning else ""
+        # The text with the most different characters shows best whether the guess is right.
         name = max(names, key=lambda one: len(set(texts[one][:500])))
         example = " ".join(texts[name].split())
-        cut = example[:_SHOWN] + ("..." if len(example) > _SHOWN else "")
-        how = " by its characters" if is_guess else ""
+        said = f"'{printable(example[:_SHOWN])}{'...' if len(example) > _SHOWN else ''}'"
         remedy = " If that is wrong, set dataset.encoding." if is_guess else ""
-        many = len(names) > 1
-        others = f" ({named(map(printable, names))})" if many else ""
-        which = f"{counted(len(names), 'text')}{others}" if many else printable(name)
-        result.append(
-            f"{which} {'are' if many else 'is'} read as {encoding}{meaning}{how}: "
-            f"{printable(name)} says '{printable(cut)}'.{remedy}"
-        )
+        if len(names) == 1:
+            result.append(f"{printable(name)} is read as {encoding}{how}: {said}.{remedy}")
+        else:
+            result.append(
+                f"{counted(len(names), 'text')} ({named(map(printable, names))}) are read as "
+                f"{encoding}{how}; {printable(name)} says {said}.{remedy}"
+            )
     return tuple(result)
