@@ -46,27 +46,27 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def __init__(
         self,
-        store: SharedCache,
+        cache: SharedCache,
         namespace: Namespace,
         name: str,
         waiting: Callable[[], None] = lambda: None,
-        anew: Collection[str] = (),
+        replace: Collection[str] = (),
     ) -> None:
         """Prepare to write; nothing is touched before the block is entered.
 
         Args:
-            store: the cache to write to.
+            cache: the cache to write to.
             namespace: where the entries go.
             name: names what is written, such as an archive; writers of the same name wait for each
                 other.
             waiting: called when another process holds the name.
-            anew: keys to write although the entries exist.
+            replace: keys of existing entries to write again, in place of the old ones.
         """
-        self.store, self.namespace, self.waiting, self.anew = store, namespace, waiting, anew
-        self.folder = store.root / _FOLDER / f"{namespace}-{json_digest({'of': name})[:16]}"
-        self._leases = Leases(store.root)
+        self.cache, self.namespace, self.waiting, self.replace = cache, namespace, waiting, replace
+        self.folder = cache.root / _FOLDER / f"{namespace}-{json_digest({'of': name})[:16]}"
+        self._leases = Leases(cache.root)
         self._turn = ExitStack()
-        self._claimed: set[str] = set()
+        self._reserved: set[str] = set()
         self._arrivals: list[FinishedFile] = []
         self._bytes = 0
         self.added = 0
@@ -104,17 +104,17 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         for folder in dead:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def claim(self, name: str) -> bool:
+    def reserve(self, name: str) -> bool:
         """Reserve a key for the caller, since a source may contain equal media several times.
 
         Returns:
             Whether the caller is to write the entry: False if it exists or is reserved already.
         """
         with self._mutex:
-            there = name not in self.anew and self.store.has(self.namespace, name)
-            if name in self._claimed or there:
+            there = name not in self.replace and self.cache.has(self.namespace, name)
+            if name in self._reserved or there:
                 return False
-            self._claimed.add(name)
+            self._reserved.add(name)
             return True
 
     def write(self, fill: Callable[[Write], object]) -> Path:
@@ -162,7 +162,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         except OSError as error:
             raise self._not_writable(error) from error
         with self._mutex:
-            replace = name in self.anew
+            replace = name in self.replace
             self._arrivals.append(FinishedFile(name, file, cache_inputs, sha256, replace))
             self._bytes += size
             self.added += 1
@@ -171,12 +171,12 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def _hand_over(self) -> None:
         batch, self._arrivals, self._bytes = self._arrivals, [], 0
-        self._commits.append(self._committer.submit(self.store.commit_all, self.namespace, batch))
+        self._commits.append(self._committer.submit(self.cache.commit_all, self.namespace, batch))
 
     def _not_writable(self, error: OSError) -> CacheNotWritable:
         reason = error.strerror or str(error)
         return CacheNotWritable(
-            f"{self.store.root} can't be written to ({reason}): free some space, or name another "
+            f"{self.cache.root} can't be written to ({reason}): free some space, or name another "
             "folder with output_dir."
         )
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[str, ImageStatistics]:
-    return measure_all(scan(kind, path, max_bytes=10**9).items, cache, keep=keep)
+    return measure_all(scan(kind, path, max_bytes=10**9).media, cache, keep=keep)
 
 
 # A sharp picture is not called blurred, its blurred copy is, and the worse the blur the lower the
@@ -157,7 +157,7 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     for number, file in enumerate(PHOTOS[:3]):
         shutil.copy(file, tmp_path / f"{number}.jpg")
         (tmp_path / f"{number}.txt").write_text("a caption")
-    items = list(scan("folder", tmp_path, max_bytes=10**9).items)
+    items = list(scan("folder", tmp_path, max_bytes=10**9).media)
     (tmp_path / "1.jpg").unlink()
     shutil.copy(PHOTOS[3], tmp_path / "2.jpg")
     looks = measure_all(items, tmp_path / "cache", keep=True)

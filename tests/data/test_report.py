@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Each way a medium can be wrong is found in it and in no other.
 def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
-    items = list(scan("folder", folder, max_bytes=10**9).items)
+    items = list(scan("folder", folder, max_bytes=10**9).media)
     looks = measure_all(items, tmp_path, keep=False)
     made = report(items, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]", looks=looks)
     found = kinds(made)
@@ -259,9 +259,9 @@ def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     found = scan("folder", folder, max_bytes=10**9)
-    looks = measure_all(found.items, tmp_path, keep=False)
+    looks = measure_all(found.media, tmp_path, keep=False)
     config = compose(*BASE, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]")
-    facts = fake_facts(config, found.items)
+    facts = fake_facts(config, found.media)
     facts = replace(facts, sources=(replace(facts.sources[0], ignored=found.ignored),))
     made = report_of(config, facts, looks)
     page = _Page(html(made, "test"))

@@ -43,12 +43,12 @@ class Listing:
     """The listed media of a source.
 
     Attributes:
-        entries: the media.
+        media: the media, in the order of the listing.
         identity: of an archive, when it was listed.
         began: when an archive was listed, in nanoseconds since 1970.
     """
 
-    entries: list[ListedMedia]
+    media: list[ListedMedia]
     identity: Identity | None = None
     began: int = 0
 
@@ -83,7 +83,7 @@ def _list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
     packed = [member for member in archive.infolist() if not member.is_dir()]
     members = {plain(member_name(member)): member for member in packed}
     media = _list_tree({name: reader(member) for name, member in members.items()}, path)
-    entries = [
+    media_list = [
         replace(
             listed,
             archive=path,
@@ -92,7 +92,7 @@ def _list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
         )
         for listed in media
     ]
-    return Listing(entries, identity, began)
+    return Listing(media_list, identity, began)
 
 
 def _file_opener(file: Path) -> Opener:
@@ -103,7 +103,7 @@ def _list_tree(openers: Mapping[str, Opener], where: Path) -> list[ListedMedia]:
     visible = [name for name in sorted(openers) if not hidden(name)]
     captions = {name[:-4]: name for name in visible if name.lower().endswith(".txt")}
     captions_from_metadata = _metadata(visible, openers, where)
-    entries: list[ListedMedia] = []
+    media_list: list[ListedMedia] = []
     for name in visible:
         kind = media_kind_of(name)
         if kind is None:
@@ -112,8 +112,8 @@ def _list_tree(openers: Mapping[str, Opener], where: Path) -> list[ListedMedia]:
         caption = captions_from_metadata.get(name)
         if text is not None:
             caption = _read(openers[text], f"{text} in {where}").strip()
-        entries.append(ListedMedia(name, kind, caption, openers[name]))
-    return entries
+        media_list.append(ListedMedia(name, kind, caption, openers[name]))
+    return media_list
 
 
 def _metadata(
@@ -162,7 +162,7 @@ def _records(text: str, where: str, key: str) -> Iterator[tuple[str, dict[str, A
 
 
 def _list_jsonl(path: Path) -> list[ListedMedia]:
-    entries: list[ListedMedia] = []
+    media_list: list[ListedMedia] = []
     for where, record in _records(_read(_file_opener(path), str(path)), str(path), "image_path"):
         keys = [key for key in ("image_path", "video_path", "path") if key in record]
         if len(keys) != 1 or not isinstance(record[keys[0]], str):
@@ -178,8 +178,8 @@ def _list_jsonl(path: Path) -> list[ListedMedia]:
         if not file.is_file():
             raise UserError(f"{where}: there is no {file}")
         caption = None if caption is None else caption.strip()
-        entries.append(ListedMedia(name, kind, caption, _file_opener(file), file))
-    return entries
+        media_list.append(ListedMedia(name, kind, caption, _file_opener(file), file))
+    return media_list
 
 
 def files_of(folder: Path) -> dict[str, Path]:

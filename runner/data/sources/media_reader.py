@@ -37,7 +37,7 @@ class ArchiveExtractor:
 
     def takes(self, media: SourceMedia) -> bool:
         """Return whether the caller is to extract the media."""
-        return self.wanted(media) and self.writer.claim(media.cache_key)
+        return self.wanted(media) and self.writer.reserve(media.cache_key)
 
     def write(self, media: SourceMedia, data: bytes) -> None:
         """Commit media that are held in memory, or the RGB picture made from them."""

@@ -68,5 +68,5 @@ class Scan:
 
     source_kind: SourceKind
     path: Path
-    items: tuple[SourceMedia, ...]
+    media: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]

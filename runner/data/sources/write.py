@@ -39,7 +39,7 @@ def unpack(
     stop = threading.Event()
 
     def extract(item: SourceMedia) -> None:
-        if stop.is_set() or not writer.claim(item.cache_key):
+        if stop.is_set() or not writer.reserve(item.cache_key):
             return
         digests: list[str] = []
         file = writer.write(
