@@ -86,7 +86,7 @@ if what == "use":
     use.hold(names)
     print("held", flush=True)
     time.sleep(600)
-with leases.claim(names, "runs/other") as (mine, others):
+with leases.lease_for_making(names, "runs/other") as (mine, others):
     print(*sorted(mine), flush=True)
     time.sleep(600)
 """

@@ -138,7 +138,7 @@ def _option_of(name: str, choices: Choices) -> str | None:
     row = TABLE.get(name)
     meant = [
         _OTHER_NAMES.get(name),
-        row.instead if row else None,
+        row.set_by if row else None,
         name.replace("_", ".", 1),
         by_last_part(known).get(name),
     ]

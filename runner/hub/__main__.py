@@ -44,9 +44,9 @@ def main() -> int:
     if console.fancy:
         hush()
     try:
-        cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
+        hub_cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
         with DownloadProgress(console, Path(progress_file) if progress_file else None) as progress:
-            for file in fetch_files(requests, cache, progress, force=force):
+            for file in fetch_files(requests, hub_cache, progress, force=force):
                 console.line(f"{file.sha256}  {file.path}")
     except (StageError, OSError) as error:
         console.error(describe_os_error(error) if isinstance(error, OSError) else str(error))

@@ -64,7 +64,7 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
             **({"training.compile": True} if compiled else {}),
             "training.seed": inputs.seed,
             "weights": weights,
-            "cache": sorted((place, entry.name) for entry in cached for place in entry.links),
+            "cache": sorted((place, entry.key) for entry in cached for place in entry.links),
             "dataset.sources": [
                 (source.options.batch_size, source.options.num_repeats) for source in inputs.sources
             ],

@@ -18,7 +18,7 @@ from other_processes import ended, none_left, other, pictures, start, zipped
 from runner.cli import cache
 from runner.storage.leases import Leases, UseLease
 from runner.storage.shared_cache import NAMESPACES, SharedCache
-from runner.storage.usage import take_stock
+from runner.storage.usage import read_contents
 
 __all__ = ("none_left",)
 
@@ -312,7 +312,7 @@ def test_scraps_go(stocked: Path) -> None:
     for name, days in ((".a9.7.tmp", 2.0), ("a8.safetensors.json", 2.0), (".a7.7.tmp", 0.0)):
         (old / name).write_bytes(bytes(500))
         aged(old / name, days)
-    assert take_stock(root, time.time()).bytes == 9000
+    assert read_contents(root, time.time()).bytes == 9000
     assert cache.main(["prune", "--unused", "--yes"]) == 0
     assert sorted(file.name for file in folder.iterdir()) == [
         ".a7.7.tmp",

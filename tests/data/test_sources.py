@@ -360,7 +360,7 @@ def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
     for item in items:
         with pytest.raises(UserError, match="can't be read"):
             _unpacked(item, store)
-    assert store.names() == frozenset()
+    assert store.full_keys() == frozenset()
 
 
 # Half of a character, as JSON can spell it, is told with its line: it can't be encoded.

@@ -154,7 +154,7 @@ def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
     from runner.storage.leases import Leases
 
     media, out = pictures(here / "media", 3), here / "out"
-    real = Leases.claim
+    real = Leases.lease_for_making
     others: list[int] = []
 
     def overtaken(self: Leases, names: Any, run: str) -> Any:
@@ -163,7 +163,7 @@ def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
             told(out, media)
         return real(self, names, run)
 
-    monkeypatch.setattr(Leases, "claim", overtaken)
+    monkeypatch.setattr(Leases, "lease_for_making", overtaken)
     told(out, media)
     assert others
     assert set(Counter(encoded(here / "log")).values()) == {1}
@@ -343,7 +343,7 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
     for entry in context.plan.entries:
         staged = here / "staged"
         staged.write_bytes(os.urandom(64))
-        context.cache.commit(entry.namespace, entry.name, staged, entry.cache_inputs)
+        context.cache.commit(entry.namespace, entry.key, staged, entry.cache_inputs)
     cut, flipped = in_namespace(out, "latents")[:2]
     overwrite(cut, cut.read_bytes()[:-3])
     flip(flipped)

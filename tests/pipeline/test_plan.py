@@ -140,7 +140,7 @@ def set_by(recipe: str) -> set[str]:
     return {
         name
         for name, option in TABLE.items()
-        if OmegaConf.select(values, str(option.instead)) is not None
+        if OmegaConf.select(values, str(option.set_by)) is not None
     }
 
 
@@ -171,7 +171,7 @@ def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
 
 
 def keys(plan: Plan, stage: str) -> set[str]:
-    return {f"{entry.namespace}/{entry.name}" for entry in plan.stage(stage).entries}
+    return {f"{entry.namespace}/{entry.key}" for entry in plan.stage(stage).entries}
 
 
 def missing_after(changes: list[str], items: list[Any] | None = None) -> tuple[int, int]:

@@ -155,11 +155,11 @@ def add_link(wanted: dict[str, CacheEntry], entry: CacheEntry) -> bool:
     Returns:
         Whether the entry was new.
     """
-    known = wanted.get(entry.name)
+    known = wanted.get(entry.key)
     if known is None:
-        wanted[entry.name] = entry
+        wanted[entry.key] = entry
         return True
-    wanted[entry.name] = replace(known, links=known.links + entry.links)
+    wanted[entry.key] = replace(known, links=known.links + entry.links)
     return False
 
 
@@ -234,7 +234,7 @@ class _EncodingCommitter:
             if entry is not None and which(file):
                 self._check(file)
                 cache = self.context.cache
-                cache.commit(entry.namespace, entry.name, file, entry.cache_inputs, replace=True)
+                cache.commit(entry.namespace, entry.key, file, entry.cache_inputs, replace=True)
                 self.kept.add(entry.full_key)
 
     def is_current(self, file: Path) -> bool:
