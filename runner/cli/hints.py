@@ -43,9 +43,9 @@ def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> st
     """Describe the first mistake in a command line.
 
     Args:
-        arguments: The command line without ``-m``.
-        choices: The config groups and the choices of each.
-        multirun: Whether ``-m`` was among the arguments.
+        arguments: the command line without ``-m``.
+        choices: the config groups and the choices of each.
+        multirun: whether ``-m`` was among the arguments.
 
     Returns:
         One line with the corrected command, or None if no mistake is known.

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from runner.config.option import Counts
+from runner.config.option import Digests
 from runner.config.rules import value_of
 from runner.config.schema import DatasetConfig, SourceConfig, options
 from runner.data.select import SourceOptions, source_options
@@ -38,7 +38,7 @@ def resume_key(inputs: Inputs) -> str:
     """Return the digest of what was requested."""
     return _digest(
         {
-            **_set(inputs, ("both", "asked")),
+            **_set(inputs, ("both", "resume_key")),
             "dataset.sources": _asked_sources(inputs),
         }
     )
@@ -76,7 +76,7 @@ def _digest(cache_inputs: Mapping[str, Any]) -> str:
     return json_digest(cache_inputs)[:16]
 
 
-def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
+def _set(inputs: Inputs, which: tuple[Digests, ...]) -> dict[str, Any]:
     """Return the options among ``which`` that differ from their defaults, by key.
 
     An option without a row in the table counts in both digests.
@@ -85,7 +85,7 @@ def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for option in options(type(config)):
         key, value = option.key, value_of(config, option.key)
-        counted = (option.counts or "both") in which and key not in _OF_SOURCES
+        counted = (option.digests or "both") in which and key not in _OF_SOURCES
         if counted and value != FIRST_DEFAULTS.get(key, option.default):
             changed[key] = value
     # Only these are not yet absolute in the config.

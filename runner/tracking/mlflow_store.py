@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from runner.core.errors import UserError, plain_reason
-from runner.tracking.client import connect, first_line, quiet, safe
-from runner.tracking.server import check_server, why
+from runner.tracking.client import connect, first_line, quiet, without_secrets
+from runner.tracking.server import check_server, describe_failure
 
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
@@ -57,7 +57,7 @@ def sqlite_path(uri: str) -> Path | None:
         database = None
     if not database or not Path(database).is_absolute():
         raise UserError(
-            f"tracking.uri={safe(uri)}: give an absolute path, sqlite:////folder/mlflow.db"
+            f"tracking.uri={without_secrets(uri)}: give an absolute path, sqlite:////folder/mlflow.db"
         )
     return Path(database)
 
@@ -78,8 +78,8 @@ def initialise(uri: str, outputs: Path) -> None:
     """
     if uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "uc")):
         raise UserError(
-            f"tracking.uri={safe(uri)}: MLflow no longer writes to plain folders; leave it out for "
-            "SQLite, or give http://host:port of a server"
+            f"tracking.uri={without_secrets(uri)}: MLflow no longer writes to plain "
+            "folders; leave it out for SQLite, or give http://host:port of a server"
         )
     try:
         outputs.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
                 experiment = client.get_experiment_by_name(name)
     except Exception as error:
         if uri.startswith(("http://", "https://")):
-            description = f"tracking server {safe(uri)} {why(uri, error)}"
+            description = f"tracking server {without_secrets(uri)} {describe_failure(uri, error)}"
             raise UserError(f"tracking.experiment={name}: {description}") from error
         raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
     if experiment is None or experiment.lifecycle_stage != "active":

@@ -216,10 +216,10 @@ def test_lost_packages_are_installed_again(sandbox: Sandbox) -> None:
     lost = sandbox.home / "venv" / "bin" / "lost"
     lost.write_text('["torch", "accelerate", "av", "cv2", "toml"]\n')
     checked = sandbox.run("check")
-    line = f"the install in {sandbox.home} has lost torch, accelerate, av and 2 more"
+    line = f"the install in {sandbox.home} is missing torch, accelerate, av and 2 more"
     assert (checked.code, checked.out) == (1, f"broken: {line}.\n")
     lost.write_text('["einops"]\n')
-    assert sandbox.run("check").out.endswith(" has lost einops.\n")
+    assert sandbox.run("check").out.endswith(" is missing einops.\n")
     assert sandbox.install().out.startswith("Starting over: ")
     assert sandbox.calls()[0] == "PYTHON -m venv --clear HOME/venv"
 
@@ -248,11 +248,11 @@ def test_modules_are_looked_for_in_the_environment(
     (tmp_path / "musubi_tuner.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    lost = musubi_install._lost(Path(sys.executable))
+    lost = musubi_install._missing_modules(Path(sys.executable))
     assert lost is not None
     assert "musubi_tuner" in lost
     assert "numpy" not in lost
-    assert musubi_install._lost(tmp_path / "none") is None
+    assert musubi_install._missing_modules(tmp_path / "none") is None
 
 
 # Another Python than the install was made with is told, and what takes it.
