@@ -65,13 +65,13 @@ class HubDatasets:
 
         Args:
             repository: ``owner/name``.
-            revision: A branch, tag or commit.
-            watcher: Listens to the download.
-            force: Ask the hub anyway, and verify every file again.
+            revision: a branch, tag or commit.
+            watcher: listens to the download.
+            force: ask the hub anyway, and verify every file again.
 
         Raises:
-            UserError: The dataset can't be used.
-            StageError: It can't be downloaded.
+            UserError: the dataset can't be used.
+            StageError: it can't be downloaded.
         """
         from runner.hub.fetch import fetch_files
 
@@ -90,9 +90,9 @@ class HubDatasets:
         """Return the dataset if it is cached, for a dry run; nothing is fetched or noted.
 
         Raises:
-            UserError: It is not cached (the message says how much there is to fetch), or it can't
+            UserError: it is not cached (the message says how much there is to fetch), or it can't
                 be used.
-            StageError: It can't be looked up.
+            StageError: it can't be looked up.
         """
         cached = self.find(repository, revision)
         if cached is not None:

@@ -66,17 +66,17 @@ def fetch_files(
     """Make sure that every requested file is in the Hugging Face cache and verified.
 
     Args:
-        requests: The files, for each repository. If all files of a request are cached, the hub is
+        requests: the files, for each repository. If all files of a request are cached, the hub is
             not asked, even if the branch has moved.
-        hub_cache: The Hugging Face cache.
-        watcher: Listens to what happens.
-        force: Ask the hub anyway, and verify every file again.
+        hub_cache: the Hugging Face cache.
+        watcher: listens to what happens.
+        force: ask the hub anyway, and verify every file again.
 
     Returns:
         The files, see :func:`recorded`.
 
     Raises:
-        StageError: With a message of one line. A missing repository, file or revision, no access,
+        StageError: with a message of one line. A missing repository, file or revision, no access,
             no network and no disk space are noticed before the download starts.
     """
     for request in requests:

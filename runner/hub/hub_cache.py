@@ -35,10 +35,10 @@ class Request:
     """Files wanted from one repository at one revision (branch, tag or commit).
 
     Attributes:
-        files: Required files.
-        patterns: Patterns of optional files, which are fetched too if there are any.
-        branch: A branch that programs will ask for offline; it is pointed at the commit.
-        option: The option that holds the revision, for messages.
+        files: required files.
+        patterns: patterns of optional files, which are fetched too if there are any.
+        branch: a branch that programs will ask for offline; it is pointed at the commit.
+        option: the option that holds the revision, for messages.
         repo_type: ``model`` or ``dataset``.
     """
 
@@ -253,10 +253,10 @@ def read_sha256(file: Path, etag: str | None, progress: Callable[[int], None]) -
     """Hash a file and compare the result with its etag.
 
     Args:
-        file: The file.
+        file: the file.
         etag: 64 digits are a SHA-256; 40 digits are git's blob id, the SHA-1 of ``blob <size>``, a
             zero byte and the content. Any other etag can't be checked and is accepted.
-        progress: Called with the number of bytes read so far.
+        progress: called with the number of bytes read so far.
 
     Returns:
         The file's SHA-256, and whether the etag matches.

@@ -20,13 +20,13 @@ class LocatedWeights:
     """The paths that the weights have or will have, and how to fetch them.
 
     Attributes:
-        paths: The files' paths.
-        digests: A digest for each part; None while something is missing.
-        commands: The commands that fetch them.
-        summary: A line about them, for plans.
-        tokenizer: The folder of the text encoder's tokenizer, if it is on this computer.
-        requests: Those of the files that are on the hub.
-        checked: Whether all cached files were verified.
+        paths: the files' paths.
+        digests: a digest for each part; None while something is missing.
+        commands: the commands that fetch them.
+        summary: a line about them, for plans.
+        tokenizer: the folder of the text encoder's tokenizer, if it is on this computer.
+        requests: those of the files that are on the hub.
+        checked: whether all cached files were verified.
     """
 
     paths: WeightPaths

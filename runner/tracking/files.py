@@ -14,7 +14,7 @@ def hide_values(file: Path, secrets: Sequence[str]) -> None:
     """Redact a file atomically if it contains one of these values.
 
     Raises:
-        OSError: The file can't be read or rewritten.
+        OSError: the file can't be read or rewritten.
     """
     if not secrets or not file.is_file() or file.stat().st_size == 0:
         return

@@ -127,16 +127,16 @@ class RunWriter:
         """Start a run in ``experiment``, which is created if it is missing.
 
         Args:
-            uri: The address of a store that was initialised.
-            experiment: The experiment's name.
-            outputs: The folder that ``mlartifacts`` is in, if the store is not a server.
-            name: The run's name.
+            uri: the address of a store that was initialised.
+            experiment: the experiment's name.
+            outputs: the folder that ``mlartifacts`` is in, if the store is not a server.
+            name: the run's name.
             params: Parameters, see :meth:`log_params`.
             tags: Tags, see :meth:`set_tags`.
-            parent_id: The id of the run that becomes its parent.
+            parent_id: the id of the run that becomes its parent.
 
         Raises:
-            UserError: The store refused.
+            UserError: the store refused.
         """
         root = None if _is_server(uri) else mlflow_store.artifact_root(outputs)
         experiment_id = mlflow_store.ensure_experiment(uri, experiment, root)

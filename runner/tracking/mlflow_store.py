@@ -22,7 +22,7 @@ def sqlite_uri(outputs: Path) -> str:
     """Return ``sqlite:////abs/outputs/mlflow.db``, escaped for any characters in the path.
 
     Raises:
-        UserError: The installed SQLAlchemy can't open such a path.
+        UserError: the installed SQLAlchemy can't open such a path.
     """
     return _file_uri(outputs.resolve() / DATABASE_NAME)
 
@@ -44,7 +44,7 @@ def sqlite_path(uri: str) -> Path | None:
     """Return the database file of a SQLite ``uri``; None for another store. Imports SQLAlchemy.
 
     Raises:
-        UserError: The path is not absolute.
+        UserError: the path is not absolute.
     """
     if not uri.startswith("sqlite"):
         return None
@@ -74,7 +74,7 @@ def initialise(uri: str, outputs: Path) -> None:
     only when it is complete. A server is asked whether it answers.
 
     Raises:
-        UserError: The store can't be used.
+        UserError: the store can't be used.
     """
     if uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "uc")):
         raise UserError(
@@ -159,9 +159,9 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
     """Return the id of an experiment, creating it if it is missing; safe against races.
 
     Args:
-        uri: The address of the store.
-        name: The experiment's name.
-        artifact_root: The folder of a new experiment's artifacts; None lets the server decide.
+        uri: the address of the store.
+        name: the experiment's name.
+        artifact_root: the folder of a new experiment's artifacts; None lets the server decide.
 
     Raises:
         UserError: MLflow refuses the name, or the experiment was deleted.

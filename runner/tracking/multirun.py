@@ -59,12 +59,12 @@ class Sweep:
         """Record a new sweep.
 
         Args:
-            folder: The sweep's own folder, which is created.
-            overrides: The overrides of the command line, without passwords.
-            counted: Whether every combination of the values is a job.
-            dry_run: Whether nothing is to be run.
-            output_dir: The option of that name, as it was typed.
-            tracking: The options of tracking, without passwords.
+            folder: the sweep's own folder, which is created.
+            overrides: the overrides of the command line, without passwords.
+            counted: whether every combination of the values is a job.
+            dry_run: whether nothing is to be run.
+            output_dir: the option of that name, as it was typed.
+            tracking: the options of tracking, without passwords.
         """
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         sweep = cls(
@@ -88,7 +88,7 @@ class Sweep:
         """Read the sweep of a folder.
 
         Raises:
-            UserError: The folder has no readable ``sweep.json``.
+            UserError: the folder has no readable ``sweep.json``.
         """
         try:
             values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))

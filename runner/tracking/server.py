@@ -23,7 +23,7 @@ def check_server(uri: str) -> None:
     """Send the server at ``uri`` one request; takes seconds even if nothing answers.
 
     Raises:
-        UserError: The address, the user name, the password or the server is wrong.
+        UserError: the address, the user name, the password or the server is wrong.
     """
     if uri.startswith(("http://", "https://")):
         _reach(uri)
