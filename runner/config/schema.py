@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from runner.config.option import Bounds, Digests, Needs, Option, option, part
 
-# Kinds of media source; auto detects the kind from the path.
+# Kinds of source; auto detects the kind from the path.
 SourceKind = Literal["zip", "folder", "jsonl", "hub", "sample"]
 SOURCE_KINDS = ("auto", *get_args(SourceKind))
 FRAME_EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
@@ -119,15 +119,15 @@ class DatasetConfig:
     )
     revision: str = option(
         "main",
-        "Branch, tag or commit (hub). A branch is resolved once; stages.force=[dataset] resolves "
-        "it again.",
+        "Branch, tag or commit of a dataset of the hub. A branch is resolved once; "
+        "stages.force=[dataset] resolves it again.",
     )
     trigger_word: str | None = option(
         None, "Word put before every caption that does not contain it."
     )
     default_caption: str | None = option(None, "Caption for media without one.")
     missing_captions: str = option(
-        "error", "What to do about media with no caption.", choices=("error", "skip")
+        "error", "What to do about media without a caption.", choices=("error", "skip")
     )
     resolution: list[int] = option(
         [544, 960], "Width and height in pixels; buckets have about the same area."
@@ -142,19 +142,19 @@ class DatasetConfig:
     )
     frame_stride: int = option(
         1,
-        "Frames between the starts of crops (slide).",
+        "Frames between the starts of crops (frame_extraction=slide).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("slide",)),
     )
     frame_sample: int = option(
         1,
-        "Crops per clip and length (uniform).",
+        "Crops per clip and length (frame_extraction=uniform).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("uniform",)),
     )
     max_frames: int = option(
         129,
-        "Maximum length of a crop in frames (full).",
+        "Maximum length of a crop in frames (frame_extraction=full).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("full",)),
     )
@@ -194,16 +194,18 @@ class NetworkConfig:
     weights: str | None = option(
         None, "A LoRA of an earlier run to start from (its lora.safetensors).", path=True
     )
-    include: list[str] = option([], "Regular expressions of module names to train as well.")
-    exclude: list[str] = option([], "Regular expressions of module names to leave out.")
-    args: dict[str, Any] = option({}, "More network arguments.")
+    include: list[str] = option(
+        [], "Regular expressions of module names to train although they are excluded."
+    )
+    exclude: list[str] = option([], "Regular expressions of module names not to train.")
+    args: dict[str, Any] = option({}, "Further arguments of the network (network_args).")
 
 
 @dataclass
 class OptimizerConfig:
     name: str = option("adamw8bit", "Optimizer.", digests="neither")
     # "???" is OmegaConf for a value that must be given.
-    type: str = option("???", "Name or class path of the optimizer, for the trainer.")
+    type: str = option("???", "Name or class path that the trainer knows the optimizer by.")
     learning_rate: float = option(1e-4, "Learning rate; the default is the optimizer's.", above=0)
     args: dict[str, Any] = option({}, "The optimizer's own arguments.")
 
@@ -215,7 +217,7 @@ class SchedulerConfig:
     num_cycles: int = option(
         1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
     )
-    power: float = option(1.0, "Exponent (polynomial).", at_least=0)
+    power: float = option(1.0, "Exponent (scheduler=polynomial).", at_least=0)
     min_lr_ratio: float | None = option(
         None,
         "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex).",
@@ -280,7 +282,7 @@ class TrainingConfig:
     )
     sigmoid_scale: float = option(
         1.0,
-        "Scale of the normal values before the sigmoid (shift, sigmoid).",
+        "Scale of the normal values before the sigmoid (timestep_sampling=shift, sigmoid).",
         above=0,
         needs=Needs("training.timestep_sampling", ("shift", "sigmoid", "sigma", "logsnr")),
     )

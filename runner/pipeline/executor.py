@@ -250,17 +250,21 @@ class _Run:
         script.chmod(0o755)
 
     def _as_it_ran(self, stage: StagePlan, ran: Sequence[Command] | None) -> StagePlan:
-        """Return a stage as ``commands.sh`` shows it; ``ran`` is None if it has not begun."""
-        begun = self.plan_at_start.get(stage.name, stage)
+        """Return a stage as ``commands.sh`` shows it; ``ran`` is None if the stage has not begun."""
+        at_start = self.plan_at_start.get(stage.name, stage)
         if ran is None:
             # A stage whose work has been done meanwhile stays in the script, with the commits that
             # its branches resolved to.
-            return stage if stage.to_run else replace(stage, state=begun.state)
+            return stage if stage.to_run else replace(stage, state=at_start.state)
         if not ran:
-            return replace(begun, commands=(), state="done" if begun.to_run else begun.state)
+            return replace(
+                at_start, commands=(), state="done" if at_start.to_run else at_start.state
+            )
         # What ran as planned is shown with the commits that its branches resolved to.
-        as_planned = tuple(ran) == begun.commands and stage.commands
-        return replace(begun, commands=as_planned or tuple(ran), state="to run")
+        ran_as_planned = tuple(ran) == at_start.commands
+        return replace(
+            at_start, commands=(ran_as_planned and stage.commands) or tuple(ran), state="to run"
+        )
 
     def _run_stages(self, context: Context, recorder: Recorder) -> None:
         planned = {stage.name for stage in self.plan.stages}
@@ -315,7 +319,7 @@ class _Run:
 
 @contextmanager
 def _failures_named(what: str, folder: Path) -> Iterator[None]:
-    """Re-raise failures in the block as :class:`StageError`, prefixed with ``what``."""
+    """Re-raise a failure of the block as :class:`StageError`; ``what`` names what failed."""
     try:
         yield
     except (StageError, UserError, OSError) as error:
