@@ -64,7 +64,7 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
             **({"training.compile": True} if compiled else {}),
             "training.seed": inputs.seed,
             "weights": weights,
-            "cache": sorted((place, entry.key) for entry in cached for place in entry.links),
+            "cache": sorted((path, entry.key) for entry in cached for path in entry.links),
             "dataset.sources": [
                 (source.options.batch_size, source.options.num_repeats) for source in inputs.sources
             ],
@@ -94,23 +94,23 @@ def _set(inputs: Inputs, which: tuple[Digests, ...]) -> dict[str, Any]:
 
 
 def _asked_sources(inputs: Inputs) -> list[dict[str, Any]]:
-    """Return the place of each source, and its options that differ from the defaults."""
+    """Return where each source is, and its options that differ from the defaults."""
     first = {k.rpartition(".")[2]: v for k, v in FIRST_DEFAULTS.items() if k in _OF_SOURCES}
     default = _flat(source_options(DatasetConfig(**first))[0])
     result: list[dict[str, Any]] = []
     for asked, source in zip(source_options(inputs.config.dataset), inputs.sources, strict=True):
-        place: dict[str, Any] = {"kind": source.source_kind}
+        location: dict[str, Any] = {"kind": source.source_kind}
         if asked.source_kind == "hub":
-            place = {"kind": "hub", "path": asked.path, "revision": asked.revision}
+            location = {"kind": "hub", "path": asked.path, "revision": asked.revision}
         elif source.source_kind != "sample":
-            place["path"] = source.path
+            location["path"] = source.path
         changed = {key: value for key, value in _flat(asked).items() if value != default[key]}
-        result.append(place | changed)
+        result.append(location | changed)
     return result
 
 
 def _flat(asked: SourceOptions) -> dict[str, Any]:
     values = asdict(asked)
-    for place in ("path", "source_kind", "revision"):
-        del values[place]
+    for key in ("path", "source_kind", "revision"):
+        del values[key]
     return values | values.pop("extraction")

@@ -250,7 +250,7 @@ class _Run:
         script.chmod(0o755)
 
     def _as_it_ran(self, stage: StagePlan, ran: Sequence[Command] | None) -> StagePlan:
-        """Return a stage as ``commands.sh`` shows it; ``ran`` is None if the stage has not begun."""
+        """Return a stage as ``commands.sh`` shows it; ``ran`` is None before the stage begins."""
         at_start = self.plan_at_start.get(stage.name, stage)
         if ran is None:
             # A stage whose work has been done meanwhile stays in the script, with the commits that

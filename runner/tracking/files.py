@@ -21,8 +21,8 @@ def hide_values(file: Path, secrets: Sequence[str]) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
         if all(held.find(secret.encode()) < 0 for secret in secrets):
             return
-    with whole(file) as place:
-        write_redacted(file, place, secrets)
+    with whole(file) as redacted_file:
+        write_redacted(file, redacted_file, secrets)
 
 
 def write_redacted(file: Path, copy: Path, secrets: Sequence[str]) -> bool:

@@ -504,7 +504,7 @@ def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
 def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     media, out, gate = pictures(here / "media", 3), here / "out", here / "gate"
     monkeypatch.setenv("FAKE_GATE", str(gate))
-    monkeypatch.setattr("runner.pipeline.stages.encoding._KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("runner.pipeline.stages.encoding._COMMIT_SECONDS", 0.0)
     monkeypatch.setattr("runner.pipeline.stages.encoding._UNCHANGED_SECONDS", 0.0)
     early: list[int] = []
 
@@ -552,7 +552,7 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
                 place.write_bytes(data)
         """,
     )
-    monkeypatch.setattr(encoding, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(encoding, "_COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(encoding, "_UNCHANGED_SECONDS", 3600.0)
     kept: list[bool] = []
     real = SharedCache.commit
