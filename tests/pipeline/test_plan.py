@@ -72,7 +72,7 @@ def test_targets_are_whole_when_frames_are_resampled() -> None:
     plan = plan_of(config, facts)
     crops = [entry.cache_inputs["frames"] for entry in plan.stage("latents").entries]
     assert crops == [[0, 1], [0, 13]]
-    one = frozenset({f"latents/{plan.stage('latents').entries[0].name}"})
+    one = frozenset({f"latents/{plan.stage('latents').entries[0].key}"})
     again = plan_of(config, fake_facts(config, [fake_item("clip.mp4")], cached=one))
     toml = dict(again.stage("latents").files)["staging/latents.toml"]
     assert toml == dict(plan.stage("latents").files)["staging/latents.toml"]

@@ -266,7 +266,7 @@ def test_factors(size: int, factor: int, expected: tuple[int, int]) -> None:
     ("arguments", "message"),
     [
         (["conv_dim=4"], "conv_dim=4"),
-        (["exclude_patterns=['(']"], "no regular expression"),
+        (["exclude_patterns=['(']"], "not a regular expression"),
         (["exclude_patterns=x"], "cannot be read"),
         (["rank_dropout=lots"], "cannot be read"),
     ],

@@ -293,7 +293,7 @@ def test_hopeless_installs_fail_at_once(sandbox: Sandbox) -> None:
     no_source = sandbox.install("--torch", "cpu", "--source", "nowhere")
     assert (no_source.code, no_source.err) == (
         2,
-        "error: --source nowhere is no checkout of musubi-tuner.\n",
+        "error: --source nowhere is not a checkout of musubi-tuner.\n",
     )
     old = executable(sandbox.folder / "old", "#!/bin/sh\necho 3 9\n")
     no_python = sandbox.run("install", "--torch", "cpu", "--python", str(old))
