@@ -114,9 +114,9 @@ def _locate_source(
         kind, path = locate(options.path, options.source_kind, cwd=cwd)
         return _LocatedSource(options, kind, path, str(path))
     from runner.hub.dataset import HubDatasets
-    from runner.hub.remote import hush
+    from runner.hub.remote import silence_warnings
 
-    hush()
+    silence_warnings()
     datasets = HubDatasets(cache.root)
     if scan_options.write:
         with scan_options.watch() as watcher:

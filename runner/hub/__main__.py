@@ -17,7 +17,7 @@ from runner.core.process import Stopped, raise_on_signals
 from runner.hub.fetch import fetch_files
 from runner.hub.hub_cache import HubCache, Request
 from runner.hub.progress import VARIABLE, DownloadProgress
-from runner.hub.remote import hush
+from runner.hub.remote import silence_warnings
 
 AND = "--and"
 
@@ -42,7 +42,7 @@ def main() -> int:
     raise_on_signals()
     console = Console.for_stream(sys.stdout)
     if console.fancy:
-        hush()
+        silence_warnings()
     try:
         hub_cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
         with DownloadProgress(console, Path(progress_file) if progress_file else None) as progress:

@@ -51,7 +51,7 @@ def offline() -> bool:
     return bool(constants.is_offline_mode())
 
 
-def hush() -> None:
+def silence_warnings() -> None:
     """Silence huggingface_hub's warnings about retries and rate limits."""
     from huggingface_hub.utils import logging
 
