@@ -32,7 +32,7 @@ class CacheObject:
     """One object in the cache: an entry with its .json, a folder of weights, or a leftover file.
 
     Attributes:
-        full_key: namespace and key, or the name of the folder or file in the namespace.
+        full_key: the full key of an entry; of another object its namespace, a slash and its name.
         namespace: the first part of it.
         path: the file or folder.
         bytes: its size.
