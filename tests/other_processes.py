@@ -74,7 +74,7 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said(process)
 
 
-# Does what it is told in a process of its own, says so, and stays.
+# Does what it is asked in a process of its own, says so, and stays.
 HOLDER = """
 import sys, time
 from pathlib import Path

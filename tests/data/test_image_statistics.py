@@ -39,7 +39,7 @@ def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[st
 # A sharp picture is not called blurred, its blurred copy is, and the worse the blur the lower the
 # measure.
 @pytest.mark.parametrize("file", PHOTOS, ids=lambda file: file.stem)
-def test_blur_is_told_from_sharpness(file: Path) -> None:
+def test_blur_is_reported_from_sharpness(file: Path) -> None:
     image = photo(file)
     seen = [measure(blurred(image, radius)) for radius in (0, 0.7, 1.5, 3)]
     assert [look.blurred for look in seen] == [False, False, True, True]

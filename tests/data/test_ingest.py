@@ -109,7 +109,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def entries(tmp_path: Path) -> dict[str, bytes]:
-    """What lies on the media shelf under final names, notes aside."""
+    """What lies in the media namespace under final names, notes aside."""
     namespace = tmp_path / "outputs" / "cache" / "media"
     files = [file for file in namespace.rglob("*") if file.is_file() and file.suffix != ".json"]
     return {file.name: file.read_bytes() for file in files}
@@ -211,7 +211,7 @@ def test_a_new_zip_of_the_same_name(tmp_path: Path) -> None:
 
 
 # A file changed within two seconds before it was read is not remembered: a change in the same
-# instant could not be told. Nor one whose time of change lies ahead.
+# instant could not be detected. Nor one whose time of change lies ahead.
 def test_racy_files_are_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Days, so that a slow machine is within them too.
     monkeypatch.setattr(scan_index, "RACY_NS", 10**15)
@@ -267,7 +267,7 @@ def _cut_after(number: int) -> Callable[[str, int, int], None]:
 
 
 def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]:
-    """Looking at a wider picture takes until an interrupt was told; what is looked at."""
+    """Looking at a wider picture takes until an interrupt came; what is looked at."""
     real: Any = getattr(media_reader, "probe_image")  # noqa: B009
     shut_down: Any = ThreadPoolExecutor.shutdown
     interrupted = threading.Event()
@@ -280,13 +280,13 @@ def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]
             assert interrupted.wait(60)
         return size, mode
 
-    def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
+    def shutdown(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
         shut_down(self, **{**options, "wait": False})
         interrupted.set()
         shut_down(self, *given, **options)
 
     monkeypatch.setattr(media_reader, "probe_image", slow)
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     return looked
 
 
@@ -516,7 +516,8 @@ def test_an_archive_that_changes_while_it_is_read(
 def test_an_archive_is_as_old_as_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_index, "RACY_NS", 2_000_000_000)
     written = zipped(tmp_path / "m.zip").stat().st_ctime_ns
-    # Whoever asks first, for the list, is told a second after the change; each further one later.
+    # Whoever asks first, for the list, learns of it a second after the change; each further one
+    # later.
     seconds = itertools.count(1, 10)
     monkeypatch.setattr(time, "time_ns", lambda: written + next(seconds) * 1_000_000_000)
     ingest(tmp_path)

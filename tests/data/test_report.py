@@ -104,7 +104,7 @@ def test_counts_are_true() -> None:
     assert sum(row.count for row in made.batches) == plan_of(config, facts).steps_per_epoch
 
 
-# The frames that crops cover are told in decoded frames, each counted once.
+# The frames that crops cover are counted in decoded frames, each counted once.
 @pytest.mark.parametrize(
     ("overrides", "used"),
     [
@@ -137,7 +137,7 @@ def test_fit(size: tuple[int, int], scale: float, cut: float) -> None:
     assert (medium.scale, medium.cut) == (scale, cut)
 
 
-# Everything left out is told with its reason, whatever leaves it out.
+# Everything left out is reported with its reason, whatever leaves it out.
 def test_what_is_left_out_says_why() -> None:
     items = [
         fake_item("a.jpg"),

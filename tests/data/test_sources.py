@@ -231,12 +231,13 @@ def test_unreadable_members_are_refused(
         check_archive(path, BIG)
 
 
-# The kind is told from the path; with nothing, too much or the wrong thing there, one line says so.
+# The kind is detected from the path; with nothing, too much or the wrong thing there, one line says
+# so.
 def test_locating(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(path: str, kind: str = "auto") -> tuple[str, str]:
-        told, place = locate(path, kind, cwd=tmp_path)
+        found, place = locate(path, kind, cwd=tmp_path)
         assert place.is_absolute()
-        return told, str(place.relative_to(tmp_path))
+        return found, str(place.relative_to(tmp_path))
 
     def refused(path: str, message: str, kind: str = "auto") -> None:
         with pytest.raises(UserError, match=message) as caught:
@@ -363,7 +364,7 @@ def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
     assert store.full_keys() == frozenset()
 
 
-# Half of a character, as JSON can spell it, is told with its line: it can't be encoded.
+# Half of a character, as JSON can spell it, is reported with its line: it can't be encoded.
 def test_half_a_character_is_refused(tmp_path: Path) -> None:
     make_image(tmp_path / "a.png", (8, 8))
     (tmp_path / "m.jsonl").write_text('{"image_path": "a.png", "caption": "x \\ud83d y"}\n')

@@ -164,7 +164,7 @@ def test_a_repository_of_one_zip(hub: Hub, tmp_path: Path) -> None:
     assert all(store.has("media", item.cache_key) for item in source.media)
 
 
-# What can't be had or used is told in one line, before the first byte, and without the token.
+# What can't be had or used is reported in one line, before the first byte, and without the token.
 def test_refusals(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = hub.repositories[NAME]
     files = dict(repository.files)
@@ -189,7 +189,7 @@ def test_refusals(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     refused(UserError, "has no picture, clip or zip")
 
 
-# Lines of metadata.jsonl that name no medium are told by their number.
+# Lines of metadata.jsonl that name no medium are reported by their number.
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -23,7 +23,7 @@ MEDIA = [fake_item("a.jpg"), fake_item("b.mp4"), fake_item("c.png")]
 OPTIONS = {one.key: one for one in options()}
 
 
-# The dataset's options that are asked for, but for the kind and the revision, which are told by
+# The dataset's options that are asked for, but for the kind and the revision, which are known by
 # other ways to write it, and for the sources, which have all of them; and values that must be so.
 DATASET = [
     one.key.removeprefix("dataset.")
@@ -216,7 +216,8 @@ def test_a_new_option_at_its_default_changes_nothing() -> None:
         assert now[0] != before[0] and now[1] != before[1]
 
 
-# A default that changed since is told from the first one, which is what earlier runs left out.
+# A default that changed since is distinguished from the first one, which is what earlier runs left
+# out.
 def test_a_default_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(*TINY)
     earlier = digests(config)

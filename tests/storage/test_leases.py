@@ -135,14 +135,14 @@ def test_records_do_not_pile_up(tmp_path: Path) -> None:
 # Who wants one name takes turns: it is waited for, which is said once, and a dead holder has none.
 def test_turns_on_one_name(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "cache")
-    told: list[str] = []
+    waited: list[str] = []
     with other("claim", leases.root, "incoming/x") as (process, _):
-        with leases.turn("incoming/y", "mine", lambda: told.append("y")):
+        with leases.turn("incoming/y", "mine", lambda: waited.append("y")):
             assert leases.names_being_made() == {"incoming/x", "incoming/y"}
         killer = threading.Timer(0.5, process.kill)
         killer.start()
-        with leases.turn("incoming/x", "mine", lambda: told.append("x")):
-            assert told == ["x"]
+        with leases.turn("incoming/x", "mine", lambda: waited.append("x")):
+            assert waited == ["x"]
             assert leases.names_being_made() == {"incoming/x"}
     assert list((leases.root / "claims").iterdir()) == []
 

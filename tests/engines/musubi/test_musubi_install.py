@@ -30,7 +30,7 @@ SMI = """\
 |-----------------------------------------+------------------------+----------------------+
 """
 
-# Writes down how it is called, makes an "environment" of itself, and fails where it is told to.
+# Writes down how it is called, makes an "environment" of itself, and fails where it is asked to.
 # What a file named lost beside it says is no longer there.
 FAKE_PYTHON = """\
 #!/bin/sh
@@ -106,7 +106,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return Sandbox(tmp_path)
 
 
-# The build of torch is the newest that the driver runs; a missing or old driver is told.
+# The build of torch is the newest that the driver runs; a missing or old driver is reported.
 def test_build_follows_the_driver() -> None:
     def build(driver: str, cuda: str) -> str:
         return torch_build(SMI.format(driver=driver, cuda=cuda))
@@ -255,8 +255,8 @@ def test_modules_are_looked_for_in_the_environment(
     assert musubi_install._missing_modules(tmp_path / "none") is None
 
 
-# Another Python than the install was made with is told, and what takes it.
-def test_another_python_is_told(sandbox: Sandbox) -> None:
+# Another Python than the install was made with is reported, and what takes it.
+def test_another_python_is_reported(sandbox: Sandbox) -> None:
     sandbox.install()
     other = executable(sandbox.folder / "other", FAKE_PYTHON)
     named = ("install", "--python", str(other))
@@ -285,7 +285,7 @@ def test_wrong_installs_are_not_recorded(sandbox: Sandbox) -> None:
     assert not (sandbox.home / "installed.json").exists()
 
 
-# What cannot work is told before anything is made.
+# What cannot work is reported before anything is made.
 def test_hopeless_installs_fail_at_once(sandbox: Sandbox) -> None:
     sandbox.driver(None)
     no_driver = sandbox.install()
