@@ -1,4 +1,4 @@
-"""``python -m runner.ui``: the MLflow UI on the runs, for this machine only."""
+"""``python -m runner.ui``: the MLflow UI on the runs, for this computer only."""
 
 import sys
 

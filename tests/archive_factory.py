@@ -86,7 +86,7 @@ def found_in(path: Path, max_bytes: int = BIG) -> Scan:
 
 
 def seen(found: Scan) -> list[tuple[object, ...]]:
-    return [(i.name, i.media_kind, i.sha256, i.size, i.frames, i.caption) for i in found.items]
+    return [(i.name, i.media_kind, i.sha256, i.size, i.frames, i.caption) for i in found.media]
 
 
 def refused(path: Path, message: str, max_bytes: int = BIG) -> None:

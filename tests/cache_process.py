@@ -54,7 +54,7 @@ def encode(what, names):
         lines = open(table.get("image_jsonl_file") or table["video_jsonl_file"], encoding="utf-8")
         for line in map(json.loads, lines):
             if done == int(os.environ.get("FAKE_FAILS", "-1")):
-                sys.exit("RuntimeError: the encoder failed as it was told")
+                sys.exit("RuntimeError: the encoder failed as it was asked")
             media = line.get("image_path") or line["video_path"]
             place = folder / names(Path(media).stem)
             header = json.dumps({"x": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}})

@@ -27,7 +27,7 @@ TOKENS = Request(
 
 
 class Notes:
-    """Takes down what a watcher is told."""
+    """Takes down what a watcher is reported."""
 
     def __init__(self) -> None:
         self.todo: list[tuple[str, int, int]] = []

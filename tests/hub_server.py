@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, which can be told to misbehave.
+"""A Hugging Face hub on loopback, which can be made to misbehave.
 
 It answers what huggingface_hub asks: a repository's files at a revision, the head of a file, and
 its bytes with ranges. A dataset is named as its page is, "datasets/owner/name". Large (LFS) files

@@ -74,7 +74,7 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said(process)
 
 
-# Does what it is told in a process of its own, says so, and stays.
+# Does what it is asked in a process of its own, says so, and stays.
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -86,7 +86,7 @@ if what == "use":
     use.hold(names)
     print("held", flush=True)
     time.sleep(600)
-with leases.claim(names, "runs/other") as (mine, others):
+with leases.lease_for_making(names, "runs/other") as (mine, others):
     print(*sorted(mine), flush=True)
     time.sleep(600)
 """

@@ -21,10 +21,10 @@ from runner.storage.usage import (
     CacheObject,
     PruneCriteria,
     by_dataset,
-    chosen,
     dataset_key,
     delete,
-    take_stock,
+    matching,
+    read_contents,
 )
 
 COMMANDS = ("list", "prune")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         criteria = _criteria(args)
         root = args.outputs / "cache"
-        contents = take_stock(root, time.time())
+        contents = read_contents(root, time.time())
         if criteria is None:
             _list(root, contents)
             return 0
@@ -181,17 +181,19 @@ def _criteria(args: Any) -> PruneCriteria | None:
 
 def _list(root: Path, contents: CacheContents) -> None:
     print(f"{root}: {readable(contents.bytes)}")
-    if not contents.kept:
+    if not contents.objects:
         return
     print()
-    _table(contents, contents.kept)
+    _table(contents, contents.objects)
     print()
-    shared = [one for one in contents.kept if len(one.datasets) > 1]
+    shared = [one for one in contents.objects if len(one.datasets) > 1]
     if shared:
-        print(f"{_sum(shared)} used by several datasets {_s(shared, 'count')} in each.")
-    if any(one.named and not one.datasets for one in contents.kept):
+        print(
+            f"{_count_and_size(shared)} used by several datasets {_verb(shared, 'count')} in each."
+        )
+    if any(one.use_recorded and not one.datasets for one in contents.objects):
         print(f"{UNKNOWN}: not used by any recorded run.")
-    if any(not one.named for one in contents.kept):
+    if any(not one.use_recorded for one in contents.objects):
         print(f"{OTHER}: small files that any run may use.")
     print("After a prune, links in the cache/ of finished runs may be broken; that is harmless.")
 
@@ -200,7 +202,7 @@ def _prune(root: Path, contents: CacheContents, criteria: PruneCriteria, args: A
     if criteria.dataset is not None:
         key = dataset_key(contents, criteria.dataset)
         criteria = PruneCriteria(criteria.older_than, criteria.keep_below, key, criteria.unused)
-    to_delete = chosen(contents, criteria, time.time())
+    to_delete = matching(contents, criteria, time.time())
     if to_delete:
         print(f"{root}: {readable(contents.bytes)}, of which this would be deleted:\n")
         _table(contents, to_delete)
@@ -225,11 +227,11 @@ def _prune(root: Path, contents: CacheContents, criteria: PruneCriteria, args: A
             print("Nothing was deleted.")
             return 0
     deleted = delete(root, to_delete)
-    print(f"Deleted {_sum(deleted)}.")
-    names = {one.name for one in deleted}
-    left = [one for one in to_delete if one.name not in names]
+    print(f"Deleted {_count_and_size(deleted)}.")
+    names = {one.full_key for one in deleted}
+    left = [one for one in to_delete if one.full_key not in names]
     if left:
-        print(f"{_sum(left)} {_s(left, 'stay')}: a run has begun to use them.")
+        print(f"{_count_and_size(left)} {_verb(left, 'stay')}: a run has begun to use them.")
     return 0
 
 
@@ -244,42 +246,46 @@ def _agreed() -> bool:
 def _kept_reasons(
     contents: CacheContents, criteria: PruneCriteria, to_delete: Sequence[CacheObject]
 ) -> list[str]:
-    """Explain which entries are kept although one would expect them to be deleted."""
+    """Explain which entries stay although the criteria seem to include them."""
     lines: list[str] = []
-    of_it = [
-        one for one in contents.kept if criteria.dataset is None or criteria.dataset in one.datasets
+    of_dataset = [
+        one
+        for one in contents.objects
+        if criteria.dataset is None or criteria.dataset in one.datasets
     ]
-    used = [one for one in of_it if one.in_use]
+    used = [one for one in of_dataset if one.in_use]
     if used:
-        names = {one.name for one in used}
-        runs = sorted({one.who for one in contents.running if one.names & names})
-        lines.append(f"{_sum(used)} {_s(used, 'stay')}: in use by {', '.join(runs)}.")
-    shared = [one for one in of_it if len(one.datasets) > 1 and not one.in_use]
+        names = {one.full_key for one in used}
+        runs = sorted({lease.holder for lease in contents.leases if lease.names & names})
+        lines.append(f"{_count_and_size(used)} {_verb(used, 'stay')}: in use by {', '.join(runs)}.")
+    shared = [one for one in of_dataset if len(one.datasets) > 1 and not one.in_use]
     if criteria.dataset is not None and shared:
-        lines.append(f"{_sum(shared)} {_s(shared, 'stay')}: other datasets use them too.")
+        lines.append(
+            f"{_count_and_size(shared)} {_verb(shared, 'stay')}: other datasets use them too."
+        )
     left = contents.bytes - sum(one.bytes for one in to_delete)
     if criteria.keep_below is not None and left > criteria.keep_below:
         lines.append(f"{readable(left)} would be left, more than {readable(criteria.keep_below)}.")
     return lines
 
 
-def _sum(kept: Sequence[CacheObject]) -> str:
-    number = f"{len(kept)} entr{'y' if len(kept) == 1 else 'ies'}"
-    return f"{number} ({readable(sum(one.bytes for one in kept))})"
+def _count_and_size(objects: Sequence[CacheObject]) -> str:
+    number = f"{len(objects)} entr{'y' if len(objects) == 1 else 'ies'}"
+    return f"{number} ({readable(sum(one.bytes for one in objects))})"
 
 
-def _s(kept: Sequence[CacheObject], verb: str) -> str:
-    return f"{verb}s" if len(kept) == 1 else verb
+def _verb(objects: Sequence[CacheObject], verb: str) -> str:
+    return f"{verb}s" if len(objects) == 1 else verb
 
 
-def _table(contents: CacheContents, kept: Sequence[CacheObject]) -> None:
+def _table(contents: CacheContents, objects: Sequence[CacheObject]) -> None:
     """Print one row per dataset with its size in each namespace, and a total."""
-    others = sorted({one.namespace for one in kept} - set(NAMESPACES))
+    others = sorted({one.namespace for one in objects} - set(NAMESPACES))
     namespaces = (*NAMESPACES, *others)
     rows = [("dataset", "entries", *namespaces, "last used")]
-    for name, of_it in by_dataset(contents, kept).items():
-        rows.append((name, *_cells(of_it, namespaces), _when(contents, name, of_it)))
-    rows.append(("total", *_cells(kept, namespaces), ""))
+    for name, of_dataset in by_dataset(contents, objects).items():
+        rows.append((name, *_sizes(of_dataset, namespaces), _last_used(contents, name, of_dataset)))
+    rows.append(("total", *_sizes(objects, namespaces), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -287,19 +293,19 @@ def _table(contents: CacheContents, kept: Sequence[CacheObject]) -> None:
         print("  ".join([*cells, row[-1]]).rstrip())
 
 
-def _cells(kept: Iterable[CacheObject], namespaces: Sequence[str]) -> list[str]:
-    kept = list(kept)
+def _sizes(objects: Iterable[CacheObject], namespaces: Sequence[str]) -> list[str]:
+    objects = list(objects)
     sizes = [
-        sum(one.bytes for one in kept if one.namespace == namespace) for namespace in namespaces
+        sum(one.bytes for one in objects if one.namespace == namespace) for namespace in namespaces
     ]
-    return [str(len(kept)), *(readable(size) if size else "-" for size in sizes)]
+    return [str(len(objects)), *(readable(size) if size else "-" for size in sizes)]
 
 
-def _when(contents: CacheContents, dataset: str, kept: Sequence[CacheObject]) -> str:
-    names = {one.name for one in kept if one.in_use}
+def _last_used(contents: CacheContents, dataset: str, objects: Sequence[CacheObject]) -> str:
+    names = {one.full_key for one in objects if one.in_use}
     if names:
-        return f"in use by {min(one.who for one in contents.running if one.names & names)}"
-    used = contents.used.get(dataset) or max(one.used for one in kept)
+        return f"in use by {min(lease.holder for lease in contents.leases if lease.names & names)}"
+    used = contents.last_used.get(dataset) or max(one.last_used for one in objects)
     return ago(time.time() - used)
 
 

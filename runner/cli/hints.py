@@ -43,9 +43,9 @@ def mistake(arguments: Sequence[str], choices: Choices, *, multirun: bool) -> st
     """Describe the first mistake in a command line.
 
     Args:
-        arguments: The command line without ``-m``.
-        choices: The config groups and the choices of each.
-        multirun: Whether ``-m`` was among the arguments.
+        arguments: the command line without ``-m``.
+        choices: the config groups and the choices of each.
+        multirun: whether ``-m`` was among the arguments.
 
     Returns:
         One line with the corrected command, or None if no mistake is known.
@@ -138,7 +138,7 @@ def _option_of(name: str, choices: Choices) -> str | None:
     row = TABLE.get(name)
     meant = [
         _OTHER_NAMES.get(name),
-        row.instead if row else None,
+        row.set_by if row else None,
         name.replace("_", ".", 1),
         by_last_part(known).get(name),
     ]

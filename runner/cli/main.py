@@ -82,7 +82,7 @@ def _code_of(
 ) -> int:
     """Call Hydra; return a run's exit code, or of a sweep the one that this process knows."""
     from runner.core.process import Stopped
-    from runner.tracking.client import safe
+    from runner.tracking.client import without_secrets
 
     output = io.StringIO()
     try:
@@ -100,15 +100,15 @@ def _code_of(
     except Exception as error:
         return _explain(error, arguments, console)
     finally:
-        print(safe(output.getvalue()), end="")
+        print(without_secrets(output.getvalue()), end="")
     return 0
 
 
 def _refuse(line: str, console: Console) -> int:
     """Print what is wrong with the input, without secrets; return the exit code."""
-    from runner.tracking.client import safe
+    from runner.tracking.client import without_secrets
 
-    console.error(safe(line))
+    console.error(without_secrets(line))
     return 2
 
 
@@ -141,7 +141,7 @@ def _run(cfg: DictConfig, job: Job | None) -> int:
     from runner.core.console import Console
     from runner.core.process import Stopped
     from runner.pipeline.executor import execute, prepare
-    from runner.tracking.client import safe
+    from runner.tracking.client import without_secrets
 
     console = Console.for_stream(sys.stdout)
     try:
@@ -156,15 +156,15 @@ def _run(cfg: DictConfig, job: Job | None) -> int:
         show_plan(console, prepared.plan, prepared.inputs, report_on(prepared.inputs, console))
         return 0
     except (UserError, StageError) as error:
-        console.error(safe(str(error)))
+        console.error(without_secrets(str(error)))
         if job is not None:
-            job.note(error=safe(str(error)))
+            job.note(error=without_secrets(str(error)))
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         return stopped.exit_code
     except Exception:
         # A bug of the runner. Python would print the same, but with secrets.
-        print(safe(traceback.format_exc()), end="", file=sys.stderr)
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         return 1
 
 
@@ -172,7 +172,7 @@ def _composed(cfg: DictConfig) -> Composed:
     """Turn Hydra's config into the frozen value that everything else uses.
 
     Raises:
-        UserError: A value is missing or of the wrong type.
+        UserError: a value is missing or of the wrong type.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
@@ -221,7 +221,7 @@ def _explain(error: Exception, arguments: list[str], console: Console) -> int:
     from runner.cli.overrides import diagnose, readable
     from runner.cli.sweep import has_begun
     from runner.config.groups import groups
-    from runner.tracking.client import first_line, safe
+    from runner.tracking.client import first_line, without_secrets
 
     if line := diagnose(arguments, groups(conf_folder())):
         return _refuse(line, console)
@@ -233,5 +233,5 @@ def _explain(error: Exception, arguments: list[str], console: Console) -> int:
         # Jobs never raise, so this is the launcher's, which may have lost a process or its cluster.
         console.error(f"The launcher ended the sweep: {type(error).__name__}: {first_line(error)}")
         return 1
-    print(safe("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    print(without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return 1

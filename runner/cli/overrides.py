@@ -74,8 +74,8 @@ def quote(value: str, mark: str = "'") -> str:
     """Quote a text so that Hydra's grammar reads it back unchanged, without interpolation.
 
     Args:
-        value: Any text.
-        mark: The quotation mark around it, single or double.
+        value: any text.
+        mark: the quotation mark around it, single or double.
     """
     # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
     return _quoted(value.replace("${", "\\${"), mark)
@@ -97,9 +97,9 @@ def hide_passwords(
     address with characters that have a meaning in Hydra's grammar is taken as it was typed.
 
     Args:
-        arguments: The command line.
-        environment: Where the variables are set.
-        multirun: Whether a value with commas is several values.
+        arguments: the command line.
+        environment: where the variables are set.
+        multirun: whether a value with commas is several values.
 
     Returns:
         The arguments without passwords.

@@ -99,8 +99,8 @@ def end_sweep(code: int, console: Console) -> int:
     """End a sweep, if there is one: end its jobs and its parent run, and print a summary.
 
     Args:
-        code: The exit code so far, which misses failures of jobs in other processes.
-        console: The console for the summary.
+        code: the exit code so far, which misses failures of jobs in other processes.
+        console: the console for the summary.
 
     Returns:
         The sweep's exit code: 128 + n if signal n ended it or a job, else the highest of its jobs.

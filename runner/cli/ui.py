@@ -20,7 +20,7 @@ from urllib.parse import quote, urlencode
 
 from runner.core.errors import UserError
 from runner.tracking import mlflow_store
-from runner.tracking.client import QUIET_ENVIRONMENT, connect, safe
+from runner.tracking.client import QUIET_ENVIRONMENT, connect, without_secrets
 from runner.tracking.parent_run import SWEEP_TAG
 
 HOST = "127.0.0.1"
@@ -64,7 +64,7 @@ def _port(text: str) -> int:
 def _serve(outputs: Path, tracking_uri: str | None, first_port: int) -> int:
     uri = tracking_uri or mlflow_store.sqlite_uri(outputs)
     if uri.startswith(("http://", "https://")):
-        print(f"There is already a server: open {safe(uri)}")
+        print(f"There is already a server: open {without_secrets(uri)}")
         return 0
     outputs = outputs.resolve()
     _check_store(uri, outputs, tracking_uri)
@@ -142,7 +142,7 @@ def free_port(first: int) -> int:
     """Find a free port on this computer's loopback address, beginning with ``first``.
 
     Raises:
-        UserError: Only root may use ``first``, or it and the next ports are all taken.
+        UserError: only root may use ``first``, or it and the next ports are all taken.
     """
     for port in range(first, min(first + _PORTS_TRIED, 65536)):
         with socket.socket() as probe:
@@ -248,7 +248,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 def _print_tail(log: IO[bytes], problem: str) -> None:
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()[-15:]
-    print(safe("\n".join(lines)), file=sys.stderr)
+    print(without_secrets("\n".join(lines)), file=sys.stderr)
     print(f"error: {problem}; its last lines are above", file=sys.stderr)
 
 

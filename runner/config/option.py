@@ -16,11 +16,10 @@ class Bounds:
 
 
 # Which of a run's digests contain an option (runner.pipeline.digests).
-# both: the option's value is in both digests.
-# asked: only in the resume key; the LoRA does not depend on it, or the fingerprint has its effect.
-# planned: only in the fingerprint, through the keys of the entries encoded with it.
-# neither: it changes nothing that is learned or kept, or only labels a choice.
-Counts = Literal["both", "asked", "planned", "neither"]
+# resume_key: only it, as the LoRA does not depend on the option, or the fingerprint has its effect.
+# fingerprint: only it, through the keys of the entries encoded with the option.
+# neither: the option changes nothing that is learned or kept, or only labels a choice.
+Digests = Literal["both", "resume_key", "fingerprint", "neither"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def option(
     default: Any,
     help: str,
     *,
-    counts: Counts | None = None,
+    digests: Digests | None = None,
     needs: Needs | None = None,
     choices: tuple[str, ...] = (),
     path: bool = False,
@@ -55,7 +54,7 @@ def option(
     Args:
         default: the value when nothing sets it.
         help: the meaning, for docs/options.md and the command line's help.
-        counts: which digests contain it; None for those of its group.
+        digests: which digests contain it; None for those of its group.
         needs: the values of another option without which it has no effect.
         choices: the accepted texts; empty when any text is.
         path: whether the value is a file-system path, which is taken exactly as the shell gives it.
@@ -65,7 +64,7 @@ def option(
     """
     metadata = {
         "help": help,
-        "counts": counts,
+        "digests": digests,
         "needs": needs,
         "choices": choices,
         "path": path,
@@ -76,9 +75,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def part(cls: type, counts: Counts | None = None) -> Any:
-    """Define a nested group of options, which count in the digests as ``counts`` says."""
-    return field(default_factory=cls, metadata={"counts": counts})
+def part(cls: type, digests: Digests | None = None) -> Any:
+    """Define a nested group of options; ``digests`` is for those that do not give their own."""
+    return field(default_factory=cls, metadata={"digests": digests})
 
 
 @dataclass(frozen=True)
@@ -92,5 +91,5 @@ class Option:
     choices: tuple[str, ...]
     path: bool
     bounds: Bounds
-    counts: Counts | None
+    digests: Digests | None
     needs: Needs | None

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from runner.config.option import Bounds, Counts, Needs, Option, option, part
+from runner.config.option import Bounds, Digests, Needs, Option, option, part
 
-# Kinds of media source; auto detects the kind from the path.
+# Kinds of source; auto detects the kind from the path.
 SourceKind = Literal["archive", "zip", "folder", "jsonl", "hub", "sample"]
 SOURCE_KINDS = ("auto", *get_args(SourceKind))
 CAPTIONS = ("whole", "first", "all")
@@ -28,7 +28,7 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = option("hunyuan15_720p", "Weights to train on.", counts="neither")
+    name: str = option("hunyuan15_720p", "Weights to train on.", digests="neither")
     source: str = option(
         "hub",
         "Where the weights come from: the Hugging Face hub, or made at random (tiny).",
@@ -48,7 +48,7 @@ class ModelConfig:
     blocks: int = option(
         54,
         "Double blocks in the transformer; all but 3 can be swapped (memory.blocks_to_swap).",
-        counts="neither",
+        digests="neither",
     )
 
 
@@ -65,7 +65,7 @@ class EngineConfig:
         "file",
         "How the trainer gets its options: in train.toml, or all on its command line.",
         choices=("file", "command_line"),
-        counts="neither",
+        digests="neither",
     )
     extra_args: list[str] = option(
         [], "Extra command-line arguments for the trainer, passed on unchanged."
@@ -125,15 +125,15 @@ class DatasetConfig:
     )
     revision: str = option(
         "main",
-        "Branch, tag or commit (hub). A branch is resolved once; stages.force=[dataset] resolves "
-        "it again.",
+        "Branch, tag or commit of a dataset of the hub. A branch is resolved once; "
+        "stages.force=[dataset] resolves it again.",
     )
     trigger_word: str | None = option(
         None, "Word put before every caption that does not contain it."
     )
     default_caption: str | None = option(None, "Caption for media without one.")
     missing_captions: str = option(
-        "error", "What to do about media with no caption.", choices=("error", "skip")
+        "error", "What to do about media without a caption.", choices=("error", "skip")
     )
     encoding: str | None = option(
         None,
@@ -159,19 +159,19 @@ class DatasetConfig:
     )
     frame_stride: int = option(
         1,
-        "Frames between the starts of crops (slide).",
+        "Frames between the starts of crops (frame_extraction=slide).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("slide",)),
     )
     frame_sample: int = option(
         1,
-        "Crops per clip and length (uniform).",
+        "Crops per clip and length (frame_extraction=uniform).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("uniform",)),
     )
     max_frames: int = option(
         129,
-        "Maximum length of a crop in frames (full).",
+        "Maximum length of a crop in frames (frame_extraction=full).",
         at_least=1,
         needs=Needs("dataset.frame_extraction", ("full",)),
     )
@@ -197,7 +197,7 @@ class DatasetConfig:
         100.0,
         "Refuse an archive that unpacks to more than this many GB.",
         above=0,
-        counts="neither",
+        digests="neither",
     )
     sources: list[SourceConfig] = field(
         default_factory=list,
@@ -221,16 +221,18 @@ class NetworkConfig:
     weights: str | None = option(
         None, "A LoRA of an earlier run to start from (its lora.safetensors).", path=True
     )
-    include: list[str] = option([], "Regular expressions of module names to train as well.")
-    exclude: list[str] = option([], "Regular expressions of module names to leave out.")
-    args: dict[str, Any] = option({}, "More network arguments.")
+    include: list[str] = option(
+        [], "Regular expressions of module names to train although they are excluded."
+    )
+    exclude: list[str] = option([], "Regular expressions of module names not to train.")
+    args: dict[str, Any] = option({}, "Further arguments of the network (network_args).")
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = option("adamw8bit", "Optimizer.", counts="neither")
+    name: str = option("adamw8bit", "Optimizer.", digests="neither")
     # "???" is OmegaConf for a value that must be given.
-    type: str = option("???", "Name or class path of the optimizer, for the trainer.")
+    type: str = option("???", "Name or class path that the trainer knows the optimizer by.")
     learning_rate: float = option(1e-4, "Learning rate; the default is the optimizer's.", above=0)
     args: dict[str, Any] = option({}, "The optimizer's own arguments.")
 
@@ -242,7 +244,7 @@ class SchedulerConfig:
     num_cycles: int = option(
         1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
     )
-    power: float = option(1.0, "Exponent (polynomial).", at_least=0)
+    power: float = option(1.0, "Exponent (scheduler=polynomial).", at_least=0)
     min_lr_ratio: float | None = option(
         None,
         "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex).",
@@ -251,7 +253,7 @@ class SchedulerConfig:
 
 @dataclass
 class PrecisionConfig:
-    name: str = option("bf16", "Precision preset.", counts="neither")
+    name: str = option("bf16", "Precision preset.", digests="neither")
     mixed_precision: str = option("bf16", "Mixed precision.", choices=("bf16", "fp16", "no"))
     dit_dtype: str | None = option(None, "dtype the transformer is loaded in.")
     fp8_base: bool = option(False, "Keep the frozen transformer in fp8.")
@@ -268,9 +270,9 @@ class MemoryConfig:
         None, "Gradient checkpointing.", choices=("none", "full", "offload")
     )
     vae_tile: int | None = option(
-        None, "VAE tile in pixels; 0 encodes whole frames.", at_least=0, counts="planned"
+        None, "VAE tile in pixels; 0 encodes whole frames.", at_least=0, digests="fingerprint"
     )
-    fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.", counts="planned")
+    fp8_text_encoder: bool | None = option(None, "Load Qwen2.5-VL in fp8.", digests="fingerprint")
     text_batch_size: int | None = option(None, "Captions encoded in one batch.", at_least=1)
     pinned: bool | None = option(None, "Pin main memory for block swap.")
     h2d_only: bool | None = option(
@@ -283,14 +285,16 @@ class MemoryConfig:
 class TrainingConfig:
     epochs: int = option(10, "Number of epochs.", at_least=1)
     max_steps: int | None = option(None, "Number of optimizer steps; overrides epochs.", at_least=1)
-    seed: int = option(42, "Random seed; -1 draws one and records it.", at_least=-1, counts="asked")
+    seed: int = option(
+        42, "Random seed; -1 draws one and records it.", at_least=-1, digests="resume_key"
+    )
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", at_least=1)
     max_grad_norm: float = option(1.0, "Maximum gradient norm; 0 disables clipping.", at_least=0)
     attention: str = option(
         "sdpa", "Attention implementation.", choices=("sdpa", "flash", "xformers")
     )
     compile: str = option(
-        "auto", "torch.compile.", choices=("auto", "always", "none"), counts="asked"
+        "auto", "torch.compile.", choices=("auto", "always", "none"), digests="resume_key"
     )
     timestep_sampling: str = option("shift", "How timesteps are drawn.", choices=TIMESTEP_SAMPLINGS)
     discrete_flow_shift: float = option(
@@ -305,7 +309,7 @@ class TrainingConfig:
     )
     sigmoid_scale: float = option(
         1.0,
-        "Scale of the normal values before the sigmoid (shift, sigmoid).",
+        "Scale of the normal values before the sigmoid (timestep_sampling=shift, sigmoid).",
         above=0,
         needs=Needs("training.timestep_sampling", ("shift", "sigmoid", "sigma", "logsnr")),
     )
@@ -313,21 +317,24 @@ class TrainingConfig:
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
     max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
     save_every_epochs: int | None = option(
-        1, "Epochs between checkpoints; null for none.", at_least=1, counts="asked"
+        1, "Epochs between checkpoints; null for none.", at_least=1, digests="resume_key"
     )
     save_every_steps: int | None = option(
-        None, "Steps between additional checkpoints; null for none.", at_least=1, counts="asked"
+        None,
+        "Steps between additional checkpoints; null for none.",
+        at_least=1,
+        digests="resume_key",
     )
     keep_last: int | None = option(
         None,
         "Number of epoch checkpoints, and of step checkpoints, to keep; null keeps all.",
         at_least=1,
-        counts="asked",
+        digests="resume_key",
     )
     save_state: bool = option(
         False,
         "Save the optimizer's state with each checkpoint, for training.resume_from.",
-        counts="asked",
+        digests="resume_key",
     )
     resume_from: str | None = option(
         None,
@@ -336,7 +343,7 @@ class TrainingConfig:
         path=True,
     )
     save_precision: str = option("bf16", "dtype of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
-    data_workers: int = option(2, "Data loader worker processes.", at_least=0, counts="neither")
+    data_workers: int = option(2, "Data loader worker processes.", at_least=0, digests="neither")
     i2v_unscaled_condition: bool = option(
         False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
     )
@@ -345,7 +352,7 @@ class TrainingConfig:
         "Not implemented yet: a run that is started again trains from the beginning, and reuses "
         "the finished earlier stages.",
         choices=("auto", "none"),
-        counts="neither",
+        digests="neither",
     )
 
 
@@ -396,30 +403,30 @@ class RunConfig:
     """The options of a whole run."""
 
     task: TaskConfig = part(TaskConfig, "both")
-    model: ModelConfig = part(ModelConfig, "asked")
+    model: ModelConfig = part(ModelConfig, "resume_key")
     engine: EngineConfig = part(EngineConfig, "both")
-    dataset: DatasetConfig = part(DatasetConfig, "asked")
+    dataset: DatasetConfig = part(DatasetConfig, "resume_key")
     network: NetworkConfig = part(NetworkConfig, "both")
     optimizer: OptimizerConfig = part(OptimizerConfig, "both")
     scheduler: SchedulerConfig = part(SchedulerConfig, "both")
     precision: PrecisionConfig = part(PrecisionConfig, "both")
     memory: MemoryConfig = part(MemoryConfig, "neither")
     training: TrainingConfig = part(TrainingConfig, "both")
-    sampling: SamplingConfig = part(SamplingConfig, "asked")
-    metadata: MetadataConfig = part(MetadataConfig, "asked")
+    sampling: SamplingConfig = part(SamplingConfig, "resume_key")
+    metadata: MetadataConfig = part(MetadataConfig, "resume_key")
     tracking: TrackingConfig = part(TrackingConfig, "neither")
     stages: StagesConfig = part(StagesConfig, "neither")
     name: str | None = option(
-        None, "Name of the run (default: made from its main options).", counts="neither"
+        None, "Name of the run (default: made from its main options).", digests="neither"
     )
     output_dir: str = option(
-        "outputs", "Folder for runs, caches and the MLflow store.", path=True, counts="neither"
+        "outputs", "Folder for runs, caches and the MLflow store.", path=True, digests="neither"
     )
-    dry_run: bool = option(False, "Show what would run; write nothing.", counts="neither")
+    dry_run: bool = option(False, "Show what would run; write nothing.", digests="neither")
 
 
 def options(
-    cls: type = RunConfig, prefix: str = "", counts: Counts | None = None
+    cls: type = RunConfig, prefix: str = "", digests: Digests | None = None
 ) -> Iterator[Option]:
     """Yield every option with its dotted key, in the order of definition."""
     hints = get_type_hints(cls)
@@ -428,7 +435,7 @@ def options(
         key = prefix + field_.name
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from options(hint, key + ".", field_.metadata.get("counts"))
+            yield from options(hint, key + ".", field_.metadata.get("digests"))
             continue
         if field_.default is not MISSING:
             default: Any = field_.default
@@ -444,7 +451,7 @@ def options(
             field_.metadata.get("choices", ()),
             field_.metadata.get("path", False),
             field_.metadata.get("bounds", Bounds()),
-            field_.metadata.get("counts") or counts,
+            field_.metadata.get("digests") or digests,
             field_.metadata.get("needs"),
         )
 

@@ -38,8 +38,8 @@ class ScanOptions:
     Attributes:
         progress: called with a source's path and the numbers of media scanned and in all.
         waiting: called when another run is extracting the same archive.
-        keep: whether to extract archives into the shared cache, fetch datasets of the hub, and save
-            the scan index; otherwise nothing is written.
+        write: whether to extract archives into the shared cache, fetch datasets of the hub and
+            save the scan index. If not, nothing is written.
         refused: the reason why the run cannot start; a missing dataset of the hub then raises it.
         watch: shows the download of a dataset of the hub.
         force: whether to resolve branches of the hub again.
@@ -47,22 +47,22 @@ class ScanOptions:
 
     progress: Progress | None = None
     waiting: Callable[[], None] = lambda: None
-    keep: bool = False
+    write: bool = False
     refused: str | None = None
-    watch: Callable[[], AbstractContextManager[DownloadListener]] = lambda: _shown()
+    watch: Callable[[], AbstractContextManager[DownloadListener]] = lambda: _show_download()
     force: bool = False
 
 
 def scan_sources(
-    config: RunConfig, cwd: Path, store: SharedCache, reading: ScanOptions
+    config: RunConfig, cwd: Path, cache: SharedCache, scan_options: ScanOptions
 ) -> tuple[Source, ...]:
     """Scan each source for its media and their captions.
 
     Args:
         config: the run's config.
         cwd: the folder that relative paths start at.
-        store: the shared cache.
-        reading: how to scan.
+        cache: the shared cache.
+        scan_options: how to scan.
 
     Raises:
         UserError: a source can't be used, or the shared cache can't be written to.
@@ -74,7 +74,8 @@ def scan_sources(
     limit = int(config.dataset.max_archive_gb * 1e9)
     # Locate all sources first, since scanning takes long.
     located_sources = [
-        _locate_source(options, cwd, store, reading) for options in source_options(config.dataset)
+        _locate_source(options, cwd, cache, scan_options)
+        for options in source_options(config.dataset)
     ]
     for located in located_sources:
         options, task = located.options, config.task.name
@@ -83,10 +84,12 @@ def scan_sources(
             located.source_kind,
             located.path,
             max_bytes=limit,
-            progress=_report(reading.progress, located.shown),
-            memos=store.root / "scans",
-            keep=_keep(store, options, task, reading, unpacked.append) if reading.keep else None,
-            outputs=store.root.parent,
+            progress=_report(scan_options.progress, located.shown),
+            index_folder=cache.root / "scans",
+            begin_writing=_begin_writing(cache, options, task, scan_options, unpacked.append)
+            if scan_options.write
+            else None,
+            outputs=cache.root.parent,
             reading=CaptionOptions(options.encoding, options.captions),
         )
         sources.append(
@@ -94,7 +97,7 @@ def scan_sources(
                 options,
                 located.source_kind,
                 located.shown,
-                scanned.items,
+                scanned.media,
                 scanned.ignored,
                 located.commit,
                 sum(unpacked),
@@ -116,31 +119,33 @@ class _LocatedSource:
 
 
 def _locate_source(
-    options: SourceOptions, cwd: Path, store: SharedCache, reading: ScanOptions
+    options: SourceOptions, cwd: Path, cache: SharedCache, scan_options: ScanOptions
 ) -> _LocatedSource:
     from runner.data.sources import locate
 
     if options.source_kind != "hub":
-        outputs = store.root.parent
+        outputs = cache.root.parent
         kind, path = locate(options.path, options.source_kind, cwd=cwd, outputs=outputs)
         return _LocatedSource(options, kind, path, str(path))
     from runner.hub.dataset import HubDatasets
-    from runner.hub.remote import hush
+    from runner.hub.remote import silence_warnings
 
-    hush()
-    datasets = HubDatasets(store.root)
-    if reading.keep:
-        with reading.watch() as watcher:
-            dataset = datasets.fetch(options.path, options.revision, watcher, force=reading.force)
+    silence_warnings()
+    datasets = HubDatasets(cache.root)
+    if scan_options.write:
+        with scan_options.watch() as watcher:
+            dataset = datasets.fetch(
+                options.path, options.revision, watcher, force=scan_options.force
+            )
     else:
-        if reading.refused and datasets.find(options.path, options.revision) is None:
-            raise UserError(reading.refused)
+        if scan_options.refused and datasets.find(options.path, options.revision) is None:
+            raise UserError(scan_options.refused)
         dataset = datasets.planned(options.path, options.revision)
     kind, path = locate(str(dataset.folder), "auto", cwd=cwd)
     return _LocatedSource(options, kind, path, str(dataset), dataset.commit)
 
 
-def _shown() -> AbstractContextManager[DownloadListener]:
+def _show_download() -> AbstractContextManager[DownloadListener]:
     from runner.core.console import Console
     from runner.hub.progress import DownloadProgress
 
@@ -157,14 +162,14 @@ def _report(progress: Progress | None, path: str) -> Callable[[int, int], None] 
     return report
 
 
-def _keep(
-    store: SharedCache,
+def _begin_writing(
+    cache: SharedCache,
     options: SourceOptions,
     task: str,
-    reading: ScanOptions,
+    scan_options: ScanOptions,
     unpacked: Callable[[int], None],
 ) -> Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]:
-    def keep(
+    def begin_writing(
         media: Sequence[ListedMedia],
     ) -> AbstractContextManager[ArchiveExtractor | None] | None:
         # Write nothing for a source that will be rejected.
@@ -183,8 +188,8 @@ def _keep(
         from runner.data.sources.media_reader import ArchiveExtractor
         from runner.storage.bulk_writer import BulkWriter
 
-        with BulkWriter(store, "media", str(archive), reading.waiting) as writer:
+        with BulkWriter(cache, "media", str(archive), scan_options.waiting) as writer:
             yield ArchiveExtractor(writer, wanted)
         unpacked(writer.added)
 
-    return keep
+    return begin_writing

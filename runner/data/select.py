@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options of one source, completed from ``dataset``."""
+    """The options of one source; those it does not set are taken from ``dataset``."""
 
     path: str
     source_kind: str
@@ -72,7 +72,7 @@ class Source:
     options: SourceOptions
     source_kind: str
     path: str
-    items: tuple[SourceMedia, ...]
+    media: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]
     commit: str | None = None
     unpacked: int = field(default=0, compare=False)
@@ -142,7 +142,7 @@ class Selection:
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """The properties that all samples of a batch share; a picture has 1 frame."""
+    """What all samples of a batch share; ``bucket`` is in pixels, and a picture has 1 frame."""
 
     source: int
     media_kind: MediaKind
@@ -210,7 +210,7 @@ def _merge(dataset: DatasetConfig, source: SourceConfig) -> SourceOptions:
 
 
 def select(sources: Sequence[Source], *, task: str, validation_fraction: float) -> Selection:
-    """Choose the items of a run.
+    """Choose the items of a run, holding ``validation_fraction`` of them out of training.
 
     Raises:
         UserError: captions are missing and no option says what to do, i2v has only pictures, or
@@ -235,7 +235,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
 def _nothing_left(sources: Sequence[Source], task: str, notices: Sequence[str]) -> str:
     """Return the message that there is nothing to train on, and why."""
     where = ", ".join(source.path for source in sources)
-    media_kinds = [media.media_kind for source in sources for media in source.items]
+    media_kinds = [media.media_kind for source in sources for media in source.media]
     if task == "i2v" and media_kinds and "video" not in media_kinds:
         have = "has" if len(sources) == 1 else "have"
         return (
@@ -271,10 +271,10 @@ def _has_no_caption(source: Source, media: SourceMedia) -> bool:
 
 
 def _refuse_missing_captions(source: Source) -> None:
-    missing = [media.name for media in source.items if _has_no_caption(source, media)]
+    missing = [media.name for media in source.media if _has_no_caption(source, media)]
     if missing and source.options.missing_captions == "error":
         raise UserError(
-            f"{len(missing)} of {len(source.items)} media in {source.path} have no caption: "
+            f"{len(missing)} of {len(source.media)} media in {source.path} have no caption: "
             f"{named(missing)}. Put a .txt of the same name beside each, or set "
             "dataset.default_caption='...' to caption them all, or "
             "dataset.missing_captions=skip to leave them out."
@@ -283,10 +283,10 @@ def _refuse_missing_captions(source: Source) -> None:
 
 
 def _without_missing_captions(source: Source, notices: list[str]) -> list[SourceMedia]:
-    missing = [media.name for media in source.items if _has_no_caption(source, media)]
+    missing = [media.name for media in source.media if _has_no_caption(source, media)]
     if missing:
         notices.append(f"{len(missing)} media without a caption are left out: {named(missing)}.")
-    return [media for media in source.items if not _has_no_caption(source, media)]
+    return [media for media in source.media if not _has_no_caption(source, media)]
 
 
 def _clips_only(media: list[SourceMedia], notices: list[str]) -> list[SourceMedia]:
@@ -355,7 +355,7 @@ def _extraction_for_task(options: SourceOptions, task: str, notices: list[str]) 
             "task=i2v with dataset.target_frames=[1] would learn to copy its first frame: "
             "take longer targets, for example dataset.target_frames=[13,25]."
         )
-    notices.append("task=i2v leaves the target of 1 frame out: it would learn to copy its input.")
+    notices.append("task=i2v leaves out the target of 1 frame: it would learn to copy its input.")
     return replace(extraction, target_frames=rest)
 
 

@@ -23,7 +23,7 @@ from runner.engines.optimizer_classes import (
     is_schedule_free,
     usual_rates,
 )
-from runner.formats.train_options import WITH_CYCLES, WITH_LEAST_RATE
+from runner.formats.train_options import WITH_CYCLES, WITH_MIN_LR
 
 SCHEDULERS = (
     "constant",
@@ -145,7 +145,7 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield "scheduler=cosine_with_min_lr needs scheduler.min_lr_ratio, for example 0.1."
     if ratio is not None and not 0 <= ratio <= 1:
         yield f"scheduler.min_lr_ratio={ratio:g} must be between 0 and 1."
-    elif ratio is not None and name not in WITH_LEAST_RATE:
+    elif ratio is not None and name not in WITH_MIN_LR:
         yield (
             f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
             "scheduler=cosine_with_min_lr or scheduler=rex."

@@ -1,8 +1,9 @@
 """Table of the trainer's options, shared by train.toml and both engines; pure.
 
 Names, types and defaults are those of ``hv_1_5_train_network.py`` in musubi-tuner v0.3.4, whose
-``--config_file`` reads train.toml, except for options of the embedded engine's own. An option that
-equals the trainer's default is written as well if another default would change the result.
+``--config_file`` reads train.toml, except for options that only the embedded engine has. An
+option that equals the trainer's default is written as well if another default would change the
+result.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ NETWORK_MODULES = {
 }
 # Schedules with a number of cycles, and schedules with a minimum learning rate.
 WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr")
-WITH_LEAST_RATE = ("cosine_with_min_lr", "rex")
+WITH_MIN_LR = ("cosine_with_min_lr", "rex")
 
-FOLDERS = "the run's folder, set by the runner"
+SET_BY_RUNNER = "the run's folder, set by the runner"
 
-# Support of an option in the embedded engine. acts: implemented. harmless: accepted and ignored,
-# since it affects only speed, memory or messages. off: accepted only when switched off.
-Embedded = Literal["acts", "harmless", "off"]
+# What the embedded engine does with an option. ignored: it is accepted without effect, since it
+# changes only speed, memory or messages. unsupported: it is accepted only when switched off.
+Embedded = Literal["supported", "ignored", "unsupported"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Rendering:
         name: the run's name, the default title in the LoRA file.
         seed: the resolved seed.
         compile_blocks: whether the transformer's blocks are compiled.
-        own: the options that the engine has besides musubi-tuner's.
+        engine_only: the options that the engine has besides musubi-tuner's.
     """
 
     config: RunConfig
@@ -51,60 +52,59 @@ class Rendering:
     name: str
     seed: int
     compile_blocks: bool
-    own: frozenset[str] = frozenset()
+    engine_only: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Row:
-    """The meaning of one of the trainer's options.
+    """Where the value of one of the trainer's options comes from, and what it is used for.
 
     Attributes:
-        instead: the runner's option that sets it, or a phrase for what does.
-        value: the dotted key or the function that supplies its value; the key in ``instead`` if
-            None. An option whose value is None is not written.
+        set_by: the runner's option that sets it, or a phrase for what does; None if nothing does.
+        value: the dotted key of its value, or the function that returns it; None for the key in
+            ``set_by``. An option whose value is None is not written.
         original: its position among the options of the script that the runner grew out of.
-        embedded: its support in the embedded engine.
-        own: whether it is an engine's own, and not musubi-tuner's.
+        embedded: what the embedded engine does with it.
+        engine_only: whether only an engine of the runner has it, and not musubi-tuner.
         in_lora: whether it is written to the LoRA file's metadata, as ``ss_<name>``.
     """
 
-    instead: str | None
+    set_by: str | None
     value: str | Callable[[Rendering], Any] | None
     original: int | None
     embedded: Embedded
-    own: bool
+    engine_only: bool
     in_lora: bool
 
 
 def row(
-    instead: str | None = None,
+    set_by: str | None = None,
     value: str | Callable[[Rendering], Any] | None = None,
     *,
     default: Any = MISSING,
     original: int | None = None,
-    embedded: Embedded = "acts",
-    own: bool = False,
+    embedded: Embedded = "supported",
+    engine_only: bool = False,
     in_lora: bool = False,
 ) -> Any:
     """Define a dataclass field with its :class:`Row`; a field without a default is required."""
-    metadata = {"row": Row(instead, value, original, embedded, own, in_lora)}
+    metadata = {"row": Row(set_by, value, original, embedded, engine_only, in_lora)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _uses(attention: str) -> Callable[[Rendering], Any]:
+def _if_attention_is(attention: str) -> Callable[[Rendering], Any]:
     return lambda r: r.config.training.attention == attention or None
 
 
-def _checkpoints_by_epoch(r: Rendering) -> int | None:
+def _epochs_to_keep(r: Rendering) -> int | None:
     training = r.config.training
     return training.keep_last if training.save_every_epochs else None
 
 
-def _checkpoints_by_step(r: Rendering) -> int | None:
-    # musubi-tuner counts in steps: it keeps the newest checkpoint and those of this many steps
-    # before it.
+def _steps_to_keep(r: Rendering) -> int | None:
+    # musubi-tuner keeps the newest checkpoint, and those of the last so many steps before it.
     keep, steps = r.config.training.keep_last, r.config.training.save_every_steps
     return (keep - 1) * steps if keep and steps else None
 
@@ -121,11 +121,11 @@ def optimizer_args(optimizer: OptimizerConfig) -> list[str]:
     return [f"{key}={value!r}" for key, value in optimizer.args.items()]
 
 
-def _of_schedules(names: tuple[str, ...], key: str) -> Callable[[Rendering], Any]:
+def _for_schedules(names: tuple[str, ...], key: str) -> Callable[[Rendering], Any]:
     return lambda r: getattr(r.config.scheduler, key) if r.config.scheduler.name in names else None
 
 
-def _of_previews(value: Callable[[Rendering], Any]) -> Callable[[Rendering], Any]:
+def _for_previews(value: Callable[[Rendering], Any]) -> Callable[[Rendering], Any]:
     return lambda r: value(r) if r.config.sampling.name != "none" else None
 
 
@@ -148,11 +148,17 @@ class TrainOptions:
         "dataset.path and the options of dataset", lambda _: "dataset.toml", original=6
     )
     sdpa: bool = row(
-        "training.attention", _uses("sdpa"), default=False, original=8, embedded="harmless"
+        "training.attention",
+        _if_attention_is("sdpa"),
+        default=False,
+        original=8,
+        embedded="ignored",
     )
-    flash_attn: bool = row("training.attention", _uses("flash"), default=False, embedded="harmless")
+    flash_attn: bool = row(
+        "training.attention", _if_attention_is("flash"), default=False, embedded="ignored"
+    )
     xformers: bool = row(
-        "training.attention", _uses("xformers"), default=False, embedded="harmless"
+        "training.attention", _if_attention_is("xformers"), default=False, embedded="ignored"
     )
     mixed_precision: str = row(
         "precision", "precision.mixed_precision", default="no", original=9, in_lora=True
@@ -188,13 +194,13 @@ class TrainOptions:
         "training.gradient_accumulation_steps", default=1, in_lora=True
     )
     max_data_loader_n_workers: int = row(
-        "training.data_workers", default=8, original=16, embedded="harmless"
+        "training.data_workers", default=8, original=16, embedded="ignored"
     )
     seed: int | None = row("training.seed", lambda r: r.seed, default=None, original=22)
-    output_dir: str = row(FOLDERS, lambda _: "checkpoints", original=23)
-    output_name: str = row(FOLDERS, lambda _: "lora", original=24, in_lora=True)
+    output_dir: str = row(SET_BY_RUNNER, lambda _: "checkpoints", original=23)
+    output_name: str = row(SET_BY_RUNNER, lambda _: "lora", original=24, in_lora=True)
     save_precision: str | None = row("training.save_precision", default=None)
-    logging_dir: str | None = row(FOLDERS, lambda _: "tensorboard", default=None)
+    logging_dir: str | None = row(SET_BY_RUNNER, lambda _: "tensorboard", default=None)
     log_with: str = row("tracking", lambda _: "tensorboard", default="tensorboard")
     max_train_epochs: int | None = row(
         "training.epochs",
@@ -216,58 +222,61 @@ class TrainOptions:
         lambda r: r.config.precision.fp8_base or None,
         default=False,
         original=25,
-        embedded="off",
+        embedded="unsupported",
     )
     fp8_scaled: bool = row(
         "precision=fp8",
         lambda r: r.config.precision.fp8_scaled or None,
         default=False,
         original=26,
-        embedded="off",
+        embedded="unsupported",
     )
     fp8_vl: bool = row(
         "memory.fp8_text_encoder",
         lambda r: r.memory.fp8_text_encoder or None,
         default=False,
         original=27,
-        embedded="harmless",
+        embedded="ignored",
     )
     # musubi-tuner requires split_attn with xformers.
     split_attn: bool = row(
-        "training.attention=xformers", _uses("xformers"), default=False, embedded="harmless"
+        "training.attention=xformers",
+        _if_attention_is("xformers"),
+        default=False,
+        embedded="ignored",
     )
     compile: bool = row(
         "training.compile",
         lambda r: r.compile_blocks or None,
         default=False,
-        embedded="harmless",
+        embedded="ignored",
     )
     # torch's default limit of 8 is too low: in a run with 12 shapes and block swap, shapes after
     # the second were not compiled (docs/development/musubi-proof.md). musubi-tuner recommends 32.
     # engine.extra_args can override it: the command line takes precedence over train.toml.
     compile_cache_size_limit: int | None = row(
-        None, lambda r: 32 if r.compile_blocks else None, default=None, embedded="harmless"
+        None, lambda r: 32 if r.compile_blocks else None, default=None, embedded="ignored"
     )
     persistent_data_loader_workers: bool = row(
         "training.data_workers",
         lambda r: r.config.training.data_workers != 0 or None,
         default=False,
         original=17,
-        embedded="harmless",
+        embedded="ignored",
     )
     min_timestep: int | None = row("training.min_timestep", default=None)
     max_timestep: int | None = row("training.max_timestep", default=None)
     save_every_n_epochs: int | None = row("training.save_every_epochs", default=None, original=21)
     save_every_n_steps: int | None = row("training.save_every_steps", default=None)
-    save_last_n_epochs: int | None = row("training.keep_last", _checkpoints_by_epoch, default=None)
-    save_last_n_steps: int | None = row("training.keep_last", _checkpoints_by_step, default=None)
+    save_last_n_epochs: int | None = row("training.keep_last", _epochs_to_keep, default=None)
+    save_last_n_steps: int | None = row("training.keep_last", _steps_to_keep, default=None)
     save_state: bool = row(
         "training.save_state",
         lambda r: r.config.training.save_state or None,
         default=False,
-        embedded="off",
+        embedded="unsupported",
     )
-    resume: str | None = row("training.resume_from", default=None, embedded="off")
+    resume: str | None = row("training.resume_from", default=None, embedded="unsupported")
     network_weights: str | None = row("network.weights", default=None)
     network_dropout: float | None = row("network.dropout", default=None, in_lora=True)
     network_args: list[str] = row("network.args", _network_args, default=[])
@@ -282,13 +291,13 @@ class TrainOptions:
     )
     # For cosine_with_min_lr these are half cycles: an even number ends at the full learning rate.
     lr_scheduler_num_cycles: int = row(
-        "scheduler.num_cycles", _of_schedules(WITH_CYCLES, "num_cycles"), default=1
+        "scheduler.num_cycles", _for_schedules(WITH_CYCLES, "num_cycles"), default=1
     )
     lr_scheduler_power: float = row(
-        "scheduler.power", _of_schedules(("polynomial",), "power"), default=1.0
+        "scheduler.power", _for_schedules(("polynomial",), "power"), default=1.0
     )
     lr_scheduler_min_lr_ratio: float | None = row(
-        "scheduler.min_lr_ratio", _of_schedules(WITH_LEAST_RATE, "min_lr_ratio"), default=None
+        "scheduler.min_lr_ratio", _for_schedules(WITH_MIN_LR, "min_lr_ratio"), default=None
     )
 
     gradient_checkpointing: bool = row(
@@ -302,39 +311,39 @@ class TrainOptions:
         "memory.checkpointing=offload",
         lambda r: r.memory.checkpointing == "offload" or None,
         default=False,
-        embedded="off",
+        embedded="unsupported",
     )
     blocks_to_swap: int | None = row(
         "memory.blocks_to_swap",
         lambda r: r.memory.blocks_to_swap or None,
         default=None,
-        embedded="off",
+        embedded="unsupported",
     )
     use_pinned_memory_for_block_swap: bool = row(
         "memory.pinned",
         lambda r: (r.memory.blocks_to_swap and r.memory.pinned) or None,
         default=False,
-        embedded="off",
+        embedded="unsupported",
     )
     block_swap_h2d_only: bool = row(
         "memory.h2d_only",
         lambda r: (r.memory.blocks_to_swap and r.memory.h2d_only) or None,
         default=False,
-        embedded="off",
+        embedded="unsupported",
     )
-    vae_sample_size: int = row("memory.vae_tile", default=128, embedded="harmless")
+    vae_sample_size: int = row("memory.vae_tile", default=128, embedded="ignored")
 
     sample_prompts: str | None = row(
-        "sampling.prompts", _of_previews(lambda _: "sample_prompts.txt"), default=None
+        "sampling.prompts", _for_previews(lambda _: "sample_prompts.txt"), default=None
     )
     sample_every_n_epochs: int | None = row(
         "sampling.every_epochs",
-        _of_previews(lambda r: r.config.sampling.every_epochs),
+        _for_previews(lambda r: r.config.sampling.every_epochs),
         default=None,
     )
     sample_at_first: bool = row(
         "sampling.at_first",
-        _of_previews(lambda r: r.config.sampling.at_first or None),
+        _for_previews(lambda r: r.config.sampling.at_first or None),
         default=False,
     )
 
@@ -354,7 +363,7 @@ class TrainOptions:
         "training.i2v_unscaled_condition",
         lambda r: r.config.training.i2v_unscaled_condition if r.config.task.name == "i2v" else None,
         default=False,
-        own=True,
+        engine_only=True,
     )
 
 
@@ -362,17 +371,17 @@ TABLE: Mapping[str, Row] = {option.name: option.metadata["row"] for option in fi
 
 
 def train_options(rendering: Rendering) -> dict[str, Any]:
-    """Return the options to write to train.toml, in its order."""
+    """Return the options to write to train.toml and their values, in the order of the file."""
     values = {
         name: _value(option, rendering)
         for name, option in TABLE.items()
-        if not option.own or name in rendering.own
+        if not option.engine_only or name in rendering.engine_only
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _value(option: Row, rendering: Rendering) -> Any:
-    value = option.instead if option.value is None else option.value
+    value = option.set_by if option.value is None else option.value
     if callable(value):
         return value(rendering)
     if value is None:

@@ -17,7 +17,7 @@ from runner.core.process import Stopped, raise_on_signals
 from runner.hub.fetch import fetch_files
 from runner.hub.hub_cache import HubCache, Request
 from runner.hub.progress import VARIABLE, DownloadProgress
-from runner.hub.remote import hush
+from runner.hub.remote import silence_warnings
 
 AND = "--and"
 
@@ -42,11 +42,11 @@ def main() -> int:
     raise_on_signals()
     console = Console.for_stream(sys.stdout)
     if console.fancy:
-        hush()
+        silence_warnings()
     try:
-        cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
+        hub_cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
         with DownloadProgress(console, Path(progress_file) if progress_file else None) as progress:
-            for file in fetch_files(requests, cache, progress, force=force):
+            for file in fetch_files(requests, hub_cache, progress, force=force):
                 console.line(f"{file.sha256}  {file.path}")
     except (StageError, OSError) as error:
         console.error(describe_os_error(error) if isinstance(error, OSError) else str(error))

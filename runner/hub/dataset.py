@@ -57,7 +57,7 @@ class HubDatasets:
 
     def __init__(self, root: Path) -> None:
         self._notes = root / "hub"
-        self._cache = HubCache.of_user(root / "weights" / "checked", repo_type="dataset")
+        self._hub_cache = HubCache.of_user(root / "weights" / "checked", repo_type="dataset")
 
     def fetch(
         self, repository: str, revision: str, watcher: DownloadListener, *, force: bool = False
@@ -66,13 +66,13 @@ class HubDatasets:
 
         Args:
             repository: ``owner/name``.
-            revision: A branch, tag or commit.
-            watcher: Listens to the download.
-            force: Ask the hub anyway, and verify every file again.
+            revision: a branch, tag or commit.
+            watcher: listens to the download.
+            force: ask the hub anyway, and verify every file again.
 
         Raises:
-            UserError: The dataset can't be used.
-            StageError: It can't be downloaded.
+            UserError: the dataset can't be used.
+            StageError: it can't be downloaded.
         """
         from runner.hub.fetch import fetch_files
 
@@ -81,7 +81,7 @@ class HubDatasets:
             return cached
         remote = self._look_up(repository, revision)
         names = _usable(remote)
-        fetch_files([_request(remote, names)], self._cache, watcher, force=force)
+        fetch_files([_request(remote, names)], self._hub_cache, watcher, force=force)
         # Without the note, the next run only asks the hub again.
         with suppress(OSError):
             write_text(self._note(repository, remote.commit), json.dumps({"files": names}) + "\n")
@@ -91,9 +91,9 @@ class HubDatasets:
         """Return the dataset if it is cached, for a dry run; nothing is fetched or noted.
 
         Raises:
-            UserError: It is not cached (the message says how much there is to fetch), or it can't
+            UserError: it is not cached (the message says how much there is to fetch), or it can't
                 be used.
-            StageError: It can't be looked up.
+            StageError: it can't be looked up.
         """
         cached = self.find(repository, revision)
         if cached is not None:
@@ -103,7 +103,7 @@ class HubDatasets:
         missing_files = [
             file
             for file in remote.files
-            if file.name in names and not self._cache.find(repository, remote.commit, file.name)
+            if file.name in names and not self._hub_cache.find(repository, remote.commit, file.name)
         ]
         if missing_files:
             raise UserError(
@@ -127,23 +127,23 @@ class HubDatasets:
                 f"dataset=hub needs the name of a dataset, dataset.path=owner/name: {repository!r} "
                 "is not one."
             )
-        commit = self._cache.commit(repository, revision)
+        commit = self._hub_cache.commit(repository, revision)
         if commit is None:
             return None
         try:
             names = json.loads(self._note(repository, commit).read_text("utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if not all(self._cache.find(repository, commit, name) for name in names):
+        if not all(self._hub_cache.find(repository, commit, name) for name in names):
             return None
         return self._made(repository, revision, commit)
 
     def _made(self, repository: str, revision: str, commit: str) -> HubDataset:
-        folder = self._cache.place(repository, commit, "")
+        folder = self._hub_cache.path(repository, commit, "")
         return HubDataset(repository, revision, commit, folder)
 
     def _note(self, repository: str, commit: str) -> Path:
-        return self._notes / self._cache.of(repository).name / f"{commit}.json"
+        return self._notes / self._hub_cache.of(repository).name / f"{commit}.json"
 
     def _look_up(self, repository: str, revision: str) -> Remote:
         from runner.hub.remote import look_up, offline

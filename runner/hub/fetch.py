@@ -57,49 +57,53 @@ class _Missing:
 
 
 def fetch_files(
-    requests: Sequence[Request], cache: HubCache, watcher: DownloadListener, *, force: bool = False
+    requests: Sequence[Request],
+    hub_cache: HubCache,
+    watcher: DownloadListener,
+    *,
+    force: bool = False,
 ) -> list[FetchedFile]:
     """Make sure that every requested file is in the Hugging Face cache and verified.
 
     Args:
-        requests: The files, for each repository. If all files of a request are cached, the hub is
+        requests: the files, for each repository. If all files of a request are cached, the hub is
             not asked, even if the branch has moved.
-        cache: The Hugging Face cache.
-        watcher: Listens to what happens.
-        force: Ask the hub anyway, and verify every file again.
+        hub_cache: the Hugging Face cache.
+        watcher: listens to what happens.
+        force: ask the hub anyway, and verify every file again.
 
     Returns:
         The files, see :func:`recorded`.
 
     Raises:
-        StageError: With a message of one line. A missing repository, file or revision, no access,
+        StageError: with a message of one line. A missing repository, file or revision, no access,
             no network and no disk space are noticed before the download starts.
     """
     for request in requests:
-        _verify_present_files(request, cache, watcher, again=force)
-    missing_files = [request for request in requests if cache.missing_files(request)]
+        _verify_present_files(request, hub_cache, watcher, again=force)
+    missing_files = [request for request in requests if hub_cache.missing_files(request)]
     if not offline():
-        _fetch([look_up(one) for one in (requests if force else missing_files)], cache, watcher)
+        _fetch([look_up(one) for one in (requests if force else missing_files)], hub_cache, watcher)
     elif missing_files:
-        raise StageError(_missing_offline_message(missing_files, cache))
+        raise StageError(_missing_offline_message(missing_files, hub_cache))
     for request in requests:
-        _point_branch(request, cache, watcher)
+        _point_branch(request, hub_cache, watcher)
         # Without symbolic links, a file's path has changed.
-        _verify_present_files(request, cache, watcher, again=False)
-    fetched = recorded(requests, cache)
-    if fetched is None or any(map(cache.missing_files, requests)):
+        _verify_present_files(request, hub_cache, watcher, again=False)
+    fetched = recorded(requests, hub_cache)
+    if fetched is None or any(map(hub_cache.missing_files, requests)):
         raise StageError("files of the hub were changed while they were fetched: start again.")
     return fetched
 
 
-def recorded(requests: Sequence[Request], cache: HubCache) -> list[FetchedFile] | None:
+def recorded(requests: Sequence[Request], hub_cache: HubCache) -> list[FetchedFile] | None:
     """Return the cached files of ``requests``, or None if one of them was never verified."""
     fetched = []
     for request in requests:
         repository, revision = request.repository, request.revision
-        commit = cache.commit(repository, revision) or ""
-        for name, hub_file in cache.here(request).items():
-            sha256, size = cache.known_sha256(hub_file), _size(hub_file.blob)
+        commit = hub_cache.commit(repository, revision) or ""
+        for name, hub_file in hub_cache.here(request).items():
+            sha256, size = hub_cache.known_sha256(hub_file), _size(hub_file.blob)
             if sha256 is None:
                 return None
             option, path = request.option, hub_file.path
@@ -109,46 +113,51 @@ def recorded(requests: Sequence[Request], cache: HubCache) -> list[FetchedFile] 
     return fetched
 
 
-def _fetch(remotes: Sequence[Remote], cache: HubCache, watcher: DownloadListener) -> None:
+def _fetch(remotes: Sequence[Remote], hub_cache: HubCache, watcher: DownloadListener) -> None:
     """Download what is missing of ``remotes``, and point their revisions at it."""
     todo = []
     for remote in remotes:
-        missing = _missing(remote, cache, watcher)
+        missing = _missing(remote, hub_cache, watcher)
         if missing:
             check_access(remote, missing[0].file)
         todo += missing
-    _download_all(todo, cache, watcher)
+    _download_all(todo, hub_cache, watcher)
     for remote in remotes:
         repository = remote.request.repository
         for file in remote.files:
-            if cache.find(repository, remote.commit, file.name) is None:
-                cache.link(repository, remote.commit, file.name, file.etag)
-        cache.point(repository, remote.request.revision, remote.commit)
+            if hub_cache.find(repository, remote.commit, file.name) is None:
+                hub_cache.link(repository, remote.commit, file.name, file.etag)
+        hub_cache.point(repository, remote.request.revision, remote.commit)
 
 
 def _verify_present_files(
-    request: Request, cache: HubCache, watcher: DownloadListener, *, again: bool
+    request: Request, hub_cache: HubCache, watcher: DownloadListener, *, again: bool
 ) -> None:
-    for name, hub_file in cache.here(request).items():
-        _verify(hub_file, f"{name} of {request.repository}", cache, watcher, again=again)
+    for name, hub_file in hub_cache.here(request).items():
+        _verify(hub_file, f"{name} of {request.repository}", hub_cache, watcher, again=again)
 
 
 def _verify(
-    hub_file: HubFile, what: str, cache: HubCache, watcher: DownloadListener, *, again: bool = False
+    hub_file: HubFile,
+    what: str,
+    hub_cache: HubCache,
+    watcher: DownloadListener,
+    *,
+    again: bool = False,
 ) -> bool:
     """Verify a cached file unless that was done before, and delete it if it is damaged.
 
     Returns:
         Whether the file is valid.
     """
-    if not again and cache.known_sha256(hub_file):
+    if not again and hub_cache.known_sha256(hub_file):
         return True
     size = _size(hub_file.blob)
     sha256, right = read_sha256(
         hub_file.blob, hub_file.etag, lambda done: watcher.checking(what, done, size)
     )
     if right:
-        cache.remember(hub_file.blob, sha256)
+        hub_cache.remember(hub_file.blob, sha256)
         return True
     damaged = f"{what} is damaged: the content of {hub_file.blob} does not match its hash"
     if offline():
@@ -158,31 +167,32 @@ def _verify(
     return False
 
 
-def _missing_offline_message(requests: Sequence[Request], cache: HubCache) -> str:
+def _missing_offline_message(requests: Sequence[Request], hub_cache: HubCache) -> str:
     parts = "; ".join(
-        f"{', '.join(cache.missing_files(request))} of {request.repository} ({request.revision})"
+        f"{', '.join(hub_cache.missing_files(request))} of {request.repository} "
+        f"({request.revision})"
         for request in requests
     )
     return (
-        f"HF_HUB_OFFLINE is set and the Hugging Face cache ({cache.folder}) lacks {parts}. "
+        f"HF_HUB_OFFLINE is set and the Hugging Face cache ({hub_cache.folder}) lacks {parts}. "
         "Run once without it, or copy a cache that has them."
     )
 
 
-def _missing(remote: Remote, cache: HubCache, watcher: DownloadListener) -> list[_Missing]:
+def _missing(remote: Remote, hub_cache: HubCache, watcher: DownloadListener) -> list[_Missing]:
     repository = remote.request.repository
     files = [
-        _Missing(remote, file, cache.blob(repository, file.etag))
+        _Missing(remote, file, hub_cache.blob(repository, file.etag))
         for file in remote.files
-        if cache.find(repository, remote.commit, file.name) is None
+        if hub_cache.find(repository, remote.commit, file.name) is None
     ]
     # The same blob may be cached for another revision.
-    return [one for one in files if not _has_blob(one, cache, watcher)]
+    return [one for one in files if not _has_blob(one, hub_cache, watcher)]
 
 
-def _has_blob(one: _Missing, cache: HubCache, watcher: DownloadListener) -> bool:
+def _has_blob(one: _Missing, hub_cache: HubCache, watcher: DownloadListener) -> bool:
     hub_file = HubFile(one.blob, one.blob, one.file.etag)
-    return one.blob.is_file() and _verify(hub_file, one.description, cache, watcher)
+    return one.blob.is_file() and _verify(hub_file, one.description, hub_cache, watcher)
 
 
 def _size(path: Path) -> int:
@@ -192,31 +202,32 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _download_all(todo: Sequence[_Missing], cache: HubCache, watcher: DownloadListener) -> None:
+def _download_all(todo: Sequence[_Missing], hub_cache: HubCache, watcher: DownloadListener) -> None:
     if not todo:
         return
     missing_bytes = sum(one.file.size - one.downloaded for one in todo)
-    free = free_space(cache.folder)
+    free = free_space(hub_cache.folder)
     if missing_bytes > free:
         raise StageError(
             f"{counted(len(todo), 'file')} ({readable(missing_bytes)}) must be fetched, and only "
-            f"{readable(free)} are free at {cache.folder}: free some, or put the cache elsewhere "
-            "with HF_HOME."
+            f"{readable(free)} are free at {hub_cache.folder}: free some, or put the cache "
+            "elsewhere with HF_HOME."
         )
     watcher.begin([(one.file.name, one.file.size, one.downloaded) for one in todo])
     for number, one in enumerate(todo):
         try:
-            _download_one(number, one, cache, watcher)
+            _download_one(number, one, hub_cache, watcher)
         except OSError as error:
             if error.errno in _FULL:
                 raise StageError(
-                    f"the disk of {cache.folder} is full; what was downloaded is kept. Free some "
-                    "space and start again, or put the cache elsewhere with HF_HOME."
+                    f"the disk of {hub_cache.folder} is full; what was downloaded is kept. Free "
+                    "some space and start again, or put the cache elsewhere with HF_HOME."
                 ) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise StageError(
-                    f"the Hugging Face cache can't be written to ({error.filename or cache.folder}"
-                    f": {error.strerror}): put it elsewhere with HF_HOME."
+                    "the Hugging Face cache can't be written to "
+                    f"({error.filename or hub_cache.folder}: {error.strerror}): put it "
+                    "elsewhere with HF_HOME."
                 ) from error
             raise
 
@@ -229,18 +240,20 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage("/").free
 
 
-def _download_one(number: int, one: _Missing, cache: HubCache, watcher: DownloadListener) -> None:
+def _download_one(
+    number: int, one: _Missing, hub_cache: HubCache, watcher: DownloadListener
+) -> None:
     repository, etag = one.remote.request.repository, one.file.etag
-    lock = cache.lock(repository, etag)
+    lock = hub_cache.lock(repository, etag)
     with _locked(lock, on_wait=lambda: watcher.bytes(number, one.downloaded)):
         # Another process may have downloaded it meanwhile.
-        if not _has_blob(one, cache, watcher):
+        if not _has_blob(one, hub_cache, watcher):
             sha256 = _download_verified(number, one, watcher)
             with one.partial.open("rb+") as handle:
                 os.fsync(handle.fileno())
             one.partial.replace(one.blob)
-            cache.remember(one.blob, sha256)
-    cache.link(repository, one.remote.commit, one.file.name, etag)
+            hub_cache.remember(one.blob, sha256)
+    hub_cache.link(repository, one.remote.commit, one.file.name, etag)
     watcher.brought(number)
 
 
@@ -289,16 +302,16 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-def _point_branch(request: Request, cache: HubCache, watcher: DownloadListener) -> None:
-    commit = cache.commit(request.repository, request.revision)
+def _point_branch(request: Request, hub_cache: HubCache, watcher: DownloadListener) -> None:
+    commit = hub_cache.commit(request.repository, request.revision)
     if request.branch is None or commit is None:
         return
-    before = cache.commit(request.repository, request.branch)
+    before = hub_cache.commit(request.repository, request.branch)
     try:
-        cache.point(request.repository, request.branch, commit)
+        hub_cache.point(request.repository, request.branch, commit)
     except OSError as error:
         raise StageError(
-            f"{cache.of(request.repository)} can't be written to ({error.strerror}), and its "
+            f"{hub_cache.of(request.repository)} can't be written to ({error.strerror}), and its "
             f"{request.branch} must point at {commit} for programs that ask for it offline."
         ) from error
     if before not in (None, commit):

@@ -35,10 +35,10 @@ class Request:
     """Files wanted from one repository at one revision (branch, tag or commit).
 
     Attributes:
-        files: Required files.
-        patterns: Patterns of optional files, which are fetched too if there are any.
-        branch: A branch that programs will ask for offline; it is pointed at the commit.
-        option: The option that holds the revision, for messages.
+        files: required files.
+        patterns: patterns of optional files, which are fetched too if there are any.
+        branch: a branch that programs will ask for offline; it is pointed at the commit.
+        option: the option that holds the revision, for messages.
         repo_type: ``model`` or ``dataset``.
     """
 
@@ -114,7 +114,7 @@ class HubCache:
         # Ignore a file that a crash left empty or filled with zeros.
         return commit if commit.isalnum() else None
 
-    def place(self, repository: str, commit: str, file: str) -> Path:
+    def path(self, repository: str, commit: str, file: str) -> Path:
         """Return the path that a file of a commit has or will have."""
         return self.of(repository) / "snapshots" / commit / file
 
@@ -130,7 +130,7 @@ class HubCache:
         """Return a file of a commit, or None if it is not cached."""
         if commit is None:
             return None
-        path = self.place(repository, commit, file)
+        path = self.path(repository, commit, file)
         if not path.is_file():
             return None
         # Follow one link only: a blob can itself be a link into storage that repositories share,
@@ -158,7 +158,7 @@ class HubCache:
         commit = self.commit(request.repository, request.revision)
         if commit is None:
             return {}
-        top = self.place(request.repository, commit, "")
+        top = self.path(request.repository, commit, "")
         names = {*request.files}
         for pattern in request.patterns:
             names.update(path.relative_to(top).as_posix() for path in top.glob(pattern))
@@ -173,18 +173,18 @@ class HubCache:
         """Link a blob into a snapshot; without links, move it there."""
         from huggingface_hub import constants
 
-        place, blob = self.place(repository, commit, file), self.blob(repository, etag)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        path, blob = self.path(repository, commit, file), self.blob(repository, etag)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
         try:
             if constants.HF_HUB_DISABLE_SYMLINKS:
                 raise OSError("no links are wanted")
-            temporary.symlink_to(os.path.relpath(blob, place.parent))
+            temporary.symlink_to(os.path.relpath(blob, path.parent))
         except OSError:
-            blob.replace(place)
+            blob.replace(path)
             return
-        temporary.replace(place)
+        temporary.replace(path)
 
     def point(self, repository: str, branch: str, commit: str) -> bool:
         """Point a branch at a commit.
@@ -199,11 +199,11 @@ class HubCache:
 
     def known_sha256(self, hub_file: HubFile) -> str | None:
         """Return the SHA-256 noted when the file was verified, if size and time are the same."""
-        place = self._note(hub_file.blob)
-        note = self._notes.get(place.name)
+        path = self._note(hub_file.blob)
+        note = self._notes.get(path.name)
         try:
             if note is None:
-                note = json.loads(place.read_text(encoding="utf-8"))
+                note = json.loads(path.read_text(encoding="utf-8"))
             stat = hub_file.blob.stat()
             if (note["size"], note["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
                 return str(note["sha256"])
@@ -213,17 +213,17 @@ class HubCache:
 
     def remember(self, file: Path, sha256: str) -> None:
         """Note that a file was verified and has this SHA-256."""
-        stat, place = file.stat(), self._note(file)
+        stat, path = file.stat(), self._note(file)
         note = {
             "file": str(file),
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
             "sha256": sha256,
         }
-        self._notes[place.name] = note
+        self._notes[path.name] = note
         # Without the note, the next run only verifies the file again.
         with suppress(OSError):
-            write_text(place, json.dumps(note, indent=1) + "\n")
+            write_text(path, json.dumps(note, indent=1) + "\n")
 
     def _note(self, file: Path) -> Path:
         name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:40]
@@ -253,10 +253,10 @@ def read_sha256(file: Path, etag: str | None, progress: Callable[[int], None]) -
     """Hash a file and compare the result with its etag.
 
     Args:
-        file: The file.
+        file: the file.
         etag: 64 digits are a SHA-256; 40 digits are git's blob id, the SHA-1 of ``blob <size>``, a
             zero byte and the content. Any other etag can't be checked and is accepted.
-        progress: Called with the number of bytes read so far.
+        progress: called with the number of bytes read so far.
 
     Returns:
         The file's SHA-256, and whether the etag matches.

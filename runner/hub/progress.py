@@ -73,8 +73,8 @@ class DownloadProgress(AbstractContextManager["DownloadProgress"]):
         self._record("bytes", number, done, now=False)
         self._done[number] = done
         name, size = self._files[number]
-        place = f"{number + 1}/{len(self._files)}"
-        self._update(f"{place} {short(name)} {done / max(1, size):.0%}")
+        position = f"{number + 1}/{len(self._files)}"
+        self._update(f"{position} {short(name)} {done / max(1, size):.0%}")
 
     def checking(self, name: str, done: int, size: int) -> None:
         """Show a verification in the download's bar, or in a separate bar for a large file."""

@@ -51,7 +51,7 @@ def offline() -> bool:
     return bool(constants.is_offline_mode())
 
 
-def hush() -> None:
+def silence_warnings() -> None:
     """Silence huggingface_hub's warnings about retries and rate limits."""
     from huggingface_hub.utils import logging
 
@@ -62,7 +62,7 @@ def look_up(request: Request) -> Remote:
     """Find the commit of a request and the sizes of its files, without downloading.
 
     Raises:
-        StageError: A required file is not there, or the hub can't be used.
+        StageError: a required file is not there, or the hub can't be used.
     """
     from huggingface_hub import HfApi, constants
 
@@ -105,7 +105,7 @@ def check_access(remote: Remote, file: RemoteFile) -> None:
     """Request a file's headers, because a gated repository lists files that it does not give.
 
     Raises:
-        StageError: The file is refused, or its size is not the one that was listed.
+        StageError: the file is refused, or its size is not the one that was listed.
     """
     from huggingface_hub import get_hf_file_metadata
 
@@ -123,13 +123,13 @@ def download(
     """Download a file, resuming at the end of ``partial``; the content is not verified.
 
     Args:
-        remote: The repository at its commit.
-        file: The file.
-        partial: The path of the partial download.
-        progress: Called with the number of bytes present.
+        remote: the repository at its commit.
+        file: the file.
+        partial: the path of the partial download.
+        progress: called with the number of bytes present.
 
     Raises:
-        StageError: Nothing more arrives. The partial download is kept.
+        StageError: nothing more arrives. The partial download is kept.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError

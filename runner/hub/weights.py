@@ -20,13 +20,13 @@ class LocatedWeights:
     """The paths that the weights have or will have, and how to fetch them.
 
     Attributes:
-        paths: The files' paths.
-        digests: A digest for each part; None while something is missing.
-        commands: The commands that fetch them.
-        summary: A line about them, for plans.
-        tokenizer: The folder of the text encoder's tokenizer, if it is on this computer.
-        requests: Those of the files that are on the hub.
-        checked: Whether all cached files were verified.
+        paths: the files' paths.
+        digests: a digest for each part; None while something is missing.
+        commands: the commands that fetch them.
+        summary: a line about them, for plans.
+        tokenizer: the folder of the text encoder's tokenizer, if it is on this computer.
+        requests: those of the files that are on the hub.
+        checked: whether all cached files were verified.
     """
 
     paths: WeightPaths
@@ -95,17 +95,17 @@ def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
 def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
     """Locate the weights of a model that is on the hub; reads only."""
     model, requests = config.model, hub_requests(config.model, config.task.name)
-    cache = user_hub_cache(root)
+    hub_cache = user_hub_cache(root)
     hub, encoders, qwen, byt5 = requests
 
     def path(request: Request, file: str) -> str:
-        commit = cache.commit(request.repository, request.revision) or request.revision
-        return str(cache.place(request.repository, commit, file))
+        commit = hub_cache.commit(request.repository, request.revision) or request.revision
+        return str(hub_cache.path(request.repository, commit, file))
 
     def digest(request: Request, *files: str) -> str | None:
-        commit = cache.commit(request.repository, request.revision)
-        hub_files = [cache.find(request.repository, commit, file) for file in files]
-        parts = [None if one is None else cache.name_of(one) for one in hub_files]
+        commit = hub_cache.commit(request.repository, request.revision)
+        hub_files = [hub_cache.find(request.repository, commit, file) for file in files]
+        parts = [None if one is None else hub_cache.name_of(one) for one in hub_files]
         if None in parts:
             return None
         # A tokenizer is several files, which get one digest.
@@ -122,9 +122,9 @@ def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
     }
     if i2v:
         digests["image_encoder"] = digest(encoders, model.image_encoder)
-    missing_files = sum(len(cache.missing_files(request)) for request in requests)
-    unchecked = sum(cache.unchecked(request) for request in requests)
-    complete = None not in digests.values() and all(cache.pointed(r) for r in requests)
+    missing_files = sum(len(hub_cache.missing_files(request)) for request in requests)
+    unchecked = sum(hub_cache.unchecked(request) for request in requests)
+    complete = None not in digests.values() and all(hub_cache.pointed(r) for r in requests)
     number = sum(len(request.files) for request in requests)
     summary = f"{number} files of {model.repository}, its encoders and tokenizers"
     if missing_files:
@@ -140,7 +140,7 @@ def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
             image_encoder=path(encoders, model.image_encoder) if i2v else "",
         ),
         {part: value for part, value in digests.items() if value} if complete else None,
-        (_command(requests, cache, root, force="weights" in config.stages.force),),
+        (_command(requests, hub_cache, root, force="weights" in config.stages.force),),
         summary,
         find_tokenizer(model, root),
         requests,
@@ -150,14 +150,14 @@ def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
 
 def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
     """Return the folder of Qwen2.5-VL's tokenizer, or None if it is not cached."""
-    cache = user_hub_cache(root)
-    commit = cache.commit(_QWEN, model.qwen_tokenizer_revision)
-    hub_files = [cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
+    hub_cache = user_hub_cache(root)
+    commit = hub_cache.commit(_QWEN, model.qwen_tokenizer_revision)
+    hub_files = [hub_cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
     # The folder in the snapshot, not that of the blobs.
     return (
         None
         if commit is None or None in hub_files
-        else cache.place(_QWEN, commit, _QWEN_FILES[0]).parent
+        else hub_cache.path(_QWEN, commit, _QWEN_FILES[0]).parent
     )
 
 
@@ -170,11 +170,13 @@ def _joined(parts: Iterable[str | None]) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def _command(requests: Iterable[Request], cache: HubCache, root: Path, *, force: bool) -> Command:
+def _command(
+    requests: Iterable[Request], hub_cache: HubCache, root: Path, *, force: bool
+) -> Command:
     """Build the one command for all requests, so that each is checked before any is fetched."""
     argv = [sys.executable, "-m", "runner.hub"]
     for number, request in enumerate(requests):
-        commit = cache.commit(request.repository, request.revision)
+        commit = hub_cache.commit(request.repository, request.revision)
         argv += ["--and"] * (number > 0) + [request.repository]
         argv += ["--revision", commit or request.revision, "--named", request.option]
         for pattern in request.patterns:

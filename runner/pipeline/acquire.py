@@ -55,10 +55,10 @@ def acquire(
     def waiting() -> None:
         console.line("      waiting for another run, which is unpacking media")
 
-    reading = ScanOptions(
+    options = ScanOptions(
         progress,
         waiting,
-        keep=not config.dry_run and reason is None,
+        write=not config.dry_run and reason is None,
         # Errors in the sources are reported first, but nothing is unpacked for a run that cannot
         # start.
         refused=reason,
@@ -66,7 +66,7 @@ def acquire(
         force=DATASET.name in config.stages.force,
     )
     try:
-        return scan_sources(config, cwd, SharedCache(environment.root / "cache"), reading)
+        return scan_sources(config, cwd, SharedCache(environment.root / "cache"), options)
     except Stopped as stopped:
         _close(current)
         kept = "" if config.dry_run else "; what was unpacked is kept"

@@ -55,7 +55,7 @@ class Context:
         new = [fault for fault in verified.faults if fault.entry.full_key not in self._reported]
         for line in verify.notices(new):
             self.console.notice(line)
-        self._reported |= {fault.entry.full_key for fault in new if fault.fault != "absent"}
+        self._reported |= {fault.entry.full_key for fault in new if fault.fault != "missing"}
         return self.plan
 
     def refresh_weights(self) -> LocatedWeights:
@@ -63,7 +63,7 @@ class Context:
         weights = self.engine.weights(self.inputs.config, self.inputs.root)
         if weights != self.inputs.weights:
             # Cache keys depend on the weights, and other runs may have made entries meanwhile.
-            self.inputs = replace(self.inputs, weights=weights, cached=self.cache.names())
+            self.inputs = replace(self.inputs, weights=weights, cached=self.cache.full_keys())
             self._stale = True
         return weights
 

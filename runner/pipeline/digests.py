@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from runner.config.option import Counts
+from runner.config.option import Digests
 from runner.config.rules import value_of
 from runner.config.schema import DatasetConfig, SourceConfig, options
 from runner.data.select import SourceOptions, source_options
@@ -38,7 +38,7 @@ def resume_key(inputs: Inputs) -> str:
     """Return the digest of what was requested."""
     return _digest(
         {
-            **_set(inputs, ("both", "asked")),
+            **_set(inputs, ("both", "resume_key")),
             "dataset.sources": _asked_sources(inputs),
         }
     )
@@ -64,7 +64,7 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
             **({"training.compile": True} if compiled else {}),
             "training.seed": inputs.seed,
             "weights": weights,
-            "cache": sorted((place, entry.name) for entry in cached for place in entry.links),
+            "cache": sorted((path, entry.key) for entry in cached for path in entry.links),
             "dataset.sources": [
                 (source.options.batch_size, source.options.num_repeats) for source in inputs.sources
             ],
@@ -76,7 +76,7 @@ def _digest(cache_inputs: Mapping[str, Any]) -> str:
     return json_digest(cache_inputs)[:16]
 
 
-def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
+def _set(inputs: Inputs, which: tuple[Digests, ...]) -> dict[str, Any]:
     """Return the options among ``which`` that differ from their defaults, by key.
 
     An option without a row in the table counts in both digests.
@@ -85,7 +85,7 @@ def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for option in options(type(config)):
         key, value = option.key, value_of(config, option.key)
-        counted = (option.counts or "both") in which and key not in _OF_SOURCES
+        counted = (option.digests or "both") in which and key not in _OF_SOURCES
         if counted and value != FIRST_DEFAULTS.get(key, option.default):
             changed[key] = value
     # Only these are not yet absolute in the config.
@@ -94,23 +94,23 @@ def _set(inputs: Inputs, which: tuple[Counts, ...]) -> dict[str, Any]:
 
 
 def _asked_sources(inputs: Inputs) -> list[dict[str, Any]]:
-    """Return the place of each source, and its options that differ from the defaults."""
+    """Return where each source is, and its options that differ from the defaults."""
     first = {k.rpartition(".")[2]: v for k, v in FIRST_DEFAULTS.items() if k in _OF_SOURCES}
     default = _flat(source_options(DatasetConfig(**first))[0])
     result: list[dict[str, Any]] = []
     for asked, source in zip(source_options(inputs.config.dataset), inputs.sources, strict=True):
-        place: dict[str, Any] = {"kind": source.source_kind}
+        location: dict[str, Any] = {"kind": source.source_kind}
         if asked.source_kind == "hub":
-            place = {"kind": "hub", "path": asked.path, "revision": asked.revision}
+            location = {"kind": "hub", "path": asked.path, "revision": asked.revision}
         elif source.source_kind != "sample":
-            place["path"] = source.path
+            location["path"] = source.path
         changed = {key: value for key, value in _flat(asked).items() if value != default[key]}
-        result.append(place | changed)
+        result.append(location | changed)
     return result
 
 
 def _flat(asked: SourceOptions) -> dict[str, Any]:
     values = asdict(asked)
-    for place in ("path", "source_kind", "revision"):
-        del values[place]
+    for key in ("path", "source_kind", "revision"):
+        del values[key]
     return values | values.pop("extraction")

@@ -33,18 +33,19 @@ from runner.pipeline.inputs import gather, read_environment, refusal
 from runner.pipeline.model import Inputs, Plan, StagePlan
 from runner.pipeline.option_paths import resolve_paths
 from runner.pipeline.plan import commands_sh, make_plan
-from runner.pipeline.record import Recorder, RunStatus, check_tracking, how_to_compare
+from runner.pipeline.record import Recorder, check_tracking, how_to_compare
 from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.base import LORA
 from runner.pipeline.stages.convert import COMFYUI_LORA
 from runner.pipeline.stages.evaluate import EVALUATION
 from runner.storage.leases import UseLease
 from runner.storage.shared_cache import SharedCache
-from runner.tracking.client import safe
+from runner.tracking.client import without_secrets
+from runner.tracking.mlflow_run import RunStatus
 from runner.tracking.multirun import Job
 from runner.tracking.secrets import redact_mapping, secret_values
 
-# The commands that were started, for each stage.
+# The commands that were started, by the name of the stage.
 Launched = Mapping[str, Sequence[Command]]
 
 
@@ -159,26 +160,26 @@ class _Run:
         self.engine, self.plan = prepared.engine, prepared.plan
         self.console, self.job = console, job
         self.started = time.time()
-        # The plan of each stage at the time it began.
-        self.begun: dict[str, StagePlan] = {}
+        # The plan of each stage at its start, by its name.
+        self.plan_at_start: dict[str, StagePlan] = {}
 
     def carry_out(self) -> None:
         """Run all stages; the run's final status is always recorded."""
         folder = run_folder(self.inputs.root, self.plan.name)
-        use = verify.new_use_lease(self.inputs, self.plan, folder)
+        use_lease = verify.new_use_lease(self.inputs, self.plan, folder)
         try:
-            self._run_recorded(folder, use)
+            self._run_recorded(folder, use_lease)
         finally:
             with signals_deferred():
-                use.release()
+                use_lease.release()
 
-    def _run_recorded(self, folder: Path, use: UseLease) -> None:
+    def _run_recorded(self, folder: Path, use_lease: UseLease) -> None:
         recorder: Recorder | None = None
         try:
             with signals_deferred():
                 recorder = self._open(folder)
-            context = self._begin(folder, recorder, use)
-            self._stages(context, recorder)
+            context = self._begin(folder, recorder, use_lease)
+            self._run_stages(context, recorder)
         except BaseException as error:
             if recorder is not None:
                 with signals_deferred():
@@ -193,14 +194,14 @@ class _Run:
             recorder.finish("FINISHED", "")
         self._show_results(context, recorder)
 
-    def _begin(self, folder: Path, recorder: Recorder, use: UseLease) -> Context:
+    def _begin(self, folder: Path, recorder: Recorder, use_lease: UseLease) -> Context:
         """Show the heading and notices, and write the run's files."""
         self.console.heading(f"{self.plan.name}  in {shortest(folder)}")
         for notice in self.plan.notices:
             self.console.notice(notice)
-        with _named("writing the run's files", folder):
+        with _failures_named("writing the run's files", folder):
             self._write_files(folder)
-        recorder.files()
+        recorder.send_files()
         return Context(
             inputs=self.inputs,
             engine=self.engine,
@@ -209,7 +210,7 @@ class _Run:
             console=self.console,
             writer=recorder.writer,
             plan=self.plan,
-            use_lease=use,
+            use_lease=use_lease,
             make_plan=_planner(self.engine),
         )
 
@@ -232,7 +233,7 @@ class _Run:
         redacted = redact_mapping(resolved, secret_values(os.environ))
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted)))
         overrides = "".join(f"{override}\n" for override in self.composed.overrides)
-        write_text(folder / "overrides.txt", safe(overrides))
+        write_text(folder / "overrides.txt", without_secrets(overrides))
         self._write_plan(folder, self.plan, {})
 
     def _write_plan(self, folder: Path, plan: Plan, launched: Launched) -> None:
@@ -243,47 +244,52 @@ class _Run:
 
     def _write_script(self, folder: Path, plan: Plan, launched: Launched) -> None:
         """Write ``commands.sh``: the commands that ran so far, and those still planned."""
-        stages = tuple(self._as_run(stage, launched.get(stage.name)) for stage in plan.stages)
+        stages = tuple(self._as_it_ran(stage, launched.get(stage.name)) for stage in plan.stages)
         script = folder / "commands.sh"
         write_text(script, commands_sh(replace(plan, stages=stages)))
         script.chmod(0o755)
 
-    def _as_run(self, stage: StagePlan, ran: Sequence[Command] | None) -> StagePlan:
-        begun = self.begun.get(stage.name, stage)
+    def _as_it_ran(self, stage: StagePlan, ran: Sequence[Command] | None) -> StagePlan:
+        """Return a stage as ``commands.sh`` shows it; ``ran`` is None before the stage begins."""
+        at_start = self.plan_at_start.get(stage.name, stage)
         if ran is None:
             # A stage whose work has been done meanwhile stays in the script, with the commits that
             # its branches resolved to.
-            return stage if stage.to_run else replace(stage, state=begun.state)
+            return stage if stage.to_run else replace(stage, state=at_start.state)
         if not ran:
-            return replace(begun, commands=(), state="done" if begun.to_run else begun.state)
+            return replace(
+                at_start, commands=(), state="done" if at_start.to_run else at_start.state
+            )
         # What ran as planned is shown with the commits that its branches resolved to.
-        as_planned = tuple(ran) == begun.commands and stage.commands
-        return replace(begun, commands=as_planned or tuple(ran), state="to run")
+        ran_as_planned = tuple(ran) == at_start.commands
+        return replace(
+            at_start, commands=(ran_as_planned and stage.commands) or tuple(ran), state="to run"
+        )
 
-    def _stages(self, context: Context, recorder: Recorder) -> None:
+    def _run_stages(self, context: Context, recorder: Recorder) -> None:
         planned = {stage.name for stage in self.plan.stages}
         todo = [stage for stage in STAGES if stage.name in planned]
         written = self.plan
         for number, stage in enumerate(todo, 1):
-            with _named(f"stage {stage.name}", context.run_dir):
+            with _failures_named(f"stage {stage.name}", context.run_dir):
                 # Commands, paths and cache keys are final only once the weights are present, and
                 # damaged entries are found only by reading them.
                 if stage.refreshes_plan and context.refresh_plan() is not written:
                     written = context.plan
                     self._write_plan(context.run_dir, written, context.launched)
-            recorder.result_of(context.inputs, context.plan, self.engine)
-            now = self.begun[stage.name] = context.plan.stage(stage.name)
+            recorder.record_fingerprint(context.inputs, context.plan, self.engine)
+            now = self.plan_at_start[stage.name] = context.plan.stage(stage.name)
             self.console.stage(number, len(todo), stage.name, _summary(now))
             if now.state == "skipped" and not stage.runs_when_skipped:
                 continue
             began = time.monotonic()
             try:
-                with _named(f"stage {stage.name}", context.run_dir):
+                with _failures_named(f"stage {stage.name}", context.run_dir):
                     stage.run(context)
             finally:
                 with recorder.tolerant(context.run_dir / "commands.sh"):
                     self._write_script(context.run_dir, context.plan, context.launched)
-                recorder.stage(stage.name, time.monotonic() - began)
+                recorder.record_stage(stage.name, time.monotonic() - began)
 
     def _show_results(self, context: Context, recorder: Recorder) -> None:
         console, folder = self.console, context.run_dir
@@ -312,14 +318,14 @@ class _Run:
 
 
 @contextmanager
-def _named(what: str, folder: Path) -> Iterator[None]:
-    """Re-raise failures in the block as :class:`StageError`, prefixed with ``what``."""
+def _failures_named(what: str, folder: Path) -> Iterator[None]:
+    """Re-raise a failure of the block as :class:`StageError`; ``what`` names what failed."""
     try:
         yield
     except (StageError, UserError, OSError) as error:
         reason = describe_os_error(error, folder) if isinstance(error, OSError) else error
         # The last line of a trainer's log may hold a token.
-        raise StageError(safe(f"{what} failed: {reason}")) from error
+        raise StageError(without_secrets(f"{what} failed: {reason}")) from error
 
 
 def _summary(stage: StagePlan) -> str:

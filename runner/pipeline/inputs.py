@@ -60,7 +60,7 @@ def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Sou
         config=config,
         sources=weighed,
         selection=selection,
-        cached=SharedCache(environment.root / "cache").names(),
+        cached=SharedCache(environment.root / "cache").full_keys(),
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
     )
 

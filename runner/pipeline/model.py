@@ -73,21 +73,21 @@ class CacheEntry:
     Attributes:
         produced: name of the file that the engine writes.
         namespace: ``media``, ``latents`` or ``text``.
-        name: its key.
+        key: its key in the namespace.
         cache_inputs: what the key is the digest of.
         links: paths in the run's folder that are linked to it.
     """
 
     produced: str
     namespace: str
-    name: str
+    key: str
     cache_inputs: dict[str, Any]
     links: tuple[str, ...]
 
     @property
     def full_key(self) -> str:
         """``namespace/key``."""
-        return f"{self.namespace}/{self.name}"
+        return f"{self.namespace}/{self.key}"
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
             name=name,
             seed=inputs.seed,
             compile_blocks=compiled,
-            own=engine.own_options,
+            engine_only=engine.own_options,
         )
     )
     left_out = skipped(config)

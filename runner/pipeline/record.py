@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from runner.config.composed import Composed
 from runner.config.schema import RunConfig, TrackingConfig
@@ -22,15 +22,13 @@ from runner.core.paths import checkout, command_here
 from runner.engines.base import Engine
 from runner.pipeline.digests import fingerprint, resume_key
 from runner.pipeline.model import Inputs, Plan
-from runner.tracking.client import safe
+from runner.tracking.client import without_secrets
 from runner.tracking.files import hide_values
 from runner.tracking.secrets import secret_values
 
 if TYPE_CHECKING:
-    from runner.tracking.mlflow_run import NullWriter, RunWriter
+    from runner.tracking.mlflow_run import NullWriter, RunStatus, RunWriter
     from runner.tracking.multirun import Job
-
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # Files of the run's folder that MLflow keeps as artifacts, besides the LoRA files and the logs.
 _ARTIFACTS = (
@@ -45,7 +43,7 @@ _ARTIFACTS = (
     "accelerate.yaml",
     "evaluation.json",
 )
-_LORAS = ("lora.safetensors", "lora_comfyui.safetensors")
+_LORA_FILES = ("lora.safetensors", "lora_comfyui.safetensors")
 
 
 def tracking_uri(tracking: TrackingConfig, root: Path) -> str | None:
@@ -85,7 +83,7 @@ def how_to_compare(name: str, uri: str | None, output_dir: str, page: str) -> st
     if name == "server":
         return page
     if uri:
-        return f"{command_here('runner.ui')} --tracking-uri {shlex.quote(safe(uri))}"
+        return f"{command_here('runner.ui')} --tracking-uri {shlex.quote(without_secrets(uri))}"
     option = "" if output_dir == "outputs" else f" --outputs {shlex.quote(output_dir)}"
     return f"{command_here('runner.ui')}{option}"
 
@@ -105,12 +103,12 @@ def check_tracking(config: RunConfig) -> None:
 class Recorder:
     """The record of a run in progress, in ``run.json`` and in MLflow."""
 
-    def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, key: str) -> None:
-        """Start the record; ``key`` is the run's resume key."""
+    def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, resume_key: str) -> None:
+        """Start the record, in a run's folder and with its resume key."""
         self.writer, self.run_dir = writer, run_dir
         self._stages: dict[str, float] = {}
         self._started = time.time()
-        self._key = key
+        self._resume_key = resume_key
         self._fingerprint: str | None = None
         self._plan: Plan | None = None
         self._problems: list[str] = []
@@ -171,7 +169,8 @@ class Recorder:
             )
             tags |= child_tags(parent, sweep.id)
             values = [
-                f"{k.rsplit('.', 1)[-1]}={_value(resolved, choices, k)}" for k in sweep.swept_keys
+                f"{k.rsplit('.', 1)[-1]}={_swept_value(resolved, choices, k)}"
+                for k in sweep.swept_keys
             ]
             name = " ".join([name, *values])
         writer = mlflow_run.RunWriter.start(
@@ -187,8 +186,8 @@ class Recorder:
             job.note(run_folder=str(run_dir), mlflow_run_id=writer.run_id)
         return cls(writer, run_dir, key)
 
-    def result_of(self, inputs: Inputs, plan: Plan, engine: Engine) -> None:
-        """Note what gives the run's result; again when that has changed, or has become known."""
+    def record_fingerprint(self, inputs: Inputs, plan: Plan, engine: Engine) -> None:
+        """Record the digest of what the result depends on, once it is known and when it changes."""
         if plan is self._plan:
             return
         self._plan = plan
@@ -198,13 +197,13 @@ class Recorder:
             self._write("RUNNING", "")
             self.writer.set_tags({"config.fingerprint": digest})
 
-    def files(self) -> None:
-        """Send the files that describe the run to MLflow; called again after they change."""
+    def send_files(self) -> None:
+        """Send the files that describe the run to MLflow, also after they have changed."""
         for name in _ARTIFACTS:
             if (self.run_dir / name).is_file():
                 self.writer.log_artifact(self.run_dir / name)
 
-    def stage(self, name: str, seconds: float) -> None:
+    def record_stage(self, name: str, seconds: float) -> None:
         """Record that a stage has ended, successfully or not."""
         self._stages[name] = round(seconds, 3)
         self._write("RUNNING", "")
@@ -218,11 +217,11 @@ class Recorder:
 
     def finish(self, status: RunStatus, why: str) -> None:
         """Record the final status, first in ``run.json``, then in MLflow."""
-        why = safe(why)
+        why = without_secrets(why)
         self._write(status, why)
         with self.writer.queued():
-            self.files()
-            for name in _LORAS:
+            self.send_files()
+            for name in _LORA_FILES:
                 if (self.run_dir / name).is_file():
                     self.writer.log_artifact(self.run_dir / name)
             if why:
@@ -234,7 +233,7 @@ class Recorder:
             "status": status,
             "error": why,
             "config_fingerprint": self._fingerprint,
-            "resume_key": self._key,
+            "resume_key": self._resume_key,
             "mlflow_run_id": self.writer.run_id,
             "started": self._started,
             "seconds": round(time.time() - self._started, 3),
@@ -257,8 +256,8 @@ class Recorder:
             self._problem(f"{file} could not be written ({error.strerror or error})")
 
 
-def _value(resolved: Mapping[str, Any], choices: Mapping[str, str], key: str) -> Any:
-    """Return the value of a swept key in this run: a group's choice, or an option's value."""
+def _swept_value(resolved: Mapping[str, Any], choices: Mapping[str, str], key: str) -> Any:
+    """Return the value of a swept key in this run: the choice of a group, or an option's value."""
     if key in choices:
         return choices[key]
     value: Any = resolved
@@ -315,7 +314,7 @@ def parameters(composed: Composed, inputs: Inputs) -> dict[str, Any]:
         for group, choice in composed.choices.items()
         if not group.startswith("hydra/") and choice not in (None, "None", "null")
     }
-    for key, value in _flat(composed.resolved):
+    for key, value in _leaves(composed.resolved):
         if key in ("dry_run", "name", "output_dir") or value in (None, "", [], {}):
             continue
         if key.rsplit(".", 1)[-1] == "name" or key.startswith(("tracking.", "stages.")):
@@ -326,11 +325,11 @@ def parameters(composed: Composed, inputs: Inputs) -> dict[str, Any]:
     return params
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            leaves += _flat(value, f"{prefix}{key}.")
+            leaves += _leaves(value, f"{prefix}{key}.")
         else:
             leaves.append((prefix + key, value))
     return leaves

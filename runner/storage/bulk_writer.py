@@ -28,7 +28,7 @@ BATCH_BYTES = 64 << 20
 
 # Folder below the root of the cache; also the prefix of the lease's name.
 _FOLDER = "incoming"
-_WHO = "unpacking"
+_HOLDER = "unpacking"
 
 
 class CacheNotWritable(UserError):
@@ -46,28 +46,28 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
 
     def __init__(
         self,
-        store: SharedCache,
+        cache: SharedCache,
         namespace: Namespace,
         name: str,
         waiting: Callable[[], None] = lambda: None,
-        anew: Collection[str] = (),
+        replace: Collection[str] = (),
     ) -> None:
         """Prepare to write; nothing is touched before the block is entered.
 
         Args:
-            store: the cache to write to.
+            cache: the cache to write to.
             namespace: where the entries go.
-            name: names what is written, such as an archive; writers of the same name wait for each
-                other.
+            name: what is written, such as the path of an archive; writers of the same name wait for
+                each other.
             waiting: called when another process holds the name.
-            anew: keys to write although the entries exist.
+            replace: keys of existing entries to write again, in path of the old ones.
         """
-        self.store, self.namespace, self.waiting, self.anew = store, namespace, waiting, anew
-        self.folder = store.root / _FOLDER / f"{namespace}-{json_digest({'of': name})[:16]}"
-        self._leases = Leases(store.root)
+        self.cache, self.namespace, self.waiting, self.replace = cache, namespace, waiting, replace
+        self.folder = cache.root / _FOLDER / f"{namespace}-{json_digest({'of': name})[:16]}"
+        self._leases = Leases(cache.root)
         self._turn = ExitStack()
-        self._claimed: set[str] = set()
-        self._arrivals: list[FinishedFile] = []
+        self._reserved: set[str] = set()
+        self._finished: list[FinishedFile] = []
         self._bytes = 0
         self.added = 0
         self._mutex = threading.Lock()
@@ -76,7 +76,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         self._commits: list[Future[None]] = []
 
     def __enter__(self) -> BulkWriter:
-        turn = self._leases.turn(f"{_FOLDER}/{self.folder.name}", _WHO, self.waiting)
+        turn = self._leases.turn(f"{_FOLDER}/{self.folder.name}", _HOLDER, self.waiting)
         try:
             # Before taking the lease: leftovers may have filled the disk.
             self._clear_leftovers()
@@ -93,10 +93,10 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         """Delete what killed processes left behind."""
         dead: list[Path] = []
         with self._leases.locked():
-            living = self._leases.claimed()
+            being_made = self._leases.names_being_made()
             for leftover in scan(self.folder.parent):
-                if leftover.is_dir() and f"{_FOLDER}/{leftover.name}" not in living:
-                    # Renamed, it is nobody's; the files are deleted after the lock is released.
+                if leftover.is_dir() and f"{_FOLDER}/{leftover.name}" not in being_made:
+                    # Renamed, no process takes it; its files are deleted once the lock is released.
                     digest = json_digest({"of": leftover.name})[:16]
                     hidden = Path(leftover.path).with_name(f".{digest}")
                     dead.append(hidden.with_suffix(f".{os.getpid()}.tmp"))
@@ -104,17 +104,17 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         for folder in dead:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def claim(self, name: str) -> bool:
+    def reserve(self, key: str) -> bool:
         """Reserve a key for the caller, since a source may contain equal media several times.
 
         Returns:
             Whether the caller is to write the entry: False if it exists or is reserved already.
         """
         with self._mutex:
-            there = name not in self.anew and self.store.has(self.namespace, name)
-            if name in self._claimed or there:
+            exists = key not in self.replace and self.cache.has(self.namespace, key)
+            if key in self._reserved or exists:
                 return False
-            self._claimed.add(name)
+            self._reserved.add(key)
             return True
 
     def write(self, fill: Callable[[Write], object]) -> Path:
@@ -129,10 +129,10 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         Raises:
             CacheNotWritable: the disk can't be written to. What ``fill`` raises is passed on.
         """
-        place = self.folder / str(next(self._numbers))
+        path = self.folder / str(next(self._numbers))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            out = _open(place)
+            out = _open(path)
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -151,32 +151,32 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
             finally:
                 _close(out, self._not_writable)
         except BaseException:
-            place.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
-        return place
+        return path
 
-    def add(self, file: Path, name: str, cache_inputs: Mapping[str, Any], sha256: str) -> None:
-        """Commit a file that :meth:`write` made, with this digest, as the entry ``name``."""
+    def add(self, file: Path, key: str, cache_inputs: Mapping[str, Any], sha256: str) -> None:
+        """Commit a file that :meth:`write` made, with this digest, as the entry ``key``."""
         try:
             size = file.stat().st_size
         except OSError as error:
             raise self._not_writable(error) from error
         with self._mutex:
-            replace = name in self.anew
-            self._arrivals.append(FinishedFile(name, file, cache_inputs, sha256, replace))
+            replace = key in self.replace
+            self._finished.append(FinishedFile(key, file, cache_inputs, sha256, replace))
             self._bytes += size
             self.added += 1
             if self._bytes >= BATCH_BYTES:
                 self._hand_over()
 
     def _hand_over(self) -> None:
-        batch, self._arrivals, self._bytes = self._arrivals, [], 0
-        self._commits.append(self._committer.submit(self.store.commit_all, self.namespace, batch))
+        batch, self._finished, self._bytes = self._finished, [], 0
+        self._commits.append(self._committer.submit(self.cache.commit_all, self.namespace, batch))
 
     def _not_writable(self, error: OSError) -> CacheNotWritable:
         reason = error.strerror or str(error)
         return CacheNotWritable(
-            f"{self.store.root} can't be written to ({reason}): free some space, or name another "
+            f"{self.cache.root} can't be written to ({reason}): free some space, or name another "
             "folder with output_dir."
         )
 
@@ -187,7 +187,7 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
         traceback: TracebackType | None,
     ) -> None:
         with self._mutex:
-            if self._arrivals:
+            if self._finished:
                 self._hand_over()
         self._committer.shutdown()
         try:
@@ -201,8 +201,8 @@ class BulkWriter(AbstractContextManager["BulkWriter"]):
             self._turn.close()
 
 
-def _open(place: Path) -> BinaryIO:
-    return cast(BinaryIO, place.open("wb", buffering=0))
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, path.open("wb", buffering=0))
 
 
 def _close(out: BinaryIO, not_writable: Callable[[OSError], CacheNotWritable]) -> None:

@@ -52,7 +52,7 @@ class Lease:
         return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
     @property
-    def who(self) -> str:
+    def holder(self) -> str:
         """The run that holds the lease, and its process."""
         host = self.data.get("host")
         where = "" if host == socket.gethostname() else f" on {host}"
@@ -101,17 +101,17 @@ class LeaseFolder:
         """Return whether a living process holds the lease."""
         from filelock import FileLock, Timeout
 
-        place = self._lock(id_)
-        if not place.exists():
+        path = self._lock(id_)
+        if not path.exists():
             return False
         try:
-            with FileLock(place).acquire(timeout=0):
+            with FileLock(path).acquire(timeout=0):
                 return False
         except Timeout:
             return True
         except OSError:
             # Another user's lock file: assume that it is held, so that nothing is made twice.
-            return place.exists()
+            return path.exists()
 
     def all(self) -> list[Lease]:
         """Read every lease in the folder."""
@@ -154,12 +154,12 @@ class LeaseFolder:
 
 
 class Leases:
-    """All leases on one cache: ``claims`` for making entries, ``uses`` for using them."""
+    """All leases on one cache: ``making`` has those for making entries, ``using`` those for use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.claims = LeaseFolder(root / "claims")
-        self.uses = LeaseFolder(root / "uses")
+        self.making = LeaseFolder(root / "claims")
+        self.using = LeaseFolder(root / "uses")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,14 +171,14 @@ class Leases:
             yield
 
     @contextmanager
-    def claim(
+    def lease_for_making(
         self, names: Collection[str], run: str
     ) -> Iterator[tuple[frozenset[str], tuple[Lease, ...]]]:
         """Lease those of ``names`` that no other process is making, for the duration of the block.
 
         Args:
-            names: the full keys wanted.
-            run: who asks, for the messages of others.
+            names: the full keys to lease.
+            run: the holder, for messages of other processes.
 
         Yields:
             The leased names, and the leases of other processes on the rest.
@@ -189,16 +189,16 @@ class Leases:
             with self.locked():
                 others = [
                     lease
-                    for lease in self.claims.remove_dead(keep=False)
+                    for lease in self.making.remove_dead(keep=False)
                     if lease.names & set(names)
                 ]
                 free = frozenset(names).difference(*(lease.names for lease in others))
                 if free:
-                    lock = self.claims.open(id_, _content(run, free))
+                    lock = self.making.open(id_, _content(run, free))
             yield free, tuple(others)
         finally:
             if lock is not None:
-                self.claims.close(id_, lock, keep=False)
+                self.making.close(id_, lock, keep=False)
 
     @contextmanager
     def turn(self, name: str, run: str, waiting: Callable[[], None]) -> Iterator[None]:
@@ -206,12 +206,12 @@ class Leases:
 
         Args:
             name: what to lease.
-            run: who asks, for the messages of others.
+            run: the holder, for messages of other processes.
             waiting: called once if another process holds the lease.
         """
         reported = False
         while True:
-            with self.claim({name}, run) as (leased, others):
+            with self.lease_for_making({name}, run) as (leased, others):
                 if leased:
                     yield
                     return
@@ -220,18 +220,18 @@ class Leases:
                 reported = True
             self.wait(others)
 
-    def wait(self, claims: Sequence[Lease]) -> None:
+    def wait(self, leases: Sequence[Lease]) -> None:
         """Wait until one of these leases is released or its process has died."""
-        while all(self.claims.alive(claim.id) for claim in claims):
+        while all(self.making.alive(lease.id) for lease in leases):
             time.sleep(_POLL_SECONDS)
 
-    def claimed(self) -> frozenset[str]:
+    def names_being_made(self) -> frozenset[str]:
         """Return the names that living processes are making. Call with the cache locked."""
-        return frozenset().union(*(lease.names for lease in self.claims.remove_dead(keep=False)))
+        return frozenset().union(*(lease.names for lease in self.making.remove_dead(keep=False)))
 
     def leased_keys(self) -> frozenset[str]:
         """Return the full keys that living processes make or use. Call with the cache locked."""
-        leases = [*self.claims.all(), *self.uses.all()]
+        leases = [*self.making.all(), *self.using.all()]
         return frozenset().union(*(lease.names for lease in leases if lease.alive))
 
 
@@ -239,7 +239,8 @@ class UseLease:
     """A run's lease on the entries that it uses.
 
     ``python -m runner.cache`` deletes none of them while the run's process is alive. The JSON stays
-    when the run has ended, and says which dataset the entries belong to.
+    when the run has ended, and says which dataset the entries belong to. The names in ``always``
+    are leased as long as anything is.
     """
 
     def __init__(
@@ -259,9 +260,9 @@ class UseLease:
         self.names = wanted
         with self.leases.locked():
             if self._lock is None:
-                self._lock = self.leases.uses.open(self._id, self._content())
+                self._lock = self.leases.using.open(self._id, self._content())
             else:
-                self.leases.uses.write(self._id, self._content())
+                self.leases.using.write(self._id, self._content())
 
     def release(self) -> None:
         """Release the lease at the end of the run.
@@ -270,16 +271,16 @@ class UseLease:
         """
         if self._lock is None:
             return
-        content, uses = self._content(), self.leases.uses
+        content, using = self._content(), self.leases.using
         # A full disk must not turn a successful run into a failure.
         with suppress(OSError), self.leases.locked():
-            for lease in uses.all():
+            for lease in using.all():
                 if not lease.alive and lease.data.get("set") == content["set"]:
-                    uses.remove(lease.id)
-            uses.write(self._id, content)
-            uses.remove_dead(keep=True)
+                    using.remove(lease.id)
+            using.write(self._id, content)
+            using.remove_dead(keep=True)
         with suppress(OSError):
-            uses.close(self._id, self._lock, keep=True)
+            using.close(self._id, self._lock, keep=True)
         self._lock = None
 
     def _content(self) -> dict[str, Any]:

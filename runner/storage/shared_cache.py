@@ -1,7 +1,7 @@
 """The shared cache: finished results under ``outputs/cache``, keyed by a digest of their inputs.
 
 An entry is written under a temporary name, synced and renamed, and is read-only from then on.
-``<key>.json`` beside it records its cache inputs, size and SHA-256, so that damage can be detected.
+``<key>.json`` beside it, its note, has its cache inputs, size and SHA-256, to detect damage by.
 :mod:`runner.storage.leases` records which process is making or using an entry.
 """
 
@@ -24,12 +24,12 @@ Namespace = Literal["media", "latents", "text"]
 NAMESPACES: tuple[Namespace, ...] = ("media", "latents", "text")
 
 # What can be wrong with an entry that a run needs.
-Fault = Literal["absent", "damaged", "unchecked"]
+Fault = Literal["missing", "damaged", "unchecked"]
 
 _CHUNK = 1 << 20
 # Threads that read entries; more bring nothing on a local disk and little on a network disk.
 _READERS = 8
-# Longer than it takes to replace an entry's .json and then its file.
+# Longer than it takes to replace an entry's note and then its file.
 _REPLACE_SECONDS = 0.1
 
 
@@ -44,14 +44,14 @@ def cache_key(cache_inputs: Mapping[str, Any]) -> str:
     return json_digest(cache_inputs) + ".safetensors"
 
 
-def link(target: Path, place: Path) -> None:
-    """Make ``place`` a symbolic link to ``target``, or a copy where links can't be made."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.unlink(missing_ok=True)
+def link(target: Path, path: Path) -> None:
+    """Make ``path`` a symbolic link to ``target``, or a copy where links can't be made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     try:
-        place.symlink_to(target)
+        path.symlink_to(target)
     except OSError:
-        with whole(place) as temporary:
+        with whole(path) as temporary:
             shutil.copyfile(target, temporary)
 
 
@@ -66,8 +66,8 @@ def digest_of(file: Path) -> str:
 
 
 @dataclass(frozen=True)
-class EntryInfo:
-    """Size and SHA-256 from an entry's .json; None if an old version wrote it without them."""
+class Note:
+    """Size and SHA-256 from an entry's note; None if an old version wrote the note without them."""
 
     size: int | None
     sha256: str | None
@@ -78,14 +78,14 @@ class FinishedFile:
     """A finished file that is to be committed as an entry.
 
     Attributes:
-        name: the key of the entry.
+        key: the key of the entry.
         file: the file, which is moved.
         cache_inputs: what the file was made from.
         sha256: the digest of its bytes, if already known.
         replace: whether it replaces an existing entry.
     """
 
-    name: str
+    key: str
     file: Path
     cache_inputs: Mapping[str, Any]
     sha256: str | None = None
@@ -101,28 +101,28 @@ class SharedCache:
     def __init__(self, root: Path) -> None:
         self.root = root
         # Digests of the files read so far, and the identity of the file that each is valid for.
-        self._read: dict[Path, tuple[Identity, str]] = {}
+        self._digests: dict[Path, tuple[Identity, str]] = {}
 
-    def path(self, namespace: str, name: str) -> Path:
+    def path(self, namespace: str, key: str) -> Path:
         """Return the path of an entry, whether it exists or not."""
-        return Path(self.root, namespace, name[:2], name)
+        return Path(self.root, namespace, key[:2], key)
 
-    def place(self, full_key: str) -> Path:
+    def path_of(self, full_key: str) -> Path:
         """Return the path of the entry with this full key, whether it exists or not."""
-        namespace, _, name = full_key.partition("/")
-        return self.path(namespace, name)
+        namespace, _, key = full_key.partition("/")
+        return self.path(namespace, key)
 
-    def has(self, namespace: str, name: str) -> bool:
+    def has(self, namespace: str, key: str) -> bool:
         """Return whether the entry exists."""
-        return self.path(namespace, name).is_file()
+        return self.path(namespace, key).is_file()
 
-    def names(self) -> frozenset[str]:
+    def full_keys(self) -> frozenset[str]:
         """Return the full keys of all entries."""
         return frozenset(
-            f"{namespace}/{name}" for namespace in NAMESPACES for name in self._files(namespace)
+            f"{namespace}/{key}" for namespace in NAMESPACES for key in self._keys(namespace)
         )
 
-    def _files(self, namespace: Namespace) -> Iterator[str]:
+    def _keys(self, namespace: Namespace) -> Iterator[str]:
         for part in scan(self.root / namespace):
             if part.is_dir():
                 for file in scan(Path(part.path)):
@@ -132,7 +132,7 @@ class SharedCache:
     def commit(
         self,
         namespace: str,
-        name: str,
+        key: str,
         file: Path,
         cache_inputs: Mapping[str, Any],
         *,
@@ -143,10 +143,10 @@ class SharedCache:
         Returns:
             Its path in the cache.
         """
-        self.commit_all(namespace, [FinishedFile(name, file, cache_inputs, replace=replace)])
-        return self.path(namespace, name)
+        self.commit_all(namespace, [FinishedFile(key, file, cache_inputs, replace=replace)])
+        return self.path(namespace, key)
 
-    def commit_all(self, namespace: str, arrivals: Iterable[FinishedFile]) -> None:
+    def commit_all(self, namespace: str, finished_files: Iterable[FinishedFile]) -> None:
         """Move finished files into the cache, all synced before the first is renamed.
 
         Existing entries are kept unless ``replace`` is set. Replacing is atomic: readers see the
@@ -154,22 +154,22 @@ class SharedCache:
         """
         wanted: list[tuple[FinishedFile, Path, Path]] = []
         try:
-            for finished in arrivals:
-                if finished.replace or not self.has(namespace, finished.name):
-                    place = self.path(namespace, finished.name)
-                    note = _write_note(finished, place)
-                    wanted.append((finished, place, note))
+            for finished in finished_files:
+                if finished.replace or not self.has(namespace, finished.key):
+                    path = self.path(namespace, finished.key)
+                    note = _write_note(finished, path)
+                    wanted.append((finished, path, note))
                     finished.file.chmod(0o444)
                 else:
                     finished.file.unlink()
             for finished, _, note in wanted:
                 sync(finished.file)
                 sync(note)
-            for finished, place, note in wanted:
-                # The .json comes first: an entry without one was never finished.
-                note.replace(note_of(place))
-                _move(finished.file, place)
-            for folder in {place.parent for _, place, _ in wanted}:
+            for finished, path, note in wanted:
+                # The note comes first: an entry without one was never finished.
+                note.replace(note_of(path))
+                _move(finished.file, path)
+            for folder in {path.parent for _, path, _ in wanted}:
                 sync(folder)
         finally:
             for _, _, note in wanted:
@@ -186,7 +186,7 @@ class SharedCache:
 
         Args:
             full_keys: the entries to check.
-            read: also compare the SHA-256; each file is read at most once per SharedCache.
+            read: also compare the SHA-256; a file is read again only if it was replaced.
             progress: called with the bytes read so far and in all.
 
         Returns:
@@ -196,7 +196,7 @@ class SharedCache:
         faults = self._find_faults(full_keys, read, progress or (lambda _done, _total: None))
         damaged = [full_key for full_key, fault in faults.items() if fault == "damaged"]
         if damaged:
-            # Another process may be replacing them right now, the .json first, then the file.
+            # Another process may be replacing them right now, the note first, then the file.
             time.sleep(_REPLACE_SECONDS)
             for full_key in damaged:
                 del faults[full_key]
@@ -209,7 +209,7 @@ class SharedCache:
         faults: dict[str, Fault] = {}
         to_read: dict[str, int] = {}
         for full_key in full_keys:
-            fault, size = self._check_entry(self.place(full_key), read=read)
+            fault, size = self._check_entry(self.path_of(full_key), read=read)
             if fault:
                 faults[full_key] = fault
             elif size:
@@ -217,13 +217,13 @@ class SharedCache:
         if to_read:
             self._read_all(to_read, progress)
         for full_key in to_read:
-            fault, size = self._check_entry(self.place(full_key), read=True)
+            fault, size = self._check_entry(self.path_of(full_key), read=True)
             if fault or size:
                 faults[full_key] = fault or "damaged"
         return faults
 
-    def _check_entry(self, place: Path, *, read: bool) -> tuple[Fault | None, int]:
-        """Check one entry without reading the file: its .json, its size, and known digests.
+    def _check_entry(self, path: Path, *, read: bool) -> tuple[Fault | None, int]:
+        """Check one entry without reading the file: its note, its size, and known digests.
 
         Both files are looked up each time, since other processes may replace them.
 
@@ -231,10 +231,10 @@ class SharedCache:
             Its fault if one is known, and how many bytes must be read to decide; 0 for none.
         """
         try:
-            stat = place.stat()
+            stat = path.stat()
         except OSError:
-            return "absent", 0
-        note = read_note(place)
+            return "missing", 0
+        note = read_note(path)
         if note is None:
             return "damaged", 0
         if note.sha256 is None:
@@ -243,7 +243,7 @@ class SharedCache:
             return "damaged", 0
         if not read:
             return None, 0
-        known = self._read.get(place)
+        known = self._digests.get(path)
         if known is None or known[0] != identity_of(stat):
             # At least 1, so that an empty file is checked as well.
             return None, stat.st_size or 1
@@ -258,7 +258,7 @@ class SharedCache:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
         pool = ThreadPoolExecutor(min(_READERS, max(2, count)), "check")
         try:
-            futures = {pool.submit(self._read_one, self.place(key)): key for key in sizes}
+            futures = {pool.submit(self._read_one, self.path_of(key)): key for key in sizes}
             for future in as_completed(futures):
                 future.result()
                 done += sizes[futures[future]]
@@ -267,59 +267,59 @@ class SharedCache:
             # On a signal, cancel the reads that have not started.
             pool.shutdown(cancel_futures=True)
 
-    def _read_one(self, place: Path) -> None:
+    def _read_one(self, path: Path) -> None:
         try:
-            before = identity_of(place.stat())
+            before = identity_of(path.stat())
         except OSError:
             return
         try:
-            self._read[place] = (before, digest_of(place))
+            self._digests[path] = (before, digest_of(path))
         except OSError:  # A file that the disk can't read counts as damaged.
-            self._read[place] = (before, "")
+            self._digests[path] = (before, "")
 
 
-def note_of(place: Path) -> Path:
-    """Return the path of the .json of the entry at ``place``."""
-    return place.with_name(place.name + ".json")
+def note_of(path: Path) -> Path:
+    """Return the path of the note on the entry at ``path``."""
+    return path.with_name(path.name + ".json")
 
 
-def _write_note(arrival: FinishedFile, place: Path) -> Path:
-    """Write an entry's .json under a temporary name, next to the final path of the entry.
+def _write_note(finished: FinishedFile, path: Path) -> Path:
+    """Write an entry's note under a temporary name, next to the final path of the entry.
 
     Not in the engine's output folder: an engine that is still running deletes unknown files there.
     """
     note = {
-        "bytes": arrival.file.stat().st_size,
-        "made_of": arrival.cache_inputs,
-        "sha256": arrival.sha256 or digest_of(arrival.file),
+        "bytes": finished.file.stat().st_size,
+        "made_of": finished.cache_inputs,
+        "sha256": finished.sha256 or digest_of(finished.file),
     }
     text = json.dumps(note, sort_keys=True, indent=1, ensure_ascii=False)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    hidden = place.with_name(f".{note_of(place).name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{note_of(path).name}.{os.getpid()}.tmp")
     hidden.write_text(text, encoding="utf-8")
     return hidden
 
 
-def _move(file: Path, place: Path) -> None:
+def _move(file: Path, path: Path) -> None:
     """Rename a synced file, or copy it atomically from another file system."""
     try:
-        file.replace(place)
+        file.replace(path)
     except OSError:
-        with whole(place) as temporary:
+        with whole(path) as temporary:
             shutil.copyfile(file, temporary)
-        shutil.copymode(file, place)
+        shutil.copymode(file, path)
         file.unlink()
 
 
-def read_note(place: Path) -> EntryInfo | None:
-    """Read the .json of the entry at ``place``; None when it is missing or not readable."""
+def read_note(path: Path) -> Note | None:
+    """Read the note on the entry at ``path``; None if it is missing or not readable."""
     try:
-        note = json.loads(note_of(place).read_bytes())
+        note = json.loads(note_of(path).read_bytes())
     except (OSError, ValueError):
         return None
     if not isinstance(note, dict):
         return None
-    return EntryInfo(note.get("bytes"), note.get("sha256"))
+    return Note(note.get("bytes"), note.get("sha256"))
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:

@@ -32,24 +32,24 @@ class CacheObject:
     """One object in the cache: an entry with its .json, a folder of weights, or a leftover file.
 
     Attributes:
-        name: its full key.
+        full_key: the full key of an entry; of another object its namespace, a slash and its name.
         namespace: the first part of it.
         path: the file or folder.
         bytes: its size.
-        used: when it was last used or made, seconds since 1970.
+        last_used: when it was last used or made, seconds since 1970.
         datasets: the keys of the datasets whose runs have used it.
         in_use: whether a living process makes or uses it.
-        named: whether runs record their use of objects in its namespace.
+        use_recorded: whether runs record their use of objects of this kind.
     """
 
-    name: str
+    full_key: str
     namespace: str
     path: Path
     bytes: int
-    used: float
+    last_used: float
     datasets: frozenset[str]
     in_use: bool
-    named: bool
+    use_recorded: bool
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ class CacheContents:
     """Everything in a cache.
 
     Attributes:
-        kept: its objects.
+        objects: its objects.
         datasets: the short name of each dataset, by its key.
-        used: when a run last used each dataset, by its short name; seconds since 1970.
-        running: the leases of living processes.
+        last_used: when a run last used each dataset, by its short name; seconds since 1970.
+        leases: the leases of living processes.
     """
 
-    kept: tuple[CacheObject, ...]
+    objects: tuple[CacheObject, ...]
     datasets: dict[str, str]
-    used: dict[str, float]
-    running: tuple[Lease, ...]
+    last_used: dict[str, float]
+    leases: tuple[Lease, ...]
 
     @property
     def bytes(self) -> int:
         """The size of all objects."""
-        return sum(item.bytes for item in self.kept)
+        return sum(one.bytes for one in self.objects)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class PruneCriteria:
     unused: bool = False
 
 
-def take_stock(root: Path, now: float) -> CacheContents:
-    """List the contents of the cache at ``root``; write nothing.
+def read_contents(root: Path, now: float) -> CacheContents:
+    """Read what is in the cache at ``root``; write nothing.
 
     Raises:
         UserError: there is no cache.
@@ -100,26 +100,26 @@ def take_stock(root: Path, now: float) -> CacheContents:
     if not root.is_dir():
         raise UserError(f"there is no cache at {root} yet: train once, or give --outputs")
     leases = Leases(root)
-    uses, claims = leases.uses.all(), leases.claims.all()
+    using, making = leases.using.all(), leases.making.all()
     last: dict[str, float] = {}
     owners: dict[str, set[str]] = {}
     paths: dict[str, str] = {}
     of_dataset: dict[str, float] = {}
-    for lease in uses:
+    for lease in using:
         key = _key(lease, paths)
         of_dataset[key] = max(of_dataset.get(key, 0.0), _time(lease))
         for name in lease.names:
             last[name] = max(last.get(name, 0.0), _time(lease))
             owners.setdefault(name, set()).add(key)
-    running = tuple(lease for lease in (*uses, *claims) if lease.alive)
+    running = tuple(lease for lease in (*using, *making) if lease.alive)
     held = frozenset().union(*(lease.names for lease in running))
-    kept: list[CacheObject] = []
+    objects: list[CacheObject] = []
     for namespace in scan(root):
         if not namespace.is_dir(follow_symlinks=False) or namespace.name in _NOT_ENTRIES:
             continue
         for name, path, size, made in _scan_namespace(Path(namespace.path), now):
             full_key = f"{namespace.name}/{name}"
-            kept.append(
+            objects.append(
                 CacheObject(
                     full_key,
                     namespace.name,
@@ -134,7 +134,7 @@ def take_stock(root: Path, now: float) -> CacheContents:
             )
     short = _short(paths)
     used = {short[key]: time for key, time in of_dataset.items()}
-    return CacheContents(tuple(kept), short, used, running)
+    return CacheContents(tuple(objects), short, used, running)
 
 
 def _time(lease: Lease) -> float:
@@ -221,31 +221,33 @@ def dataset_key(contents: CacheContents, wanted: str) -> str:
     )
 
 
-def chosen(contents: CacheContents, criteria: PruneCriteria, now: float) -> list[CacheObject]:
+def matching(contents: CacheContents, criteria: PruneCriteria, now: float) -> list[CacheObject]:
     """Select the objects to delete, least recently used first.
 
     Never one that a living process makes or uses. With ``dataset``, objects that another dataset
     uses too are kept. Objects whose use runs do not record are selected by age and size alone.
     """
-    candidates = [item for item in contents.kept if not item.in_use]
+    candidates = [one for one in contents.objects if not one.in_use]
     if criteria.dataset is not None:
-        candidates = [item for item in candidates if item.datasets == {criteria.dataset}]
+        candidates = [one for one in candidates if one.datasets == {criteria.dataset}]
     if criteria.unused:
         # A run leases an entry shortly after making it.
         old = now - _LEFTOVER_SECONDS
         candidates = [
-            item for item in candidates if item.named and not item.datasets and item.used < old
+            one
+            for one in candidates
+            if one.use_recorded and not one.datasets and one.last_used < old
         ]
     if criteria.older_than is not None:
-        candidates = [item for item in candidates if item.used < now - criteria.older_than]
-    candidates.sort(key=lambda item: (item.used, item.name))
+        candidates = [one for one in candidates if one.last_used < now - criteria.older_than]
+    candidates.sort(key=lambda one: (one.last_used, one.full_key))
     if criteria.keep_below is None:
         return candidates
     excess, selected = contents.bytes - criteria.keep_below, 0
-    for number, item in enumerate(candidates):
+    for number, one in enumerate(candidates):
         if selected >= excess:
             return candidates[:number]
-        selected += item.bytes
+        selected += one.bytes
     return candidates
 
 
@@ -259,10 +261,10 @@ def delete(root: Path, to_delete: Sequence[CacheObject]) -> list[CacheObject]:
     for start in range(0, len(to_delete), _BATCH):
         with leases.locked():
             held = leases.leased_keys()
-            for item in to_delete[start : start + _BATCH]:
-                if item.name not in held:
-                    _delete(item.path)
-                    deleted.append(item)
+            for one in to_delete[start : start + _BATCH]:
+                if one.full_key not in held:
+                    _delete(one.path)
+                    deleted.append(one)
     return deleted
 
 
@@ -278,7 +280,7 @@ def _delete(path: Path) -> None:
 
 
 def by_dataset(
-    contents: CacheContents, kept: Iterable[CacheObject]
+    contents: CacheContents, objects: Iterable[CacheObject]
 ) -> dict[str, list[CacheObject]]:
     """Group objects by the short name of their dataset, then :data:`UNKNOWN` and :data:`OTHER`.
 
@@ -286,8 +288,8 @@ def by_dataset(
     """
     names = [*sorted(contents.datasets.values()), UNKNOWN, OTHER]
     groups: dict[str, list[CacheObject]] = {name: [] for name in names}
-    for item in kept:
-        of_item = [contents.datasets[key] for key in item.datasets]
-        for name in of_item or [UNKNOWN if item.named else OTHER]:
-            groups[name].append(item)
+    for one in objects:
+        datasets = [contents.datasets[key] for key in one.datasets]
+        for name in datasets or [UNKNOWN if one.use_recorded else OTHER]:
+            groups[name].append(one)
     return {name: members for name, members in groups.items() if members}

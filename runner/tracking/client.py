@@ -42,7 +42,7 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def safe(text: str) -> str:
+def without_secrets(text: str) -> str:
     """Return ``text`` without secrets, including those of this process's environment."""
     return redact(text, secret_values(os.environ))
 
@@ -50,4 +50,4 @@ def safe(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return an exception's message as one line without secrets, of at most 300 characters."""
     lines = str(error).strip().splitlines()
-    return safe(plain_reason(lines[0] if lines else type(error).__name__))[:300]
+    return without_secrets(plain_reason(lines[0] if lines else type(error).__name__))[:300]

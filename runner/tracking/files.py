@@ -14,15 +14,15 @@ def hide_values(file: Path, secrets: Sequence[str]) -> None:
     """Redact a file atomically if it contains one of these values.
 
     Raises:
-        OSError: The file can't be read or rewritten.
+        OSError: the file can't be read or rewritten.
     """
     if not secrets or not file.is_file() or file.stat().st_size == 0:
         return
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
         if all(held.find(secret.encode()) < 0 for secret in secrets):
             return
-    with whole(file) as place:
-        write_redacted(file, place, secrets)
+    with whole(file) as redacted_file:
+        write_redacted(file, redacted_file, secrets)
 
 
 def write_redacted(file: Path, copy: Path, secrets: Sequence[str]) -> bool:

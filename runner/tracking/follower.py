@@ -28,13 +28,13 @@ class MetricsFollower:
         """Prepare the thread; :meth:`start` starts it.
 
         Args:
-            folder: The folder of the event files.
-            writer: The run that the metrics are sent to.
-            interval: Seconds between two readings of the files.
-            on_points: Called from the thread with the new points, step times included, before they
+            folder: the folder of the event files.
+            writer: the run that the metrics are sent to.
+            interval: seconds between two readings of the files.
+            on_points: called from the thread with the new points, step times included, before they
                 are sent.
-            samples: Average number of samples per step, for the speed.
-            steps: Total number of steps, for the speed.
+            samples: average number of samples per step, for the speed.
+            steps: total number of steps, for the speed.
         """
         self._tail = TensorBoardTail(folder)
         self._folder = folder

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from runner.core.errors import UserError
 from runner.tracking import mlflow_store
-from runner.tracking.client import connect, first_line, safe
+from runner.tracking.client import connect, first_line, without_secrets
 from runner.tracking.files import write_redacted
 from runner.tracking.metrics import Point, clean_metric_name
 from runner.tracking.secrets import redact, redact_mapping, secret_values
-from runner.tracking.server import why
+from runner.tracking.server import describe_failure
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +37,7 @@ MAX_PARAM = 6000  # characters MLflow keeps of a parameter's value
 MAX_TAG = 8000
 MAX_POINTS = 1000  # in one request
 # The pause after a failed call, which is longer if the call itself took longer.
-REST_SECONDS = 10.0
+PAUSE_SECONDS = 10.0
 FINISH_WAIT_SECONDS = 2.0
 
 # Text files, which are redacted before they are stored.
@@ -89,7 +89,7 @@ class NullWriter:
 
 
 class RunWriter:
-    """A writer of one MLflow run, addressed by its id; any thread may call it.
+    """A writer of one MLflow run, which it addresses by its id; any thread may call it.
 
     MLflow's fluent API, with its one active run per process, is never used.
     """
@@ -108,7 +108,7 @@ class RunWriter:
         self._points: list[Point] = []
         self._calls: list[tuple[str, Callable[[], object]]] = []
         self._finished = False
-        self._rest_until = 0.0  # on time.monotonic's clock
+        self._paused_until = 0.0  # on time.monotonic's clock
         # Reentrant, since a signal handler may finish the run in the middle of another call.
         self._lock = threading.RLock()
 
@@ -127,32 +127,34 @@ class RunWriter:
         """Start a run in ``experiment``, which is created if it is missing.
 
         Args:
-            uri: The address of a store that was initialised.
-            experiment: The experiment's name.
-            outputs: The folder that ``mlartifacts`` is in, if the store is not a server.
-            name: The run's name.
+            uri: the address of a store that was initialised.
+            experiment: the experiment's name.
+            outputs: the folder that ``mlartifacts`` is in, if the store is not a server.
+            name: the run's name.
             params: Parameters, see :meth:`log_params`.
             tags: Tags, see :meth:`set_tags`.
-            parent_id: The id of the run that becomes its parent.
+            parent_id: the id of the run that becomes its parent.
 
         Raises:
-            UserError: The store refused.
+            UserError: the store refused.
         """
         root = None if _is_server(uri) else mlflow_store.artifact_root(outputs)
         experiment_id = mlflow_store.ensure_experiment(uri, experiment, root)
         client = connect(uri)
-        own = {
+        mlflow_tags = {
             "mlflow.source.name": "runner",
             "mlflow.source.type": "LOCAL",
             "mlflow.user": _user(),
         }
         if parent_id is not None:
-            own[PARENT_TAG] = parent_id
+            mlflow_tags[PARENT_TAG] = parent_id
         try:
-            run = client.create_run(experiment_id, tags=own, run_name=safe(name))
+            run = client.create_run(experiment_id, tags=mlflow_tags, run_name=without_secrets(name))
         except Exception as error:
             if _is_server(uri):
-                description = f"tracking server {safe(uri)} {why(uri, error)}"
+                description = (
+                    f"tracking server {without_secrets(uri)} {describe_failure(uri, error)}"
+                )
                 raise UserError(f"{description} (experiment {experiment})") from error
             message = first_line(error)
             raise UserError(f"cannot start an MLflow run: {message}") from error
@@ -166,7 +168,7 @@ class RunWriter:
         """The address of the run's page on the server, or the command that opens the UI."""
         page = f"#/experiments/{self._experiment_id}/runs/{self.run_id}"
         if _is_server(self._uri):
-            return f"{safe(self._uri).rstrip('/')}/{page}"
+            return f"{without_secrets(self._uri).rstrip('/')}/{page}"
         return f"python -m runner.ui --outputs '{self._outputs}' ({page})"
 
     def log_params(self, params: Mapping[str, object]) -> None:
@@ -216,11 +218,11 @@ class RunWriter:
     def queued(self) -> Iterator[None]:
         """Queue the calls made in the block; the next call after it sends them."""
         with self._lock:
-            before, self._rest_until = self._rest_until, math.inf
+            before, self._paused_until = self._paused_until, math.inf
             try:
                 yield
             finally:
-                self._rest_until = before
+                self._paused_until = before
 
     def finish(self, status: RunStatus) -> None:
         """Send what is queued and end the run with ``status``; later calls do nothing.
@@ -240,18 +242,18 @@ class RunWriter:
                 lambda: self._client.set_terminated(self.run_id, status, ended),
             )
             self._calls.append(status_call)
-            self._rest_until = 0.0
+            self._paused_until = 0.0
             self._drain()
             if not self._calls and not self._points:
                 return
             time.sleep(FINISH_WAIT_SECONDS)
             # The status goes first: it must be right even if nothing else can be sent.
-            self._rest_until = 0.0
+            self._paused_until = 0.0
             if self._attempt(*self._calls[-1]):
                 del self._calls[-1]
                 self._drain()
-            if left := [what for what, _ in self._calls]:
-                self._note(f"not sent to MLflow: {', '.join(dict.fromkeys(left))}")
+            if unsent := [what for what, _ in self._calls]:
+                self._note(f"not sent to MLflow: {', '.join(dict.fromkeys(unsent))}")
             if self._points:
                 self._note(f"{len(self._points)} metric points were not sent to MLflow")
 
@@ -264,7 +266,7 @@ class RunWriter:
 
     def _drain(self) -> None:
         """Send the points, then the other calls in order, until one fails."""
-        if time.monotonic() < self._rest_until:
+        if time.monotonic() < self._paused_until:
             return
         while self._points:
             part = self._points[:MAX_POINTS]
@@ -276,18 +278,18 @@ class RunWriter:
             del self._calls[0]
 
     def _attempt(self, what: str, call: Callable[[], object]) -> bool:
-        """Run ``call``; after a transient error return False and pause the sending."""
+        """Make a call; after a transient error, pause the sending and return False."""
         began = time.monotonic()
         try:
             call()
         except Exception as error:
-            later = _is_transient(error)
-            how = "not sent to MLflow yet" if later else "rejected by MLflow"
+            transient = _is_transient(error)
+            how = "not sent to MLflow yet" if transient else "rejected by MLflow"
             self._note(f"{what} {how}: {first_line(error)}")
-            if later:
+            if transient:
                 now = time.monotonic()
-                self._rest_until = now + max(REST_SECONDS, now - began)
-            return not later
+                self._paused_until = now + max(PAUSE_SECONDS, now - began)
+            return not transient
         return True
 
     def _note(self, problem: str) -> None:
@@ -305,7 +307,7 @@ class RunWriter:
         )
 
     def _batch(self, **batch: list) -> None:
-        """Log metrics, params or tags; halve a refused batch, to leave out refused values only."""
+        """Log metrics, params or tags; halve a refused batch until only refused values are left."""
         try:
             self._client.log_batch(self.run_id, **batch, synchronous=True)
         except Exception as error:

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from runner.core.errors import UserError, plain_reason
-from runner.tracking.client import connect, first_line, quiet, safe
-from runner.tracking.server import check_server, why
+from runner.tracking.client import connect, first_line, quiet, without_secrets
+from runner.tracking.server import check_server, describe_failure
 
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
@@ -22,7 +22,7 @@ def sqlite_uri(outputs: Path) -> str:
     """Return ``sqlite:////abs/outputs/mlflow.db``, escaped for any characters in the path.
 
     Raises:
-        UserError: The installed SQLAlchemy can't open such a path.
+        UserError: the installed SQLAlchemy can't open such a path.
     """
     return _file_uri(outputs.resolve() / DATABASE_NAME)
 
@@ -44,7 +44,7 @@ def sqlite_path(uri: str) -> Path | None:
     """Return the database file of a SQLite ``uri``; None for another store. Imports SQLAlchemy.
 
     Raises:
-        UserError: The path is not absolute.
+        UserError: the path is not absolute.
     """
     if not uri.startswith("sqlite"):
         return None
@@ -57,7 +57,7 @@ def sqlite_path(uri: str) -> Path | None:
         database = None
     if not database or not Path(database).is_absolute():
         raise UserError(
-            f"tracking.uri={safe(uri)}: give an absolute path, sqlite:////folder/mlflow.db"
+            f"tracking.uri={without_secrets(uri)}: give an absolute path, sqlite:////folder/mlflow.db"
         )
     return Path(database)
 
@@ -74,12 +74,12 @@ def initialise(uri: str, outputs: Path) -> None:
     only when it is complete. A server is asked whether it answers.
 
     Raises:
-        UserError: The store can't be used.
+        UserError: the store can't be used.
     """
     if uri.startswith("file:") or ("://" not in uri and uri not in ("databricks", "uc")):
         raise UserError(
-            f"tracking.uri={safe(uri)}: MLflow no longer writes to plain folders; leave it out for "
-            "SQLite, or give http://host:port of a server"
+            f"tracking.uri={without_secrets(uri)}: MLflow no longer writes to plain "
+            "folders; leave it out for SQLite, or give http://host:port of a server"
         )
     try:
         outputs.mkdir(parents=True, exist_ok=True)
@@ -159,9 +159,9 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
     """Return the id of an experiment, creating it if it is missing; safe against races.
 
     Args:
-        uri: The address of the store.
-        name: The experiment's name.
-        artifact_root: The folder of a new experiment's artifacts; None lets the server decide.
+        uri: the address of the store.
+        name: the experiment's name.
+        artifact_root: the folder of a new experiment's artifacts; None lets the server decide.
 
     Raises:
         UserError: MLflow refuses the name, or the experiment was deleted.
@@ -181,7 +181,7 @@ def ensure_experiment(uri: str, name: str, artifact_root: Path | None) -> str:
                 experiment = client.get_experiment_by_name(name)
     except Exception as error:
         if uri.startswith(("http://", "https://")):
-            description = f"tracking server {safe(uri)} {why(uri, error)}"
+            description = f"tracking server {without_secrets(uri)} {describe_failure(uri, error)}"
             raise UserError(f"tracking.experiment={name}: {description}") from error
         raise UserError(f"tracking.experiment={name}: {first_line(error)}") from error
     if experiment is None or experiment.lifecycle_stage != "active":

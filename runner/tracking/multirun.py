@@ -1,8 +1,8 @@
 """The records of a sweep: files in its folder, which any process can write and read.
 
 ``sweep.json`` has the sweep's command line, ``jobs/<number>.json`` the result of each job, and
-``parent.json`` (:mod:`runner.tracking.parent_run`) the parent run in MLflow. A job holds a lock
-while it runs; the operating system releases it when the process dies, in whatever way.
+``parent.json`` (:mod:`runner.tracking.parent_run`) the parent run in MLflow. A job holds a lease
+(:mod:`runner.storage.leases`) on its record while its process lives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.storage.leases import LeaseFolder
+from runner.storage.leases import Lease, LeaseFolder
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -41,7 +41,7 @@ class Sweep:
     dry_run: bool
     output_dir: str
     tracking: dict[str, Any]
-    made: str  # the topmost folder that was not there before
+    made: str  # the topmost folder that did not exist before
     pid: int
     host: str
 
@@ -59,12 +59,12 @@ class Sweep:
         """Record a new sweep.
 
         Args:
-            folder: The sweep's own folder, which is created.
-            overrides: The overrides of the command line, without passwords.
-            counted: Whether every combination of the values is a job.
-            dry_run: Whether nothing is to be run.
-            output_dir: The option of that name, as it was typed.
-            tracking: The options of tracking, without passwords.
+            folder: the sweep's own folder, which is created.
+            overrides: the overrides of the command line, without passwords.
+            counted: whether every combination of the values is a job.
+            dry_run: whether nothing is to be run.
+            output_dir: the option of that name, as it was typed.
+            tracking: the options of tracking, without passwords.
         """
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         sweep = cls(
@@ -88,7 +88,7 @@ class Sweep:
         """Read the sweep of a folder.
 
         Raises:
-            UserError: The folder has no readable ``sweep.json``.
+            UserError: the folder has no readable ``sweep.json``.
         """
         try:
             values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ class Sweep:
     def records(self) -> list[JobRecord]:
         """Read the records of the jobs, in order."""
         records = [JobRecord(one.id, one.data, one.alive) for one in self._jobs.all()]
-        return sorted(records, key=lambda job: (len(job.number), job.number))
+        return sorted(records, key=lambda job: (len(job.id), job.id))
 
     @property
     def _jobs(self) -> LeaseFolder:
@@ -124,13 +124,8 @@ class Sweep:
         return Job(self, self._jobs, str(number), overrides)
 
 
-@dataclass(frozen=True)
-class JobRecord:
-    """What a job recorded, and whether its process is alive."""
-
-    number: str
-    data: dict[str, Any]
-    alive: bool
+class JobRecord(Lease):
+    """The lease of a job, whose id is its number and whose data are what the job recorded."""
 
     @property
     def exit_code(self) -> int | None:
@@ -143,7 +138,7 @@ class JobRecord:
         own = [
             o for o in self.data.get("overrides", ()) if o.split("=")[0].lstrip("+~") in swept_keys
         ]
-        return f"job {self.number} ({' '.join(own)})" if own else f"job {self.number}"
+        return f"job {self.id} ({' '.join(own)})" if own else f"job {self.id}"
 
 
 class Job:

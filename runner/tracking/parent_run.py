@@ -44,16 +44,16 @@ def open_parent(
     the sweep's folder.
 
     Args:
-        uri: The address of a store that was initialised.
-        experiment: The experiment of all runs of the sweep.
-        outputs: The folder that ``mlartifacts`` is in, if the store is not a server.
-        folder: The sweep's folder.
-        sweep_id: The sweep's id, a tag of the run.
-        name: The run's name.
-        tags: Further tags.
+        uri: the address of a store that was initialised.
+        experiment: the experiment of all runs of the sweep.
+        outputs: the folder that ``mlartifacts`` is in, if the store is not a server.
+        folder: the sweep's folder.
+        sweep_id: the sweep's id, a tag of the run.
+        name: the run's name.
+        tags: further tags.
 
     Raises:
-        UserError: The store refused, or the folder can't be written to.
+        UserError: the store refused, or the folder can't be written to.
     """
     from filelock import FileLock
 
@@ -91,15 +91,15 @@ def close_parent(
     killed makes it KILLED, one that failed or never ended FAILED.
 
     Args:
-        folder: The sweep's folder.
-        status: How its jobs ended.
-        killed: Ids of children whose processes died, and which are ended here as KILLED.
+        folder: the sweep's folder.
+        status: how its jobs ended.
+        killed: ids of children whose processes died, and which are ended here as KILLED.
 
     Returns:
         The status it ended with and the hint where to find it; None if no parent was opened.
 
     Raises:
-        UserError: The store can't be read.
+        UserError: the store can't be read.
     """
     record = _recorded(folder)
     run_id, uri, outputs = (record.get(key) for key in ("run_id", "uri", "outputs"))

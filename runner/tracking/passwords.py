@@ -24,8 +24,8 @@ def hidden(value: str, environment: MutableMapping[str, str]) -> str:
     """Move the password of an address, or a hub token, from a value to a variable.
 
     Args:
-        value: The complete value of an option, such as an address.
-        environment: Where the variable is set, unless one has the password already.
+        value: the complete value of an option, such as an address.
+        environment: where the variable is set, unless one has the password already.
 
     Returns:
         The value with a reference to the variable.

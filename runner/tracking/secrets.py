@@ -61,7 +61,7 @@ def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Collect the secrets of the environment, longest first.
 
     Args:
-        environment: Variables with their values.
+        environment: variables with their values.
 
     Returns:
         The values of ``SECRET_VARIABLES`` that are set, and the passwords of addresses in any

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from runner.core.errors import UserError
-from runner.tracking.client import DEFAULT_ENVIRONMENT, connect, first_line, quiet, safe
+from runner.tracking.client import DEFAULT_ENVIRONMENT, connect, first_line, quiet, without_secrets
 
 CONNECT_SECONDS = 10.0
 # For the first request only: a wrong address must not cost minutes.
@@ -23,7 +23,7 @@ def check_server(uri: str) -> None:
     """Send the server at ``uri`` one request; takes seconds even if nothing answers.
 
     Raises:
-        UserError: The address, the user name, the password or the server is wrong.
+        UserError: the address, the user name, the password or the server is wrong.
     """
     if uri.startswith(("http://", "https://")):
         _reach(uri)
@@ -31,12 +31,14 @@ def check_server(uri: str) -> None:
         with _short_timeouts():
             connect(uri).search_experiments(max_results=1)
     except Exception as error:
-        raise UserError(f"tracking server {safe(uri)} {why(uri, error)}") from error
+        raise UserError(
+            f"tracking server {without_secrets(uri)} {describe_failure(uri, error)}"
+        ) from error
 
 
 def _reach(uri: str) -> None:
     """Connect once, because MLflow's own errors hide what is wrong with an address."""
-    server = f"tracking server {safe(uri)}"
+    server = f"tracking server {without_secrets(uri)}"
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -67,7 +69,7 @@ def _reach(uri: str) -> None:
         ) from error
 
 
-def why(uri: str, error: Exception) -> str:
+def describe_failure(uri: str, error: Exception) -> str:
     """Describe a failed request, as the end of a sentence that begins with the server."""
     message = first_line(error)
     status = _status(error)

@@ -18,7 +18,7 @@ from other_processes import ended, none_left, other, pictures, start, zipped
 from runner.cli import cache
 from runner.storage.leases import Leases, UseLease
 from runner.storage.shared_cache import NAMESPACES, SharedCache
-from runner.storage.usage import take_stock
+from runner.storage.usage import read_contents
 
 __all__ = ("none_left",)
 
@@ -286,7 +286,7 @@ def test_unknown_shelves_go_by_age_and_size(
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(bytes(100))
         aged(root / place, days)
-    (root / "a file").write_text("of no shelf")
+    (root / "a file").write_text("of no namespace")
     (root / "looks" / "nowhere").symlink_to("gone")
     (root / "media" / "a file").write_text("no folder")
     aged(root / "media" / "a file", 0.0)
@@ -312,7 +312,7 @@ def test_scraps_go(stocked: Path) -> None:
     for name, days in ((".a9.7.tmp", 2.0), ("a8.safetensors.json", 2.0), (".a7.7.tmp", 0.0)):
         (old / name).write_bytes(bytes(500))
         aged(old / name, days)
-    assert take_stock(root, time.time()).bytes == 9000
+    assert read_contents(root, time.time()).bytes == 9000
     assert cache.main(["prune", "--unused", "--yes"]) == 0
     assert sorted(file.name for file in folder.iterdir()) == [
         ".a7.7.tmp",
@@ -353,7 +353,7 @@ def test_checked_weights_are_known_still(stocked: Path) -> None:
     assert not file.exists()
 
 
-# Datasets of one name are told apart by their paths.
+# Datasets of one name are distinguished by their paths.
 def test_datasets_of_one_name(
     stocked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,11 +428,11 @@ def test_as_a_program(stocked: Path) -> None:
         "print({'torch', 'mlflow', 'hydra', 'numpy', 'rich'} & set(sys.modules))"
     )
     env = {**os.environ, "PYTHONPATH": str(TOP)}
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert told.stdout.endswith("set()\n"), told
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert process.stdout.endswith("set()\n"), process
     piped = f"{sys.executable} -m runner.cache | head -c 1"
-    told = subprocess.run(["sh", "-c", piped], capture_output=True, text=True, env=env)
-    assert told.stderr == ""
+    process = subprocess.run(["sh", "-c", piped], capture_output=True, text=True, env=env)
+    assert process.stderr == ""
 
 
 # Media that another run takes in at the moment, and what is known of the hub's datasets, stay.

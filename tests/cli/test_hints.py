@@ -105,7 +105,7 @@ def test_quoted_texts(text: str) -> None:
     assert compose(*quote_paths([argument], multirun=False)).name == f"{text} more"
 
 
-# What resembles nothing, and what would need a value, is told without a command.
+# What resembles nothing, and what would need a value, is reported without a command.
 @pytest.mark.parametrize(
     ("typed", "line"),
     [

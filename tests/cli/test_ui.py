@@ -42,7 +42,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> bytes:
 
 
 # The UI opens on the next free port of the loopback alone, shows the runs and artifacts of the
-# store, and leaves no process behind when it is told to end.
+# store, and leaves no process behind when it is asked to end.
 def test_the_ui_shows_the_runs_and_ends_cleanly(store: Store, taken_port: int) -> None:
     run = RunWriter.start(
         store.uri, "tests", outputs=store.outputs, name="a run", params={"rank": 8}, tags={}

@@ -134,7 +134,7 @@ BROKEN = {
 }
 
 
-# Each broken rule is told in one line that says what is wrong and what would be right.
+# Each broken rule is reported in one line that says what is wrong and what would be right.
 @pytest.mark.parametrize("override", BROKEN)
 def test_rules_say_what_is_wrong(override: str) -> None:
     assert next(iter(problems_of(compose(override)))) == BROKEN[override]

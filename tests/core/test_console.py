@@ -47,7 +47,7 @@ def test_few_lines_in_a_file() -> None:
     assert out.getvalue().count("\n") == 1
 
 
-# What is made on the way has a row of its own, which is told when it changes.
+# What is made on the way has a row of its own, which is updated when it changes.
 def test_a_bar_beside() -> None:
     out = io.StringIO()
     with Console.for_stream(out).bar("steps", 4) as bar:

@@ -62,7 +62,7 @@ def test_a_log_is_gone_on_with(tmp_path: Path) -> None:
     assert log.read_text().split() == ["first", "second"]
 
 
-# A failing command is told by its own last error, its exit code and its log.
+# A failing command is reported by its own last error, its exit code and its log.
 def test_failure_names_the_last_error(tmp_path: Path) -> None:
     log = tmp_path / "stage.log"
     with pytest.raises(StageError) as caught:
@@ -191,8 +191,8 @@ def test_signals_wait_for_a_deferred_part() -> None:
     assert caught.value.exit_code == 143
 
 
-# A command that the system killed is told by the signal's name, not by a negative number.
-def test_a_killed_command_is_told_as_such(tmp_path: Path) -> None:
+# A command that the system killed is reported by the signal's name, not by a negative number.
+def test_a_killed_command_is_reported_as_such(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="ended by SIGKILL, as the system does when memory"):
         python("import os; os.kill(os.getpid(), 9)", tmp_path / "stage.log")
 

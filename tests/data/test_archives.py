@@ -76,19 +76,19 @@ def test_every_kind_is_unpacked_into_the_cache(name: str, media: Path, tmp_path:
 
     def ingest() -> Source:
         config = compose(f"dataset.path={tmp_path / name}", "dataset.target_frames=[13]")
-        return scan_sources(config, tmp_path, store, ScanOptions(keep=True))[0]
+        return scan_sources(config, tmp_path, store, ScanOptions(write=True))[0]
 
     store = SharedCache(tmp_path / "outputs" / "cache")
     source = ingest()
-    for item in source.items:
+    for item in source.media:
         entry = store.path("media", key_of(item))
         assert entry.read_bytes() == (media / item.name).read_bytes()
         entry.unlink()
-    assert [ingest().items, source.unpacked] == [source.items, 3]
+    assert [ingest().media, source.unpacked] == [source.media, 3]
     with BulkWriter(store, "media", "a test") as writer:
-        unpack(with_corrections(source.items), writer, lambda _: None)
-    assert all(store.has("media", key_of(item)) for item in source.items)
-    assert len(measure_all(with_corrections(source.items), tmp_path / "looks", keep=False)) == 3
+        unpack(with_corrections(source.media), writer, lambda _: None)
+    assert all(store.has("media", key_of(item)) for item in source.media)
+    assert len(measure_all(with_corrections(source.media), tmp_path / "looks", keep=False)) == 3
     assert not list((store.root / "incoming").iterdir())
 
 
@@ -114,7 +114,7 @@ def test_a_solid_archive_is_decompressed_once(
 
         monkeypatch.setattr(owner, function, noted)
     monkeypatch.setattr("runner.data.sources.packed_archive._DECOMPRESS", {"gz": gzip.open})
-    assert len(found_in(tmp_path / name).items) == 30
+    assert len(found_in(tmp_path / name).media) == 30
     assert len(times) == 1
 
 
@@ -160,7 +160,7 @@ def test_names_in_code_pages(code_page: str, names: list[str], tmp_path: Path) -
         members[name.replace(".jpg", ".txt").encode(code_page)] = b"words"
     raw_zip(tmp_path / "m.zip", members)
     found = found_in(tmp_path / "m.zip")
-    assert [(i.name, i.caption) for i in found.items] == [(name, "words") for name in sorted(names)]
+    assert [(i.name, i.caption) for i in found.media] == [(name, "words") for name in sorted(names)]
     if code_page == "utf-8":
         assert found.notices == ()
     else:
@@ -185,7 +185,7 @@ def test_backslashes_are_separators(kind: str, tmp_path: Path) -> None:
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     found = found_in(path)
-    assert [item.name for item in found.items] == ["新しい/ソ/能.jpg", "新しい/表情.jpg"]
+    assert [item.name for item in found.media] == ["新しい/ソ/能.jpg", "新しい/表情.jpg"]
     assert "cp932" in found.notices[0]
 
 
@@ -196,7 +196,7 @@ def test_a_name_given_twice_is_unicode(tmp_path: Path) -> None:
     extra = struct.pack("<HH", 0x7075, len(value)) + value
     raw_zip(tmp_path / "m.zip", {name: make_image(tmp_path / "a.jpg").read_bytes()}, extra)
     found = found_in(tmp_path / "m.zip")
-    assert ([item.name for item in found.items], found.notices) == (["猫.jpg"], ())
+    assert ([item.name for item in found.media], found.notices) == (["猫.jpg"], ())
 
 
 # A tar is read where it lies: nothing is copied before a member is.
@@ -204,4 +204,4 @@ def test_a_tar_needs_no_space(media: Path, tmp_path: Path, monkeypatch: pytest.M
     as_tar(tmp_path / "m.tar", media)
     monkeypatch.setattr("tempfile.TemporaryFile", None)
     check_archive(tmp_path / "m.tar", BIG)
-    assert len(found_in(tmp_path / "m.tar").items) == 3
+    assert len(found_in(tmp_path / "m.tar").media) == 3

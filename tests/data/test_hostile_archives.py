@@ -202,7 +202,7 @@ def test_damaged_members(packing: int, tmp_path: Path) -> None:
 
     damage("a.png")
     found = found_in(path)
-    assert [item.name for item in found.items] == ["b.png"]
+    assert [item.name for item in found.media] == ["b.png"]
     assert found.ignored[0][0] == "a.png" and "can't be read" in found.ignored[0][1]
     damage("b.txt")
     refused(path, r"b\.txt in .* can't be read")
@@ -221,7 +221,7 @@ def test_members_whose_headers_lie(tmp_path: Path) -> None:
     data[second + 7 + 5 : second + 7 + 9] = b"\xff" * 4
     path.write_bytes(data)
     found = found_in(path)
-    assert [item.name for item in found.items] in (["c.png"], ["c.png", "é2.png"])
+    assert [item.name for item in found.media] in (["c.png"], ["c.png", "é2.png"])
     assert found.ignored[0] == ("é1.png", "can't be read: its name is damaged")
 
 

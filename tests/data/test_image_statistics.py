@@ -36,14 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def looked(path: Path, kind: str, cache: Path, *, keep: bool = False) -> dict[str, ImageStatistics]:
-    items = scan(kind, path, max_bytes=10**9).items
+    items = scan(kind, path, max_bytes=10**9).media
     return measure_all(with_corrections(items), cache, keep=keep)
 
 
 # A sharp picture is not called blurred, its blurred copy is, and the worse the blur the lower the
 # measure.
 @pytest.mark.parametrize("file", PHOTOS, ids=lambda file: file.stem)
-def test_blur_is_told_from_sharpness(file: Path) -> None:
+def test_blur_is_reported_from_sharpness(file: Path) -> None:
     image = photo(file)
     seen = [measure(blurred(image, radius)) for radius in (0, 0.7, 1.5, 3)]
     assert [look.blurred for look in seen] == [False, False, True, True]
@@ -161,7 +161,7 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     for number, file in enumerate(PHOTOS[:3]):
         shutil.copy(file, tmp_path / f"{number}.jpg")
         (tmp_path / f"{number}.txt").write_text("a caption")
-    items = list(scan("folder", tmp_path, max_bytes=10**9).items)
+    items = list(scan("folder", tmp_path, max_bytes=10**9).media)
     (tmp_path / "1.jpg").unlink()
     shutil.copy(PHOTOS[3], tmp_path / "2.jpg")
     looks = measure_all(with_corrections(items), tmp_path / "cache", keep=True)

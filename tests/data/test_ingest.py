@@ -66,7 +66,7 @@ def ingest(
     waiting: Callable[[], None] = lambda: None,
 ) -> Source:
     config = compose(f"dataset.path={tmp_path / path}", *overrides)
-    reading = ScanOptions(progress, waiting, keep=not dry)
+    reading = ScanOptions(progress, waiting, write=not dry)
     (source,) = scan_sources(config, tmp_path, store_of(tmp_path), reading)
     return source
 
@@ -109,7 +109,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def entries(tmp_path: Path) -> dict[str, bytes]:
-    """What lies on the media shelf under final names, notes aside."""
+    """What lies in the media namespace under final names, notes aside."""
     namespace = tmp_path / "outputs" / "cache" / "media"
     files = [file for file in namespace.rglob("*") if file.is_file() and file.suffix != ".json"]
     return {file.name: file.read_bytes() for file in files}
@@ -120,10 +120,10 @@ def entries(tmp_path: Path) -> dict[str, bytes]:
 def test_one_pass(tmp_path: Path, opened: list[str]) -> None:
     zipped(tmp_path / "m.zip")
     source = ingest(tmp_path)
-    assert sorted(opened) == sorted(item.name for item in source.items)
+    assert sorted(opened) == sorted(item.name for item in source.media)
     kept = entries(tmp_path)
-    assert sorted(kept) == sorted(key_of(item) for item in source.items)
-    for item in source.items:
+    assert sorted(kept) == sorted(key_of(item) for item in source.media)
+    for item in source.media:
         assert hashlib.sha256(kept[key_of(item)]).hexdigest() == item.sha256
         place = store_of(tmp_path).path("media", key_of(item))
         assert place.stat().st_mode & 0o777 == 0o444
@@ -160,14 +160,14 @@ def test_folders_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
     looked = probed(monkeypatch)
     folder, jsonl = ingest(tmp_path, path="made"), ingest(tmp_path, path="l.jsonl")
-    assert (len(folder.items), len(jsonl.items), len(looked)) == (15, 2, 17)
+    assert (len(folder.media), len(jsonl.media), len(looked)) == (15, 2, 17)
     assert not entries(tmp_path)
     looked.clear()
     assert (ingest(tmp_path, path="made"), ingest(tmp_path, path="l.jsonl")) == (folder, jsonl)
     assert looked == []
     # Captions are read each time, and are no part of what is remembered.
     (tmp_path / "made" / "p0.txt").write_text("another")
-    assert ingest(tmp_path, path="made").items[3].caption == "another"
+    assert ingest(tmp_path, path="made").media[3].caption == "another"
     # What was changed is looked at again, and it alone; also when size and time were put back.
     (tmp_path / "made" / "p1.png").write_bytes((tmp_path / "made" / "p2.png").read_bytes())
     stat = (tmp_path / "made" / "p3.png").stat()
@@ -177,8 +177,8 @@ def test_folders_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     os.utime(tmp_path / "made" / "p3.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     changed = ingest(tmp_path, path="made")
     assert len(looked) == 2
-    assert {item.name: item.sha256 for item in changed.items}["p1.png"] == next(
-        item.sha256 for item in folder.items if item.name == "p2.png"
+    assert {item.name: item.sha256 for item in changed.media}["p1.png"] == next(
+        item.sha256 for item in folder.media if item.name == "p2.png"
     )
 
 
@@ -191,8 +191,8 @@ def test_a_renamed_zip_is_not_unpacked_again(tmp_path: Path) -> None:
     before = {file: file.stat() for file in namespace.rglob("*") if file.is_file()}
     (tmp_path / "m.zip").rename(tmp_path / "new name [é].zip")
     again = ingest(tmp_path, path="new name [é].zip")
-    assert [(i.name, i.sha256, i.caption) for i in again.items] == [
-        (i.name, i.sha256, i.caption) for i in first.items
+    assert [(i.name, i.sha256, i.caption) for i in again.media] == [
+        (i.name, i.sha256, i.caption) for i in first.media
     ]
     after = {file: file.stat() for file in namespace.rglob("*") if file.is_file()}
     assert {f: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for f, s in after.items()} == {
@@ -206,12 +206,12 @@ def test_a_new_zip_of_the_same_name(tmp_path: Path) -> None:
     ingest(tmp_path)
     zipped(tmp_path / "m.zip", pictures=2, p0="new words")
     again = ingest(tmp_path)
-    assert len(again.items) == 5
-    assert {item.name: item.caption for item in again.items}["p0.png"] == "new words"
+    assert len(again.media) == 5
+    assert {item.name: item.caption for item in again.media}["p0.png"] == "new words"
 
 
 # A file changed within two seconds before it was read is not remembered: a change in the same
-# instant could not be told. Nor one whose time of change lies ahead.
+# instant could not be detected. Nor one whose time of change lies ahead.
 def test_racy_files_are_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Days, so that a slow machine is within them too.
     monkeypatch.setattr(scan_index, "RACY_NS", 10**15)
@@ -267,7 +267,7 @@ def _cut_after(number: int) -> Callable[[str, int, int], None]:
 
 
 def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]:
-    """Looking at a wider picture takes until an interrupt was told; what is looked at."""
+    """Looking at a wider picture takes until an interrupt came; what is looked at."""
     real: Any = getattr(media_reader, "probe_picture")  # noqa: B009
     shut_down: Any = ThreadPoolExecutor.shutdown
     interrupted = threading.Event()
@@ -280,13 +280,13 @@ def held_up(monkeypatch: pytest.MonkeyPatch, *, wider_than: int) -> list[object]
             assert interrupted.wait(60)
         return properties
 
-    def told(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
+    def shutdown(self: ThreadPoolExecutor, *given: Any, **options: Any) -> None:
         shut_down(self, **{**options, "wait": False})
         interrupted.set()
         shut_down(self, *given, **options)
 
     monkeypatch.setattr(media_reader, "probe_picture", slow)
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", told)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     return looked
 
 
@@ -305,10 +305,10 @@ def test_a_cut_ingestion_goes_on(
     source = ingest(tmp_path)
     assert len(opened) <= 63 - 20
     store = store_of(tmp_path)
-    missing = [item for item in source.items if not store.has("media", key_of(item))]
+    missing = [item for item in source.media if not store.has("media", key_of(item))]
     with BulkWriter(store, "media", "a.zip") as arriving:
         unpack(with_corrections(missing), arriving, lambda _: None)
-    assert sorted(entries(tmp_path)) == sorted(key_of(item) for item in source.items)
+    assert sorted(entries(tmp_path)) == sorted(key_of(item) for item in source.media)
     assert entries(tmp_path).items() >= some.items()
 
 
@@ -323,7 +323,7 @@ def test_leftovers_of_a_crash_are_cleared(tmp_path: Path) -> None:
         source = ingest(tmp_path)
         assert [file.read_bytes() for file in living.folder.iterdir()] == [b"not yet whole"]
     assert not left.exists()
-    assert sorted(entries(tmp_path)) == sorted(key_of(item) for item in source.items)
+    assert sorted(entries(tmp_path)) == sorted(key_of(item) for item in source.media)
 
 
 # An interrupt does not wait for what is left.
@@ -406,7 +406,7 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
         archive.write(made / "b.png", "bare.png")
     options = ("dataset.target_frames=[13]", "dataset.missing_captions=skip")
     source = ingest(tmp_path, *options)
-    by_name = {item.name: item for item in source.items}
+    by_name = {item.name: item for item in source.media}
     assert len(by_name) == 6
     kept = entries(tmp_path)
     assert set(kept) == {key_of(by_name[n]) for n in ("alpha.png", "b.png", "long.mp4")}
@@ -469,7 +469,7 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
     zipped(tmp_path / "m.zip")
     for file in (tmp_path / "made").iterdir():
         file.with_suffix(".txt").write_text("a caption")
-    items = ingest(tmp_path, path="made").items
+    items = ingest(tmp_path, path="made").media
     check_unchanged(items)
     os.utime(tmp_path / "made" / "p1.png")
     check_unchanged(items)
@@ -485,7 +485,7 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
 def test_an_edit_of_equal_size_is_noticed(tmp_path: Path) -> None:
     picture = make_image(tmp_path / "made" / "a.png")
     picture.with_suffix(".txt").write_text("a caption")
-    items = ingest(tmp_path, path="made").items
+    items = ingest(tmp_path, path="made").media
     data = picture.read_bytes()
     picture.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     # At another time, which the clock of a file system need not tell within a moment.
@@ -516,7 +516,8 @@ def test_an_archive_that_changes_while_it_is_read(
 def test_an_archive_is_as_old_as_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_index, "RACY_NS", 2_000_000_000)
     written = zipped(tmp_path / "m.zip").stat().st_ctime_ns
-    # Whoever asks first, for the list, is told a second after the change; each further one later.
+    # Whoever asks first, for the list, learns of it a second after the change; each further one
+    # later.
     seconds = itertools.count(1, 10)
     monkeypatch.setattr(time, "time_ns", lambda: written + next(seconds) * 1_000_000_000)
     ingest(tmp_path)
@@ -539,7 +540,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.zip", "a") as archive:
         archive.write(made / "alpha.png", "alpha.png")
         archive.writestr("alpha.txt", "clear")
-    items = ingest(tmp_path, dry=True).items
+    items = ingest(tmp_path, dry=True).media
     store, done = store_of(tmp_path), list[int]()
     with BulkWriter(store, "media", "a.zip") as arriving:
         unpack(with_corrections(items), arriving, done.append)
@@ -554,7 +555,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
     place.chmod(0o644)
     place.write_bytes(b"damaged")
     for anew in ((), (key_of(items[0]),)):
-        with BulkWriter(store, "media", "a.zip", anew=anew) as arriving:
+        with BulkWriter(store, "media", "a.zip", replace=anew) as arriving:
             unpack(with_corrections(items), arriving, done.append)
         assert (entries(tmp_path) == bytes_of) == bool(anew)
 
@@ -562,7 +563,7 @@ def test_unpacking_makes_the_same_entries(tmp_path: Path) -> None:
 # Unpacking tells an archive that changed since, and keeps nothing of it.
 def test_unpacking_checks_what_it_reads(tmp_path: Path, captured: BulkWriter) -> None:
     zipped(tmp_path / "m.zip")
-    items = ingest(tmp_path, dry=True).items
+    items = ingest(tmp_path, dry=True).media
     zipped(tmp_path / "m.zip", pictures=1, clips=0)
     make_image(tmp_path / "made" / "p0.png", (9, 9))
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:

@@ -34,7 +34,7 @@ def test_i2v_takes_clips() -> None:
     assert [crop.frames for crop in item.crops] == [13, 25]
     assert chosen.notices == (
         "task=i2v learns from clips: 1 picture left out: a.jpg.",
-        "task=i2v leaves the target of 1 frame out: it would learn to copy its input.",
+        "task=i2v leaves out the target of 1 frame: it would learn to copy its input.",
     )
     with pytest.raises(UserError, match="learn to copy"):
         selection([fake_item("b.mp4")], "task=i2v", "dataset.target_frames=[1]")
@@ -45,12 +45,12 @@ def test_i2v_takes_clips() -> None:
 def test_i2v_leaves_a_source_of_pictures_out() -> None:
     config = compose(*TINY, "task=i2v", "dataset.sources=[{path: stills}, {path: moves}]")
     stills, moves = fake_facts(config, [fake_item("b.mp4")]).sources
-    stills = replace(stills, items=(fake_item("a.jpg"),))
+    stills = replace(stills, media=(fake_item("a.jpg"),))
     chosen = select([stills, moves], task="i2v", validation_fraction=0)
     assert [(item.source, item.media.name) for item in chosen.items] == [(1, "b.mp4")]
     assert "task=i2v learns from clips: 1 picture left out: a.jpg." in chosen.notices
     with pytest.raises(UserError) as caught:
-        select([stills, replace(moves, items=stills.items)], task="i2v", validation_fraction=0)
+        select([stills, replace(moves, media=stills.media)], task="i2v", validation_fraction=0)
     assert str(caught.value) == (
         "task=i2v learns motion from clips, and stills, moves have only pictures (2): add clips, "
         "or take task=t2v."

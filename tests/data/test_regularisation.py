@@ -127,7 +127,7 @@ def test_the_plan_follows() -> None:
     assert "regularisation: reg, 4 of 4 items x3 = 12 samples beside 4." in plan.notices
 
 
-# What makes no sense is told in one line.
+# What makes no sense is reported in one line.
 @pytest.mark.parametrize(
     ("sources", "message"),
     [

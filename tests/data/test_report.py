@@ -16,13 +16,14 @@ from conftest import compose, fake_facts, fake_item, report_of, tree
 from in_process import program_here
 from media_factory import with_corrections
 
+from runner.core.text import printable
 from runner.data.corrections.model import NO_CORRECTION as PLAIN
 from runner.data.corrections.model import Display
 from runner.data.report import image_statistics as looking
 from runner.data.report.html import html
 from runner.data.report.image_statistics import ImageStatistics, measure_all, statistics_key
 from runner.data.report.model import Report, Tokens
-from runner.data.report.page import notices, page_lines, printable, summary_rows
+from runner.data.report.page import notices, page_lines, summary_rows
 from runner.data.sources import SourceMedia, scan
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS
 
@@ -52,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Each way a medium can be wrong is found in it and in no other.
 def test_what_is_wrong_is_found(folder: Path, tmp_path: Path) -> None:
-    items = list(scan("folder", folder, max_bytes=10**9).items)
+    items = list(scan("folder", folder, max_bytes=10**9).media)
     looks = measure_all(with_corrections(items), tmp_path, keep=False)
     made = report(items, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]", looks=looks)
     found = kinds(made)
@@ -167,7 +168,7 @@ def test_counts_are_true() -> None:
     assert sum(row.count for row in made.batches) == plan_of(config, facts).steps_per_epoch
 
 
-# The frames that crops cover are told in decoded frames, each counted once.
+# The frames that crops cover are counted in decoded frames, each counted once.
 @pytest.mark.parametrize(
     ("overrides", "used"),
     [
@@ -200,7 +201,7 @@ def test_fit(size: tuple[int, int], scale: float, cut: float) -> None:
     assert (medium.scale, medium.cut) == (scale, cut)
 
 
-# Everything left out is told with its reason, whatever leaves it out.
+# Everything left out is reported with its reason, whatever leaves it out.
 def test_what_is_left_out_says_why() -> None:
     items = [
         fake_item("a.jpg"),
@@ -325,9 +326,9 @@ def test_the_page_is_whole(folder: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     found = scan("folder", folder, max_bytes=10**9)
-    looks = measure_all(with_corrections(found.items), tmp_path, keep=False)
+    looks = measure_all(with_corrections(found.media), tmp_path, keep=False)
     config = compose(*BASE, "dataset.resolution=[512,512]", "dataset.target_frames=[5,9]")
-    facts = fake_facts(config, found.items)
+    facts = fake_facts(config, found.media)
     facts = replace(facts, sources=(replace(facts.sources[0], ignored=found.ignored),))
     made = report_of(config, facts, looks)
     page = _Page(html(made, "test"))

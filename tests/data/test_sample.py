@@ -14,11 +14,11 @@ def test_sample_is_complete(tmp_path: Path) -> None:
     kind, path = locate("unused", "sample", cwd=tmp_path)
     found = scan(kind, path, max_bytes=0)
     assert not found.ignored
-    assert all(item.caption for item in found.items)
-    assert sorted(item.frames for item in found.items) == [1, 1, 1, 1, 1, 33, 49]
-    assert {item.fps for item in found.items if item.media_kind == "video"} == {24.0}
-    assert all(item.mode in (None, "RGB") for item in found.items)
-    assert any(re.search(r'"[^"]+"', item.caption or "") for item in found.items)
+    assert all(item.caption for item in found.media)
+    assert sorted(item.frames for item in found.media) == [1, 1, 1, 1, 1, 33, 49]
+    assert {item.fps for item in found.media if item.media_kind == "video"} == {24.0}
+    assert all(item.mode in (None, "RGB") for item in found.media)
+    assert any(re.search(r'"[^"]+"', item.caption or "") for item in found.media)
     assert sum(file.stat().st_size for file in SAMPLE.rglob("*")) < 3_000_000
 
 

@@ -49,7 +49,7 @@ def _unpacked(item: SourceMedia, store: SharedCache) -> bytes:
 
 
 def _seen(found: Scan) -> list[tuple[object, ...]]:
-    return [(i.name, i.media_kind, i.sha256, i.size, i.frames, i.caption) for i in found.items]
+    return [(i.name, i.media_kind, i.sha256, i.size, i.frames, i.caption) for i in found.media]
 
 
 # A folder and a zip of it hold the same items, at any depth, sorted by name, captions beside them.
@@ -57,17 +57,17 @@ def test_folder_and_zip_are_seen_alike(media: Path, tmp_path: Path) -> None:
     folder = scan("folder", media, max_bytes=BIG)
     archive = scan("zip", _zip(tmp_path / "m.zip", media), max_bytes=BIG)
     assert _seen(folder) == _seen(archive)
-    assert [(i.name, i.media_kind, i.size, i.frames, i.caption) for i in folder.items] == [
+    assert [(i.name, i.media_kind, i.size, i.frames, i.caption) for i in folder.media] == [
         ("b.png", "image", (64, 48), 1, "a picture"),
         ("deep/c.mp4", "video", (64, 48), 13, ""),
         ("deep/er/a.v2.jpg", "image", (80, 40), 1, "Été"),
     ]
-    assert folder.items[1].fps == 24.0
-    for item in folder.items:
+    assert folder.media[1].fps == 24.0
+    for item in folder.media:
         data = (media / item.name).read_bytes()
         assert (item.sha256, item.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
         assert item.file == media / item.name
-    assert [item.member for item in archive.items] == [item.name for item in folder.items]
+    assert [item.member for item in archive.media] == [item.name for item in folder.media]
 
 
 # Looking changes nothing on disk, beside the source or elsewhere in its folder.
@@ -97,7 +97,7 @@ def test_damaged_media_are_reported(media: Path) -> None:
     make_image(media / ".hidden.png")
     make_image(media / "__MACOSX" / "x.png")
     found = scan("folder", media, max_bytes=BIG)
-    assert len(found.items) == 3
+    assert len(found.media) == 3
     assert [name for name, _ in found.ignored] == [
         *("bad.mp4", "broken.webp", "cut.png", "sound.mp4")
     ]
@@ -111,7 +111,7 @@ def test_a_clip_cut_short_is_counted_by_decoding(tmp_path: Path) -> None:
     whole = make_clip(tmp_path / "a.mkv", 40).read_bytes()
     (tmp_path / "a.mkv").write_bytes(whole[: len(whole) // 2])
     found = scan("folder", tmp_path, max_bytes=BIG)
-    assert 1 < found.items[0].frames < 40
+    assert 1 < found.media[0].frames < 40
 
 
 # A damaged member of an archive leaves out that item only.
@@ -123,16 +123,16 @@ def test_a_damaged_member_is_left_out(media: Path, tmp_path: Path) -> None:
     data[start + 30 + len("b.png") + 50] ^= 0xFF
     path.write_bytes(data)
     found = scan("zip", path, max_bytes=BIG)
-    assert len(found.items) == 2 and found.ignored[0][0] == "b.png"
+    assert len(found.media) == 2 and found.ignored[0][0] == "b.png"
 
 
 # Linked folders count, and folders that link to each other are entered once.
 def test_links_are_followed_and_circles_end(media: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "in").symlink_to(media, target_is_directory=True)
-    assert scan("folder", tmp_path / "linked", max_bytes=BIG).items[0].name == "in/b.png"
+    assert scan("folder", tmp_path / "linked", max_bytes=BIG).media[0].name == "in/b.png"
     (media / "deep" / "up").symlink_to(media, target_is_directory=True)
-    assert len(scan("folder", media, max_bytes=BIG).items) == 3
+    assert len(scan("folder", media, max_bytes=BIG).media) == 3
 
 
 # Captions in no known encoding are named; so is a source with nothing to train on.
@@ -164,14 +164,14 @@ def test_names_survive_archives(media: Path, tmp_path: Path) -> None:
         archive.writestr("./dot.txt", "dotted")
     path.write_bytes(path.read_bytes().replace(b"XXXXXX.png", "日本.png".encode()))
     found = scan("zip", path, max_bytes=BIG)
-    assert {item.name: item.caption for item in found.items} == {
+    assert {item.name: item.caption for item in found.media} == {
         "日本 é.png": "flagged",
         "日本.png": None,
         "├⌐.png": None,
         "dot.png": "dotted",
     }
     assert found.notices == ()
-    for item in found.items:
+    for item in found.media:
         assert _unpacked(item, SharedCache(tmp_path / "store")) == data
 
 
@@ -228,12 +228,13 @@ def test_unreadable_members_are_refused(
         check_archive(path, BIG)
 
 
-# The kind is told from the path; with nothing, too much or the wrong thing there, one line says so.
+# The kind is detected from the path; with nothing, too much or the wrong thing there, one line says
+# so.
 def test_locating(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(path: str, kind: str = "auto") -> tuple[str, str]:
-        told, place = locate(path, kind, cwd=tmp_path)
+        found, place = locate(path, kind, cwd=tmp_path)
         assert place.is_absolute()
-        return told, str(place.relative_to(tmp_path))
+        return found, str(place.relative_to(tmp_path))
 
     def refused(path: str, message: str, kind: str = "auto") -> None:
         with pytest.raises(UserError, match=message) as caught:
@@ -291,7 +292,7 @@ def test_jsonl(media: Path) -> None:
         {"image_path": "../media/b.png", "caption": "two"},
     )
     found = scan("jsonl", path, max_bytes=BIG)
-    assert [(item.name, item.caption) for item in found.items] == [
+    assert [(item.name, item.caption) for item in found.media] == [
         ("../media/b.png", "one\u2028line"),
         ("../media/b.png", "two"),
         ("../media/deep/c.mp4", "a clip"),
@@ -331,8 +332,8 @@ def test_unpacking_media(media: Path, tmp_path: Path) -> None:
             scan(kind, path, max_bytes=BIG),
             SharedCache(tmp_path / f"store of the {kind}"),
         )
-        (alpha,) = (item for item in found.items if item.mode == "RGBA")
-        for item in found.items:
+        (alpha,) = (item for item in found.media if item.mode == "RGBA")
+        for item in found.media:
             kept = _unpacked(item, store)
             assert (hashlib.sha256(kept).hexdigest() == item.sha256) == (item != alpha)
         with (
@@ -346,7 +347,7 @@ def test_unpacking_media(media: Path, tmp_path: Path) -> None:
 # Media that changed or went since the scan are refused, and nothing is kept of them.
 def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
     archive, store = _zip(tmp_path / "m.zip", media), SharedCache(tmp_path / "store")
-    items = [scan(k, p, max_bytes=BIG).items[0] for k, p in (("folder", media), ("zip", archive))]
+    items = [scan(k, p, max_bytes=BIG).media[0] for k, p in (("folder", media), ("zip", archive))]
     make_image(media / "b.png", (32, 32))
     _zip(archive, media)
     for item in items:
@@ -357,10 +358,10 @@ def test_changed_media_are_refused(media: Path, tmp_path: Path) -> None:
     for item in items:
         with pytest.raises(UserError, match="can't be read"):
             _unpacked(item, store)
-    assert store.names() == frozenset()
+    assert store.full_keys() == frozenset()
 
 
-# Half of a character, as JSON can spell it, is told with its line: it can't be encoded.
+# Half of a character, as JSON can spell it, is reported with its line: it can't be encoded.
 def test_half_a_character_is_refused(tmp_path: Path) -> None:
     make_image(tmp_path / "a.png", (8, 8))
     (tmp_path / "m.jsonl").write_text('{"image_path": "a.png", "caption": "x \\ud83d y"}\n')

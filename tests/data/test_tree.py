@@ -46,12 +46,12 @@ def test_outputs_are_no_data(tmp_path: Path) -> None:
     made(tmp_path / "moved", *RUN)
     made(tmp_path / "other", "mlflow.db", "mlartifacts/1/2/0.png", "mine/b.png")
     found = looked_at(tmp_path)
-    assert [item.name for item in found.items] == ["a.png", "other/mine/b.png", "out/a.png"]
+    assert [item.name for item in found.media] == ["a.png", "other/mine/b.png", "out/a.png"]
     notice = next(one for one in found.notices if "output of this program" in one)
     assert "cache/, mlartifacts/, moved/ and 5 more" in notice
     shutil.make_archive(str(tmp_path / "m"), "zip", tmp_path)
     packed = scan("zip", tmp_path / "m.zip", max_bytes=10**9)
-    assert [item.name for item in packed.items] == [item.name for item in found.items]
+    assert [item.name for item in packed.media] == [item.name for item in found.media]
 
 
 # The output folder of this run is none either, before anything in it says what it is; but a dataset
@@ -61,11 +61,11 @@ def test_the_own_output_folder_is_no_data(tmp_path: Path) -> None:
     config = compose(f"dataset.path={tmp_path}")
     store = SharedCache(tmp_path / "out" / "cache")
     (source,) = scan_sources(config, tmp_path, store, ScanOptions())
-    assert [item.name for item in source.items] == ["a.png"]
+    assert [item.name for item in source.media] == ["a.png"]
     assert source.notices == ("Left out, being the output of this program: out/.",)
     config = compose(f"dataset.path={tmp_path / 'out'}")
     (source,) = scan_sources(config, tmp_path, store, ScanOptions())
-    assert [item.name for item in source.items] == ["b.png"]
+    assert [item.name for item in source.media] == ["b.png"]
 
 
 # A folder of the same name, without a mark of a run, is data.
@@ -109,9 +109,9 @@ def test_endings(tmp_path: Path) -> None:
     for name in ("g.m4v", "h.mpg", "i.ts", "j.WMV", "k.3gp", "l.flv"):
         make_clip(tmp_path / name.lower(), 13).rename(tmp_path / name)
     found = looked_at(tmp_path)
-    assert [item.media_kind for item in found.items] == ["image"] * 6 + ["video"] * 6
+    assert [item.media_kind for item in found.media] == ["image"] * 6 + ["video"] * 6
     assert (found.ignored, found.notices) == ((), ())
-    assert {item.frames for item in found.items} == {1, 13}
+    assert {item.frames for item in found.media} == {1, 13}
     assert [
         name for name in ("a.HEIC", "b.heif", "c.avif", "d.gif", "e.ts") if needs_copy(name)
     ] == [*("a.HEIC", "b.heif")]

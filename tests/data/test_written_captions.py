@@ -54,7 +54,7 @@ def _scan(folder: Path, captions: str = "whole", encoding: str | None = None) ->
 
 
 def _captions(found: Scan) -> list[tuple[str, str | None]]:
-    return [(item.name, item.caption) for item in found.items]
+    return [(item.name, item.caption) for item in found.media]
 
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -109,7 +109,7 @@ def test_other_encodings_are_decided_and_shown(tmp_path: Path) -> None:
         "characters); c.txt says 'o gato não está aqui'. If that is wrong, set dataset.encoding.",
     )
     other = _scan(folder, encoding="cp1250")
-    assert other.items[0].caption == "um căo em Săo Paulo"
+    assert other.media[0].caption == "um căo em Săo Paulo"
     assert "read as cp1250" in other.notices[0]
 
 
@@ -149,7 +149,7 @@ def test_a_zip_has_the_same_captions(tmp_path: Path) -> None:
     reading = CaptionOptions(None, "all")
     found = scan("zip", tmp_path / "m.zip", max_bytes=10**9, reading=reading)
     assert _captions(found) == [("10_x/a.jpg", "one"), ("10_x/a.jpg", "two")]
-    assert found.items[0].repeats == 10
+    assert found.media[0].repeats == 10
 
 
 LISTS: dict[str, dict[str, Any]] = {
@@ -258,7 +258,7 @@ def test_paths_of_windows_in_jsonl(tmp_path: Path) -> None:
         return rows
 
     found = _scan(write("img\\a.jpg", "D:\\data\\img\\b.jpg", "\\\\server\\x\\img\\a.jpg"))
-    assert [item.name for item in found.items] == ["img/a.jpg", "img/a.jpg", "img/b.jpg"]
+    assert [item.name for item in found.media] == ["img/a.jpg", "img/a.jpg", "img/b.jpg"]
     assert "D:\\data\\img\\b.jpg as img/b.jpg" in found.notices[0]
     with pytest.raises(UserError, match="would be the same file"):
         _scan(write("D:\\one\\img\\a.jpg", "D:\\two\\img\\a.jpg"))
@@ -284,7 +284,7 @@ def test_repeats_of_folders(
 ) -> None:
     files: dict[str, Any] = {f"{folder}/a.jpg": None for folder in folders}
     found = _scan(_folder(tmp_path, files))
-    assert [item.repeats for item in found.items] == repeats
+    assert [item.repeats for item in found.media] == repeats
     assert bool(found.notices) == bool(notice) and notice in " ".join(found.notices)
 
 

@@ -11,7 +11,7 @@ from conftest import TOP, compose, fake_facts, fake_item, plan_of
 from runner.engines.base import Gpu
 
 ENGINES = {"musubi": (), "diffusers": ("engine=diffusers", "model=tiny")}
-CARD = Gpu("large card", 80.0, (9, 0))
+GPU = Gpu("large GPU", 80.0, (9, 0))
 PICTURES = [fake_item("a.jpg"), fake_item("b.jpg")]
 CLIPS = [*PICTURES, fake_item("clip.mp4")]
 PROMPTS = ("sampling=prompts",)
@@ -27,32 +27,34 @@ def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
 def notices(*overrides: str, items: list[Any] = PICTURES) -> tuple[str, ...]:
     """The notices of a plan on a GPU that holds everything."""
     config = compose(*overrides)
-    told: tuple[str, ...] = plan_of(config, fake_facts(config, items, gpu=CARD)).notices
-    return told
+    lines: tuple[str, ...] = plan_of(config, fake_facts(config, items, gpu=GPU)).notices
+    return lines
 
 
 # What is said of options that do nothing, in full, and overrides with which the same ones act.
 NOTICES = json.loads((TOP / "tests" / "fixtures" / "notices.json").read_text("utf-8"))
-TOLD = {tuple(case["overrides"]): case["line"] for case in NOTICES["told"]}
+NOTICES_OF = {tuple(case["overrides"]): case["line"] for case in NOTICES["reported"]}
 
 
 # What would be left out without a word is a notice of the plan.
-@pytest.mark.parametrize("overrides", TOLD, ids=" ".join)
-def test_what_does_nothing_is_told(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    told = notices(*engine, *overrides, items=CLIPS)
-    assert [line for line in told if "nothing" in line or "never" in line] == [TOLD[overrides]]
+@pytest.mark.parametrize("overrides", NOTICES_OF, ids=" ".join)
+def test_what_does_nothing_is_reported(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    lines = notices(*engine, *overrides, items=CLIPS)
+    assert [line for line in lines if "nothing" in line or "never" in line] == [
+        NOTICES_OF[overrides]
+    ]
 
 
 # The same options say nothing where they have an effect.
 @pytest.mark.parametrize("overrides", [tuple(case) for case in NOTICES["quiet"]], ids=" ".join)
 def test_what_acts_is_not_told(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    assert not [told for told in notices(*engine, *overrides, items=CLIPS) if "nothing" in told]
+    assert not [lines for lines in notices(*engine, *overrides, items=CLIPS) if "nothing" in lines]
 
 
 # Pictures do obey the buckets' options.
 def test_buckets_of_pictures_are_not_told(engine: tuple[str, ...]) -> None:
-    told = notices(*engine, "dataset.enable_bucket=false", items=PICTURES)
-    assert not [line for line in told if "enable_bucket" in line]
+    lines = notices(*engine, "dataset.enable_bucket=false", items=PICTURES)
+    assert not [line for line in lines if "enable_bucket" in line]
 
 
 RATES = {
@@ -88,11 +90,12 @@ RATES = {
 }
 
 
-# A rate with which an optimizer learns nothing or breaks off is told, with the one that is usual.
+# A rate with which an optimizer learns nothing or breaks off is reported, with the one that is
+# usual.
 @pytest.mark.parametrize("overrides", RATES, ids=" ".join)
-def test_an_unusual_rate_is_told(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    told = notices(*engine, *overrides)
-    assert [line for line in told if "learning_rate" in line] == [RATES[overrides]]
+def test_an_unusual_rate_is_reported(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    lines = notices(*engine, *overrides)
+    assert [line for line in lines if "learning_rate" in line] == [RATES[overrides]]
 
 
 # No word of the limits themselves, of Adafactor that multiplies the rate by what is small, or of an

@@ -1,4 +1,4 @@
-"""Rules that the engines share: each is told in either engine, before anything is written."""
+"""Rules that the engines share: each is reported in either engine, before anything is written."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ BROKEN: dict[tuple[str, ...], str] = {
 }
 
 
-# Each broken rule is told in one line that says what is wrong and what would be right.
+# Each broken rule is reported in one line that says what is wrong and what would be right.
 @pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
 def test_rules_say_what_is_wrong(engine: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     assert problems_of(compose(*engine, *overrides)) == [BROKEN[overrides]]

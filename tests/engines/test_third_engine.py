@@ -58,25 +58,25 @@ def test_a_run_goes_through(tmp_path: Path) -> None:
     assert "2 latents (done already)" in done.out and "2 captions (done already)" in done.out
 
 
-# Its rules refuse before any work, and a failure is told in its words.
+# Its rules refuse before any work, and a failure is reported in its words.
 @pytest.mark.parametrize(
-    ("override", "code", "told"),
+    ("override", "code", "expected"),
     [
         ("network.rank=3", 2, "error: network.rank=3: the third engine takes even ranks.\n"),
         ("network.rank=66", 1, "failed: the third engine stopped: the spring broke (exit code 1"),
     ],
 )
 def test_rules_and_failures_are_its_own(
-    tmp_path: Path, override: str, code: int, told: str
+    tmp_path: Path, override: str, code: int, expected: str
 ) -> None:
     pictures(tmp_path / "media", 1)
     done = third(override, "tracking=none", cwd=tmp_path)
     assert done.code == code, done.out + done.err
-    assert told in done.err
+    assert expected in done.err
 
 
 # A name that no engine has is answered with the nearest.
-def test_an_unknown_engine_is_told(tmp_path: Path) -> None:
+def test_an_unknown_engine_is_reported(tmp_path: Path) -> None:
     done = third("engine.name=thrid", cwd=tmp_path)
     assert done.code == 2
     assert done.err == "error: engine.name=thrid is not a choice. Did you mean third?\n"

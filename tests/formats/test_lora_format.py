@@ -262,7 +262,7 @@ def test_import_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# The file for ComfyUI, and the one made back from it, tell of the training what its LoRA told.
+# The file for ComfyUI, and the one made back from it, describe the training what its LoRA says.
 def test_converted_files_keep_their_metadata(tmp_path: Path) -> None:
     first, comfyui, back = (tmp_path / f"{n}.safetensors" for n in ("lora", "comfyui", "back"))
     save_file(musubi_file(2), first, METADATA)

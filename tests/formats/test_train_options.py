@@ -35,7 +35,7 @@ def test_rows_are_options_of_the_trainer() -> None:
     for row in fields(TrainOptions):
         hint = hints[row.name]
         said = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else hint
-        if TABLE[row.name].own:
+        if TABLE[row.name].engine_only:
             assert (row.name in known, said, row.default) == (False, "bool", False)
             continue
         assert str(said).removesuffix(" | None") == type_of(known[row.name]), row.name
@@ -48,7 +48,7 @@ def test_rows_are_options_of_the_trainer() -> None:
 # A row without a value of its own has that of an option of ours, which is there.
 def test_rows_name_options_of_ours() -> None:
     ours = {option.key for option in our_options()}
-    plain = [row.instead for row in TABLE.values() if row.value is None and row.instead]
+    plain = [row.set_by for row in TABLE.values() if row.value is None and row.set_by]
     plain += [row.value for row in TABLE.values() if isinstance(row.value, str)]
     assert set(plain) <= ours
 

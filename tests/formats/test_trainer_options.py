@@ -35,7 +35,7 @@ WRONG_ARGUMENTS = {
 }
 
 
-# Wrong arguments are told in a line each, with the nearest name.
+# Wrong arguments are reported in a line each, with the nearest name.
 @pytest.mark.parametrize("arguments", WRONG_ARGUMENTS)
 def test_wrong_arguments(arguments: str) -> None:
     _, problems = parse(TRAIN, shlex.split(arguments))

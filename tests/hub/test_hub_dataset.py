@@ -72,7 +72,7 @@ def config(*overrides: str) -> RunConfig:
 
 def look(tmp_path: Path, *overrides: str, dry: bool = False) -> Source:
     force = "dataset" in config(*overrides).stages.force
-    reading = ScanOptions(keep=not dry, watch=_Watch, force=force)
+    reading = ScanOptions(write=not dry, watch=_Watch, force=force)
     store = SharedCache(tmp_path / "outputs" / "cache")
     (source,) = scan_sources(config(*overrides), tmp_path, store, reading)
     return source
@@ -84,7 +84,7 @@ def test_a_dataset_is_used_like_a_folder(hub: Hub, tmp_path: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     source = look(tmp_path)
-    assert [(item.name, item.caption) for item in source.items] == [
+    assert [(item.name, item.caption) for item in source.media] == [
         ("clips/c.mp4", "it moves"),
         ("pictures/a.png", "a square"),
         ("pictures/b.jpg", "été"),
@@ -100,7 +100,7 @@ def test_a_dataset_is_used_like_a_folder(hub: Hub, tmp_path: Path) -> None:
         cache_dir=tmp_path / "hub",
         local_files_only=True,
     )
-    assert source.items[1].file == Path(where)
+    assert source.media[1].file == Path(where)
     # Nothing is doubled: the store has notes alone.
     assert not (tmp_path / "outputs" / "cache" / "media").exists()
 
@@ -157,14 +157,14 @@ def test_a_repository_of_one_zip(hub: Hub, tmp_path: Path) -> None:
     hub.repositories[NAME].files = {"all.zip": packed.getvalue(), "README.md": b""}
     source = look(tmp_path)
     assert source.source_kind == "zip"
-    assert [item.caption for item in source.items] == [
+    assert [item.caption for item in source.media] == [
         *("caption of a.png", "caption of b.jpg", "caption of c.mp4")
     ]
     store = SharedCache(tmp_path / "outputs" / "cache")
-    assert all(store.has("media", key_of(item)) for item in source.items)
+    assert all(store.has("media", key_of(item)) for item in source.media)
 
 
-# What can't be had or used is told in one line, before the first byte, and without the token.
+# What can't be had or used is reported in one line, before the first byte, and without the token.
 def test_refusals(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = hub.repositories[NAME]
     files = dict(repository.files)
@@ -191,7 +191,7 @@ def test_refusals(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     refused(UserError, "has no picture, clip or archive")
 
 
-# Lines of metadata.jsonl that name no medium are told by their number.
+# Lines of metadata.jsonl that name no medium are reported by their number.
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -126,8 +126,8 @@ def test_lying_head(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloads() == []
 
 
-# Its errors have kinds that can be told apart, and several lines each; the second repository's come
-# when the first was fetched.
+# Its errors have kinds that can be distinguished, and several lines each; the second repository's
+# come when the first was fetched.
 def test_refusals(hub: Hub, tmp_path: Path) -> None:
     def refused(kind: type[Exception], repository: str, file: str, **options: Any) -> None:
         with pytest.raises(kind) as caught:
@@ -168,10 +168,10 @@ def test_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert alone(tmp_path).read_bytes() == BIG
-    assert "Not enough free disk space" in str(told[0].message)
+    assert "Not enough free disk space" in str(caught[0].message)
     with pytest.raises(StageError, match=r"only 1\.0 kB are free"):
         fetch(tmp_path)
     assert hub.sent("other.safetensors") == 0
@@ -305,7 +305,7 @@ def test_proxy(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {asked.host for asked in hub.asked} == {"hub.invalid"}
 
 
-# A bar is of one file, and is not told what other files are still to come.
+# A bar is of one file, and is not aware of what other files are still to come.
 def test_progress(hub: Hub, tmp_path: Path) -> None:
     from tqdm.auto import tqdm
 

@@ -37,7 +37,8 @@ from runner.hub.hub_cache import Request
 __all__ = ("loopback_hub",)
 
 
-# A fresh machine gets the wanted files and no others, once, and what came is told with its commit.
+# A fresh machine gets the wanted files and no others, once, and what came is reported with its
+# commit.
 def test_fresh_download(hub: Hub, tmp_path: Path) -> None:
     notes = Notes()
     found = fetch(tmp_path, WANTED, TOKENS, notes=notes)

@@ -1,4 +1,4 @@
-"""What can't be had from a hub on loopback: told in one line, before the first byte."""
+"""What can't be had from a hub on loopback: reported in one line, before the first byte."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_token_stays_with_the_hub(
     assert token not in notes
 
 
-# A token that can't be sent at all is not shown either, and a wrong address is told at once.
+# A token that can't be sent at all is not shown either, and a wrong address is reported at once.
 def test_unsendable(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -115,7 +115,7 @@ def test_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     whole(tmp_path)
 
 
-# A disk that fills while a file comes is told so, and what came is gone on from.
+# A disk that fills while a file comes is reported so, and what came is gone on from.
 def test_disk_fills(hub: Hub, tmp_path: Path) -> None:
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"

@@ -85,7 +85,9 @@ def writes(monkeypatch: pytest.MonkeyPatch, here: Path, code: str) -> None:
     monkeypatch.setenv("FAKE_WRITER", str(here / "writer.py"))
 
 
-def told(outputs: Path, media: Path, *overrides: str, into: Path | None = None) -> tuple[Any, str]:
+def prepared(
+    outputs: Path, media: Path, *overrides: str, into: Path | None = None
+) -> tuple[Any, str]:
     """Prepare a run in this process, in an earlier run's folder if one is named."""
     stream = io.StringIO()
     console = Console.for_stream(stream)
@@ -143,7 +145,7 @@ def test_a_failed_makers_entries_are_taken_over(here: Path) -> None:
     until(lambda: "waiting for 4 latents" in said(second))
     gate.touch()
     assert first.wait(timeout=120) == 1
-    assert "the encoder failed as it was told" in said(first)
+    assert "the encoder failed as it was asked" in said(first)
     # Three latents of the failed run were kept, and the fourth was made by the other.
     assert "encoded 1/1" in ended(second)
     assert len([line for line in encoded(log) if line.startswith("latents")]) == 4
@@ -154,17 +156,17 @@ def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
     from runner.storage.leases import Leases
 
     media, out = pictures(here / "media", 3), here / "out"
-    real = Leases.claim
+    real = Leases.lease_for_making
     others: list[int] = []
 
     def overtaken(self: Leases, names: Any, run: str) -> Any:
         if not others:
             others.append(1)
-            told(out, media)
+            prepared(out, media)
         return real(self, names, run)
 
-    monkeypatch.setattr(Leases, "claim", overtaken)
-    told(out, media)
+    monkeypatch.setattr(Leases, "lease_for_making", overtaken)
+    prepared(out, media)
     assert others
     assert set(Counter(encoded(here / "log")).values()) == {1}
 
@@ -213,7 +215,7 @@ def in_namespace(outputs: Path, namespace: str) -> list[Path]:
 # wrong.
 def test_damage_is_found_and_mended(here: Path) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
-    told(out, media)
+    prepared(out, media)
     before = sums(out / "cache")
     made = len(encoded(here / "log"))
     cut, flipped = in_namespace(out, "latents")[:2]
@@ -223,7 +225,7 @@ def test_damage_is_found_and_mended(here: Path) -> None:
     flip(caption)
     unpacked = in_namespace(out, "media")[0]
     flip(unpacked)
-    context, words = told(out, media)
+    context, words = prepared(out, media)
     assert words.count("note: ") == 3
     assert "2 of the latents were damaged in the cache and are made again: p00" in words
     assert "1 of the encoded captions was damaged in the cache and is made again: p00" in words
@@ -238,7 +240,7 @@ def test_damage_is_found_and_mended(here: Path) -> None:
     }
     for file in (context.run_dir / "cache").rglob("*.safetensors"):
         assert len(file.read_bytes()) == max(f.stat().st_size for f in in_namespace(out, "latents"))
-    assert told(out, media)[1].count("note: ") == 0
+    assert prepared(out, media)[1].count("note: ") == 0
     assert len(encoded(here / "log")) == made + 3
     assert leftovers(out) == []
 
@@ -247,7 +249,7 @@ def test_damage_is_found_and_mended(here: Path) -> None:
 # and at no moment none.
 def test_links_of_others_outlive_a_mended_entry(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 1), here / "out"
-    first, _ = told(out, media)
+    first, _ = prepared(out, media)
     (place,) = (first.run_dir / "cache").rglob("*_hv15.safetensors")
     flip(place.resolve())
     damaged = place.read_bytes()
@@ -259,7 +261,7 @@ def test_links_of_others_outlive_a_mended_entry(here: Path, monkeypatch: Any) ->
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
-    told(out, media)
+    prepared(out, media)
     assert set(replaced) == {damaged, place.read_bytes()}
     assert len(replaced) >= 2
 
@@ -267,24 +269,24 @@ def test_links_of_others_outlive_a_mended_entry(here: Path, monkeypatch: Any) ->
 # An entry with no note, or with one that has no digest, is made again: nothing can vouch for it.
 def test_entries_without_a_digest_are_made_again(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
-    told(out, media)
+    prepared(out, media)
     without, old = in_namespace(out, "latents")[:2]
     Path(f"{without}.json").unlink()
     Path(f"{old}.json").write_text('{"media": "as older versions wrote it"}')
-    _, words = told(out, media)
+    _, words = prepared(out, media)
     assert "1 of the latents was damaged in the cache and is made again" in words
     assert "1 of the latents was cached without a checksum and is made again" in words
     assert len([line for line in encoded(here / "log") if line[0] == "l"]) == 5
-    assert "note" not in told(out, media)[1]
+    assert "note" not in prepared(out, media)[1]
 
 
 # A skipped stage makes nothing: without a training what is damaged is left out, and the run says
 # so.
 def test_a_skipped_stage_leaves_damage_out(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
-    told(out, media)
+    prepared(out, media)
     flip(in_namespace(out, "latents")[0])
-    context, words = told(out, media, "stages.skip=[latents,train]")
+    context, words = prepared(out, media, "stages.skip=[latents,train]")
     assert "was damaged in the cache and is left out, as the stage is skipped" in words
     assert len(list((context.run_dir / "cache").rglob("*_hv15.safetensors"))) == 2
     assert len(encoded(here / "log")) == 6
@@ -302,33 +304,33 @@ def test_a_skipped_stage_must_lack_nothing(here: Path, monkeypatch: Any) -> None
 
     monkeypatch.setattr(weights, "model_weights", with_weights)
     media, out = pictures(here / "media", 3), here / "out"
-    told(out, media)
+    prepared(out, media)
     both = "stages.skip=[latents,text]"
-    assert len(listing(told(out, media, both)[0].run_dir / "cache")) == 6
+    assert len(listing(prepared(out, media, both)[0].run_dir / "cache")) == 6
     pictures(media, 1, first=3)
     (media / "p001.txt").write_text("another caption")
     with pytest.raises(UserError) as caught:
-        told(out, media, "stages.skip=[text]")
+        prepared(out, media, "stages.skip=[text]")
     assert str(caught.value) == (
         "stages.skip=[text], but the encoded captions of 2 of 4 items are not in the cache, or "
         "damaged there: p001.png, p003.png. They would not be trained on: take text out of "
         "stages.skip, what is cached is not encoded again."
     )
     with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*: p003\.png\. "):
-        told(out, media, "stages.skip=[latents]")
-    told(out, media)
-    told(out, media, both)
+        prepared(out, media, "stages.skip=[latents]")
+    prepared(out, media)
+    prepared(out, media, both)
     flip(in_namespace(out, "latents")[0])
     with pytest.raises(UserError, match=r"the latents of 1 of 4 items are .*damaged"):
-        told(out, media, both)
+        prepared(out, media, both)
     assert len(encoded(here / "log")) == 6 + 3
 
 
 # A forced stage makes all of its entries again, each once, and no other stage's.
 def test_force_makes_all_again(here: Path) -> None:
     media, out = pictures(here / "media", 3), here / "out"
-    told(out, media)
-    _, words = told(out, media, "stages.force=[latents]")
+    prepared(out, media)
+    _, words = prepared(out, media, "stages.force=[latents]")
     assert "encoded 3/3" in words
     counts = Counter(encoded(here / "log"))
     assert sorted(counts.values()) == [1, 1, 1, 2, 2, 2]
@@ -343,7 +345,7 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
     for entry in context.plan.entries:
         staged = here / "staged"
         staged.write_bytes(os.urandom(64))
-        context.cache.commit(entry.namespace, entry.name, staged, entry.cache_inputs)
+        context.cache.commit(entry.namespace, entry.key, staged, entry.cache_inputs)
     cut, flipped = in_namespace(out, "latents")[:2]
     overwrite(cut, cut.read_bytes()[:-3])
     flip(flipped)
@@ -365,15 +367,15 @@ def test_a_dry_run_reads_no_entries(here: Path, monkeypatch: Any) -> None:
 def test_musubi_never_writes_through_a_link(here: Path) -> None:
     media, out = pictures(here / "media", 4), here / "out"
     zip_ = zipped(media, here / "four.zip")
-    told(out, zip_)
+    prepared(out, zip_)
     before = sums(out / "cache")
     namespaces = ("media/", "latents/", "text/")
     store = {name: sum_ for name, sum_ in before.items() if name.startswith(namespaces)}
     assert len(store) == 2 * 12
     pictures(media, 2, first=4)
     (media / "p000.txt").write_text("another caption")
-    first, _ = told(out, zipped(media, here / "six.zip"))
-    told(out, zip_, into=first.run_dir)
+    first, _ = prepared(out, zipped(media, here / "six.zip"))
+    prepared(out, zip_, into=first.run_dir)
     after = sums(out / "cache")
     assert {name: after[name] for name in store} == store
     assert len(entries(out)) == 6 + 6 + 7
@@ -392,7 +394,7 @@ def listing(folder: Path) -> list[str]:
 # in the same folder left them: other items, half-written files, folders.
 def test_stale_files_go_away(here: Path) -> None:
     media, out = pictures(here / "media", 4), here / "out"
-    first, _ = told(out, media)
+    first, _ = prepared(out, media)
     run = first.run_dir
     assert len(listing(run / "cache")) == 8
     cache = run / "cache" / "0-images"
@@ -404,7 +406,7 @@ def test_stale_files_go_away(here: Path) -> None:
     (run / "dataset" / "media" / "left.png").symlink_to("nowhere")
     for name in ("p001.png", "p001.txt"):
         (media / name).unlink()
-    context, _ = told(out, media, into=run)
+    context, _ = prepared(out, media, into=run)
     stages = [context.plan.stage(name) for name in ("latents", "text")]
     wanted = {place for stage in stages for entry in stage.entries for place in entry.links}
     assert {f"cache/{name}" for name in listing(run / "cache")} == wanted
@@ -423,7 +425,7 @@ def test_copies_where_links_are_refused(here: Path, monkeypatch: Any) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "symlink_to", refuse)
-        context, _ = told(out, media)
+        context, _ = prepared(out, media)
     before = sums(out / "cache")
     files = [f for d in ("cache", "dataset") for f in (context.run_dir / d).rglob("*")]
     files = [file for file in files if file.is_file() and file.suffix != ".jsonl"]
@@ -447,7 +449,7 @@ def test_links_are_made_in_order(here: Path, monkeypatch: Any) -> None:
         real(self, target, target_is_directory)
 
     monkeypatch.setattr(Path, "symlink_to", watched)
-    told(out, media)
+    prepared(out, media)
     latents = [place.name for place in made if place.name.endswith("_hv15.safetensors")]
     texts = [place.name for place in made if place.name.endswith("_te.safetensors")]
     assert len(latents) == len(texts) == 6
@@ -461,7 +463,7 @@ def test_equal_media_are_two_items(here: Path) -> None:
     media, out = pictures(here / "media", 1), here / "out"
     (media / "twin.png").write_bytes((media / "p000.png").read_bytes())
     (media / "twin.txt").write_text("the same, in other words")
-    context, _ = told(out, zipped(media, here / "twins.zip"))
+    context, _ = prepared(out, zipped(media, here / "twins.zip"))
     assert Counter(line.split()[0] for line in encoded(here / "log")) == {"latents": 1, "text": 2}
     names = listing(context.run_dir / "cache" / "0-images")
     assert [name.split("-")[0] for name in names] == ["p000", "p000", "twin", "twin"]
@@ -476,7 +478,7 @@ def test_a_repeated_row_is_encoded_once(here: Path) -> None:
     row = json.dumps({"image_path": str(media / "p000.png"), "caption": "again"})
     other = json.dumps({"image_path": str(media / "p001.png"), "caption": "once"})
     (here / "rows.jsonl").write_text(f"{row}\n{other}\n{row}\n")
-    context, _ = told(out, here / "rows.jsonl")
+    context, _ = prepared(out, here / "rows.jsonl")
     assert sorted(encoded(here / "log")) == sorted(
         f"{what} {caption}" for what in ("latents", "text") for caption in ("again", "once")
     )
@@ -490,11 +492,11 @@ def test_a_repeated_row_is_encoded_once(here: Path) -> None:
 def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 4), here / "out"
     monkeypatch.setenv("FAKE_FAILS", "3")
-    with pytest.raises(StageError, match="the encoder failed as it was told"):
-        told(out, media)
+    with pytest.raises(StageError, match="the encoder failed as it was asked"):
+        prepared(out, media)
     assert len(in_namespace(out, "latents")) == 3
     monkeypatch.setenv("FAKE_FAILS", "-1")
-    _, words = told(out, media)
+    _, words = prepared(out, media)
     assert "encoded 1/1" in words
     assert len(encoded(here / "log")) == 8
     assert leftovers(out) == []
@@ -504,7 +506,7 @@ def test_finished_work_outlives_a_crash(here: Path, monkeypatch: Any) -> None:
 def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
     media, out, gate = pictures(here / "media", 3), here / "out", here / "gate"
     monkeypatch.setenv("FAKE_GATE", str(gate))
-    monkeypatch.setattr("runner.pipeline.stages.encoding._KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("runner.pipeline.stages.encoding._COMMIT_SECONDS", 0.0)
     monkeypatch.setattr("runner.pipeline.stages.encoding._UNCHANGED_SECONDS", 0.0)
     early: list[int] = []
 
@@ -518,7 +520,7 @@ def test_finished_work_is_kept_meanwhile(here: Path, monkeypatch: Any) -> None:
 
     watching = Thread(target=watch)
     watching.start()
-    told(out, media)
+    prepared(out, media)
     watching.join()
     assert early == [1]
     assert len(in_namespace(out, "latents")) == 3
@@ -552,7 +554,7 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
                 place.write_bytes(data)
         """,
     )
-    monkeypatch.setattr(encoding, "_KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(encoding, "_COMMIT_SECONDS", 0.0)
     monkeypatch.setattr(encoding, "_UNCHANGED_SECONDS", 3600.0)
     kept: list[bool] = []
     real = SharedCache.commit
@@ -563,7 +565,7 @@ def test_unfinished_work_is_not_kept_meanwhile(here: Path, monkeypatch: Any) -> 
         return real(self, namespace, *given, **more)
 
     monkeypatch.setattr(SharedCache, "commit", noted)
-    told(out, media)
+    prepared(out, media)
     assert kept == [False, True, True]
 
 
@@ -579,7 +581,7 @@ def test_media_that_change_meanwhile_are_not_kept(here: Path, monkeypatch: Any) 
         """,
     )
     with pytest.raises(UserError, match=r"p000\.png has changed since it was scanned"):
-        told(out, media)
+        prepared(out, media)
     assert len(in_namespace(out, "latents")) <= 1
 
 
@@ -597,10 +599,10 @@ def test_half_written_files_are_not_kept(here: Path, monkeypatch: Any) -> None:
         """,
     )
     with pytest.raises(StageError, match="exit code 9"):
-        told(out, media)
+        prepared(out, media)
     assert len(in_namespace(out, "latents")) == 2
     monkeypatch.delenv("FAKE_WRITER")
-    assert "encoded 2/2" in told(out, media)[1]
+    assert "encoded 2/2" in prepared(out, media)[1]
 
 
 # A disk that does not give back what was written to it ends the run: it is not filled for ever.
@@ -610,14 +612,14 @@ def test_a_disk_that_forgets_ends_the_run(here: Path, monkeypatch: Any) -> None:
     media, out = pictures(here / "media", 2), here / "out"
     monkeypatch.setattr(shared_cache, "digest_of", lambda file: os.urandom(32).hex())
     with pytest.raises(StageError, match="could not be read back as it was written"):
-        told(out, media)
+        prepared(out, media)
 
 
 # What is pruned between a run's plan and its links is made again, and the run ends well.
 @pytest.mark.parametrize("namespaces", [["latents"], ["media", "text"]])
 def test_what_is_pruned_meanwhile_is_made_again(here: Path, namespaces: Sequence[str]) -> None:
     media, out = zipped(pictures(here / "media", 3), here / "three.zip"), here / "out"
-    told(out, media)
+    prepared(out, media)
     context = context_of(out, media, *with_musubi(out), console=Console.for_stream(io.StringIO()))
     assert {stage.state for stage in context.plan.stages[1:4]} == {"done"}
     for namespace in namespaces:
@@ -635,7 +637,7 @@ def test_a_cached_dataset_is_ready_within_a_second(here: Path, monkeypatch: Any)
     from runner.storage import shared_cache
 
     media, out = zipped(pictures(here / "media", 100), here / "hundred.zip"), here / "out"
-    told(out, media)
+    prepared(out, media)
     silent = Console.for_stream(io.StringIO())
     context = context_of(out, media, *with_musubi(out), console=silent)
     read: list[Path] = []

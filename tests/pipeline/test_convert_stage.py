@@ -26,7 +26,7 @@ def converting(tmp_path: Path) -> Context:
     return context
 
 
-# A LoRA that can't be converted is told in one line, which the stage's log has too.
+# A LoRA that can't be converted is reported in one line, which the stage's log has too.
 @pytest.mark.parametrize(
     ("content", "why"),
     [(None, "can't be read as a LoRA file: No such file"), (b"no tensors", "can't be read as a")],
@@ -38,14 +38,14 @@ def test_a_failure_is_one_line(tmp_path: Path, content: bytes | None, why: str) 
     with pytest.raises(StageError) as caught:
         CONVERT.run(context)
     log = context.run_dir / "logs/convert.log"
-    told = str(caught.value)
-    assert told.startswith(f"lora.safetensors {why}") and "\n" not in told
-    assert told.endswith(f" (exit code 2; log: {log})")
-    assert log.read_text() == f"error: {told.removesuffix(f' (exit code 2; log: {log})')}\n"
+    message = str(caught.value)
+    assert message.startswith(f"lora.safetensors {why}") and "\n" not in message
+    assert message.endswith(f" (exit code 2; log: {log})")
+    assert log.read_text() == f"error: {message.removesuffix(f' (exit code 2; log: {log})')}\n"
     assert not (context.run_dir / "lora_comfyui.safetensors").exists()
 
 
-# A place that can't be written to is told as a failure, with the file.
+# A place that can't be written to is reported as a failure, with the file.
 def test_a_place_that_cant_be_written_to(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

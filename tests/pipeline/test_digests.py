@@ -23,13 +23,13 @@ MEDIA = [fake_item("a.jpg"), fake_item("b.mp4"), fake_item("c.png")]
 OPTIONS = {one.key: one for one in options()}
 
 
-# The dataset's options that are asked for, but for the kind and the revision, which are told by
+# The dataset's options that are asked for, but for the kind and the revision, which are known by
 # other ways to write it, and for the sources, which have all of them; and values that must be so.
 DATASET = [
     one.key.removeprefix("dataset.")
     for one in OPTIONS.values()
     if one.key.startswith("dataset.")
-    and one.counts == "asked"
+    and one.digests == "resume_key"
     and one.key not in ("dataset.kind", "dataset.revision", "dataset.sources")
 ]
 VALUES = {
@@ -75,8 +75,8 @@ def other(one: Option, value: Any) -> Any:
 # Every option is decided on, by its definition or its group's: the golden file has each by name, so
 # that a new one is looked at, and one that is gone.
 def test_every_option_is_decided_on(golden: Callable[[str, str], None]) -> None:
-    assert None not in {one.counts for one in OPTIONS.values()}
-    golden("digests/counts.txt", "".join(f"{key} {one.counts}\n" for key, one in OPTIONS.items()))
+    assert None not in {one.digests for one in OPTIONS.values()}
+    golden("digests/counts.txt", "".join(f"{key} {one.digests}\n" for key, one in OPTIONS.items()))
 
 
 # An option is in just those digests that its definition says. Options that a source may have of its
@@ -94,8 +94,8 @@ def test_each_option_counts_as_it_says(key: str) -> None:
         after = replace(after, engine=replace(facts.engine, python="/else", source_path="/else"))
     result = fingerprint(after, plan, engine) != fingerprint(facts, plan, engine)
     asked = resume_key(after) != resume_key(facts)
-    wanted = {"both": (True, True), "asked": (False, True)}.get(
-        str(OPTIONS[key].counts), (False, False)
+    wanted = {"both": (True, True), "resume_key": (False, True)}.get(
+        str(OPTIONS[key].digests), (False, False)
     )
     assert (result, asked) == wanted
 
@@ -222,7 +222,8 @@ def test_a_new_option_at_its_default_changes_nothing() -> None:
         assert now[0] != before[0] and now[1] != before[1]
 
 
-# A default that changed since is told from the first one, which is what earlier runs left out.
+# A default that changed since is distinguished from the first one, which is what earlier runs left
+# out.
 def test_a_default_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(*TINY)
     earlier = digests(config)
@@ -236,7 +237,7 @@ def test_a_default_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 # Digests leave defaults out, so that a default that changes makes runs equal that are not. Whoever
 # changes one enters the old one in FIRST_DEFAULTS; lines come to this file for new options alone.
 def test_first_defaults(golden: Callable[[str, str], None]) -> None:
-    counted = [one for one in options() if one.counts in ("both", "asked")]
+    counted = [one for one in options() if one.digests in ("both", "resume_key")]
     lines = [f"{one.key} = {FIRST_DEFAULTS.get(one.key, one.default)!r}\n" for one in counted]
     golden("digests/defaults.txt", "".join(sorted(lines)))
 

@@ -20,7 +20,7 @@ from runner.pipeline.model import Plan
 from runner.pipeline.plan import commands_sh
 
 MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
-CARD = Gpu("NVIDIA H100", 80.0, (9, 0))
+GPU = Gpu("NVIDIA H100", 80.0, (9, 0))
 
 
 BASES = {
@@ -39,7 +39,7 @@ NEEDED = {
 
 def planned(*overrides: str) -> Plan:
     config = compose(*overrides)
-    return plan_of(config, fake_facts(config, MEDIA, gpu=CARD))
+    return plan_of(config, fake_facts(config, MEDIA, gpu=GPU))
 
 
 WHOLE = ["memory=24gb"]
@@ -66,14 +66,14 @@ def test_other_plans_are_golden(name: str, golden: Callable[[str, str], None]) -
 
 
 # With source_fps the trainer reads as far as its longest target says, so none may be left out
-# of what it is told, though only some crops are missing.
+# of what it is reported, though only some crops are missing.
 def test_targets_are_whole_when_frames_are_resampled() -> None:
     config = compose(*BASES["diffusers"], "dataset.source_fps=12")
     facts = fake_facts(config, [fake_item("clip.mp4")])
     plan = plan_of(config, facts)
     crops = [entry.cache_inputs["frames"] for entry in plan.stage("latents").entries]
     assert crops == [[0, 1], [0, 13]]
-    one = frozenset({f"latents/{plan.stage('latents').entries[0].name}"})
+    one = frozenset({f"latents/{plan.stage('latents').entries[0].key}"})
     again = plan_of(config, fake_facts(config, [fake_item("clip.mp4")], cached=one))
     toml = dict(again.stage("latents").files)["staging/latents.toml"]
     assert toml == dict(plan.stage("latents").files)["staging/latents.toml"]
@@ -140,12 +140,12 @@ def test_several_datasets_in_one_run() -> None:
     assert len(buckets) > 1
 
 
-# musubi-tuner caches clips in buckets whatever it is told, and must then be told so in training.
+# musubi-tuner caches clips in buckets whatever its options say, and needs the same in training.
 def test_clips_are_always_in_buckets() -> None:
     import tomllib
 
     config = compose("dataset.enable_bucket=false", "dataset.bucket_no_upscale=true")
-    plan = plan_of(config, fake_facts(config, MEDIA, gpu=CARD))
+    plan = plan_of(config, fake_facts(config, MEDIA, gpu=GPU))
     pictures, clips = tomllib.loads(dict(plan.files)["dataset.toml"])["datasets"]
     assert (pictures["enable_bucket"], pictures["bucket_no_upscale"]) == (False, True)
     assert (clips["enable_bucket"], clips["bucket_no_upscale"]) == (True, False)
@@ -160,7 +160,7 @@ def test_skipping_training_skips_what_needs_its_lora() -> None:
     assert "engines.diffusers.train" not in commands_sh(plan)
 
 
-# An 8-bit optimizer is refused before any work where there is no card for it.
+# An 8-bit optimizer is refused before any work where there is no GPU for it.
 def test_8_bit_needs_a_card() -> None:
     config = compose(*BASES["diffusers"], "optimizer=lion8bit")
     with pytest.raises(UserError, match="optimizer=lion8bit needs an NVIDIA GPU"):
@@ -175,7 +175,7 @@ def set_by(recipe: str) -> set[str]:
     return {
         name
         for name, option in TABLE.items()
-        if OmegaConf.select(values, str(option.instead)) is not None
+        if OmegaConf.select(values, str(option.set_by)) is not None
     }
 
 
@@ -206,7 +206,7 @@ def test_page_is_golden(golden: Callable[[str, str], None]) -> None:
 
 
 def keys(plan: Plan, stage: str) -> set[str]:
-    return {f"{entry.namespace}/{entry.name}" for entry in plan.stage(stage).entries}
+    return {f"{entry.namespace}/{entry.key}" for entry in plan.stage(stage).entries}
 
 
 def missing_after(changes: list[str], items: list[Any] | None = None) -> tuple[int, int]:
@@ -290,9 +290,9 @@ def test_steps_are_counted_by_bucket() -> None:
     assert steps("training.max_steps=7") == (5, 7)
 
 
-# What would let a card compile is told to that card only: fp8, and room for it without block swap.
-def test_a_card_that_need_not_swap_is_told() -> None:
-    def told(name: str, memory_gb: float, capability: tuple[int, int], *overrides: str) -> str:
+# What would let a GPU compile is said to that GPU only: fp8, and room for it without block swap.
+def test_a_card_that_need_not_swap_is_reported() -> None:
+    def hint(name: str, memory_gb: float, capability: tuple[int, int], *overrides: str) -> str:
         gpu = Gpu(name, memory_gb, capability)
         config = compose("memory=24gb", *overrides)
         notices = plan_of(config, fake_facts(config, MEDIA, gpu=gpu)).notices
@@ -300,10 +300,10 @@ def test_a_card_that_need_not_swap_is_told() -> None:
 
     swap = "torch.compile is off: it gained nothing with block swap (memory.blocks_to_swap)"
     better = "; in fp8 25 frames fit without: memory.blocks_to_swap=0 would compile."
-    assert told("RTX 4090", 24.0, (8, 9), "precision=fp8") == swap + better
-    assert told("RTX 4090", 24.0, (8, 9)) == swap + "."
-    assert told("RTX 4080", 16.0, (8, 9), "precision=fp8") == swap + "."
-    assert "it cannot compile fp8" in told("RTX 3090", 24.0, (8, 6), "precision=fp8")
+    assert hint("RTX 4090", 24.0, (8, 9), "precision=fp8") == swap + better
+    assert hint("RTX 4090", 24.0, (8, 9)) == swap + "."
+    assert hint("RTX 4080", 16.0, (8, 9), "precision=fp8") == swap + "."
+    assert "it cannot compile fp8" in hint("RTX 3090", 24.0, (8, 6), "precision=fp8")
 
 
 # torch.compile is on where it works, and the page says why where it does not.
@@ -316,25 +316,25 @@ def test_compile_follows_the_card() -> None:
         on = "compile = true" in dict(plan.files)["train.toml"]
         return on, any("torch.compile" in notice for notice in plan.notices)
 
-    assert compiled(CARD) == (True, False)
+    assert compiled(GPU) == (True, False)
     assert compiled(ampere) == (True, False)
     assert compiled(ampere, "precision=fp8") == (False, True)
     turing, pascal = Gpu("RTX 8000", 48.0, (7, 5)), Gpu("P40", 24.0, (6, 1))
     assert compiled(turing) == compiled(pascal, "precision=fp16") == (False, True)
     assert compiled(turing, "precision=fp16") == (True, False)
-    assert compiled(CARD, "training.compile=none") == (False, False)
-    assert compiled(CARD, "memory.blocks_to_swap=1") == (False, True)
-    assert compiled(CARD, "memory.blocks_to_swap=1", "training.compile=always") == (True, False)
+    assert compiled(GPU, "training.compile=none") == (False, False)
+    assert compiled(GPU, "memory.blocks_to_swap=1") == (False, True)
+    assert compiled(GPU, "memory.blocks_to_swap=1", "training.compile=always") == (True, False)
     assert compiled(None) == (False, True)
     swap = ("memory.blocks_to_swap=1", "precision=fp8")
-    assert compiled(CARD, *swap) == compiled(ampere, *swap) == (False, True)
+    assert compiled(GPU, *swap) == compiled(ampere, *swap) == (False, True)
     with pytest.raises(UserError, match=r"always: below compute capability 8.9 \(NVIDIA RTX 3090"):
         compiled(ampere, "precision=fp8", "training.compile=always")
     assert compiled(ampere, "training.compile=always") == (True, False)
     assert compiled(None, "training.compile=always") == (True, False)
 
 
-# A card of just the capability that Triton, bf16 or fp8 needs compiles: V100, A100 and L40.
+# A GPU of just the capability that Triton, bf16 or fp8 needs compiles: V100, A100 and L40.
 def test_compile_begins_at_the_capability_itself() -> None:
     def compiled(name: str, capability: tuple[int, int], precision: str) -> bool:
         config = compose("memory=80gb", f"precision={precision}")
@@ -353,19 +353,19 @@ def test_compile_begins_at_the_capability_itself() -> None:
 # An engine that can't compile is used without, with its reason on the page.
 def test_compile_follows_the_engine() -> None:
     config = compose("memory=80gb")
-    facts = fake_facts(config, MEDIA, gpu=CARD)
+    facts = fake_facts(config, MEDIA, gpu=GPU)
     engine = replace(facts.engine, cannot_compile="there is no C compiler")
     plan = plan_of(config, replace(facts, engine=engine))
     assert "torch.compile is off: there is no C compiler." in plan.notices
     assert "compile" not in dict(plan.files)["train.toml"]
 
 
-# memory=auto takes the largest tier the card holds, and what is set by hand stays.
+# memory=auto takes the largest tier the GPU holds, and what is set by hand stays.
 def test_memory_tier_follows_the_card() -> None:
     from runner.engines.registry import engine_named
 
     def tier(gigabytes: float, *overrides: str) -> tuple[str, int | None]:
-        gpu = Gpu("card", gigabytes, (8, 9))
+        gpu = Gpu("a GPU", gigabytes, (8, 9))
         config = compose(*overrides)
         memory, _ = engine_named(config.engine.name).memory_plan(config, gpu, NO_GPU)
         return memory.name, memory.blocks_to_swap
@@ -383,7 +383,7 @@ def test_memory_tier_follows_the_card() -> None:
 def test_untiled_latents_serve_any_tile() -> None:
     def latents(tile: int, cached: frozenset[str] = frozenset(), *more: str) -> Any:
         config = compose("memory=24gb", f"memory.vae_tile={tile}", *more)
-        return plan_of(config, fake_facts(config, MEDIA, gpu=CARD, cached=cached))
+        return plan_of(config, fake_facts(config, MEDIA, gpu=GPU, cached=cached))
 
     whole, tiled = (frozenset(keys(latents(tile), "latents")) for tile in (0, 128))
     assert not whole & tiled

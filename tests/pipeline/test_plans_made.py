@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setattr(owner, name, counted)
 
     count(executor, "make_plan")
-    count(SharedCache, "names")
+    count(SharedCache, "full_keys")
     count(ThirdEngine, "weights")
     monkeypatch.setitem(ENGINES, "third", third_engine)
     return made
@@ -60,7 +60,7 @@ def run(tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Callab
 # A run whose weights are there makes one plan, however much it encodes, lists the store once and
 # looks at the weights once; so does one that finds everything done.
 def test_one_plan_a_run(run: Callable[[], str], calls: Calls) -> None:
-    once = {"make_plan": 1, "names": 1, "weights": 1}
+    once = {"make_plan": 1, "full_keys": 1, "weights": 1}
     assert "encoded 3/3" in run()
     assert calls == once
     calls.clear()
@@ -76,7 +76,7 @@ def test_a_plan_more_for_damage(tmp_path: Path, run: Callable[[], str], calls: C
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     calls.clear()
     assert "encoded 1/1" in run()
-    assert calls == {"make_plan": 2, "names": 1, "weights": 1}
+    assert calls == {"make_plan": 2, "full_keys": 1, "weights": 1}
 
 
 def entry(folder: Path) -> Path:
@@ -144,7 +144,7 @@ def test_entries_that_came_with_the_weights_count(
     said = run(f"stages.skip={skip}")
     assert "encoded" not in said
     assert skip != "[]" or "3 latents (done already)" in said
-    assert calls["names"] == 2
+    assert calls["full_keys"] == 2
 
 
 # What another run encodes between the plan and the stage is not encoded here, and the script holds

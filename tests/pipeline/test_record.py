@@ -33,13 +33,13 @@ class Writer(NullWriter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[object] = []
+        self.calls: list[object] = []
 
     def set_tags(self, tags: Any) -> None:
-        self.told.append(dict(tags))
+        self.calls.append(dict(tags))
 
     def finish(self, status: Any) -> None:
-        self.told.append(status)
+        self.calls.append(status)
 
 
 def ends(
@@ -63,25 +63,25 @@ def ends(
     return run_folder_of(outputs)
 
 
-# A full disk names no file when it is written to, so the run's folder is told.
+# A full disk names no file when it is written to, so the run's folder is reported.
 @pytest.mark.parametrize(
-    ("why", "told"),
+    ("why", "expected"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: {folder}"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "No such file: a.png"),
     ],
 )
-def test_a_full_disk_is_told_with_its_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], why: OSError, told: str
+def test_a_full_disk_is_reported_with_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], why: OSError, expected: str
 ) -> None:
     folder = ends(tmp_path, io.StringIO(), Writer(), why)
-    line = f"stage train failed: {told.format(folder=folder)}"
+    line = f"stage train failed: {expected.format(folder=folder)}"
     assert capsys.readouterr().err == f"error: {line}\n"
     assert json.loads((folder / "run.json").read_text())["error"] == line
 
 
 # When the disk is full while a run fails, MLflow still has its end, and the trainer's error is
-# the one error told; that run.json could not be written, and what MLflow lacks, comes after it.
+# the one error reported; that run.json could not be written, and what MLflow lacks, comes after it.
 def test_a_full_disk_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +92,10 @@ def test_a_full_disk_hides_no_error(
     out, writer = io.StringIO(), Writer()
     writer.problems.append("metrics were not sent")
     folder = ends(tmp_path, out, writer, StageError("OSError: it was full"))
-    assert writer.told[-2:] == [{"run.error": "stage train failed: OSError: it was full"}, "FAILED"]
+    assert writer.calls[-2:] == [
+        {"run.error": "stage train failed: OSError: it was full"},
+        "FAILED",
+    ]
     assert capsys.readouterr().err == "error: stage train failed: OSError: it was full\n"
     assert [line for line in out.getvalue().splitlines() if line.startswith("note:")] == [
         f"note: {folder / 'run.json'} could not be written (No space left on device)",
@@ -103,7 +106,7 @@ def test_a_full_disk_hides_no_error(
 # How a run ended is in its folder and in MLflow: failed with why, or killed by which signal; and
 # its files are there as they were at its beginning.
 @pytest.mark.parametrize(
-    ("why", "status", "told"),
+    ("why", "status", "expected"),
     [
         (StageError("CUDA out of memory"), "FAILED", "stage train failed: CUDA out of memory"),
         (Stopped(15), "KILLED", "ended by SIGTERM"),
@@ -111,15 +114,15 @@ def test_a_full_disk_hides_no_error(
     ],
 )
 def test_the_end_of_a_run_is_written_down(
-    tmp_path: Path, why: BaseException, status: str, told: str
+    tmp_path: Path, why: BaseException, status: str, expected: str
 ) -> None:
     writer = Writer()
     folder = ends(tmp_path, io.StringIO(), writer, why)
     written = json.loads((folder / "run.json").read_text())
-    assert (written["status"], written["error"]) == (status, told)
+    assert (written["status"], written["error"]) == (status, expected)
     assert written["stages"].keys() == {"weights", "dataset", "latents", "text", "train"}
     result = {"config.fingerprint": written["config_fingerprint"]}
-    assert writer.told == [result, {"run.error": told}, status]
+    assert writer.calls == [result, {"run.error": expected}, status]
     files = {"config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"}
     assert files < {file.name for file in folder.iterdir()}
 
@@ -141,7 +144,7 @@ def test_a_trainers_secrets_are_hidden(
     assert capsys.readouterr().err == f"error: stage train failed: {hidden}\n"
     assert (folder / "logs" / "train.log").read_bytes() == log % hidden.encode()
     everything = [file.read_text("latin-1") for file in folder.rglob("*") if file.is_file()]
-    shown = "".join([*everything, out.getvalue(), str(writer.told)])
+    shown = "".join([*everything, out.getvalue(), str(writer.calls)])
     assert hidden in shown and not any(secret in shown for secret in secrets)
     assert not list(folder.rglob("*.tmp"))
 

@@ -64,7 +64,7 @@ def test_a_skipped_encoding_is_there_for_the_training(tmp_path: Path, skipped: s
     for entry in wanted:
         made = tmp_path / "made"
         made.write_text(entry.full_key)
-        store.commit(entry.namespace, entry.name, made, entry.cache_inputs)
+        store.commit(entry.namespace, entry.key, made, entry.cache_inputs)
     found: dict[str, str] = {}
 
     def train(context: Context) -> None:

@@ -78,17 +78,17 @@ def test_samples_a_second(tmp_path: Path) -> None:
     context.writer = writer = Noting()
     trained(context.run_dir, 0.0, 2.0, 2.5)
     TRAIN.run(context)
-    told = {(point.key, point.step): point.value for point in writer.points}
-    assert told["time/step_seconds", 2] == 2.0
-    assert told["time/samples_per_second", 2] == pytest.approx(5 / 3 / 2.0)
-    assert told["time/samples_per_second", 3] == pytest.approx(5 / 3 / 0.5)
-    assert told["time/seconds_left", 3] == pytest.approx(9 * 1.25)
+    logged = {(point.key, point.step): point.value for point in writer.points}
+    assert logged["time/step_seconds", 2] == 2.0
+    assert logged["time/samples_per_second", 2] == pytest.approx(5 / 3 / 2.0)
+    assert logged["time/samples_per_second", 3] == pytest.approx(5 / 3 / 0.5)
+    assert logged["time/seconds_left", 3] == pytest.approx(9 * 1.25)
     assert (context.run_dir / "lora.safetensors").read_bytes() == b"trained"
 
 
 # The run's LoRA is the trainer's newest, a file of its own name and no link to another, also in
 # place of what an earlier attempt left there, whether the trainer writes a new file or into the old
-# one; a trainer that ends well and writes none is told with its log.
+# one; a trainer that ends well and writes none is reported with its log.
 @pytest.mark.parametrize("anew", ["final.unlink(missing_ok=True)", "pass"])
 def test_the_newest_lora_is_taken(tmp_path: Path, anew: str) -> None:
     media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
@@ -106,7 +106,7 @@ def test_the_newest_lora_is_taken(tmp_path: Path, anew: str) -> None:
     assert place.read_bytes() == b"second"
 
 
-# That the file can't be put there is told as such, whatever warnings the trainer printed.
+# That the file can't be put there is reported as such, whatever warnings the trainer printed.
 def test_a_lora_that_cant_be_kept(tmp_path: Path) -> None:
     media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
     context = context_of(tmp_path / "out", media, "engine=diffusers", console=silent)

@@ -132,7 +132,7 @@ CASES: list[Callable[[Path], list[str]]] = [
 ]
 
 
-# Each wrong input is told in one line, kept whole in a golden file, and nothing is written.
+# Each wrong input is reported in one line, kept whole in a golden file, and nothing is written.
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_wrong_input(
     case: Callable[[Path], list[str]],

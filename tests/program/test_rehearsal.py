@@ -407,7 +407,7 @@ def test_a_signal_ends_everything(
 
 # A stage that fails is named with its own last error and its log; MLflow says FAILED, and what
 # was finished is kept.
-def test_a_failing_stage_is_told_in_one_line(first: tuple[Path, Finished]) -> None:
+def test_a_failing_stage_is_reported_in_one_line(first: tuple[Path, Finished]) -> None:
     cwd, _ = first
     (weights,) = (cwd / "outputs/cache/weights").rglob("transformer/t2v/*.safetensors")
     whole = weights.read_bytes()

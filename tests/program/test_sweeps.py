@@ -358,8 +358,8 @@ def test_no_password_in_an_error(tmp_path: Path, wrong: list[str], sweep: list[s
     assert_hidden(done, tmp_path)
 
 
-# A mistake of the runner's own is told by its whole traceback, without what is secret in it, and
-# one job's does not stop the others.
+# A mistake of the runner's own is reported with its whole traceback, without what is secret in it,
+# and one job's does not stop the others.
 @pytest.mark.parametrize("sweep", [[], ["-m", "network.rank=2,4"]], ids=["single", "sweep"])
 def test_no_password_in_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: list[str]

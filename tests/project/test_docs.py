@@ -24,12 +24,12 @@ PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")])
 # What no test can run, and why. A program that is not here and not below is an error: add it to
 # one of the two.
 NOT_RUN = {
-    "nvidia-smi": "needs a card",
+    "nvidia-smi": "needs a GPU",
     "tmux": "needs a terminal",
     "git": "needs the network",
-    "rsync": "needs the other machine",
-    "scp": "needs the other machine",
-    "ssh": "needs the other machine",
+    "rsync": "needs another computer",
+    "scp": "needs another computer",
+    "ssh": "needs another computer",
     "wsl": "needs Windows",
     "docker": "no engine here; the overrides of `docker compose run train` are composed below",
     "buildah": "needs an administrator; scripts/check-docker builds with it",

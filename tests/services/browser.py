@@ -126,5 +126,5 @@ def _call(url: str, body: dict[str, Any] | None = None, method: str | None = Non
         with opener.open(request, timeout=180) as answer:
             return json.load(answer)["value"]
     except urllib.error.HTTPError as error:
-        told = json.load(error)["value"]
-        raise AssertionError(f"{told['error']}: {told['message'].splitlines()[0]}") from error
+        answer = json.load(error)["value"]
+        raise AssertionError(f"{answer['error']}: {answer['message'].splitlines()[0]}") from error

@@ -72,8 +72,8 @@ def swept_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     process = begin(
         cwd, {}, "-m", "experiment=rehearsal", f"network.rank={ranks}", "training.epochs=12"
     )
-    told = process.communicate()[0]
-    assert process.returncode == 0, told
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     with subprocess.Popen(
         [sys.executable, "-m", "runner.ui", "--outputs", str(cwd / "outputs"), "--port", "5200"],
         cwd=TOP,

@@ -1,4 +1,4 @@
-"""What a person is told when the tracking server can't be used: one line, at once."""
+"""What a person is updated when the tracking server can't be used: one line, at once."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def refused(cwd: Path, env: dict[str, str], *arguments: str) -> str:
     """The one line of a run that is refused within seconds and leaves nothing behind."""
     began = time.monotonic()
     process = begin(cwd, env, "experiment=rehearsal", "tracking=server", *arguments)
-    told = process.communicate()[0]
+    output = process.communicate()[0]
     took = time.monotonic() - began
-    assert process.returncode == 2, told
-    lines = told.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), told
-    assert not any(word in told for word in PASSWORDS.values())
+    assert process.returncode == 2, output
+    lines = output.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), output
+    assert not any(word in output for word in PASSWORDS.values())
     assert list(cwd.iterdir()) == [], "something was left behind"
-    assert took < SECONDS, f"{took:.0f} s for {told}"
-    print(f"{took:.1f} s  {told.strip()}")
-    return told
+    assert took < SECONDS, f"{took:.0f} s for {output}"
+    print(f"{took:.1f} s  {output.strip()}")
+    return output
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def other_server() -> Iterator[str]:
         server.server_close()
 
 
-# A wrong password, a wrong user and none at all are told apart, without showing the password.
+# A wrong password, a wrong user and none at all are distinguished, without showing the password.
 def test_a_wrong_password(service: Service, tmp_path: Path) -> None:
     address = f"tracking.uri={service.url}"
     wrong = {**credentials("ann"), "MLFLOW_TRACKING_PASSWORD": PASSWORDS["bob"]}
@@ -66,22 +66,22 @@ def test_a_wrong_password(service: Service, tmp_path: Path) -> None:
 # address that is none: each is said as what it is.
 def test_a_wrong_address(tmp_path: Path) -> None:
     user = credentials("ann")
-    told = refused(tmp_path, user, "tracking.uri=http://no-such-host.invalid:5000")
-    assert "there is no host no-such-host.invalid" in told
+    output = refused(tmp_path, user, "tracking.uri=http://no-such-host.invalid:5000")
+    assert "there is no host no-such-host.invalid" in output
     port = free_port()
-    told = refused(tmp_path, user, f"tracking.uri=http://{HOST}:{port}")
-    assert f"nothing listens at {HOST} port {port}; start the server" in told
+    output = refused(tmp_path, user, f"tracking.uri=http://{HOST}:{port}")
+    assert f"nothing listens at {HOST} port {port}; start the server" in output
     with other_server() as url:
-        told = refused(tmp_path, user, f"tracking.uri={url}")
-        assert "answers, but not as an MLflow server does" in told
-        told = refused(tmp_path, user, f"tracking.uri={url.replace('http:', 'https:')}")
-        assert "speaks no https" in told
-    told = refused(tmp_path, user, "tracking.uri=http://")
-    assert "names no host" in told
+        output = refused(tmp_path, user, f"tracking.uri={url}")
+        assert "answers, but not as an MLflow server does" in output
+        output = refused(tmp_path, user, f"tracking.uri={url.replace('http:', 'https:')}")
+        assert "speaks no https" in output
+    output = refused(tmp_path, user, "tracking.uri=http://")
+    assert "names no host" in output
     assert "needs an address" in refused(tmp_path, user)
 
 
-# A user who may read an experiment but not write to it is told so, and no run is left.
+# A user who may read an experiment but not write to it is reported so, and no run is left.
 def test_a_user_without_permission(service: Service, tmp_path: Path) -> None:
     service.ask("experiments/create", {"name": "of ann"}, user="ann")
     (cwd := tmp_path / "cwd").mkdir()
@@ -91,12 +91,12 @@ def test_a_user_without_permission(service: Service, tmp_path: Path) -> None:
             *(cwd, credentials("bob"), "experiment=rehearsal", "tracking=server"),
             *(f"tracking.uri={server.url}", "tracking.experiment=of ann"),
         )
-        told = process.communicate()[0]
-    assert process.returncode == 2, told
-    assert told.count("\n") == 1, told
-    assert "does not let this user do that (403)" in told and "of ann" in told
+        output = process.communicate()[0]
+    assert process.returncode == 2, output
+    assert output.count("\n") == 1, output
+    assert "does not let this user do that (403)" in output and "of ann" in output
     assert list(cwd.glob("outputs/runs/*/*")) == []
-    print(told.strip())
+    print(output.strip())
 
 
 # A dry run asks no server.
@@ -105,6 +105,6 @@ def test_a_dry_run_needs_no_server(tmp_path: Path) -> None:
     process = begin(
         tmp_path, {}, "experiment=rehearsal", "tracking=server", address, "dry_run=true"
     )
-    told = process.communicate()[0]
-    assert process.returncode == 0, told
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     assert list(tmp_path.iterdir()) == []

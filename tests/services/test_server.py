@@ -191,8 +191,8 @@ def test_a_sweep_has_its_parent(service: Service, eight: Eight, tmp_path: Path) 
     arguments.remove("network.rank=1")
     arguments.remove(f"training.max_steps={STEPS}")
     process = begin(eight.cwd, credentials("bob"), "-m", *arguments)
-    told = process.communicate()[0]
-    assert process.returncode == 0, told
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     with service.client("ann") as client:
         experiment = client.get_experiment_by_name("swept")
         runs = client.search_runs([experiment.experiment_id])

@@ -16,12 +16,12 @@ def test_claims_are_on_entries(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "cache")
     with other("claim", leases.root, "text/a", "text/b") as (process, said):
         assert said == "text/a text/b"
-        with leases.claim({"text/b", "text/c"}, "runs/mine") as (mine, claims):
+        with leases.lease_for_making({"text/b", "text/c"}, "runs/mine") as (mine, claims):
             assert mine == {"text/c"}
             (claim,) = claims
-            assert claim.who == f"runs/other (process {process.pid})"
+            assert claim.holder == f"runs/other (process {process.pid})"
             assert claim.names == {"text/a", "text/b"}
-        with leases.claim({"latents/x"}, "runs/mine") as (mine, claims):
+        with leases.lease_for_making({"latents/x"}, "runs/mine") as (mine, claims):
             assert (set(mine), claims) == ({"latents/x"}, ())
 
 
@@ -29,13 +29,13 @@ def test_claims_are_on_entries(tmp_path: Path) -> None:
 def test_a_dead_process_claims_nothing(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "cache")
     with other("claim", leases.root, "text/a") as (process, _):
-        with leases.claim({"text/a"}, "runs/mine") as (mine, claims):
+        with leases.lease_for_making({"text/a"}, "runs/mine") as (mine, claims):
             assert not mine
         process.kill()
         process.wait()
         leases.wait(claims)
         assert len(list((leases.root / "claims").iterdir())) == 2
-        with leases.claim({"text/a"}, "runs/mine") as (mine, _claims):
+        with leases.lease_for_making({"text/a"}, "runs/mine") as (mine, _claims):
             assert mine == {"text/a"}
     assert list((leases.root / "claims").iterdir()) == []
 
@@ -45,13 +45,13 @@ def test_claims_end(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "cache")
     for error in (None, RuntimeError("failed")):
         try:
-            with leases.claim({"text/a"}, "runs/mine") as (mine, _):
+            with leases.lease_for_making({"text/a"}, "runs/mine") as (mine, _):
                 assert mine == {"text/a"}
                 if error:
                     raise error
         except RuntimeError:
             pass
-        with leases.claim({"text/a"}, "runs/mine") as (mine, claims):
+        with leases.lease_for_making({"text/a"}, "runs/mine") as (mine, claims):
             assert (set(mine), claims) == ({"text/a"}, ())
     assert list((leases.root / "claims").iterdir()) == []
 
@@ -63,7 +63,7 @@ def test_many_entries_take_one_lock(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "cache")
     names = {f"latents/{number:040x}.safetensors" for number in range(20_000)}
     before = psutil.Process().num_fds()
-    with leases.claim(names, "runs/mine") as (mine, _):
+    with leases.lease_for_making(names, "runs/mine") as (mine, _):
         assert mine == names
         assert psutil.Process().num_fds() == before + 1
 
@@ -82,7 +82,7 @@ def test_scraps_are_swept(tmp_path: Path) -> None:
             (".x.json.7.tmp", "{"),
         ):
             (leases.root / folder / name).write_text(words)
-    with leases.claim({"text/a"}, "runs/mine") as (mine, _):
+    with leases.lease_for_making({"text/a"}, "runs/mine") as (mine, _):
         assert mine == {"text/a"}
         assert leases.leased_keys() == {"text/a"}
     assert list((leases.root / "claims").iterdir()) == []
@@ -101,7 +101,7 @@ def test_uses_hold_while_their_process_lives(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         assert leases.leased_keys() == frozenset()
-        (record,) = leases.uses.all()
+        (record,) = leases.using.all()
         assert record.names == {"text/a", "weights/tiny-1"}
         assert record.data["dataset"] == {"name": "d", "paths": ["/d"]}
 
@@ -129,21 +129,21 @@ def test_records_do_not_pile_up(tmp_path: Path) -> None:
             use.hold(names)
             use.release()
     assert len(list((leases.root / "uses").iterdir())) == 3
-    assert {record.data["run"][:6] for record in leases.uses.all()} == {"runs/9"}
+    assert {record.data["run"][:6] for record in leases.using.all()} == {"runs/9"}
 
 
 # Who wants one name takes turns: it is waited for, which is said once, and a dead holder has none.
 def test_turns_on_one_name(tmp_path: Path) -> None:
     leases = Leases(tmp_path / "cache")
-    told: list[str] = []
+    waited: list[str] = []
     with other("claim", leases.root, "incoming/x") as (process, _):
-        with leases.turn("incoming/y", "mine", lambda: told.append("y")):
-            assert leases.claimed() == {"incoming/x", "incoming/y"}
+        with leases.turn("incoming/y", "mine", lambda: waited.append("y")):
+            assert leases.names_being_made() == {"incoming/x", "incoming/y"}
         killer = threading.Timer(0.5, process.kill)
         killer.start()
-        with leases.turn("incoming/x", "mine", lambda: told.append("x")):
-            assert told == ["x"]
-            assert leases.claimed() == {"incoming/x"}
+        with leases.turn("incoming/x", "mine", lambda: waited.append("x")):
+            assert waited == ["x"]
+            assert leases.names_being_made() == {"incoming/x"}
     assert list((leases.root / "claims").iterdir()) == []
 
 
@@ -158,9 +158,9 @@ def test_the_record_of_a_running_run_stays(tmp_path: Path) -> None:
             use = UseLease(leases, f"runs/mine{number}", {"name": "d", "paths": ["/d"]})
             use.hold(names)
             use.release()
-        records = {record.data["run"]: record for record in leases.uses.all()}
+        records = {record.data["run"]: record for record in leases.using.all()}
         assert records.keys() == {"runs/other", "runs/mine1"}
         # They are alike indeed, so that only its life keeps the first.
         assert len({record.data["set"] for record in records.values()}) == 1
-        assert records["runs/other"].who == f"runs/other (process {process.pid})"
+        assert records["runs/other"].holder == f"runs/other (process {process.pid})"
         assert leases.leased_keys() == set(names)

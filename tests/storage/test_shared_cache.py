@@ -46,7 +46,7 @@ def test_commit_moves_and_protects(tmp_path: Path) -> None:
     assert '"media": "x"' in place.with_name(place.name + ".json").read_text()
     assert not made.exists()
     assert store.has("latents", "ab12.safetensors")
-    assert store.names() == {"latents/ab12.safetensors"}
+    assert store.full_keys() == {"latents/ab12.safetensors"}
     assert [p.name for p in tmp_path.rglob("*.tmp")] == []
 
 
@@ -125,7 +125,7 @@ def test_temporary_files_are_not_entries(tmp_path: Path) -> None:
     folder = store.path("latents", "ab.safetensors").parent
     folder.mkdir(parents=True)
     (folder / ".ab.safetensors.7.tmp").write_bytes(b"half")
-    assert store.names() == frozenset()
+    assert store.full_keys() == frozenset()
 
 
 # Where links can't be made, the place gets a copy.
@@ -187,8 +187,8 @@ def test_the_note_tells_the_bytes(tmp_path: Path) -> None:
         ("note cut", "damaged", "damaged"),
         ("note a list", "damaged", "damaged"),
         ("old note", "unchecked", "unchecked"),
-        ("gone", "absent", "absent"),
-        ("a folder", "absent", "absent"),
+        ("gone", "missing", "missing"),
+        ("a folder", "missing", "missing"),
     ],
 )
 def test_damage_is_found(

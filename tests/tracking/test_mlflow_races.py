@@ -12,7 +12,7 @@ from runner.tracking.client import connect
 
 PROCESSES = 6
 
-# Starts when told to, so that all meet the fresh store at once. Any attempt to reach the network
+# Starts when asked to, so that all meet the fresh store at once. Any attempt to reach the network
 # ends it with a code of its own.
 JOB = """
 import os, socket, sys

@@ -215,7 +215,7 @@ def test_a_server_that_is_away_is_asked_seldom(
 def test_all_is_sent_when_the_server_is_back(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: float
 ) -> None:
-    monkeypatch.setattr("runner.tracking.mlflow_run.REST_SECONDS", rest)
+    monkeypatch.setattr("runner.tracking.mlflow_run.PAUSE_SECONDS", rest)
     writer, client = start_with(store, Away)
     writer.log_points(points(3))
     client.away = False

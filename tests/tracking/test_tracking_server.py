@@ -1,4 +1,4 @@
-"""What a tracking server's answers are told as, with a small server that gives them."""
+"""What a tracking server's answers are reported as, with a small server that gives them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answering(status: int, body: bytes) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
-# Each answer that rules a server out is told as what it is, in one line without the password,
+# Each answer that rules a server out is reported as what it is, in one line without the password,
 # and is not asked for again and again.
 @pytest.mark.parametrize(
     ("status", "body", "words"),
@@ -63,8 +63,8 @@ def test_answers_are_told(
     with answering(status, body) as (url, asked):
         with pytest.raises(UserError) as caught:
             check_server(url.replace("://", "://ann:geheim12@"))
-        told = str(caught.value)
-    assert words in told and "\n" not in told and "geheim12" not in told
+        message = str(caught.value)
+    assert words in message and "\n" not in message and "geheim12" not in message
     assert 1 <= len(asked) <= 2 and ASK in asked[0]
 
 

@@ -13,10 +13,10 @@ from runner.data.select import Source, frames_of
 from runner.formats.captions import MAX_GLYPH_TOKENS, MAX_TOKENS, glyph_text
 from runner.formats.media_types import MediaKind
 
-# Media enlarged by more than this to cover their bucket clearly lack detail.
-TINY = 1.5
+# Media enlarged by a larger factor than this to cover their bucket clearly lack detail.
+MAX_ENLARGEMENT = 1.5
 # If a larger fraction of the area is cut off, something that the caption names is likely lost.
-CUT = 0.25
+MAX_CUT = 0.25
 
 
 def findings(
@@ -26,15 +26,22 @@ def findings(
     *,
     measured: bool,
 ) -> tuple[Finding, ...]:
-    """Return all findings, the worst first; ``measured``: whether there are image statistics."""
+    """Return all findings, the worst first.
+
+    Args:
+        media: the items of the run with their figures.
+        sources: the sources of the run.
+        tokens: the length of each caption.
+        measured: whether image statistics were measured.
+    """
     result = [
         *misleading(media, sources),
         *_duplicates(media),
         *_long_captions(media, tokens),
         *_image_quality(media),
-        *_fit(media),
+        *_bucket_fit(media),
         *_captions(media, sources),
-        *_short(media, sources),
+        *_short_clips(media, sources),
         *corrected(media),
     ]
     if measured:
@@ -62,21 +69,21 @@ def _duplicates(media: Sequence[ReportedItem]) -> Iterator[Finding]:
                 leaks.append((index, indices[closest]))
     yield from _leaks(media, leaks)
     same = [tuple(indices) for indices in copies.values() if len(indices) > 1]
-    yield from _groups(
+    yield from _about_groups(
         media,
         "equal",
         [group for group in same if _same_caption(media, group)],
         "equal media with one caption",
         serious=True,
     )
-    yield from _groups(
+    yield from _about_groups(
         media,
         "captioned",
         [group for group in same if not _same_caption(media, group)],
         "equal media with different captions (all are trained on)",
         serious=False,
     )
-    yield from _groups(media, "alike", near, "near duplicates", serious=False)
+    yield from _about_groups(media, "alike", near, "near duplicates", serious=False)
 
 
 def _hashes(
@@ -96,20 +103,22 @@ def _same_caption(media: Sequence[ReportedItem], group: Sequence[int]) -> bool:
     return len({media[index].item.caption for index in group}) == 1
 
 
-def _groups(
+def _about_groups(
     media: Sequence[ReportedItem],
     category: str,
-    groups_: Sequence[tuple[int, ...]],
+    media_groups: Sequence[tuple[int, ...]],
     text: str,
     *,
     serious: bool,
 ) -> Iterator[Finding]:
-    """Make one finding about groups of equal or similar media."""
-    if not groups_:
+    """Make one finding, with a case for each group of equal or similar media."""
+    if not media_groups:
         return
-    names = [f"({named([media[i].name for i in group], 2)})" for group in groups_]
-    what = f"{counted(len(groups_), 'group')} of {text}"
-    yield Finding(category, what, named(names, 3), serious, tuple(Case(group) for group in groups_))
+    names = [f"({named([media[i].name for i in group], 2)})" for group in media_groups]
+    what = f"{counted(len(media_groups), 'group')} of {text}"
+    yield Finding(
+        category, what, named(names, 3), serious, tuple(Case(group) for group in media_groups)
+    )
 
 
 def _leaks(media: Sequence[ReportedItem], pairs: Sequence[tuple[int, int]]) -> Iterator[Finding]:
@@ -119,7 +128,7 @@ def _leaks(media: Sequence[ReportedItem], pairs: Sequence[tuple[int, int]]) -> I
     yield Finding(
         "leak",
         f"{counted(len(pairs), 'held-out item')} {'is' if len(pairs) == 1 else 'are'} nearly equal "
-        "to training items, so that eval/loss says less",
+        "to training items, so eval/loss is lower than it would be on new media",
         named(names, 3),
         True,
         tuple(Case(pair, "held out, and trained on") for pair in pairs),
@@ -129,24 +138,24 @@ def _leaks(media: Sequence[ReportedItem], pairs: Sequence[tuple[int, int]]) -> I
 def _long_captions(
     media: Sequence[ReportedItem], tokens: Mapping[str, Tokens]
 ) -> Iterator[Finding]:
-    over = {c: length for c, length in tokens.items() if length.count > MAX_TOKENS}
+    too_long = {c: length for c, length in tokens.items() if length.count > MAX_TOKENS}
     what = f"are captioned with more than the encoder's {MAX_TOKENS:,} tokens, and the rest is lost"
     for exact, text in ((True, ""), (False, ", by estimate (the tokenizer is not downloaded yet)")):
         which = [
             i
             for i, medium in enumerate(media)
-            if (length := over.get(medium.item.caption)) is not None and length.exact == exact
+            if (length := too_long.get(medium.item.caption)) is not None and length.exact == exact
         ]
         yield from finding_each(
             media,
             "long-caption" if exact else "maybe-long-caption",
-            sorted(which, key=lambda i: -over[media[i].item.caption].count),
+            sorted(which, key=lambda i: -too_long[media[i].item.caption].count),
             what + text,
             serious=True,
-            note=lambda i: f"{over[media[i].item.caption].count:,} tokens",
+            note=lambda i: f"{too_long[media[i].item.caption].count:,} tokens",
         )
     texts = {i: glyph_text(medium.item.caption) for i, medium in enumerate(media)}
-    # ByT5 reads bytes and an end token.
+    # ByT5 reads one token per byte, and an end token.
     quoted = {i: len(text.encode()) + 1 for i, text in texts.items() if text is not None}
     yield from finding_each(
         media,
@@ -178,22 +187,22 @@ def _image_quality(media: Sequence[ReportedItem]) -> Iterator[Finding]:
         yield from finding_each(media, category, which, text, serious=True)
 
 
-def _fit(media: Sequence[ReportedItem]) -> Iterator[Finding]:
-    tiny = [i for i, medium in enumerate(media) if medium.scale > TINY]
+def _bucket_fit(media: Sequence[ReportedItem]) -> Iterator[Finding]:
+    tiny = [i for i, medium in enumerate(media) if medium.scale > MAX_ENLARGEMENT]
     yield from finding_each(
         media,
         "tiny",
         sorted(tiny, key=lambda i: -media[i].scale),
-        f"are tiny, enlarged more than {TINY:g} times to fill the bucket",
+        f"are tiny, enlarged more than {MAX_ENLARGEMENT:g} times to fill the bucket",
         serious=True,
         note=lambda i: f"{media[i].scale:.1f}x",
     )
-    cut = [i for i, medium in enumerate(media) if medium.cut > CUT]
+    cut = [i for i, medium in enumerate(media) if medium.cut > MAX_CUT]
     yield from finding_each(
         media,
         "cut",
         sorted(cut, key=lambda i: -media[i].cut),
-        f"are cut by over {CUT:.0%} to fit the bucket",
+        f"are cut by over {MAX_CUT:.0%} to fit the bucket",
         serious=False,
         note=lambda i: f"{media[i].cut:.0%}",
     )
@@ -209,11 +218,11 @@ def _captions(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Itera
     yield from finding_each(media, "default-caption", default, text, serious=False)
     empty = [i for i, medium in enumerate(media) if not medium.item.caption]
     yield from finding_each(
-        media, "empty-caption", empty, "are captioned with nothing", serious=True
+        media, "empty-caption", empty, "are left with an empty caption", serious=True
     )
 
 
-def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
+def _short_clips(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator[Finding]:
     notes: dict[int, str] = {}
     for index, medium in enumerate(media):
         extraction = sources[medium.item.source].options.extraction
@@ -227,7 +236,7 @@ def _short(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iterator
         media,
         "short",
         list(notes),
-        "are too short for some targets",
+        "are too short for some of dataset.target_frames",
         serious=False,
         note=notes.__getitem__,
     )

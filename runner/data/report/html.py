@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from runner.core.text import counted, duration, readable
+from runner.core.text import counted, duration, printable, readable
 from runner.data.report.model import Report
-from runner.data.report.page import printable, summary_rows
+from runner.data.report.page import summary_rows
 from runner.formats.bucket import Size
 
 # A thumbnail is about 5 kB; larger datasets show all media with findings, and others up to this.

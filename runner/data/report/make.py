@@ -73,7 +73,7 @@ def _left_out(sources: Sequence[Source], selection: Selection, task: str) -> Ite
     for index, source in enumerate(sources):
         for name, why in source.ignored:
             yield LeftOut(index, name, why)
-        for media in source.items:
+        for media in source.media:
             if (index, media) in used:
                 continue
             if source.options.regularisation and media.media_kind == "image" and task != "i2v":

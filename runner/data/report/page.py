@@ -6,7 +6,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 
-from runner.core.text import counted, duration, named, readable
+from runner.core.text import counted, duration, named, printable, readable
 from runner.data.report.model import Report, ReportedItem
 from runner.formats.bucket import Size
 from runner.formats.captions import MAX_TOKENS
@@ -14,11 +14,6 @@ from runner.formats.captions import MAX_TOKENS
 _WIDTH = 96
 _LINES = 15
 _NOTICES = 3
-
-
-def printable(text: str) -> str:
-    """Make a name or caption printable, without control characters and lone surrogates."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def page_lines(report: Report) -> list[str]:

@@ -57,13 +57,13 @@ class Listing:
     """The listed media of a source.
 
     Attributes:
-        entries: the media.
+        media: the media, in the order of the listing.
         identity: of an archive, when it was listed.
         began: when an archive was listed, in nanoseconds since 1970.
         notices: what a person should know of how the source was read, one sentence each.
     """
 
-    entries: list[ListedMedia]
+    media: list[ListedMedia]
     identity: Identity | None = None
     began: int = 0
     notices: tuple[str, ...] = ()

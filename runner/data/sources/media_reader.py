@@ -50,7 +50,7 @@ class ArchiveExtractor:
         correction = self.wanted(media)
         if correction is None or (correction and media.media_kind == "video"):
             return None
-        return correction if self.writer.claim(media.cache_key(correction)) else None
+        return correction if self.writer.reserve(media.cache_key(correction)) else None
 
     def write(self, media: SourceMedia, correction: Correction, data: bytes) -> None:
         """Commit media that are held in memory, or the corrected picture made from them."""

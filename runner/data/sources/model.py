@@ -86,6 +86,6 @@ class Scan:
 
     source_kind: SourceKind
     path: Path
-    items: tuple[SourceMedia, ...]
+    media: tuple[SourceMedia, ...]
     ignored: tuple[tuple[str, str], ...]
     notices: tuple[str, ...] = ()

@@ -23,9 +23,11 @@ from runner.data.sources.model import Scan, SourceMedia
 from runner.data.sources.scan_index import ScanIndex
 
 Progress = Callable[[int, int], None]
-# Callback of a real run. It gets the listed media and returns None if nothing may be written, else
-# a context manager that yields an ArchiveExtractor, or None for sources that are not archives.
-Keep = Callable[[Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None]
+# Called with the listed media by a real run. Returns None if nothing may be written, else a context
+# manager that yields an ArchiveExtractor, or None for a source that is not an archive.
+BeginWriting = Callable[
+    [Sequence[ListedMedia]], AbstractContextManager[ArchiveExtractor | None] | None
+]
 
 # The index is saved this often; a killed process loses no more than this.
 SAVE_SECONDS = 5.0
@@ -42,20 +44,20 @@ def scan(
     *,
     max_bytes: int,
     progress: Progress | None = None,
-    memos: Path | None = None,
-    keep: Keep | None = None,
+    index_folder: Path | None = None,
+    begin_writing: BeginWriting | None = None,
     outputs: Path | None = None,
     reading: CaptionOptions = AS_WRITTEN,
 ) -> Scan:
-    """Scan all media of a source; write nothing without ``keep``.
+    """Scan all media of a source; write nothing without ``begin_writing``.
 
     Args:
         kind: the source kind, from :func:`locate`.
         path: the source, from :func:`locate`.
         max_bytes: the maximum uncompressed size of an archive.
         progress: called with the numbers of media scanned and in all.
-        memos: the folder of scan indexes, None to use none.
-        keep: called with the listed media, for a real run.
+        index_folder: the folder of the scan indexes; None uses no index.
+        begin_writing: given by a real run, see :data:`BeginWriting`.
         outputs: the output folder of this run, which is no data.
         reading: how captions are read.
 
@@ -64,15 +66,15 @@ def scan(
             a list is wrong, or no media file can be read.
     """
     with open_listing(kind, path, max_bytes, reading, outputs) as listing:
-        keeping = keep(listing.entries) if keep is not None else None
-        index = ScanIndex.load(memos, path) if memos is not None else None
-        if keeping is not None and len(_recalled(listing, index)) == len(listing.entries):
+        writing = begin_writing(listing.media) if begin_writing is not None else None
+        index = ScanIndex.load(index_folder, path) if index_folder is not None else None
+        if writing is not None and len(_recalled(listing, index)) == len(listing.media):
             # Everything is in the index already, so do not wait for a run that unpacks.
-            keeping = nullcontext()
-        with keeping or nullcontext() as extractor:
+            writing = nullcontext()
+        with writing or nullcontext() as extractor:
             # Another run may have scanned the source while this one waited.
-            index = ScanIndex.load(memos, path) if memos is not None else None
-            results = _read_all(listing, index, extractor, keeping is not None, progress)
+            index = ScanIndex.load(index_folder, path) if index_folder is not None else None
+            results = _read_all(listing, index, extractor, writing is not None, progress)
     media = [item for listed, result in results for item in _items(listed, result)]
     ignored = sorted(
         (printable(listed.name), result) for listed, result in results if isinstance(result, str)
@@ -100,14 +102,14 @@ def _read_all(
     save: bool,
     progress: Progress | None,
 ) -> list[tuple[ListedMedia, SourceMedia | str]]:
-    entries = listing.entries
+    listed_media = listing.media
     known = _recalled(listing, index)
     results: list[tuple[ListedMedia, SourceMedia | str]] = [
-        (entries[n], media) for n, media in known.items()
+        (listed_media[n], media) for n, media in known.items()
     ]
-    rest = [listed for number, listed in enumerate(entries) if number not in known]
+    rest = [listed for number, listed in enumerate(listed_media) if number not in known]
     if progress is not None and known:
-        progress(len(known), len(entries))
+        progress(len(known), len(listed_media))
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers())
     saved = time.monotonic()
@@ -119,16 +121,16 @@ def _read_all(
                 # An archive has been open since it was listed.
                 index.note(result, listing.began if listed.archive else began)
             if save and index is not None and time.monotonic() - saved > SAVE_SECONDS:
-                index.save([listed.name for listed in entries])
+                index.save([listed.name for listed in listed_media])
                 saved = time.monotonic()
             if progress is not None:
-                progress(len(results), len(entries))
+                progress(len(results), len(listed_media))
     finally:
         # An interrupt must not wait for the rest of a large source.
         stop.set()
         pool.shutdown(cancel_futures=True)
         if save and index is not None:
-            index.save([listed.name for listed in entries])
+            index.save([listed.name for listed in listed_media])
     return results
 
 
@@ -137,7 +139,7 @@ def _recalled(listing: Listing, index: ScanIndex | None) -> dict[int, SourceMedi
     if index is None:
         return {}
     known: dict[int, SourceMedia] = {}
-    for number, listed in enumerate(listing.entries):
+    for number, listed in enumerate(listing.media):
         identity = listing.identity if listed.archive else _identity(listed)
         media = index.recall(listed, identity) if identity is not None else None
         if media is not None:

@@ -45,7 +45,7 @@ def unpack(
     def extract(one: tuple[SourceMedia, Correction]) -> None:
         item, correction = one
         key = item.cache_key(correction)
-        if stop.is_set() or not writer.claim(key):
+        if stop.is_set() or not writer.reserve(key):
             return
         digests: list[str] = []
         file = writer.write(

@@ -66,20 +66,20 @@ def example_losses(
     return losses
 
 
-def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
+def evaluate(train_options: TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
     """Compute the contents of evaluation.json.
 
     Raises:
         UserError: cache files, weights or the LoRA file are missing or do not fit.
     """
-    datasets = data.scan(dataset_config, chosen.task)
+    datasets = data.scan(dataset_config, train_options.task)
     examples = [files for dataset in datasets for files in dataset.examples]
     try:
         weights = load_file(lora)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{lora}: not a LoRA file that can be read ({error})") from None
-    device = Device.choose(chosen)
-    model = models.load_transformer(chosen.dit, dtype=device.weights, device=device.name)
+    device = Device.choose(train_options)
+    model = models.load_transformer(train_options.dit, dtype=device.weights, device=device.name)
     network = network_files.from_weights(model, weights).eval()
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}
@@ -89,7 +89,7 @@ def evaluate(chosen: TrainOptions, dataset_config: str, lora: str) -> dict[str, 
         for enabled, total in sums.items():
             network.enabled = enabled
             losses = example_losses(
-                model, example, device, scale_condition=not chosen.i2v_unscaled_condition
+                model, example, device, scale_condition=not train_options.i2v_unscaled_condition
             )
             for index, loss in enumerate(losses):
                 total[index] += loss

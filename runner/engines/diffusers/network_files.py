@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from runner.core.errors import UserError
 from runner.engines.diffusers.networks import (
-    CLASSES,
+    ADAPTER_CLASSES,
     Adapter,
     LoKr,
     Network,
@@ -23,7 +23,7 @@ def start_from(network: Network, file: str) -> None:
     """Load the weights of a LoRA file into a new network.
 
     Raises:
-        UserError: there is no such file, or its adapter kind, rank or modules differ.
+        UserError: there is no such file, or its adapter, rank or modules differ.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -35,13 +35,13 @@ def start_from(network: Network, file: str) -> None:
         raise UserError(f"network_weights={file}: cannot be read ({error})") from None
     except RuntimeError:
         raise UserError(
-            f"network_weights={file} does not fit this network: its kind, rank and modules must "
-            "be those of the run"
+            f"network_weights={file} does not fit this network: its adapter (lora, loha or lokr), "
+            "rank and modules must be those of the run"
         ) from None
 
 
 def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
-    """Attach a network with a file's weights to ``model``, in fp32, for any kind of adapter.
+    """Attach a network with a file's weights to ``model``, in fp32, whatever its adapter.
 
     Raises:
         UserError: the weights are for a module or a shape that the transformer does not have.
@@ -56,15 +56,15 @@ def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
         if name not in linears:
             raise UserError(f"LoRA file: {name!r} is no module of this transformer")
         linear = linears[name]
-        kind, rank = _kind_and_rank(name, parts)
+        adapter_name, rank = _adapter_and_rank(name, parts)
         alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
         sizes = (network.spec, rank, alpha, linear.in_features, linear.out_features)
         adapter: Adapter
-        if kind == "lokr":
+        if adapter_name == "lokr":
             rows, columns = parts["lokr_w1"].shape
             adapter = LoKr(*sizes, split=(rows, columns))
         else:
-            adapter = CLASSES[kind](*sizes)
+            adapter = ADAPTER_CLASSES[adapter_name](*sizes)
         try:
             adapter.load_state_dict({"alpha": torch.tensor(alpha), **parts})
         except RuntimeError:
@@ -73,7 +73,7 @@ def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
     return network
 
 
-def _kind_and_rank(name: str, parts: Mapping[str, Tensor]) -> tuple[str, int]:
+def _adapter_and_rank(name: str, parts: Mapping[str, Tensor]) -> tuple[str, int]:
     if "lora_down.weight" in parts:
         return "lora", parts["lora_down.weight"].shape[0]
     if "hada_w1_b" in parts:

@@ -26,7 +26,8 @@ from runner.engines.diffusers.flow import derived_seed
 from runner.formats.lora import lora_name
 from runner.formats.transformer_keys import BLOCK_LINEARS, module_to_diffusers
 
-KINDS = {
+# The adapter of each of musubi-tuner's network modules.
+ADAPTERS = {
     "networks.lora_hv_1_5": "lora",
     "networks.lora": "lora",
     "networks.loha": "loha",
@@ -36,23 +37,25 @@ KINDS = {
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Adapter settings.
+    """Which modules get an adapter, of which type and size.
 
     As in musubi-tuner, a module is left out if an exclude pattern matches and no include pattern
     does.
 
     Attributes:
-        kind: ``lora``, ``loha`` or ``lokr``.
+        adapter: ``lora``, ``loha`` or ``lokr``.
         rank: the rank.
         alpha: the update is scaled by alpha / rank.
-        dropout: None or 0 disables it, as for the other two dropouts.
+        dropout: probability of dropping a value between LoRA's two matrices; None for no dropout.
+        rank_dropout: probability of dropping a rank of LoRA, or a row of LoHa's or LoKr's matrix.
+        module_dropout: probability of leaving a whole module's update out.
         include: regular expressions that must match a whole Tencent module name.
-        exclude: the same.
+        exclude: likewise.
         factor: LoKr's factor; -1 chooses it automatically.
-        loraplus_lr_ratio: factor for the learning rate of LoRA's up matrices.
+        loraplus_lr_ratio: LoRA+: factor on the learning rate of LoRA's up matrices.
     """
 
-    kind: str = "lora"
+    adapter: str = "lora"
     rank: int = 4
     alpha: float = 1.0
     dropout: float | None = None
@@ -84,10 +87,10 @@ def parse_spec(
         UserError: the module or an argument is unknown, a value or pattern cannot be parsed, or
             the rank is below 1.
     """
-    if module not in KINDS:
+    if module not in ADAPTERS:
         raise UserError(
             f"train.toml: network_module={module!r} is not supported by engine=diffusers; "
-            f"use one of {', '.join(KINDS)}"
+            f"use one of {', '.join(ADAPTERS)}"
         )
     values: dict[str, Any] = {}
     readers: dict[str, Callable[[str], Any]] = {
@@ -114,7 +117,7 @@ def parse_spec(
     if rank < 1:
         raise UserError(f"train.toml: network_dim={rank} must be at least 1")
     return NetworkSpec(
-        KINDS[module], rank, 1.0 if alpha is None else float(alpha), dropout or None, **values
+        ADAPTERS[module], rank, 1.0 if alpha is None else float(alpha), dropout or None, **values
     )
 
 
@@ -126,7 +129,7 @@ def _patterns(text: str) -> tuple[str, ...]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
     return tuple(value)
 
 
@@ -168,7 +171,7 @@ class Adapter(nn.Module):
 
 
 class LoRA(Adapter):
-    """Low-rank update up(down(x)), with dropout between the two."""
+    """Low-rank update up(down(x)) of one layer, with dropout between the two."""
 
     def __init__(self, spec: NetworkSpec, rank: int, alpha: float, inputs: int, outputs: int):
         super().__init__(spec, rank, alpha)
@@ -195,7 +198,7 @@ class _Product(Adapter):
     """An adapter whose update is one matrix [outputs, inputs]; rank dropout drops its rows."""
 
     def matrix(self) -> Tensor:
-        """Compute the matrix."""
+        """Compute the matrix [outputs, inputs], scaled by alpha / rank."""
         raise NotImplementedError
 
     def delta(self, x: Tensor) -> Tensor:
@@ -277,6 +280,9 @@ def factorise(size: int, factor: int) -> tuple[int, int]:
         factor: one of the two factors, if it is positive and divides ``size``. Otherwise the
             factors are as close to each other as possible, the smaller at most ``factor`` (without
             limit if negative).
+
+    Returns:
+        The smaller and the larger factor.
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
@@ -285,7 +291,7 @@ def factorise(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-CLASSES: dict[str, type[LoRA] | type[LoHa] | type[LoKr]] = {
+ADAPTER_CLASSES: dict[str, type[LoRA] | type[LoHa] | type[LoKr]] = {
     "lora": LoRA,
     "loha": LoHa,
     "lokr": LoKr,
@@ -325,6 +331,9 @@ class Network(nn.Module):
 
         LoRA+ puts the up matrices into a second group with a higher learning rate.
 
+        Args:
+            learning_rate: that of the first group; None leaves it to the optimizer.
+
         Raises:
             UserError: LoRA+ without a learning rate.
         """
@@ -359,7 +368,10 @@ def block_modules(model: nn.Module) -> dict[str, nn.Linear]:
 def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
     """Attach a new network to ``model``; its update is zero.
 
-    Each adapter's weights depend only on the seed and on its module's name.
+    Args:
+        model: the transformer.
+        spec: which adapters to attach.
+        seed: each adapter's weights depend only on it and on the module's name.
 
     Raises:
         UserError: the patterns exclude every module.
@@ -368,15 +380,17 @@ def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
     exclude = [re.compile(pattern) for pattern in spec.exclude]
     include = [re.compile(pattern) for pattern in spec.include]
     for module, linear in block_modules(model).items():
-        out = any(pattern.fullmatch(module) for pattern in exclude)
-        if out and not any(pattern.fullmatch(module) for pattern in include):
+        excluded = any(pattern.fullmatch(module) for pattern in exclude)
+        if excluded and not any(pattern.fullmatch(module) for pattern in include):
             continue
-        adapter = CLASSES[spec.kind](
+        adapter = ADAPTER_CLASSES[spec.adapter](
             spec, spec.rank, spec.alpha, linear.in_features, linear.out_features
         )
         generator = torch.Generator().manual_seed(derived_seed(seed, "network", module))
         adapter.initialise(generator)
         network.attach(linear, lora_name(module), adapter.to(linear.weight.device))
     if not network._hooks:
-        raise UserError("train.toml: network_args exclude every module; nothing is left to train")
+        raise UserError(
+            "train.toml: network_args exclude every module, so nothing would be trained"
+        )
     return network

@@ -28,7 +28,7 @@ from runner.formats.trainer_options import (
 
 # Options outside the table that change speed, memory or messages, never the result.
 # fmt: off
-_HARMLESS = frozenset(
+_IGNORED = frozenset(
     [
         "flash3", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph",
         "cuda_allow_tf32", "cuda_cudnn_benchmark", "dynamo_backend", "log_config",
@@ -40,7 +40,7 @@ _HARMLESS = frozenset(
 
 # Options outside the table that are accepted only if they are switched off.
 # fmt: off
-_OFF_ONLY = frozenset(
+_UNSUPPORTED = frozenset(
     [
         "block_swap_ring_size", "img_in_txt_in_offloading", "preserve_distribution_shape",
         "num_timestep_buckets", "show_timesteps", "no_metadata", "dim_from_weights",
@@ -52,13 +52,15 @@ _OFF_ONLY = frozenset(
 )
 # fmt: on
 
-# The treatment of every known option.
-_TREATED: dict[str, Embedded] = {
+# What this engine does with every known option.
+_SUPPORT: dict[str, Embedded] = {
     **{name: option.embedded for name, option in TABLE.items()},
-    **dict.fromkeys(_HARMLESS, "harmless"),
-    **dict.fromkeys(_OFF_ONLY, "off"),
+    **dict.fromkeys(_IGNORED, "ignored"),
+    **dict.fromkeys(_UNSUPPORTED, "unsupported"),
 }
-_SWITCHES = {name: ScriptOption(name, flag=True) for name, option in TABLE.items() if option.own}
+_SWITCHES = {
+    name: ScriptOption(name, flag=True) for name, option in TABLE.items() if option.engine_only
+}
 
 
 def read(path: Path | str) -> TrainOptions:
@@ -86,24 +88,24 @@ def parse(values: dict[str, Any]) -> TrainOptions:
     """
     known: dict[str, Any] = {}
     for key, value in flattened(values).items():
-        treated = _TREATED.get(key)
-        if treated == "acts":
+        support = _SUPPORT.get(key)
+        if support == "supported":
             known[key] = _checked(key, value)
-        elif treated == "off" and value not in (False, 0, "", []):
+        elif support == "unsupported" and value not in (False, 0, "", []):
             raise UserError(
                 f"train.toml: {key}={value!r} is not supported by engine=diffusers; "
                 "leave it out, or use engine=musubi"
             )
-        elif treated is None:
-            near = difflib.get_close_matches(key, _TREATED, 1)
+        elif support is None:
+            near = difflib.get_close_matches(key, _SUPPORT, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"train.toml: unknown option {key!r} for engine=diffusers{hint}")
     for option in fields(TrainOptions):
         if option.default is option.default_factory is MISSING and not known.get(option.name):
             raise UserError(f"train.toml: {option.name} is missing")
-    chosen = TrainOptions(**known)
-    _check(chosen)
-    return chosen
+    train_options = TrainOptions(**known)
+    _check(train_options)
+    return train_options
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -119,7 +121,7 @@ def _checked(key: str, value: Any) -> Any:
     raise UserError(f"train.toml: {key}={value!r} must be of type {names}")
 
 
-def _check(chosen: TrainOptions) -> None:
+def _check(train_options: TrainOptions) -> None:
     one_of = {
         "task": ("t2v", "i2v"),
         "mixed_precision": ("no", *HALF),
@@ -130,10 +132,10 @@ def _check(chosen: TrainOptions) -> None:
         "weighting_scheme": ("none", "logit_normal", "mode"),
     }
     for key, allowed in one_of.items():
-        if getattr(chosen, key) not in allowed:
+        if getattr(train_options, key) not in allowed:
             names = ", ".join(str(value) for value in allowed if value is not None)
             raise UserError(
-                f"train.toml: {key}={getattr(chosen, key)!r} is not supported by "
+                f"train.toml: {key}={getattr(train_options, key)!r} is not supported by "
                 f"engine=diffusers; use one of {names}"
             )
     at_least_one = [
@@ -146,11 +148,11 @@ def _check(chosen: TrainOptions) -> None:
         "sample_every_n_epochs",
     ]
     for key in at_least_one:
-        value = getattr(chosen, key)
+        value = getattr(train_options, key)
         if value is not None and value < 1:
             raise UserError(f"train.toml: {key}={value} must be at least 1")
-    low = 0 if chosen.min_timestep is None else chosen.min_timestep
-    high = 1000 if chosen.max_timestep is None else chosen.max_timestep
+    low = 0 if train_options.min_timestep is None else train_options.min_timestep
+    high = 1000 if train_options.max_timestep is None else train_options.max_timestep
     if not 0 <= low < high <= 1000:
         raise UserError(
             f"train.toml: min_timestep={low} and max_timestep={high} are no range in 0..1000"

@@ -1,10 +1,10 @@
 """Train a LoRA (LoHa, LoKr) on HunyuanVideo 1.5: ``python -m runner.engines.diffusers.train``.
 
-It reads train.toml and dataset.toml in musubi-tuner's format and the cache files they name, and
-writes LoRA files, TensorBoard events under <logging_dir>/network_train and, if requested, previews.
-Relative paths are relative to the working directory, the run's folder. On the CPU everything is
-computed in fp32. On a GPU the frozen network and the arithmetic have the precision of train.toml,
-and the trained weights fp32.
+It reads train.toml and dataset.toml in musubi-tuner's format and the cache files that they name,
+and writes LoRA files, TensorBoard events under <logging_dir>/network_train and, if requested,
+previews. Relative paths are relative to the working directory, the run's folder. On the CPU
+everything is computed in fp32. On a GPU the frozen network and the arithmetic have the precision of
+train.toml, and the trained weights are fp32.
 
 The same train.toml and cache files on the same computer give bit-identical LoRA tensors: weights,
 order, noise and timesteps come from separate random streams of one seed.
@@ -46,7 +46,7 @@ from runner.formats.train_options import TrainOptions
 
 @dataclass(frozen=True)
 class Device:
-    """Device and precision.
+    """The device that trains, and the precision it computes in.
 
     Attributes:
         name: torch's name of the device.
@@ -59,7 +59,7 @@ class Device:
     compute: torch.dtype
 
     @classmethod
-    def choose(cls, chosen: TrainOptions) -> Device:
+    def choose(cls, train_options: TrainOptions) -> Device:
         """Choose the GPU if there is one; on the CPU always compute in fp32.
 
         Raises:
@@ -67,12 +67,13 @@ class Device:
         """
         if not torch.cuda.is_available():
             return cls("cpu", torch.float32, torch.float32)
-        compute = weights = torch_dtype(chosen.mixed_precision)
-        if chosen.dit_dtype is not None:
-            weights = torch_dtype(chosen.dit_dtype)
+        compute = weights = torch_dtype(train_options.mixed_precision)
+        if train_options.dit_dtype is not None:
+            weights = torch_dtype(train_options.dit_dtype)
         if compute == torch.float32 and weights != torch.float32:
             raise UserError(
-                f"train.toml: dit_dtype={chosen.dit_dtype!r} needs mixed_precision bf16 or fp16"
+                f"train.toml: dit_dtype={train_options.dit_dtype!r} needs mixed_precision bf16 or "
+                "fp16"
             )
         return cls("cuda", weights, compute)
 
@@ -114,13 +115,16 @@ class Metrics:
 
 
 class AverageLoss:
-    """Moving average of the loss over one epoch (the latest of each batch), as in musubi-tuner."""
+    """Average of the latest loss at each position of the epoch, as in musubi-tuner.
+
+    From the second epoch on it is a moving average over as many steps as an epoch has.
+    """
 
     def __init__(self) -> None:
         self._losses: list[float] = []
 
     def add(self, index: int, loss: float) -> None:
-        """Record the loss of batch ``index`` (from 0) of the epoch."""
+        """Record the loss of step ``index`` of the epoch, from 0."""
         if index < len(self._losses):
             self._losses[index] = loss
         else:
@@ -135,54 +139,58 @@ class AverageLoss:
 class Trainer:
     """One training run, from loaded parts to saved files."""
 
-    def __init__(self, chosen: TrainOptions, datasets: Sequence[data.Dataset], seed: int) -> None:
+    def __init__(
+        self, train_options: TrainOptions, datasets: Sequence[data.Dataset], seed: int
+    ) -> None:
         """Load the transformer and build network, optimizer and schedule.
 
         Raises:
             UserError: an option is not supported, or weights cannot be loaded.
         """
-        self.options, self.datasets, self.seed = chosen, datasets, seed
-        self.device = Device.choose(chosen)
+        self.options, self.datasets, self.seed = train_options, datasets, seed
+        self.device = Device.choose(train_options)
         spec = networks.parse_spec(
-            chosen.network_module,
-            chosen.network_dim,
-            chosen.network_alpha,
-            chosen.network_dropout,
-            chosen.network_args,
+            train_options.network_module,
+            train_options.network_dim,
+            train_options.network_alpha,
+            train_options.network_dropout,
+            train_options.network_args,
         )
-        self.times = flow.TimeSampling.of(chosen)
+        self.timesteps = flow.TimeSampling.of(train_options)
         self.batches = len(data.epoch_batches(datasets, seed=seed, epoch=1))
-        self.steps_per_epoch = math.ceil(self.batches / chosen.gradient_accumulation_steps)
-        self.steps = chosen.max_train_steps
-        if chosen.max_train_epochs is not None:
-            self.steps = chosen.max_train_epochs * self.steps_per_epoch
+        self.steps_per_epoch = math.ceil(self.batches / train_options.gradient_accumulation_steps)
+        self.steps = train_options.max_train_steps
+        if train_options.max_train_epochs is not None:
+            self.steps = train_options.max_train_epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
 
-        self.previewer = sampling.previewer(chosen, self.device.name)
+        self.previewer = sampling.previewer(train_options, self.device.name)
         self.model: Any = models.load_transformer(
-            chosen.dit, dtype=self.device.weights, device=self.device.name
+            train_options.dit, dtype=self.device.weights, device=self.device.name
         )
         self.network = networks.create(self.model, spec, seed=seed)
-        if chosen.network_weights is not None:
-            network_files.start_from(self.network, chosen.network_weights)
-        self.optimizer, described = optimizers.build_optimizer(
-            chosen, self.network.parameter_groups(chosen.learning_rate)
+        if train_options.network_weights is not None:
+            network_files.start_from(self.network, train_options.network_weights)
+        self.optimizer, optimizer_description = optimizers.build_optimizer(
+            train_options, self.network.parameter_groups(train_options.learning_rate)
         )
-        self.scheduler = optimizers.build_scheduler(chosen, self.optimizer, self.steps)
+        self.scheduler = optimizers.build_scheduler(train_options, self.optimizer, self.steps)
         self.scaler = torch.amp.GradScaler(
             self.device.name, enabled=self.device.compute == torch.float16
         )
-        if chosen.gradient_checkpointing:
+        if train_options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         # Separate generators, so that another rank or dropout does not change noise and timesteps.
-        self.noise = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
-        self.clock = torch.Generator().manual_seed(flow.derived_seed(seed, "times"))
+        self.noise_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
+        self.timestepstep_generator = torch.Generator().manual_seed(
+            flow.derived_seed(seed, "times")
+        )
         torch.manual_seed(flow.derived_seed(seed, "dropout"))
-        self.metrics = Metrics(chosen.logging_dir)
+        self.metrics = Metrics(train_options.logging_dir)
         self.checkpoints = Checkpoints(
-            chosen,
+            train_options,
             datasets,
-            optimizer=described,
+            optimizer=optimizer_description,
             seed=seed,
             steps=self.steps,
             epochs=self.epochs,
@@ -200,12 +208,12 @@ class Trainer:
         """
         try:
             if self.options.sample_at_first:
-                self._evaluating(lambda: self._preview(0))
+                self._in_evaluation_mode(lambda: self._preview(0))
             average = AverageLoss()
             progress = Progress(self.steps)
             step = 0
             for epoch in range(1, self.epochs + 1):
-                self._mode(training=True)
+                self._set_mode(training=True)
                 for index, loss in enumerate(self.updates(epoch)):
                     step += 1
                     average.add(index, loss)
@@ -214,20 +222,20 @@ class Trainer:
                     )
                     progress.show(epoch, step, loss, average.value)
                     if self.options.save_every_n_steps is not None:
-                        self._evaluating(functools.partial(self._end_step, epoch, step))
+                        self._in_evaluation_mode(functools.partial(self._end_step, epoch, step))
                     if step >= self.steps:
                         break
                 self.metrics.write({"loss/epoch": average.value}, epoch, flush=True)
-                self._evaluating(functools.partial(self._end_epoch, epoch, step))
-            self._mode(training=False)
+                self._in_evaluation_mode(functools.partial(self._end_epoch, epoch, step))
+            self._set_mode(training=False)
             return self.checkpoints.save_last(self.network, step=step)
         finally:
             self.metrics.close()
 
     def updates(self, epoch: int) -> Iterator[float]:
-        """Run the optimizer steps of one epoch (from 1), yielding the mean loss of each step.
+        """Take the optimizer steps of one epoch (from 1), and yield the mean loss of each.
 
-        After each step ``rates`` has the learning rates that it used.
+        After each step ``rates`` has the learning rates that the step used.
         """
         batches = data.epoch_batches(self.datasets, seed=self.seed, epoch=epoch)
         losses: list[float] = []
@@ -241,8 +249,8 @@ class Trainer:
 
     def _backward(self, batch: flow.Batch) -> float:
         # Drawn on the CPU, so that noise is the same on every device.
-        noise = torch.randn(batch.latents.shape, generator=self.noise)
-        t = self.times.draw(len(noise), self.clock)
+        noise = torch.randn(batch.latents.shape, generator=self.noise_generator)
+        t = self.timesteps.draw(len(noise), self.timestepstep_generator)
         device = self.device.name
         with self.device.autocast():
             errors, _ = flow.training_step(
@@ -253,12 +261,12 @@ class Trainer:
                 scale_condition=not self.options.i2v_unscaled_condition,
             )
         loss = errors.mean()
-        # As in musubi-tuner, an incomplete last accumulation is not rescaled: its gradient is
-        # proportionally smaller.
+        # As in musubi-tuner, the last step of an epoch divides by this too if it has fewer batches:
+        # its gradient is smaller.
         self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
         value = loss.item()
         if not math.isfinite(value):
-            raise StageError("the loss is no longer a number; lower the learning rate")
+            raise StageError("the loss is not finite (NaN or infinite); lower the learning rate")
         return value
 
     def _update(self) -> None:
@@ -294,13 +302,13 @@ class Trainer:
             with torch.random.fork_rng(devices=[]), self.device.autocast():
                 self.previewer.sample(self.model, epoch=epoch)
 
-    def _evaluating(self, act: Callable[[], None]) -> None:
-        """Run ``act`` in evaluation mode."""
-        self._mode(training=False)
-        act()
-        self._mode(training=True)
+    def _in_evaluation_mode(self, call: Callable[[], None]) -> None:
+        """Make a call in evaluation mode, then return to training mode."""
+        self._set_mode(training=False)
+        call()
+        self._set_mode(training=True)
 
-    def _mode(self, *, training: bool) -> None:
+    def _set_mode(self, *, training: bool) -> None:
         self.network.train(training)
         # Schedule-free optimizers use different weights for training and evaluation.
         switch = getattr(self.optimizer, "train" if training else "eval", None)
@@ -309,14 +317,14 @@ class Trainer:
 
 
 class Progress:
-    """Progress lines on standard output, at most one per second and for first and last step."""
+    """Progress lines on standard output: the first step, the last, and at most one a second."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._begun = self._printed = time.monotonic()
 
     def show(self, epoch: int, step: int, loss: float, average: float) -> None:
-        """Print the state of training, unless the last line is too recent; ``step`` is from 1."""
+        """Print a line, unless the last one is less than a second old; ``step`` counts from 1."""
         now = time.monotonic()
         if now - self._printed < 1 and step not in (1, self._steps):
             return
@@ -338,13 +346,15 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="train", description="Train a HunyuanVideo 1.5 LoRA.")
     parser.add_argument("--config_file", required=True, help="train.toml")
-    chosen = options.read(parser.parse_args(arguments).config_file)
-    datasets = data.scan(chosen.dataset_config, chosen.task)
-    seed = random.SystemRandom().randrange(2**32) if chosen.seed is None else chosen.seed
+    train_options = options.read(parser.parse_args(arguments).config_file)
+    datasets = data.scan(train_options.dataset_config, train_options.task)
+    seed = (
+        random.SystemRandom().randrange(2**32) if train_options.seed is None else train_options.seed
+    )
     if not torch.cuda.is_available():
         # Costs nothing on the CPU, and warns if an operation has no deterministic form.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    trainer = Trainer(chosen, datasets, seed)
+    trainer = Trainer(train_options, datasets, seed)
     item_count = sum(len(dataset.examples) for dataset in datasets)
     print(
         f"{item_count} items, {trainer.batches} batches per epoch, {trainer.steps} steps, "

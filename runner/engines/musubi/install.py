@@ -1,4 +1,4 @@
-"""``python -m runner.engines.musubi_install install``: musubi-tuner in an environment of its own.
+"""Install musubi-tuner in an environment of its own: ``python -m runner.engines.musubi_install``.
 
 musubi-tuner pins other versions of accelerate, diffusers and transformers than the runner, so it
 gets its own environment. :func:`install` may be interrupted and called again: an environment
@@ -41,11 +41,12 @@ from runner.engines.musubi.packages import (
 from runner.engines.musubi.probes import program
 from runner.formats.trainer_options import recorded
 
+# Free space that an install needs, by the build of torch.
 _NEEDED_GB = {"cpu": 4.0}
 _USUAL_GB = 12.0
 _MODULES = (*MODULES, "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes")
-# Packages whose versions the summary lists.
-_SHOWN = (
+# Packages whose versions the summary gives.
+_IN_SUMMARY = (
     *("torch", "torchvision", "accelerate", "transformers", "diffusers", "musubi_tuner"),
     *("av", "cv2", "tensorboard", "prodigyopt", "schedulefree", "bitsandbytes"),
 )
@@ -73,12 +74,12 @@ def state(home: Path, request: InstallRequest | None = None) -> tuple[str, str]:
         if not (home / "venv").exists():
             return "absent", f"musubi-tuner {VERSION} is not installed in {home}"
         return "broken", f"the install in {home} was not finished"
-    lost = _lost(python)
-    if lost is None:
+    missing = _missing_modules(python)
+    if missing is None:
         return "broken", f"{python} does not start (was the Python it was made with removed?)"
-    if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        return "broken", f"the install in {home} has lost {', '.join(lost[:3])}{more}"
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        return "broken", f"the install in {home} is missing {', '.join(missing[:3])}{more}"
     if request is not None and any(
         record.get(key) != value for key, value in request.record.items()
     ):
@@ -98,21 +99,21 @@ def read_record(home: Path) -> dict[str, Any] | None:
 def summary(record: Mapping[str, Any]) -> str:
     """Describe a finished install in one line."""
     versions = record.get("versions", {})
-    names = [f"{name} {versions[name]}" for name in _SHOWN if versions.get(name)]
+    names = [f"{name} {versions[name]}" for name in _IN_SUMMARY if versions.get(name)]
     commit = str(record.get("installed_commit") or "unknown commit")[:7]
     return f"musubi-tuner {record['version']} ({commit}), {record.get('build')}: {', '.join(names)}"
 
 
-def _lost(python: Path) -> list[str] | None:
+def _missing_modules(python: Path) -> list[str] | None:
     """Find missing modules without importing any; None if Python does not start."""
     try:
         # -I: ignore the user's site-packages and PYTHONPATH.
-        argv = [str(python), "-I", "-c", program("lost"), *_MODULES]
+        argv = [str(python), "-I", "-c", program("missing"), *_MODULES]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
-        lost: list[str] = json.loads(done.stdout)
+        missing: list[str] = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return lost
+    return missing
 
 
 def nvidia_report() -> str | None:
@@ -186,8 +187,8 @@ def install(
 
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "install.lock"):
-        what, line = state(home, request)
-        if what == "complete" and not again:
+        condition, line = state(home, request)
+        if condition == "complete" and not again:
             say(f"Nothing to do: {line}.")
             record = read_record(home)
             assert record is not None
@@ -195,14 +196,14 @@ def install(
             if os.path.realpath(made_with) != os.path.realpath(request.python):
                 say(f"It was made with {made_with}; --again makes it with {request.python}.")
             return record
-        if what != "absent":
+        if condition != "absent":
             say(f"Starting over: {line}.")
-        _check_room(home, request)
+        _check_disk_and_git(home, request)
         (home / "installed.json").unlink(missing_ok=True)
-        return _make(request, home, say)
+        return _install(request, home, say)
 
 
-def _check_room(home: Path, request: InstallRequest) -> None:
+def _check_disk_and_git(home: Path, request: InstallRequest) -> None:
     needed = _NEEDED_GB.get(request.build, _USUAL_GB)
     free = shutil.disk_usage(home).free / 1e9
     # Replacing an existing environment frees its space.
@@ -215,7 +216,7 @@ def _check_room(home: Path, request: InstallRequest) -> None:
         raise UserError("git was not found, and pip needs it to fetch musubi-tuner: install git.")
 
 
-def _make(request: InstallRequest, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _install(request: InstallRequest, home: Path, say: Callable[[str], None]) -> dict[str, Any]:
     log = home / "install.log"
     log.unlink(missing_ok=True)
     write_text(home / "constraints.txt", constraints(request))
@@ -313,9 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     home = engine_home()
     try:
         if options.command == "check":
-            what, line = state(home)
-            print(f"{what}: {line}.")
-            return 0 if what == "complete" else 1
+            condition, line = state(home)
+            print(f"{condition}: {line}.")
+            return 0 if condition == "complete" else 1
         raise_on_signals()
         install(_request(options), home, again=options.again)
     except UserError as error:
@@ -347,7 +348,7 @@ def _request(options: argparse.Namespace) -> InstallRequest:
     if source is not None:
         source = source.expanduser().resolve()
         if not (source / "src" / "musubi_tuner").is_dir():
-            raise UserError(f"--source {options.source} is no checkout of musubi-tuner.")
+            raise UserError(f"--source {options.source} is not a checkout of musubi-tuner.")
         request = replace(request, source=str(source), commit=commit_of(source))
     return request
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.formats.dtypes import LONG, SHORT
-from runner.formats.train_options import FOLDERS, TABLE
+from runner.formats.train_options import SET_BY_RUNNER, TABLE
 from runner.formats.trainer_options import TRAIN, parse
 
 # Options of the trainer that the runner sets, with the runner's option to use instead.
 OWNED = {
     **{
-        name: option.instead
+        name: option.set_by
         for name, option in TABLE.items()
-        if option.instead is not None and not option.own
+        if option.set_by is not None and not option.engine_only
     },
-    "config_file": FOLDERS,
-    "resume_from_huggingface": TABLE["resume"].instead,
+    "config_file": SET_BY_RUNNER,
+    "resume_from_huggingface": TABLE["resume"].set_by,
 }
 
 # Options that end the run or are not meant for training this model.

@@ -160,7 +160,7 @@ def _unpack(context: Context, todo: frozenset[str]) -> None:
 
     group = "\0".join(sorted(todo))
     with (
-        BulkWriter(context.cache, "media", group, waiting, anew=media_by_key) as writer,
+        BulkWriter(context.cache, "media", group, waiting, replace=media_by_key) as writer,
         context.console.bar("unpacked", len(media_by_key)) as bar,
     ):
         unpack(list(media_by_key.values()), writer, bar.update)

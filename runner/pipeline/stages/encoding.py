@@ -29,7 +29,7 @@ from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
 
 # How often finished files are committed while the engine runs, and how long a file must have been
 # unchanged to count as finished.
-_KEEP_SECONDS = 20.0
+_COMMIT_SECONDS = 20.0
 _UNCHANGED_SECONDS = 2.0
 
 
@@ -155,11 +155,11 @@ def add_link(wanted: dict[str, CacheEntry], entry: CacheEntry) -> bool:
     Returns:
         Whether the entry was new.
     """
-    known = wanted.get(entry.name)
+    known = wanted.get(entry.key)
     if known is None:
-        wanted[entry.name] = entry
+        wanted[entry.key] = entry
         return True
-    wanted[entry.name] = replace(known, links=known.links + entry.links)
+    wanted[entry.key] = replace(known, links=known.links + entry.links)
     return False
 
 
@@ -175,7 +175,7 @@ def _encode(context: Context, stage: Encoding, todo: frozenset[str]) -> None:
     with context.console.bar("encoded", planned.missing) as bar:
 
         def tick() -> None:
-            committer.keep_finished()
+            committer.commit_finished()
             bar.update(min(planned.missing, committer.count()))
 
         try:
@@ -183,12 +183,12 @@ def _encode(context: Context, stage: Encoding, todo: frozenset[str]) -> None:
         except BaseException:
             # Hours of encoding are kept when the engine fails late, or is stopped.
             with suppress(OSError):
-                committer.keep(lambda file: _is_complete(file) and committer.is_current(file))
+                committer.commit(lambda file: _is_complete(file) and committer.is_current(file))
             raise
-        committer.keep()
+        committer.commit()
         bar.update(min(planned.missing, committer.count()))
     for entry in planned.entries:
-        if entry.full_key in todo and entry.full_key not in committer.kept:
+        if entry.full_key in todo and entry.full_key not in committer.committed:
             raise StageError(f"the engine made no {entry.produced}; see {context.log(stage.name)}")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,22 +208,22 @@ class _EncodingCommitter:
             for item in context.inputs.selection.items
             if item.media.file is not None and not item.cached
         }
-        self.kept: set[str] = set()
+        self.committed: set[str] = set()
         self._last = time.monotonic()
 
     def count(self) -> int:
         """Count the entries made so far."""
-        return len(self.kept) + len(self._made())
+        return len(self.committed) + len(self._made())
 
-    def keep_finished(self) -> None:
+    def commit_finished(self) -> None:
         """Commit finished files from time to time, so that a crash loses little work."""
-        if time.monotonic() - self._last < _KEEP_SECONDS:
+        if time.monotonic() - self._last < _COMMIT_SECONDS:
             return
         before = time.time() - _UNCHANGED_SECONDS
-        self.keep(lambda file: file.stat().st_mtime < before and _is_complete(file))
+        self.commit(lambda file: file.stat().st_mtime < before and _is_complete(file))
         self._last = time.monotonic()
 
-    def keep(self, which: Callable[[Path], bool] = lambda _: True) -> None:
+    def commit(self, which: Callable[[Path], bool] = lambda _: True) -> None:
         """Commit the files that ``which`` accepts.
 
         Raises:
@@ -234,8 +234,8 @@ class _EncodingCommitter:
             if entry is not None and which(file):
                 self._check(file)
                 cache = self.context.cache
-                cache.commit(entry.namespace, entry.name, file, entry.cache_inputs, replace=True)
-                self.kept.add(entry.full_key)
+                cache.commit(entry.namespace, entry.key, file, entry.cache_inputs, replace=True)
+                self.committed.add(entry.full_key)
 
     def is_current(self, file: Path) -> bool:
         """Return whether the media file it was made from is unchanged."""

@@ -42,7 +42,10 @@ def fill(
     made: set[str] = set()
     reported: set[str] = set()
     while missing := _missing_keys(context, name, made):
-        with context.use_lease.leases.claim(missing, context.use_lease.run) as (mine, others):
+        with context.use_lease.leases.lease_for_making(missing, context.use_lease.run) as (
+            mine,
+            others,
+        ):
             # Another process may have made some before the lease was taken.
             todo = mine & _missing_keys(context, name, made) if mine else mine
             if todo:
@@ -60,16 +63,16 @@ def _missing_keys(context: Context, name: str, made: Collection[str]) -> frozens
     stage = context.refresh_plan().stage(name)
     if stage.state == "skipped":
         return frozenset()
-    absent = {e.full_key for e in stage.entries if e.full_key not in context.inputs.cached}
-    lost = absent.intersection(made)
+    missing = {e.full_key for e in stage.entries if e.full_key not in context.inputs.cached}
+    lost = missing.intersection(made)
     if lost:
-        files = [str(context.cache.place(key)) for key in sorted(lost)]
+        files = [str(context.cache.path_of(key)) for key in sorted(lost)]
         raise StageError(
             f"{named(files, 1)} could not be read back as it was written: check the disk"
         )
     if name in context.inputs.config.stages.force:
         return frozenset(entry.full_key for entry in stage.entries).difference(made)
-    return frozenset(absent)
+    return frozenset(missing)
 
 
 def _say(
@@ -79,9 +82,9 @@ def _say(
     if not leases:
         return
     number = sum(len(lease.names.intersection(missing)) for lease in leases)
-    who = named([lease.who for lease in leases], 3)
+    holders = named([lease.holder for lease in leases], 3)
     context.console.line(
-        f"      waiting for {counted(number, work.noun)} that another run {work.verb}: {who}"
+        f"      waiting for {counted(number, work.noun)} that another run {work.verb}: {holders}"
     )
 
 
@@ -93,7 +96,7 @@ def link_entries(context: Context, stage: StagePlan) -> None:
     entries = [entry for entry in stage.entries if entry.full_key in context.inputs.cached]
     full_keys = {path: entry.full_key for entry in entries for path in entry.links}
     for path, full_key in sorted(full_keys.items()):
-        link(context.cache.place(full_key).absolute(), context.run_dir / path)
+        link(context.cache.path_of(full_key).absolute(), context.run_dir / path)
 
 
 def tidy(folder: Path, keep: Collection[Path]) -> None:

@@ -56,9 +56,9 @@ class Latents(Encoding):
         tables: list[DatasetTable] = []
         files: list[tuple[str, str]] = []
         for number, ((source, media_kind, frames), items) in enumerate(sorted(makers.items())):
-            place = f"staging/latents-{number}"
+            folder = f"staging/latents-{number}"
             rows = [(f"dataset/media/{item.media_name}", item.caption) for item in items]
-            files.append((f"{place}.jsonl", jsonl.render(media_kind, rows)))
+            files.append((f"{folder}.jsonl", jsonl.render(media_kind, rows)))
             dataset = table(inputs.sources[source], media_kind, "", items)
             extraction = dataset.extraction
             if extraction is not None and narrows(extraction):
@@ -66,8 +66,8 @@ class Latents(Encoding):
             tables.append(
                 replace(
                     dataset,
-                    jsonl=f"{place}.jsonl",
-                    cache_directory=place,
+                    jsonl=f"{folder}.jsonl",
+                    cache_directory=folder,
                     batch_size=1,
                     num_repeats=1,
                     extraction=extraction,
@@ -106,8 +106,8 @@ def _latents_entry(
         produced = image_latents_name(item.id, item.media.size)
     else:
         produced = video_latents_name(item.id, crop, item.bucket)
-    place = f"{run_cache_folder(item)}/{produced}"
-    return CacheEntry(produced, "latents", cache_key(cache_inputs), cache_inputs, (place,))
+    link_path = f"{run_cache_folder(item)}/{produced}"
+    return CacheEntry(produced, "latents", cache_key(cache_inputs), cache_inputs, (link_path,))
 
 
 LATENTS = Latents()

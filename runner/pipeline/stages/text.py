@@ -39,10 +39,10 @@ class Text(Encoding):
                 "engine": inputs.engine_cache_id,
             }
             produced = text_name(json_digest(cache_inputs))
-            place = f"{run_cache_folder(item)}/{text_name(item.id)}"
+            link_path = f"{run_cache_folder(item)}/{text_name(item.id)}"
             add_link(
                 wanted,
-                CacheEntry(produced, "text", cache_key(cache_inputs), cache_inputs, (place,)),
+                CacheEntry(produced, "text", cache_key(cache_inputs), cache_inputs, (link_path,)),
             )
         missing = [e for e in wanted.values() if force or e.full_key not in inputs.cached]
         if not missing:

@@ -56,8 +56,8 @@ class Weights(Stage):
 
         stage, log = context.plan.stage(self.name), context.log(self.name)
         if stage.to_run:
-            place = context.run_dir / "staging" / "weights.jsonl"
-            with Follower(place, context.console) as follower:
+            progress_file = context.run_dir / "staging" / "weights.jsonl"
+            with Follower(progress_file, context.console) as follower:
                 run_commands(
                     context, stage, follower.update, variables=follower.variables, explain=_explain
                 )

@@ -119,7 +119,7 @@ class Writer(NullWriter):
 
 
 def evaluated(tmp_path: Path, result: dict[str, Any] | None, *overrides: str) -> Writer:
-    """The stage with an engine that gives this result at once; what it told MLflow."""
+    """The stage with an engine that gives this result at once; what it logged to MLflow."""
     writer, console = Writer(), Console.for_stream(io.StringIO())
     outputs, media = tmp_path / "out", pictures(tmp_path / "media", 12)
     context: Context = context_of(outputs, media, "engine=diffusers", *overrides, console=console)
@@ -151,7 +151,7 @@ def test_the_gain_is_what_the_lora_lowers(tmp_path: Path, loss: float, gain: flo
     assert writer.tags == {"eval.items": "12 training items"}
 
 
-# Of what the losses are is told: of the items that were held out when there are any.
+# Of what the losses are is reported: of the items that were held out when there are any.
 def test_held_out_items_are_told(tmp_path: Path) -> None:
     result = {"loss": 1.0, "base_loss": 1.0, "items": 5}
     writer = evaluated(tmp_path, result, "dataset.validation_fraction=0.5")

@@ -87,7 +87,8 @@ def test_no_image_tokens_equal_masked_zeros() -> None:
     assert torch.allclose(ours, flow.predict(model, hidden, timestep, zeros), atol=1e-5)
 
 
-# The formulas: x = (1-t)*1.03682*latents + t*noise, told 1000t+1, target noise - latents.
+# The formulas: x = (1-t)*1.03682*latents + t*noise, given the timestep 1000t+1, target noise -
+# latents.
 def test_step_formula() -> None:
     seen = {}
 

@@ -221,7 +221,7 @@ def test_rank_dropout_keeps_the_average(kind: str) -> None:
     torch.manual_seed(0)
     # Of one rank, so that a LoRA drops whole rows of a batch; the others drop single outputs.
     spec = networks.NetworkSpec(kind, rank=1, alpha=3, rank_dropout=0.75)
-    adapter = networks.CLASSES[kind](spec, 1, 3.0, 8, 4096)
+    adapter = networks.ADAPTER_CLASSES[kind](spec, 1, 3.0, 8, 4096)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.uniform_(0.5, 1.0)
@@ -266,7 +266,7 @@ def test_factors(size: int, factor: int, expected: tuple[int, int]) -> None:
     ("arguments", "message"),
     [
         (["conv_dim=4"], "conv_dim=4"),
-        (["exclude_patterns=['(']"], "no regular expression"),
+        (["exclude_patterns=['(']"], "not a regular expression"),
         (["exclude_patterns=x"], "cannot be read"),
         (["rank_dropout=lots"], "cannot be read"),
     ],

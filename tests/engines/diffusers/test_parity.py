@@ -115,7 +115,7 @@ def test_step_is_musubis(case: given.Case) -> None:
     assert seen == len(recorded_names) - 2
 
 
-# The published pipelines scale the i2v condition, and so does training unless told otherwise;
+# The published pipelines scale the i2v condition, and so does training unless set otherwise;
 # musubi's figures above are with it unscaled.
 def test_condition_scaling_is_what_differs() -> None:
     (case,) = (case for case in given.CASES if case.name == "i2v_one")

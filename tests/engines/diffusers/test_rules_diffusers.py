@@ -1,4 +1,4 @@
-"""The embedded engine's own rules: what its executables refuse or leave out is told before work."""
+"""The embedded engine's own rules: what its executables refuse is reported before work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runner.engines.diffusers import try_optimizer
 from runner.engines.diffusers.engine import DiffusersEngine
 
 EMBEDDED = ("engine=diffusers", "model=tiny", "optimizer=adamw")
-SMALL = Gpu("small card", 12.0, (8, 9))
+SMALL = Gpu("small GPU", 12.0, (8, 9))
 
 
 def plan(*overrides: str, gpu: Gpu | None = SMALL) -> Any:
@@ -79,7 +79,7 @@ BROKEN: dict[tuple[str, ...], str] = {
 }
 
 
-# Each broken rule is told in one line that says what is wrong and what would be right.
+# Each broken rule is reported in one line that says what is wrong and what would be right.
 @pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
 def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
     assert problems_of(compose(*EMBEDDED, *overrides)) == [BROKEN[overrides]]
@@ -115,7 +115,7 @@ def test_bitsandbytes_needs_a_gpu(name: str) -> None:
     plan("optimizer=custom", f"optimizer.type={name}")
 
 
-TOLD: dict[tuple[str, ...], str] = {
+NOTICES_OF: dict[tuple[str, ...], str] = {
     ("memory.fp8_text_encoder=true",): (
         "memory.fp8_text_encoder=true does nothing with engine=diffusers."
     ),
@@ -141,11 +141,11 @@ TOLD: dict[tuple[str, ...], str] = {
 
 
 # What is accepted and does nothing is a notice.
-@pytest.mark.parametrize("overrides", TOLD, ids=" ".join)
-def test_what_does_nothing_is_told(overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("overrides", NOTICES_OF, ids=" ".join)
+def test_what_does_nothing_is_reported(overrides: tuple[str, ...]) -> None:
     assert not [line for line in plan().notices if "nothing" in line]
-    told = plan(*overrides).notices
-    assert [line for line in told if "nothing" in line] == [TOLD[overrides]]
+    lines = plan(*overrides).notices
+    assert [line for line in lines if "nothing" in line] == [NOTICES_OF[overrides]]
 
 
 # Without a GPU the precision is what the CPU has, whatever was asked for.
@@ -153,7 +153,7 @@ def test_the_cpu_has_one_precision() -> None:
     line = "precision=bf16 does nothing without a GPU: on the CPU everything is computed in fp32."
     assert line in plan(gpu=None).notices
     assert line not in plan().notices
-    assert not [told for told in plan("precision=fp32", gpu=None).notices if "CPU" in told]
+    assert not [lines for lines in plan("precision=fp32", gpu=None).notices if "CPU" in lines]
 
 
 # What a tier of the GPU says for the real weights is not asked of this engine's trainer, which

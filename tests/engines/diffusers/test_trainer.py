@@ -315,7 +315,7 @@ def test_optimizers(
     given = [
         value == pytest.approx(more.get("learning_rate", 1e-2)) for _, value in rates["lr/unet"]
     ]
-    # Adafactor finds a rate of its own unless it is told not to; before its first step none is.
+    # Adafactor finds a rate of its own unless it is set not to; before its first step none is.
     assert given == [True, name != "Adafactor", name != "Adafactor"]
 
 
@@ -409,8 +409,8 @@ def adafactor(*arguments: str, **chosen: Any) -> tuple[dict[str, Any], list[floa
     return optimizer.param_groups[0], rates
 
 
-# Adafactor sets its own rate when it is told to warm up, as musubi takes it, even if it was told
-# otherwise too; told neither it does so as well, and told not to it keeps the rate it is given.
+# Adafactor sets its own rate when it is set to warm up, as musubi takes it, even if it was set
+# otherwise too; set to neither it does so as well, and set not to it keeps the rate it is given.
 def test_adafactor_warms_up_by_its_own_rate() -> None:
     group, _ = adafactor("relative_step=False", "warmup_init=True")
     assert (group["relative_step"], group["warmup_init"]) == (True, True)

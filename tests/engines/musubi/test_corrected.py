@@ -62,8 +62,8 @@ def run_corrected(
 
 # The order of the items, and so what a seed gives, does not depend on the file system.
 def test_the_cache_is_read_in_order(tmp_path: Path) -> None:
-    told = run_corrected(tmp_path, "train", "--config_file", "a b.toml")
-    assert told == "['a', 'b', 'c'] ['--config_file', 'a b.toml'] __main__"
+    output = run_corrected(tmp_path, "train", "--config_file", "a b.toml")
+    assert output == "['a', 'b', 'c'] ['--config_file', 'a b.toml'] __main__"
 
 
 # Memory is taken in segments that grow, but for WSL, which has none, and the user's own setting.
@@ -89,8 +89,8 @@ def test_the_shell_is_cleared(tmp_path: Path) -> None:
     shell |= {"MLFLOW_TRACKING_PASSWORD": "p", "HF_TOKEN": "t", "HF_HOME": "/hf"}
 
     def left(folder: str, module: str, **more: str) -> set[str]:
-        told = run_corrected(tmp_path / folder, module, **shell, **more)
-        return set(json.loads(told)) & set(shell)
+        output = run_corrected(tmp_path / folder, module, **shell, **more)
+        return set(json.loads(output)) & set(shell)
 
     assert left("a", "launch", HF_HUB_OFFLINE="1") == {"HF_HOME"}
     trainer = "hv_1_5_train_network"
@@ -100,5 +100,5 @@ def test_the_shell_is_cleared(tmp_path: Path) -> None:
 
 # Captions are encoded without the language model's head, whose scores nothing reads.
 def test_text_is_encoded_without_the_head(tmp_path: Path) -> None:
-    told = run_corrected(tmp_path, "cache_text_encoder_outputs", "--fp8_vl")
-    assert told == "('ids', 1, 'Identity') ['--fp8_vl']"
+    output = run_corrected(tmp_path, "cache_text_encoder_outputs", "--fp8_vl")
+    assert output == "('ids', 1, 'Identity') ['--fp8_vl']"

@@ -1,4 +1,4 @@
-"""What is told of a musubi-tuner process that failed: its own error, not its launcher's."""
+"""What is reported of a musubi-tuner process that failed: its own error, not its launcher's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LAUNCHER = (
 )
 
 
-# accelerate's launcher ends every failure with its own traceback: the trainer's error is told.
+# accelerate's launcher ends every failure with its own traceback: the trainer's error is reported.
 @pytest.mark.parametrize(
-    ("said", "how", "told"),
+    ("said", "how", "expected"),
     [
         (
             "Traceback (most recent call last):\n  File x\nValueError: no such scheduler\n",
@@ -37,10 +37,12 @@ LAUNCHER = (
         ),
     ],
 )
-def test_the_trainers_own_error_is_told(tmp_path: Path, said: str, how: str, told: str) -> None:
+def test_the_trainers_own_error_is_reported(
+    tmp_path: Path, said: str, how: str, expected: str
+) -> None:
     log = tmp_path / "log"
     log.write_text(said + LAUNCHER.format(how))
-    assert failure(log) == told
+    assert failure(log) == expected
 
 
 WARNING = (
@@ -52,10 +54,10 @@ RAISED = "Traceback (most recent call last):\n  File x\n    f()\n"
 FAILED = "returned non-zero exit status 1"
 
 
-# The error told is the one that ended the trainer, short and without colours, whatever its name
+# The reported error is the one that ended the trainer, short and without colours, whatever its name
 # and however much is printed before it, in it or after it.
 @pytest.mark.parametrize(
-    ("log", "told"),
+    ("log", "expected"),
     [
         (
             f"{RAISED}RuntimeError: Error(s) in loading state_dict for Model:\n\tMissing key(s): "
@@ -93,6 +95,6 @@ FAILED = "returned non-zero exit status 1"
     ],
     ids=range(9),
 )
-def test_the_error_that_ended_it_is_told(tmp_path: Path, log: str, told: str) -> None:
+def test_the_error_that_ended_it_is_reported(tmp_path: Path, log: str, expected: str) -> None:
     (tmp_path / "log").write_text(log)
-    assert failure(tmp_path / "log") == told
+    assert failure(tmp_path / "log") == expected

@@ -40,7 +40,7 @@ MODULES = {
     "xformers": "",
     "xformers.ops": "",
 }
-CARD = Gpu("NVIDIA RTX 4090", 24.0, (8, 9))
+GPU = Gpu("NVIDIA RTX 4090", 24.0, (8, 9))
 
 
 def command(folder: Path, *without: str, **changed: str) -> Command:
@@ -77,7 +77,7 @@ def test_nothing_is_missing(tmp_path: Path, optimizer: str) -> None:
     assert check_environment(compose(*overrides), command(tmp_path), None) == ""
 
 
-# A missing package is told in one line: what asked for it, and the command that installs it.
+# A missing package is reported in one line: what asked for it, and the command that installs it.
 @pytest.mark.parametrize(
     ("overrides", "package", "named"),
     [
@@ -105,8 +105,8 @@ def test_metrics_need_tensorboard(tmp_path: Path) -> None:
     assert line.endswith("-m pip install tensorboard")
 
 
-# Everything missing is told at once, with one command.
-def test_all_is_told_at_once(tmp_path: Path) -> None:
+# Everything missing is reported at once, with one command.
+def test_all_is_reported_at_once(tmp_path: Path) -> None:
     line = problem(
         tmp_path, ("optimizer=prodigy",), "prodigyopt", torch_utils_tensorboard="import tensorboard"
     )
@@ -134,7 +134,7 @@ def test_an_old_transformers(tmp_path: Path) -> None:
     assert "pip install" not in line
 
 
-# A Python without musubi-tuner, without torch, or that is none, is told as such.
+# A Python without musubi-tuner, without torch, or that is none, is reported as such.
 def test_no_engine_there(tmp_path: Path) -> None:
     line = problem(tmp_path / "a", (), "musubi_tuner", "toml")
     assert "can't run musubi-tuner (musubi_tuner: not there; toml: not there). Install" in line
@@ -158,16 +158,16 @@ def test_our_own_install_is_mended_by_its_command(
     broken = problem(tmp_path / "c", (), torch="raise OSError('libcudart.so')")
     assert broken.endswith(f"(torch: OSError: libcudart.so). Repair it {mend} --again")
     with pytest.raises(UserError, match=f"this driver {mend} --again$"):
-        check_environment(compose("optimizer=adamw"), command(tmp_path / "c"), CARD)
+        check_environment(compose("optimizer=adamw"), command(tmp_path / "c"), GPU)
     monkeypatch.setattr("runner.engines.musubi.check.our_python", lambda: Path("/bin/false"))
     with pytest.raises(UserError, match=f"Repair it {mend}$"):
         check_environment(compose(), Command(("/bin/false",), (("X", "ours"),)), None)
 
 
-# A card that torch can't use would mean training on the processor, for years.
+# A GPU that torch can't use would mean training on the processor, for years.
 def test_torch_must_see_the_card(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shows NVIDIA RTX 4090, but torch .* can't use it"):
-        check_environment(compose(), command(tmp_path), CARD)
+        check_environment(compose(), command(tmp_path), GPU)
     see = command(tmp_path, torch_cuda="def is_available(): return True\n", torch_x="")
     check_environment(compose("optimizer=adamw"), see, None)
 
@@ -206,7 +206,8 @@ def compiling(folder: Path, compiler: str | None, *without: str, headers: bool =
     return replace(made, set_env=(*made.set_env, ("PATH", str(folder / "bin"))), unset_env=("CC",))
 
 
-# Whatever torch.compile builds with and lacks is told with what to do; and what is there serves.
+# Whatever torch.compile builds with and lacks is reported with what to do; and what is there
+# serves.
 def test_what_compiling_needs(tmp_path: Path) -> None:
     assert cannot_compile(compiling(tmp_path / "all", "exit 0")) is None
     lacks = {
@@ -257,7 +258,7 @@ def test_the_compiler_named_by_cc(tmp_path: Path) -> None:
     assert "(CC is empty: " in str(cannot_compile(empty))
 
 
-# On a card without a C compiler a run goes on uncompiled and says why; asked for, it is refused.
+# On a GPU without a C compiler a run goes on uncompiled and says why; asked for, it is refused.
 def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
     made = compiling(tmp_path / "engine", None)
     tool = tmp_path / "engine" / "bin" / "nvidia-smi"
@@ -280,10 +281,10 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
     assert "training.compile=always: there is no C compiler" in done.err, done.err
 
 
-# A card that the driver shows and does not describe is not said to be missing: the plan tells what
+# A GPU that the driver shows and does not describe is not said to be missing: the plan tells what
 # nvidia-smi said, in the choice of memory and of compiling alike.
 @pytest.mark.parametrize(
-    ("said", "code", "told"),
+    ("said", "code", "expected"),
     [
         (
             "NVIDIA GB10, [N/A], 12.1",
@@ -295,8 +296,8 @@ def test_the_program_says_why_nothing_is_compiled(tmp_path: Path) -> None:
         ("NVIDIA RTX 4090, 24564, 8.9", 0, None),
     ],
 )
-def test_an_unread_card_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, told: str | None
+def test_an_unread_card_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, expected: str | None
 ) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
@@ -304,17 +305,17 @@ def test_an_unread_card_is_told(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     gpu, without = find_gpu()
-    assert (gpu is None, bool(without)) == (told is not None, told is not None)
-    if told is None:
+    assert (gpu is None, bool(without)) == (expected is not None, expected is not None)
+    if expected is None:
         return
     config = compose("memory=auto")
     engine = MusubiEngine()
     memory, note = engine.memory_plan(config, gpu, without)
-    assert (memory.name, str(note)[1 : len(told)]) == ("24gb", told[1:])
+    assert (memory.name, str(note)[1 : len(expected)]) == ("24gb", expected[1:])
     found = EngineInstall("python", "1")
     facts = engine.examine(found, config, memory, gpu, without, trains=True)
     _, why = engine.compiles(Job(config, facts, WeightPaths("", "", "", "", ""), memory), gpu)
-    assert str(why).startswith(f"torch.compile is off: {told}")
+    assert str(why).startswith(f"torch.compile is off: {expected}")
 
 
 # A checkout's environment is found by either name that musubi-tuner's README gives it, pip's first.

@@ -30,7 +30,7 @@ SMI = """\
 |-----------------------------------------+------------------------+----------------------+
 """
 
-# Writes down how it is called, makes an "environment" of itself, and fails where it is told to.
+# Writes down how it is called, makes an "environment" of itself, and fails where it is asked to.
 # What a file named lost beside it says is no longer there.
 FAKE_PYTHON = """\
 #!/bin/sh
@@ -106,7 +106,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return Sandbox(tmp_path)
 
 
-# The build of torch is the newest that the driver runs; a missing or old driver is told.
+# The build of torch is the newest that the driver runs; a missing or old driver is reported.
 def test_build_follows_the_driver() -> None:
     def build(driver: str, cuda: str) -> str:
         return torch_build(SMI.format(driver=driver, cuda=cuda))
@@ -216,10 +216,10 @@ def test_lost_packages_are_installed_again(sandbox: Sandbox) -> None:
     lost = sandbox.home / "venv" / "bin" / "lost"
     lost.write_text('["torch", "accelerate", "av", "cv2", "toml"]\n')
     checked = sandbox.run("check")
-    line = f"the install in {sandbox.home} has lost torch, accelerate, av and 2 more"
+    line = f"the install in {sandbox.home} is missing torch, accelerate, av and 2 more"
     assert (checked.code, checked.out) == (1, f"broken: {line}.\n")
     lost.write_text('["einops"]\n')
-    assert sandbox.run("check").out.endswith(" has lost einops.\n")
+    assert sandbox.run("check").out.endswith(" is missing einops.\n")
     assert sandbox.install().out.startswith("Starting over: ")
     assert sandbox.calls()[0] == "PYTHON -m venv --clear HOME/venv"
 
@@ -248,15 +248,15 @@ def test_modules_are_looked_for_in_the_environment(
     (tmp_path / "musubi_tuner.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    lost = musubi_install._lost(Path(sys.executable))
+    lost = musubi_install._missing_modules(Path(sys.executable))
     assert lost is not None
     assert "musubi_tuner" in lost
     assert "numpy" not in lost
-    assert musubi_install._lost(tmp_path / "none") is None
+    assert musubi_install._missing_modules(tmp_path / "none") is None
 
 
-# Another Python than the install was made with is told, and what takes it.
-def test_another_python_is_told(sandbox: Sandbox) -> None:
+# Another Python than the install was made with is reported, and what takes it.
+def test_another_python_is_reported(sandbox: Sandbox) -> None:
     sandbox.install()
     other = executable(sandbox.folder / "other", FAKE_PYTHON)
     named = ("install", "--python", str(other))
@@ -285,7 +285,7 @@ def test_wrong_installs_are_not_recorded(sandbox: Sandbox) -> None:
     assert not (sandbox.home / "installed.json").exists()
 
 
-# What cannot work is told before anything is made.
+# What cannot work is reported before anything is made.
 def test_hopeless_installs_fail_at_once(sandbox: Sandbox) -> None:
     sandbox.driver(None)
     no_driver = sandbox.install()
@@ -293,7 +293,7 @@ def test_hopeless_installs_fail_at_once(sandbox: Sandbox) -> None:
     no_source = sandbox.install("--torch", "cpu", "--source", "nowhere")
     assert (no_source.code, no_source.err) == (
         2,
-        "error: --source nowhere is no checkout of musubi-tuner.\n",
+        "error: --source nowhere is not a checkout of musubi-tuner.\n",
     )
     old = executable(sandbox.folder / "old", "#!/bin/sh\necho 3 9\n")
     no_python = sandbox.run("install", "--torch", "cpu", "--python", str(old))

@@ -32,7 +32,7 @@ from runner.formats.trainer_options import (
 from runner.pipeline.model import Plan, StagePlan
 
 GROUPS = groups(conf_folder())
-CARD = Gpu("NVIDIA H100", 80.0, (9, 0))
+GPU = Gpu("NVIDIA H100", 80.0, (9, 0))
 MEDIA = [fake_item("a.jpg"), fake_item("b.png", size=(600, 800)), fake_item("clip.mp4")]
 
 
@@ -133,7 +133,7 @@ def test_every_choice_parses(task: str) -> None:
             }.get((group, name), [])
             config = compose(f"task={task}", f"{group}={name}", *extra)
             assert conftest.problems_of(config) == [], (group, name)
-            assert check_plan(plan_of(config, fake_facts(config, MEDIA, gpu=CARD))) == 3
+            assert check_plan(plan_of(config, fake_facts(config, MEDIA, gpu=GPU))) == 3
 
 
 # Every recipe with every optimizer, which no rule of the runner's own refuses; a recipe for
@@ -147,9 +147,9 @@ def test_every_recipe_parses_with_every_optimizer(task: str) -> None:
         assert conftest.problems_of(config) == [], (recipe, optimizer)
         if task == "i2v" and recipe in PICTURES_ALONE:
             with pytest.raises(UserError, match="learn to copy its first frame"):
-                plan_of(config, fake_facts(config, MEDIA, gpu=CARD))
+                plan_of(config, fake_facts(config, MEDIA, gpu=GPU))
         elif config.engine.name == "musubi":
-            checked += check_plan(plan_of(config, fake_facts(config, MEDIA, gpu=CARD)))
+            checked += check_plan(plan_of(config, fake_facts(config, MEDIA, gpu=GPU)))
     assert checked >= 3 * 5 * len(GROUPS["optimizer"])
 
 
@@ -213,6 +213,6 @@ def test_owned_options_are_those_the_runner_writes() -> None:
 # What the trainer would misread in its file ends the plan in a line, whoever rendered it.
 def test_a_wrong_train_toml_is_refused() -> None:
     config = compose()
-    job = fake_facts(config, MEDIA, gpu=CARD).job
+    job = fake_facts(config, MEDIA, gpu=GPU).job
     with pytest.raises(UserError, match=r"^train\.toml: seed='7' must be a whole number\.$"):
         MusubiEngine().train(job, {"seed": "7"})

@@ -1,4 +1,4 @@
-"""musubi-tuner's own rules: what it refuses, or misreads, is told before anything is downloaded."""
+"""musubi-tuner's own rules: what it refuses or misreads is reported before any download."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ BROKEN: dict[tuple[str, ...], str] = {
 }
 
 
-# Each broken rule is told in one line that says what is wrong and what would be right.
+# Each broken rule is reported in one line that says what is wrong and what would be right.
 @pytest.mark.parametrize("overrides", BROKEN, ids=" ".join)
 def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
     assert list(problems_of(compose(*overrides))) == [BROKEN[overrides]]

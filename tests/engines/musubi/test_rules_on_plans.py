@@ -53,30 +53,30 @@ def test_warmup_longer_than_the_run() -> None:
     assert str(error.value) == (
         "scheduler.warmup_steps=30 must not exceed the run's 20 steps (rex)."
     )
-    told = plan("scheduler=cosine", *steps, items=PICTURES).notices
+    lines = plan("scheduler=cosine", *steps, items=PICTURES).notices
     line = (
         "scheduler.warmup_steps=30 is not below the run's 20 steps: the learning rate is never "
         "reached."
     )
-    assert line in told
+    assert line in lines
     assert line not in plan("scheduler=cosine", "training.max_steps=31", items=PICTURES).notices
 
 
 # A warm-up of just the run's length reaches the rate after the last step: a notice; one step less
 # is none. rex ends with neither.
 def test_warmup_as_long_as_the_run() -> None:
-    def told(scheduler: str, steps: int) -> bool:
+    def lines(scheduler: str, steps: int) -> bool:
         given = (f"scheduler={scheduler}", f"training.max_steps={steps}")
         notices = plan(*given, "scheduler.warmup_steps=30", items=PICTURES).notices
         return any("the learning rate is never reached" in notice for notice in notices)
 
-    assert told("cosine", 30)
-    assert not told("cosine", 31)
-    assert told("rex", 30)
+    assert lines("cosine", 30)
+    assert not lines("cosine", 31)
+    assert lines("rex", 30)
 
 
 # LoHa and LoKr take a dropout and never use it.
-def test_dropout_without_effect_is_told() -> None:
+def test_dropout_without_effect_is_reported() -> None:
     line = (
         "network.dropout does nothing with network=loha; network.args.rank_dropout and "
         "network.args.module_dropout do."
@@ -116,7 +116,7 @@ def test_the_number_of_cycles_is_passed_on(name: str) -> None:
 
 
 # Adafactor that sets its own rate takes no notice of the learning rate: that is said.
-def test_a_learning_rate_without_effect_is_told() -> None:
+def test_a_learning_rate_without_effect_is_reported() -> None:
     line = (
         "optimizer.learning_rate=0.0001 does nothing: Adafactor sets its own rate, unless "
         "optimizer.args.relative_step=false and optimizer.args.warmup_init=false."
