@@ -140,7 +140,8 @@ def fake_facts(
     """Facts as a disk would give them, with paths that are the same on every machine."""
     from runner.core.command import Command
     from runner.data.balance import weigh
-    from runner.data.select import Source, select, source_options
+    from runner.data.select import Source, select
+    from runner.data.source_options import source_options
     from runner.engines.base import NO_GPU, EngineInstall
     from runner.engines.registry import engine_named
     from runner.formats.train_toml import WeightPaths

@@ -118,8 +118,9 @@ def make_sound(path: Path) -> Path:
 
 def with_corrections(items: Sequence[SourceMedia]) -> list[tuple[SourceMedia, Correction]]:
     """Media with the corrections that the default options give them."""
-    from runner.config.schema import DatasetConfig
-    from runner.data.select import correction_of, source_options
+    from runner.config.dataset_schema import DatasetConfig
+    from runner.data.select import correction_of
+    from runner.data.source_options import source_options
 
     (options,) = source_options(DatasetConfig())
     return [(item, correction_of(item, options, "t2v")) for item in items]

@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from runner.config.schema import SourceConfig, options
+from runner.config.dataset_schema import SourceConfig
+from runner.config.schema import options
 from runner.core.text import did_you_mean, nearest
 
 # Tables whose keys are not the runner's, but arguments of an optimizer or a network.

@@ -9,9 +9,10 @@ from typing import Any
 
 from runner.config import colours
 from runner.config.colours import hex_colour
+from runner.config.dataset_schema import SourceConfig
 from runner.config.latent_frames import nearest_frames, valid_frames
 from runner.config.option import Bounds, Option
-from runner.config.schema import RunConfig, SourceConfig, options
+from runner.config.schema import RunConfig, options
 from runner.core.text import did_you_mean, is_text_encoding
 
 

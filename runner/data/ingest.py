@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.data.select import (
-    Source,
-    SourceOptions,
-    correction_of,
-    is_refused,
-    source_options,
-    would_be_selected,
-)
+from runner.data.select import Source, correction_of, is_refused, would_be_selected
+from runner.data.source_options import SourceOptions, source_options
 from runner.storage.shared_cache import SharedCache
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.config.schema import FRAME_EXTRACTIONS
+from runner.config.dataset_schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 from runner.formats.bucket import Size
 from runner.formats.frames import FrameExtraction

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
+from runner.config.dataset_schema import FRAME_EXTRACTIONS
 from runner.config.latent_frames import valid_frames
-from runner.config.schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 
 MODEL_FPS = 24.0

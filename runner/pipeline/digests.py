@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from runner.config.dataset_schema import DatasetConfig, SourceConfig
 from runner.config.option import Digests
 from runner.config.rules import value_of
-from runner.config.schema import DatasetConfig, SourceConfig, options
-from runner.data.select import SourceOptions, source_options
+from runner.config.schema import options
+from runner.data.source_options import SourceOptions, source_options
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
 from runner.storage.shared_cache import json_digest

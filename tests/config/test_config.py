@@ -8,8 +8,9 @@ import pytest
 from conftest import compose, problems_of, run_program
 from in_process import program_here
 
+from runner.config.dataset_schema import DatasetConfig
 from runner.config.groups import conf_folder, groups
-from runner.config.schema import DatasetConfig, RunConfig, options
+from runner.config.schema import RunConfig, options
 
 CHOICES = [
     f"{group}={name}"
@@ -76,7 +77,7 @@ def test_every_option_has_help() -> None:
 
 # Sources are typed: an entry takes what it leaves out from the dataset.
 def test_sources_are_typed_and_inherit() -> None:
-    from runner.data.select import source_options
+    from runner.data.source_options import source_options
 
     config = compose(
         "dataset.sources=[{path: a.zip, num_repeats: 2}, {path: b, resolution: [64, 64]}]",

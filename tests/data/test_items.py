@@ -15,9 +15,9 @@ from runner.data.select import (
     is_held_out,
     item_id,
     select,
-    source_options,
     would_be_selected,
 )
+from runner.data.source_options import source_options
 
 TINY = ["engine=diffusers", "model=tiny"]
 

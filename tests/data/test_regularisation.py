@@ -9,7 +9,8 @@ from conftest import compose, fake_item, problems_of
 
 from runner.core.errors import UserError
 from runner.data.balance import weigh
-from runner.data.select import Selection, Source, select, source_options
+from runner.data.select import Selection, Source, select
+from runner.data.source_options import source_options
 
 TINY = ["engine=diffusers", "model=tiny", "optimizer=adamw"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.config.schema import FRAME_EXTRACTIONS
+from runner.config.dataset_schema import FRAME_EXTRACTIONS
 from runner.core.errors import UserError
 from runner.formats.frames import (
     Crop,

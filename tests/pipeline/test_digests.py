@@ -11,6 +11,7 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.config import schema
+from runner.config.dataset_schema import SourceConfig
 from runner.config.option import Option, option, part
 from runner.config.rules import value_of
 from runner.config.schema import RunConfig, options
@@ -110,7 +111,7 @@ def test_options_of_the_dataset_are_asked_for(key: str, several: bool) -> None:
     value = VALUES.get(key, other(one, value_of(config, one.key)))
     whole = key in ("missing_captions", "validation_fraction", "background")
     if several:
-        sources = [schema.SourceConfig(path="/one"), schema.SourceConfig(path="/two")]
+        sources = [SourceConfig(path="/one"), SourceConfig(path="/two")]
         config = changed(config, "dataset.sources", sources)
     again = copy.deepcopy(config)
     setattr(again.dataset if whole or not several else again.dataset.sources[1], key, value)

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from runner.config.schema import SOURCE_KINDS
+from runner.config.dataset_schema import SOURCE_KINDS
 from runner.core.errors import UserError
 from runner.core.text import printable
 from runner.data.sources.open_archive import archive_kind

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runner.config.schema import SourceKind
+from runner.config.dataset_schema import SourceKind
 from runner.core.file_identity import Identity
 from runner.data.corrections.model import AS_STORED, Correction, Display
 from runner.formats.bucket import Size

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from runner.config.schema import SourceKind
+from runner.config.dataset_schema import SourceKind
 from runner.core.errors import UserError
 from runner.core.file_identity import Identity, identity_of
 from runner.core.text import printable
