@@ -186,7 +186,7 @@ def test_closed_folders_are_named(tmp_path: Path) -> None:
     made(tmp_path / "d", "a.png", "closed/b.png", "listed/c.png", "listed/c.txt", "secret.png")
     made(tmp_path, "top/a.png", "m.zip")
     modes = {"d/closed": 0o000, "d/listed": 0o444, "d/secret.png": 0, "top": 0, "m.zip": 0}
-    for name, mode in modes.items():
+    for name, mode in modes.media():
         (tmp_path / name).chmod(mode)
     command = [sys.executable, "-c", PROBE, "d", "top", "top/a.png", "m.zip"]
     if os.geteuid() == 0:
