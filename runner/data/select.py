@@ -244,7 +244,7 @@ def would_be_selected(media: SourceMedia, options: SourceOptions, task: str) -> 
 def correction_of(media: SourceMedia, options: SourceOptions, task: str) -> Correction:
     """Return the correction of media that :func:`select` takes."""
     if media.media_kind == "image":
-        return picture_correction(media.name, media.mode, media.display, options.background)
+        return picture_correction(media.mode, media.display, options.background)
     extraction = _extraction_for_task(options, task, [])
     return clip_correction(
         media.size,

@@ -27,6 +27,8 @@ ARCHIVE_EXTENSIONS = (
 
 # The formats that a picture may have, whatever its ending, for the `formats` of PIL's Image.open:
 # with all of PIL's, a JPG that is PostScript starts Ghostscript. JPEG includes MPO.
+# musubi-tuner's Pillow (11.3 or later) reads all but HEIF, whatever a JSONL file's names end in
+# (https://github.com/kohya-ss/musubi-tuner/blob/v0.3.4/src/musubi_tuner/dataset/datasources.py).
 PIL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "HEIF", "TIFF", "GIF")
 
 # Files that systems make by themselves, which nobody misses.
@@ -49,17 +51,6 @@ def media_kind_of(name: str) -> MediaKind | None:
 def is_archive(name: str) -> bool:
     """Return whether the file's extension is that of an archive that can be read."""
     return name.lower().endswith(ARCHIVE_EXTENSIONS)
-
-
-def needs_copy(name: str) -> bool:
-    """Return whether musubi-tuner can't open a file of this ending.
-
-    It opens what a JSONL file names whatever the ending is: pictures with its Pillow (11.3 or
-    later, which reads all but HEIF), clips with PyAV
-    (https://github.com/kohya-ss/musubi-tuner/blob/v0.3.4/src/musubi_tuner/dataset/datasources.py
-    and media_utils.py there).
-    """
-    return name.lower().endswith((".heic", ".heif"))
 
 
 def left_over(names: Iterable[str]) -> str | None:

@@ -179,6 +179,25 @@ def test_other_streams_do_not_confuse(tmp_path: Path) -> None:
     assert np.array_equal(frames, seen(plain)[2])
 
 
+# Transparency of a clip is blended as that of a picture is.
+def test_transparent_clips_are_blended(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("ffv1", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgra"
+        image = np.full((48, 64, 4), (200, 0, 0, 0), np.uint8)
+        image[24:, :, 3] = 255
+        for _ in range(3):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgba")))
+        out.mux(stream.encode())
+    _, correction, frames = seen(path)
+    assert correction.background == "#ffffff"
+    assert frames[1][5, 5].tolist() == [255, 255, 255]
+    assert frames[1][40, 5].tolist() == [200, 0, 0]
+
+
 # Interlaced clips are known, and those of which an end is missing.
 def test_interlaced_and_cut_clips_are_known(tmp_path: Path) -> None:
     assert probe_clip(odd_clip(tmp_path / "a.mp4", interlaced=True)).display.interlaced

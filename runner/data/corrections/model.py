@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from runner.formats.bucket import Size
 from runner.formats.frames import MODEL_FPS, FrameExtraction, choose
-from runner.formats.media_types import needs_copy
 
 # Increase when a correction gives other pixels or frames, so that older copies are not used.
 CORRECTION_VERSION = 1
@@ -38,6 +37,7 @@ class Display:
         profile: the name of a colour profile whose colours differ from sRGB; "" for sRGB.
         shrink: the factor by which a huge picture is read smaller, across and down.
         pictures: the number of pictures in an animated file.
+        heif: whether a picture is a HEIF file, which musubi-tuner can't open.
         stream: the index of the clip among the file's video streams; cover pictures are others.
         pixel_aspect: width and height of a clip's pixels, as far as that changes its size.
         transfer: the transfer function of an HDR clip.
@@ -53,6 +53,7 @@ class Display:
     profile: str = ""
     shrink: int = 1
     pictures: int = 1
+    heif: bool = False
     stream: int = 0
     pixel_aspect: tuple[int, int] = (1, 1)
     transfer: Transfer = ""
@@ -146,19 +147,16 @@ NO_CORRECTION = Correction()
 AS_STORED = Display()
 
 
-def picture_correction(
-    name: str, mode: str | None, display: Display, background: str
-) -> Correction:
+def picture_correction(mode: str | None, display: Display, background: str) -> Correction:
     """Return the correction of a picture.
 
     Args:
-        name: its file name.
         mode: PIL's mode.
         display: how it is displayed.
         background: the colour behind transparent pixels.
     """
     return Correction(
-        as_rgb=mode != "RGB" or needs_copy(name),
+        as_rgb=mode != "RGB" or display.heif,
         orientation=display.orientation,
         background=background if display.transparent else "",
         white=display.white,

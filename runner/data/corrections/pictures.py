@@ -92,6 +92,7 @@ def picture_display(image: Image.Image, shrink: int = 1) -> Display:
         profile=_profile_name(image),
         shrink=shrink,
         pictures=pictures,
+        heif=image.format == "HEIF",
     )
 
 
