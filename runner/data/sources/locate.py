@@ -120,7 +120,9 @@ def _kind_of_folder(
     also = f" and media such as {media}" if media is not None else ""
     held = ", ".join(p.name for p in archives)
     raise UserError(
-        printable(f"{path} holds {held}{also}: say which with dataset.path={path}/<name>")
+        printable(
+            f"{path} holds {held}{also}: say which with dataset.path={path.rstrip('/')}/<name>"
+        )
     )
 
 
