@@ -15,6 +15,7 @@ from conftest import TOP
 from media_factory import make_clip, make_image
 from odd_media import TIMES, corners_of, number_of, odd_clip
 
+from runner.core.errors import UserError
 from runner.data.corrections.clips import corrected_frames, write_clip
 from runner.data.corrections.model import Correction, clip_correction, target_rate
 from runner.data.sources.probe import Properties, probe_clip
@@ -177,6 +178,29 @@ def test_other_streams_do_not_confuse(tmp_path: Path) -> None:
     found, _, frames = seen(path)
     assert (found.size, found.frames) == ((64, 48), 9)
     assert np.array_equal(frames, seen(plain)[2])
+
+
+# A cover picture alone, as music has it, is no clip.
+def test_a_cover_is_no_clip(tmp_path: Path) -> None:
+    import av
+    from av.stream import Disposition
+
+    path = tmp_path / "song.mp4"
+    cover = make_image(tmp_path / "cover.png", (32, 32)).read_bytes()
+    with av.open(str(path), "w") as out:
+        pictures = out.add_stream("png", rate=1)
+        pictures.width, pictures.height, pictures.pix_fmt = 32, 32, "rgb24"
+        pictures.disposition = Disposition.attached_pic
+        sound: Any = out.add_stream("aac", rate=44100)
+        packet = av.Packet(cover)
+        packet.stream, packet.pts, packet.dts, packet.time_base = pictures, 0, 0, Fraction(1)
+        out.mux(packet)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        out.mux(sound.encode(silence))
+        out.mux(sound.encode())
+    with pytest.raises(UserError, match="it has no video stream"):
+        probe_clip(path)
 
 
 # Transparency of a clip is blended as that of a picture is.

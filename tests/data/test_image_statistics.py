@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from bad_media import PHOTOS, blurred, make_bad_media, photo, saved
 from conftest import compose, fake_facts, report_of, tree
-from media_factory import with_corrections
+from media_factory import make_image, with_corrections
+from odd_media import odd_clip
 
 from runner.data.corrections.model import NO_CORRECTION as PLAIN
+from runner.data.corrections.model import Correction
 from runner.data.report import image_statistics as looking
 from runner.data.report.image_statistics import (
     ImageStatistics,
@@ -114,6 +116,18 @@ def test_a_fade_is_not_black(folder: Path) -> None:
     look = measure_clip(folder / "fade.mp4")
     assert look.fine
     assert look.brightness > 50
+
+
+# Of a picture and a clip that look different as stored, both are shown.
+def test_before_and_after(tmp_path: Path) -> None:
+    turned = odd_clip(tmp_path / "a.mp4", orientation=6)
+    after = measure_clip(turned, Correction(orientation=6))
+    before = measure_clip(turned)
+    assert (after.stored, before.stored) == (before.thumbnail, "")
+    assert after.thumbnail != before.thumbnail
+    with make_image(tmp_path / "b.png").open("rb") as stream:
+        picture = measure_picture(stream, Correction(orientation=3))
+    assert picture.stored not in ("", picture.thumbnail)
 
 
 # What was seen is kept by content, so that another run or another place of the same media looks at

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 from conftest import compose, tree
-from media_factory import key_of, make_clip, make_image, with_corrections
+from media_factory import key_of, make_clip, make_image, pattern, with_corrections
+from odd_media import odd_clip, saved
 
 from runner.core.errors import UserError
 from runner.data.ingest import ScanOptions, scan_sources
@@ -422,6 +423,27 @@ def test_nothing_is_doubled(tmp_path: Path) -> None:
     (tmp_path / "m.zip").rename(tmp_path / "other" / "m.zip")
     ingest(tmp_path / "other", *options, "task=i2v")
     assert set(entries(tmp_path / "other")) == {key_of(by_name["long.mp4"])}
+
+
+# Corrected pictures are made while an archive is read; clips later, since that takes long.
+def test_corrected_media_of_an_archive(tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(Image.fromarray(pattern((64, 48))), "PNG", exif=exif)
+    clip = odd_clip(tmp_path / "b.mp4", orientation=6)
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("a.png", turned)
+        archive.write(clip, "b.mp4")
+        for name in ("a.txt", "b.txt"):
+            archive.writestr(name, "words")
+    clip.unlink()
+    source = ingest(tmp_path, "dataset.target_frames=[1]")
+    kept = entries(tmp_path)
+    assert set(kept) == {key_of(item) for item in source.media if item.name == "a.png"}
+    with Image.open(io.BytesIO(*kept.values())) as image:
+        assert image.size == (48, 64)
 
 
 # What will be refused for its captions, or as pictures for i2v, leaves no trace.

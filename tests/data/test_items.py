@@ -9,6 +9,7 @@ import pytest
 from conftest import compose, fake_facts, fake_item, plan_of
 
 from runner.core.errors import UserError
+from runner.data.corrections.model import Display
 from runner.data.select import (
     Selection,
     dataset_fingerprint,
@@ -109,6 +110,17 @@ def test_missing_captions() -> None:
         "ohwx, a thing",
         "ohwx, a thing",
     ]
+
+
+# A correction changes what is trained on, and so the dataset's fingerprint; a mode alone does not.
+def test_corrections_are_in_the_fingerprint() -> None:
+    plain = fake_item("a.png", mode="RGBA")
+    turned = replace(plain, display=Display(orientation=6), size=plain.size)
+    prints = {
+        dataset_fingerprint(selection([item]).items)
+        for item in (plain, replace(plain, mode="RGB"), turned)
+    }
+    assert len(prints) == 2
 
 
 # The split goes by content: an item stays on its side whatever else is in the dataset, and a
