@@ -440,6 +440,7 @@ def test_corrected_media_of_an_archive(tmp_path: Path) -> None:
             archive.writestr(name, "words")
     clip.unlink()
     source = ingest(tmp_path, "dataset.target_frames=[1]")
+    assert ([item.name for item in source.media], source.ignored) == (["a.png", "b.mp4"], ())
     kept = entries(tmp_path)
     assert set(kept) == {key_of(item) for item in source.media if item.name == "a.png"}
     with Image.open(io.BytesIO(*kept.values())) as image:
