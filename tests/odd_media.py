@@ -35,7 +35,7 @@ TIMES: dict[str, list[float]] = {
     "60": [n / 60 for n in range(60)],
     "phone": list(accumulate([1 / 30] * 20 + [1 / 60] * 20 + [1 / 40] * 10, initial=0.0)),
     "uneven": list(accumulate((0.02 + 0.025 * (n * 7 % 10) / 10 for n in range(60)), initial=0.0)),
-    "pause": list(accumulate([1 / 30] * 10 + [0.2] * 6 + [1 / 15] * 8, initial=0.0)),
+    "pause": list(accumulate([1 / 29] * 10 + [0.2] * 6 + [1 / 14] * 8, initial=0.0)),
 }
 CORNERS = np.array([[(250, 10, 10), (10, 250, 10)], [(10, 10, 250), (240, 240, 20)]], np.uint8)
 

@@ -222,6 +222,57 @@ def test_transparent_clips_are_blended(tmp_path: Path) -> None:
     assert frames[1][40, 5].tolist() == [200, 0, 0]
 
 
+# A clip that starts late and one whose sound is longer are not cut; a clip that can only be decoded
+# in part is left out, with how much of it is left.
+def test_what_only_seems_cut(tmp_path: Path) -> None:
+    late = odd_clip(tmp_path / "late.mkv", [time + 5 for time in TIMES["24"]])
+    assert probe_clip(late).display.frames_stated is None
+    long_sound = tmp_path / "sound.mkv"
+    import av
+
+    with (
+        av.open(str(make_clip(tmp_path / "a.mp4", 24))) as source,
+        av.open(str(long_sound), "w") as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        sound: Any = out.add_stream("aac", rate=44100)
+        for number in range(130):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 44100, number * 1024
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode())
+        for part in source.demux(video=0):
+            if part.dts is not None:
+                part.stream = stream
+                out.mux(part)
+    found = probe_clip(long_sound)
+    assert (found.frames, found.display.frames_stated) == (24, None)
+    whole = odd_clip(tmp_path / "b.mp4", TIMES["24"])
+    cut = tmp_path / "cut.mp4"
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(cut), "w", options={"movflags": "faststart"}) as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for part in source.demux(video=0):
+            if part.dts is not None:
+                part.stream = stream
+                out.mux(part)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    with pytest.raises(UserError, match=r"it is damaged or cut short after \d+ frames \("):
+        probe_clip(cut)
+
+
+# A pause does not slow down the rest: the usual step between frames counts, not the average.
+def test_a_pause_keeps_the_rate(tmp_path: Path) -> None:
+    times = [n / 24 for n in range(20)] + [10 + n / 24 for n in range(20)]
+    _, correction, frames = seen(odd_clip(tmp_path / "a.mp4", times))
+    assert correction.rate == pytest.approx(24, rel=1e-3)
+    assert [number_of(frame) for frame in frames[:20]] == list(range(20))
+    assert {number_of(frame) for frame in frames[20:239]} == {19}
+    assert number_of(frames[-1]) == 39
+
+
 # Interlaced clips are known, and those of which an end is missing.
 def test_interlaced_and_cut_clips_are_known(tmp_path: Path) -> None:
     assert probe_clip(odd_clip(tmp_path / "a.mp4", interlaced=True)).display.interlaced

@@ -108,7 +108,9 @@ def test_corrections_are_reported() -> None:
     assert lines["interlaced"].endswith("fields.mp4.")
     rows = dict(summary_rows(made))
     assert rows["rates"].startswith("frames per second: 24 (4 clips), 16 (1 clip), 60 to 24 (1")
-    native = report([fake_item("fast.mp4", fps=60.0)], "dataset.fps=native")
+    single = fake_item("one.mp4", fps=60.0, frames=1)
+    native = report([fake_item("fast.mp4", fps=60.0), single], "dataset.fps=native")
+    assert native.findings[0].names == "fast.mp4 (60 per second)"
     assert [finding.category for finding in native.findings if finding.serious] == ["slow-motion"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from runner.formats.bucket import Size
@@ -227,16 +228,19 @@ def played_frames(
     every = range(frames)
     if target is None or fps is None or frames < 2:
         return None, every
-    if fps <= target * (1 + RATE_TOLERANCE):
-        if not display.times:
-            return None, every
-        target = fps
+    if display.times:
+        # A pause must not slow all the rest: the usual step counts, not the average one.
+        steps = sorted(later - earlier for earlier, later in pairwise(display.times))
+        target = min(target, 1 / max(steps[len(steps) // 2], 1e-3))
+    elif fps <= target * (1 + RATE_TOLERANCE):
+        return None, every
     # Half a time rounds up; what a product of fractions is short of it is rounding of its own.
     slots = [
         int((display.times[index] if display.times else index / fps) * target + 0.5 + 1e-6)
         for index in every
     ]
-    count = max(1, int(frames / fps * target + 0.5 + 1e-6))
+    seconds = display.times[-1] + 1 / target if display.times else frames / fps
+    count = max(1, int(seconds * target + 0.5 + 1e-6))
     return target, [bisect_right(slots, n) - 1 for n in range(count)]
 
 

@@ -30,8 +30,8 @@ def misleading(media: Sequence[ReportedItem], sources: Sequence[Source]) -> Iter
         media,
         "slow-motion",
         [i for i, (target, rate) in rates.items() if rate > target * (1 + RATE_TOLERANCE)],
-        f"are faster than {MODEL_FPS:g} frames per second and keep every frame: slow motion is "
-        "learned (dataset.fps=auto would bring them to the model's rate)",
+        f"are faster than {MODEL_FPS:g} frames per second, and every frame is kept: slow motion is "
+        "learned (dataset.fps=auto brings clips to the model's rate)",
         serious=True,
         note=lambda i: _per_second(rates[i][1]),
     )
@@ -131,7 +131,7 @@ def _trained_rate(
 
     def rates(medium: ReportedItem) -> tuple[float, float] | None:
         options, media = sources[medium.item.source].options, medium.item.media
-        if media.media_kind == "image":
+        if media.media_kind == "image" or media.frames < 2:
             return None
         given = options.extraction.source_fps
         if given is not None:

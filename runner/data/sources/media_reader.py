@@ -103,6 +103,8 @@ class MediaReader:
             raise
         except Exception as error:
             # Decoders raise all kinds of errors on damaged data; one bad file must not end a scan.
+            if listed.file is not None and not listed.file.stat().st_size:
+                return "can't be read: it is empty", began
             if type(error).__name__ == "UnidentifiedImageError":
                 return "can't be read: it is not a picture", began
             reason = getattr(error, "strerror", None) or error or type(error).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from runner.core.errors import UserError
+from runner.core.text import counted
 from runner.data.corrections.clips import clip_stream, frame_display, open_clip
 from runner.data.corrections.model import (
     Display,
@@ -155,7 +157,7 @@ def _probe(
         first, times = counted
         tick = float(stream.time_base or 0)
         frames, fps = len(times), _rate(times, tick, stream.average_rate or stream.guessed_rate)
-        stated = _frames_stated(container, stream, fps)
+        stated = _frames_stated(container, stream, min(times), fps)
         display = replace(
             frame_display(first, stream),
             times=uneven_times(times),
@@ -180,23 +182,49 @@ def _rate(times: list[float], tick: float, stated: Fraction | None) -> float | N
     return float(stated) if stated and abs(1 - fps / stated) <= 2 * tick / seconds else fps
 
 
-def _frames_stated(container: InputContainer, stream: VideoStream, fps: float | None) -> int | None:
-    """Return the number of frames that fit into the duration that the header states."""
+def _frames_stated(
+    container: InputContainer, stream: VideoStream, first: float, fps: float | None
+) -> int | None:
+    """Return the number of frames that fit into the duration that the header states.
+
+    Args:
+        container: the clip.
+        stream: its pictures.
+        first: the time of its first frame in seconds.
+        fps: its frames per second.
+    """
     if fps is None:
         return None
     if stream.duration and stream.time_base:
         return round(float(stream.duration * stream.time_base) * fps)
-    return round(container.duration / 1_000_000 * fps) if container.duration else None
+    end = stream.metadata.get("DURATION", "")  # Matroska: the time at which the stream ends
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", end):
+        hours, minutes, seconds = map(float, match.groups())
+        return round((hours * 3600 + minutes * 60 + seconds - max(0.0, first)) * fps)
+    # The container's end is that of its longest stream.
+    if container.duration and len(container.streams) == 1:
+        return round((container.duration / 1_000_000 - max(0.0, first)) * fps)
+    return None
 
 
 def _count_decoded(container: InputContainer, stream: VideoStream) -> _Frames | None:
     stream.thread_type = "AUTO"
     # Several clips are probed at once, and each thread holds frames of its own.
     stream.codec_context.thread_count = 2
-    first, times = None, []
-    for frame in container.decode(stream):
-        first = first or frame
-        times.append(frame.time if frame.time is not None else float(len(times)))
+    import av
+
+    first: VideoFrame | None = None
+    times: list[float] = []
+    try:
+        for frame in container.decode(stream):
+            first = first or frame
+            times.append(frame.time if frame.time is not None else float(len(times)))
+    except av.FFmpegError as error:
+        if first is None:
+            raise
+        raise UserError(
+            f"it is damaged or cut short after {counted(len(times), 'frame')} ({error.strerror})"
+        ) from None
     return None if first is None else (first, times)
 
 
