@@ -89,6 +89,8 @@ def test_heic_is_read() -> None:
         ((RAMP / 65535 * 1.5).astype(np.float32), "TIFF", 1.5),
         ((RAMP / 257).astype(np.float32), "TIFF", 255.0),
         (RAMP.astype(np.float32), "TIFF", 65535.0),
+        ((RAMP / 65535 * 2 - 1).astype(np.float32), "TIFF", 1.0),
+        ((RAMP * 100).astype(np.int32), "TIFF", 6553500.0),
     ],
 )
 def test_deep_pictures_are_scaled(values: np.ndarray, kind: str, white: float) -> None:

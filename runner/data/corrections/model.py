@@ -35,6 +35,7 @@ class Display:
         orientation: rotation and mirroring, as EXIF numbers them (1 to 8).
         transparent: whether any pixel is transparent.
         white: the stored value of a picture that is white; None for 8 bits per channel.
+        black: the stored value that is black; below 0 where a picture has negative values.
         profile: the name of a colour profile whose colours differ from sRGB; "" for sRGB.
         shrink: the factor by which a huge picture is read smaller, across and down.
         pictures: the number of pictures in an animated file.
@@ -51,6 +52,7 @@ class Display:
     orientation: int = 1
     transparent: bool = False
     white: float | None = None
+    black: float = 0.0
     profile: str = ""
     shrink: int = 1
     pictures: int = 1
@@ -86,7 +88,8 @@ class Correction:
 
     Attributes:
         as_rgb: whether a picture is converted to 8-bit RGB.
-        orientation, white, profile, shrink, stream, transfer, peak: those of :class:`Display`.
+        orientation, white, black, profile, shrink, stream, transfer, peak: those of
+            :class:`Display`.
         background: the colour that transparent pixels are blended onto, as ``#rrggbb``.
         size: width and height of a clip's stored frames in square pixels, before rotation; None if
             the stored pixels are square.
@@ -98,6 +101,7 @@ class Correction:
     orientation: int = 1
     background: str = ""
     white: float | None = None
+    black: float = 0.0
     profile: str = ""
     shrink: int = 1
     stream: int = 0
@@ -161,6 +165,7 @@ def picture_correction(mode: str | None, display: Display, background: str) -> C
         orientation=display.orientation,
         background=background if display.transparent else "",
         white=display.white,
+        black=display.black,
         profile=display.profile,
         shrink=display.shrink,
     )

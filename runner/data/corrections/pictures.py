@@ -85,10 +85,12 @@ def picture_display(image: Image.Image, shrink: int = 1) -> Display:
     """
     pictures = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
     orientation = image.getexif().get(_ORIENTATION, 1)
+    black, white = _levels(image)
     return Display(
         orientation=orientation if orientation in range(2, 9) else 1,
         transparent=_is_transparent(image),
-        white=_white(image),
+        white=white,
+        black=black,
         profile=_profile_name(image),
         shrink=shrink,
         pictures=pictures,
@@ -116,7 +118,7 @@ def correct_picture(image: Image.Image, correction: Correction) -> Image.Image:
     if correction.background:
         image, alpha = _split_alpha(image)
     if correction.white is not None:
-        image = _scaled(image, correction.white)
+        image = _scaled(image, correction.black, correction.white)
     if correction.profile:
         image = _to_srgb(image)
     image = to_rgb(image)
@@ -201,32 +203,36 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     return colours, blended.getchannel("A")
 
 
-def _white(image: Image.Image) -> float | None:
-    """Return the stored value that is shown as white, of modes with more than 8 bits per channel.
+def _levels(image: Image.Image) -> tuple[float, float | None]:
+    """Return the stored values that are shown as black and white, of modes beyond 8 bits.
 
-    Integers are white at the end of their range, a float picture at 1, 255 or 65535: at the lowest
-    of them that no value exceeds; just above 1 at its largest value.
+    16-bit integers are white at the end of their range, 32-bit ones at 65535 or, if values exceed
+    that, at the largest; a float picture at 1, 255 or 65535: at the lowest of them that no value
+    exceeds, just above 1 at its largest value. Black is 0, or the lowest value if that is negative.
     """
     import numpy as np
 
     if image.mode in _WHITE:
-        return _WHITE[image.mode]
+        return 0.0, _WHITE[image.mode]
     if image.mode not in ("I", "F"):
-        return None
+        return 0.0, None
     values = np.asarray(image)
-    largest = float(np.max(values[np.isfinite(values)], initial=0))
-    ranges = (65535.0, 2.0**32 - 1) if image.mode == "I" else (1.0, 255.0, 65535.0)
+    finite = values[np.isfinite(values)]
+    largest, lowest = (float(end(finite, initial=0)) for end in (np.max, np.min))
     if image.mode == "F" and 1 < largest <= 16:
-        return largest
-    return next((white for white in ranges if largest <= white), largest)
+        return lowest, largest
+    ranges = (65535.0,) if image.mode == "I" else (1.0, 255.0, 65535.0)
+    return lowest, next((white for white in ranges if largest <= white), largest)
 
 
-def _scaled(image: Image.Image, white: float) -> Image.Image:
+def _scaled(image: Image.Image, black: float, white: float) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    values: np.ndarray = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=white)
-    scaled = Image.fromarray((np.clip(values / white, 0, 1) * 255 + 0.5).astype(np.uint8))
+    stored = np.asarray(image).astype(np.float32)
+    values: np.ndarray = np.nan_to_num(stored, nan=black, posinf=white, neginf=black)
+    share = np.clip((values - black) / (white - black), 0, 1)
+    scaled = Image.fromarray((share * 255 + 0.5).astype(np.uint8))
     scaled.info = image.info
     return scaled
 
