@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.engines.diffusers import cli, data, flow, models, network_files, options
+from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.train import Device
 from runner.formats.train_options import TrainOptions
 
@@ -48,7 +49,7 @@ def example_noise(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def example_losses(
-    model: nn.Module, example: flow.TrainingExample, device: Device, *, scale_condition: bool
+    forward: nn.Module, example: flow.TrainingExample, device: Device, *, scale_condition: bool
 ) -> list[float]:
     """Compute the loss of one example at each of the eight timesteps, in turn."""
     batch = flow.collate([example]).to(device.name)
@@ -56,7 +57,7 @@ def example_losses(
     for noise, t in zip(example_noise(example.latents), TIMES, strict=True):
         with device.autocast():
             errors, _ = flow.training_step(
-                model,
+                forward,
                 batch,
                 noise[None].to(device.name),
                 torch.tensor([t], device=device.name),
@@ -81,6 +82,7 @@ def evaluate(train_options: TrainOptions, dataset_config: str, lora: str) -> dic
     device = Device.choose(train_options)
     model = models.load_transformer(train_options.dit, dtype=device.weights, device=device.name)
     network = network_files.from_weights(model, weights).eval()
+    forward = Forward(model)
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}
     printed = time.monotonic()
@@ -89,7 +91,7 @@ def evaluate(train_options: TrainOptions, dataset_config: str, lora: str) -> dic
         for enabled, total in sums.items():
             network.enabled = enabled
             losses = example_losses(
-                model, example, device, scale_condition=not train_options.i2v_unscaled_condition
+                forward, example, device, scale_condition=not train_options.i2v_unscaled_condition
             )
             for index, loss in enumerate(losses):
                 total[index] += loss

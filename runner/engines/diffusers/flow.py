@@ -46,20 +46,21 @@ class TrainingExample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Stacked examples of one latent shape; text is padded, and masks are true on real tokens."""
+    """Stacked examples of one latent shape; text is padded, and its real lengths are numbers."""
 
     latents: Tensor
     text: Tensor
-    text_mask: Tensor
+    text_lengths: tuple[int, ...]
     byt5: Tensor
-    byt5_mask: Tensor
+    byt5_lengths: tuple[int, ...]
     condition: Tensor | None = None
     vision: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on another device."""
         moved: dict[str, Any] = {
-            name: None if value is None else value.to(device) for name, value in vars(self).items()
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
         }
         return Batch(**moved)
 
@@ -73,8 +74,8 @@ def collate(examples: Sequence[TrainingExample]) -> Batch:
     Raises:
         ValueError: some examples have a first-frame condition and some do not.
     """
-    text, text_mask = _pad([example.text for example in examples])
-    byt5, byt5_mask = _pad([example.byt5 for example in examples])
+    text, text_lengths = _pad([example.text for example in examples])
+    byt5, byt5_lengths = _pad([example.byt5 for example in examples])
     conditions = [example.condition for example in examples if example.condition is not None]
     visions = [example.vision for example in examples if example.vision is not None]
     if any(len(part) not in (0, len(examples)) for part in (conditions, visions)):
@@ -82,22 +83,17 @@ def collate(examples: Sequence[TrainingExample]) -> Batch:
     return Batch(
         latents=torch.stack([example.latents.float() for example in examples]),
         text=text,
-        text_mask=text_mask,
+        text_lengths=text_lengths,
         byt5=byt5,
-        byt5_mask=byt5_mask,
+        byt5_lengths=byt5_lengths,
         condition=torch.stack([part.float() for part in conditions]) if conditions else None,
         vision=torch.stack([part.float() for part in visions]) if visions else None,
     )
 
 
-def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    longest = max(sequence.shape[0] for sequence in sequences)
-    padded = torch.zeros(len(sequences), longest, sequences[0].shape[1])
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        padded[row, : sequence.shape[0]] = sequence.float()
-        mask[row, : sequence.shape[0]] = True
-    return padded, mask
+def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    padded = nn.utils.rnn.pad_sequence([s.float() for s in sequences], batch_first=True)
+    return padded, tuple(len(sequence) for sequence in sequences)
 
 
 def derived_seed(*purpose: object) -> int:
@@ -181,43 +177,13 @@ def model_input(noisy: Tensor, batch: Batch, *, scale_condition: bool) -> Tensor
     return torch.cat([noisy, latent, mask], dim=1)
 
 
-def predict(model: nn.Module, hidden: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-    """Predict the velocity.
-
-    Args:
-        model: a HunyuanVideo15Transformer3DModel.
-        hidden: [B, 65, F, h, w] from :func:`model_input`.
-        timestep: [B], in 0..1001.
-        batch: provides the text and image embeddings.
-
-    Returns:
-        [B, 32, F, h, w].
-    """
-    network: Any = model
-    vision = batch.vision
-    if vision is None:
-        # No image tokens at all, rather than zeros that would only be masked out.
-        width = network.config.image_embed_dim
-        vision = batch.text.new_zeros((hidden.shape[0], 0, width))
-    return network(
-        hidden_states=hidden,
-        timestep=timestep,
-        encoder_hidden_states=batch.text,
-        encoder_attention_mask=batch.text_mask,
-        encoder_hidden_states_2=batch.byt5,
-        encoder_attention_mask_2=batch.byt5_mask,
-        image_embeds=vision,
-        return_dict=False,
-    )[0]
-
-
 def training_step(
-    model: nn.Module, batch: Batch, noise: Tensor, t: Tensor, *, scale_condition: bool = True
+    forward: nn.Module, batch: Batch, noise: Tensor, t: Tensor, *, scale_condition: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Run one forward pass of flow matching.
 
     Args:
-        model: a HunyuanVideo15Transformer3DModel.
+        forward: the network, as :class:`runner.engines.diffusers.forward.Forward`.
         batch: latents unscaled.
         noise: [B, 32, F, h, w], standard normal.
         t: [B], timesteps in 0..1; 1 is pure noise. The network gets 1000 * t + 1.
@@ -231,6 +197,6 @@ def training_step(
     mix = t.view(-1, 1, 1, 1, 1)
     noisy = (1 - mix) * latents + mix * noise
     hidden = model_input(noisy, batch, scale_condition=scale_condition)
-    prediction = predict(model, hidden, t * 1000.0 + 1, batch)
+    prediction = forward(hidden, t * 1000.0 + 1, batch)
     error = nn.functional.mse_loss(prediction.float(), noise - latents, reduction="none")
     return error.mean(dim=(1, 2, 3, 4)), prediction

@@ -168,7 +168,7 @@ class Previewer:
         self._conditions = self._encode(options, prompts)
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, *, epoch: int) -> list[Path]:
+    def sample(self, forward: nn.Module, *, epoch: int) -> list[Path]:
         """Make every preview.
 
         Returns:
@@ -176,7 +176,7 @@ class Previewer:
         """
         files = []
         for index, conditions in enumerate(self._conditions):
-            latents = self.latents(model, conditions)
+            latents = self.latents(forward, conditions)
             frames = self._decode(latents)
             seed = conditions.prompt.seed
             stem = self._folder / f"{self._name}_e{epoch:06d}_{index:02d}_{seed}"
@@ -184,7 +184,7 @@ class Previewer:
             print(f"preview {files[-1]}", flush=True)
         return files
 
-    def latents(self, model: nn.Module, conditions: Conditions) -> Tensor:
+    def latents(self, forward: nn.Module, conditions: Conditions) -> Tensor:
         """Sample scaled latents [1, 32, F, h, w] from noise."""
         prompt = conditions.prompt
         shape = conditions.positive.latents.shape
@@ -192,21 +192,21 @@ class Previewer:
         noise = torch.randn(shape, generator=generator).to(self._device)
 
         def velocity(latents: Tensor, time: float) -> Tensor:
-            wanted = self._velocity(model, latents, time, conditions.positive)
+            wanted = self._velocity(forward, latents, time, conditions.positive)
             if conditions.negative is None:
                 return wanted
-            plain = self._velocity(model, latents, time, conditions.negative)
+            plain = self._velocity(forward, latents, time, conditions.negative)
             return plain + prompt.guidance * (wanted - plain)
 
         return euler(velocity, noise, steps=prompt.steps, shift=prompt.shift)
 
     def _velocity(
-        self, model: nn.Module, latents: Tensor, time: float, batch: flow.Batch
+        self, forward: nn.Module, latents: Tensor, time: float, batch: flow.Batch
     ) -> Tensor:
         batch = batch.to(self._device)
         hidden = flow.model_input(latents, batch, scale_condition=not self._unscaled)
         timestep = latents.new_full((1,), 1000 * time)
-        return flow.predict(model, hidden, timestep, batch).float()
+        return forward(hidden, timestep, batch).float()
 
     def _decode(self, latents: Tensor) -> np.ndarray:
         vae = self._vae.to(self._device)

@@ -40,6 +40,7 @@ from runner.engines.diffusers import (
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
+from runner.engines.diffusers.forward import Forward
 from runner.formats.dtypes import torch_dtype
 from runner.formats.train_options import TrainOptions
 
@@ -165,10 +166,11 @@ class Trainer:
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
 
         self.previewer = sampling.previewer(train_options, self.device.name)
-        self.model: Any = models.load_transformer(
+        model = models.load_transformer(
             train_options.dit, dtype=self.device.weights, device=self.device.name
         )
-        self.network = networks.create(self.model, spec, seed=seed)
+        self.forward = Forward(model, checkpointing=train_options.gradient_checkpointing)
+        self.network = networks.create(model, spec, seed=seed)
         if train_options.network_weights is not None:
             network_files.start_from(self.network, train_options.network_weights)
         self.optimizer, optimizer_description = optimizers.build_optimizer(
@@ -178,8 +180,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.name, enabled=self.device.compute == torch.float16
         )
-        if train_options.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
         # Separate generators, so that another rank or dropout does not change noise and timesteps.
         self.noise_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
         self.timestepstep_generator = torch.Generator().manual_seed(
@@ -254,7 +254,7 @@ class Trainer:
         device = self.device.name
         with self.device.autocast():
             errors, _ = flow.training_step(
-                self.model,
+                self.forward,
                 batch.to(device),
                 noise.to(device),
                 t.to(device),
@@ -300,7 +300,7 @@ class Trainer:
     def _preview(self, epoch: int) -> None:
         if self.previewer is not None:
             with torch.random.fork_rng(devices=[]), self.device.autocast():
-                self.previewer.sample(self.model, epoch=epoch)
+                self.previewer.sample(self.forward, epoch=epoch)
 
     def _in_evaluation_mode(self, call: Callable[[], None]) -> None:
         """Make a call in evaluation mode, then return to training mode."""

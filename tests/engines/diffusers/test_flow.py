@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 
 from runner.core.errors import UserError
 from runner.engines.diffusers import flow, networks
+from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 
 # Threads spend far more time waiting for each other than this small network takes.
@@ -45,13 +46,14 @@ def item(
 def test_loss_falls_below_half(i2v: bool) -> None:
     model = tiny()
     network = networks.create(model, networks.NetworkSpec(rank=16, alpha=16), seed=1).train()
+    forward = Forward(model)
     batch = flow.collate([item(1, i2v=i2v), item(2, text=7, byt5=0, i2v=i2v)])
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([0.3, 0.8])
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     losses = []
     for _ in range(200):
-        errors, _ = flow.training_step(model, batch, noise, t)
+        errors, _ = flow.training_step(forward, batch, noise, t)
         optimizer.zero_grad()
         errors.mean().backward()
         optimizer.step()
@@ -61,43 +63,32 @@ def test_loss_falls_below_half(i2v: bool) -> None:
 
 # Text padding reaches nothing: an item alone and beside one with a longer caption give the same.
 def test_padding_does_not_matter() -> None:
-    model = tiny()
+    forward = Forward(tiny())
     items = [item(1, text=4, byt5=0), item(2, text=9, byt5=6)]
     together = flow.collate(items)
     noise = torch.randn(together.latents.shape, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([0.2, 0.6])
-    errors, prediction = flow.training_step(model, together, noise, t)
+    errors, prediction = flow.training_step(forward, together, noise, t)
     for index, one in enumerate(items):
         alone = flow.collate([one])
         error, single = flow.training_step(
-            model, alone, noise[index : index + 1], t[index : index + 1]
+            forward, alone, noise[index : index + 1], t[index : index + 1]
         )
         assert torch.allclose(single[0], prediction[index], atol=1e-5)
         assert torch.allclose(error[0], errors[index], atol=1e-5)
 
 
-# t2v is the network's own t2v: no image tokens at all, and zeros that it masks, agree.
-def test_no_image_tokens_equal_masked_zeros() -> None:
-    model = tiny()
-    batch = flow.collate([item(1)])
-    hidden = torch.randn(1, 65, 1, 4, 6, generator=torch.Generator().manual_seed(5))
-    timestep = torch.tensor([400.0])
-    ours = flow.predict(model, hidden, timestep, batch)
-    zeros = flow.Batch(**{**vars(batch), "vision": torch.zeros(1, 16, 32)})
-    assert torch.allclose(ours, flow.predict(model, hidden, timestep, zeros), atol=1e-5)
-
-
 # The formulas: x = (1-t)*1.03682*latents + t*noise, given the timestep 1000t+1, target noise -
 # latents.
 def test_step_formula() -> None:
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
 
     class Echo(torch.nn.Module):
-        config = type("Config", (), {"image_embed_dim": 32})
-
-        def forward(self, **kwargs: torch.Tensor) -> tuple[torch.Tensor]:
-            seen.update(kwargs)
-            return (torch.zeros_like(kwargs["hidden_states"][:, :32]),)
+        def forward(
+            self, hidden: torch.Tensor, timestep: torch.Tensor, batch: flow.Batch
+        ) -> torch.Tensor:
+            seen.update(hidden=hidden, timestep=timestep)
+            return torch.zeros_like(hidden[:, :32])
 
     batch = flow.collate([item(1), item(2)])
     noise = torch.randn(batch.latents.shape)
@@ -106,9 +97,9 @@ def test_step_formula() -> None:
     scaled = batch.latents * 1.03682
     for index, time in enumerate(t.tolist()):
         mixed = (1 - time) * scaled[index] + time * noise[index]
-        assert torch.allclose(seen["hidden_states"][index, :32], mixed)
+        assert torch.allclose(seen["hidden"][index, :32], mixed)
         assert torch.allclose(errors[index], ((noise - scaled)[index] ** 2).mean())
-    assert not seen["hidden_states"][:, 32:].any()
+    assert not seen["hidden"][:, 32:].any()
     assert seen["timestep"].tolist() == [251.0, 501.0]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from runner.core.errors import UserError
 from runner.engines.diffusers import flow, network_files, networks
+from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.formats.transformer_keys import BLOCK_LINEARS
 
@@ -40,7 +41,7 @@ def prediction(model: torch.nn.Module) -> Tensor:
     )
     hidden = torch.randn(1, 65, 1, 4, 6, generator=stream)
     with torch.no_grad():
-        return flow.predict(model, hidden, torch.tensor([500.0]), batch)
+        return Forward(model)(hidden, torch.tensor([500.0]), batch)
 
 
 def randomise(network: networks.Network) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from runner.engines.diffusers import flow, networks
+from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.formats import transformer_keys
 
@@ -73,7 +74,9 @@ def step(
     z = math.sqrt(2) * torch.erfinv(2 * torch.tensor(case.uniform) - 1)
     t = flow.TimeSampling("shift", given.FLOW_SHIFT).from_normal(z)
     batch, noise = batch_of(case)
-    errors, prediction = flow.training_step(model, batch, noise, t, scale_condition=scale_condition)
+    errors, prediction = flow.training_step(
+        Forward(model), batch, noise, t, scale_condition=scale_condition
+    )
     loss = errors.mean()
     loss.backward()
     return prediction.detach(), loss.detach(), 1000 * t + 1, network
@@ -138,9 +141,8 @@ def test_checkpointing_changes_nothing() -> None:
     for checkpointed in (False, True):
         model = build_model()
         network = networks.create(model, networks.NetworkSpec(rank=2), seed=3).train()
-        if checkpointed:
-            model.enable_gradient_checkpointing()
-        errors, _ = flow.training_step(model, batch, noise, torch.tensor([0.4]))
+        forward = Forward(model, checkpointing=checkpointed)
+        errors, _ = flow.training_step(forward, batch, noise, torch.tensor([0.4]))
         errors.mean().backward()
         gradients.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -1,0 +1,131 @@
+"""The forward pass of the transformer in training, over the modules of diffusers' class.
+
+It computes what ``HunyuanVideo15Transformer3DModel.forward`` does (as musubi-tuner v0.3.4 does:
+``tests/engines/diffusers/test_parity.py``) without its dense masks of tokens by tokens, and without
+waiting for the GPU: the lengths of the captions are known on the host. Captions of a batch are
+embedded one by one, so that no padding enters, and padded only for the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from runner.engines.diffusers.attention import JointAttention
+from runner.engines.diffusers.flow import Batch
+
+# A double block: (video, text, embedding, lengths, rotary) to new video and text tokens.
+Block = Callable[..., tuple[Tensor, Tensor]]
+# Under the compiler text is padded to a multiple of this, because every length is compiled anew.
+COMPILED_TEXT_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the double blocks are given.
+
+    Attributes:
+        video: [B, N, width], one token for each position of the latents.
+        text: [B, L, width]: SigLIP's, ByT5's and Qwen2.5-VL's tokens, then padding.
+        embedding: [B, width], of the timestep.
+        lengths: [B] int64 on the CPU: video and text tokens without padding.
+        rotary: cosines and sines, each [N, channels of a head].
+    """
+
+    video: Tensor
+    text: Tensor
+    embedding: Tensor
+    lengths: Tensor
+    rotary: tuple[Tensor, Tensor]
+
+    def float(self) -> BlockInputs:
+        """Return the same inputs in fp32."""
+        tensors = (self.video.float(), self.text.float(), self.embedding.float())
+        return BlockInputs(*tensors, self.lengths, self.rotary)
+
+
+class Forward(nn.Module):
+    """The forward pass; nothing before the blocks is trained, so no gradients are kept there.
+
+    Attributes:
+        model: the HunyuanVideo15Transformer3DModel, whose attention processors are replaced.
+        blocks: its double blocks as they are called; the compiler puts its own in their place.
+        checkpointing: keep only the inputs of each block, and compute it again in the backward
+            pass.
+        text_multiple: text is padded to a multiple of this many tokens.
+    """
+
+    def __init__(self, model: nn.Module, *, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        double_blocks: Any = model.transformer_blocks
+        for block in double_blocks:
+            block.attn.set_processor(JointAttention())
+        self.blocks: Sequence[Block] = list(double_blocks)
+        self.checkpointing = checkpointing
+        self.text_multiple = 1
+
+    def forward(self, hidden: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            hidden: [B, 65, F, h, w] from :func:`runner.engines.diffusers.flow.model_input`.
+            timestep: [B], in 0..1001.
+            batch: provides the text and image embeddings.
+
+        Returns:
+            [B, 32, F, h, w].
+        """
+        inputs = self.embed(hidden, timestep, batch)
+        video = self.run_blocks(self.blocks, inputs)
+        model: Any = self.model
+        video = model.proj_out(model.norm_out(video, inputs.embedding))
+        # Patches are of one latent pixel.
+        result: Tensor = video.transpose(1, 2).unflatten(2, hidden.shape[2:])
+        return result
+
+    @torch.no_grad()
+    def embed(self, hidden: Tensor, timestep: Tensor, batch: Batch) -> BlockInputs:
+        """Compute what the blocks are given; the arguments are those of :meth:`forward`."""
+        model: Any = self.model
+        video = model.x_embedder(hidden)
+        items = [self._text(timestep, batch, item) for item in range(len(hidden))]
+        longest = max(len(item) for item in items)
+        padded = -(-longest // self.text_multiple) * self.text_multiple
+        text = torch.stack([nn.functional.pad(i, (0, 0, 0, padded - len(i))) for i in items])
+        lengths = torch.tensor([video.shape[1] + len(item) for item in items])
+        return BlockInputs(video, text, model.time_embed(timestep), lengths, model.rope(hidden))
+
+    def run_blocks(self, blocks: Sequence[Block], inputs: BlockInputs) -> Tensor:
+        """Run double blocks one after the other.
+
+        Returns:
+            The video tokens [B, N, width] behind the last one.
+        """
+        video, text = inputs.video, inputs.text
+        rest = (inputs.embedding, inputs.lengths, inputs.rotary)
+        for block in blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                video, text = checkpoint(block, video, text, *rest, use_reentrant=False)
+            else:
+                video, text = block(video, text, *rest)
+        return video
+
+    def _text(self, timestep: Tensor, batch: Batch, item: int) -> Tensor:
+        """Embed the conditions of one item, [its tokens, width]."""
+        model: Any = self.model
+        kinds = model.cond_type_embed.weight
+        one = slice(item, item + 1)
+        parts = []
+        if batch.vision is not None:
+            parts.append(model.image_embedder(batch.vision[one]) + kinds[2])
+        if glyphs := batch.byt5_lengths[item]:
+            parts.append(model.context_embedder_2(batch.byt5[one, :glyphs]) + kinds[1])
+        words = batch.text[one, : batch.text_lengths[item]]
+        parts.append(model.context_embedder(words, timestep[one]) + kinds[0])
+        return torch.cat(parts, dim=1)[0]

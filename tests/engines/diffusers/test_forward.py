@@ -1,0 +1,140 @@
+"""The forward pass without masks, and its attention."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15Transformer3DModel,
+)
+from torch import Tensor, nn
+
+from runner.engines.diffusers import flow, networks
+from runner.engines.diffusers.attention import attention
+from runner.engines.diffusers.forward import Forward
+from runner.engines.diffusers.models import TINY_TRANSFORMER
+
+torch.set_num_threads(1)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build_model() -> HunyuanVideo15Transformer3DModel:
+    torch.manual_seed(0)
+    return HunyuanVideo15Transformer3DModel(**TINY_TRANSFORMER).requires_grad_(False).eval()
+
+
+def batch_of(*lengths: tuple[int, int], i2v: bool) -> flow.Batch:
+    """Make a batch of items with these numbers of Qwen2.5-VL and ByT5 tokens."""
+    return flow.collate(
+        [
+            flow.TrainingExample(
+                random(32, 2, 4, 6, seed=i),
+                random(text, 64, seed=i + 10),
+                random(glyphs, 32, seed=i + 20),
+                random(33, 2, 4, 6, seed=i + 30) if i2v else None,
+                random(5, 32, seed=i + 40) if i2v else None,
+            )
+            for i, (text, glyphs) in enumerate(lengths)
+        ]
+    )
+
+
+def masked(model: nn.Module, hidden: Tensor, timestep: Tensor, batch: flow.Batch) -> Tensor:
+    """Predict with diffusers' own forward pass, which masks padding."""
+
+    def mask(lengths: tuple[int, ...]) -> Tensor:
+        return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+    vision = torch.zeros(len(hidden), 5, 32) if batch.vision is None else batch.vision
+    result: Tensor = model(
+        hidden_states=hidden,
+        timestep=timestep,
+        encoder_hidden_states=batch.text,
+        encoder_attention_mask=mask(batch.text_lengths),
+        encoder_hidden_states_2=batch.byt5,
+        encoder_attention_mask_2=mask(batch.byt5_lengths),
+        image_embeds=vision,
+        return_dict=False,
+    )[0]
+    return result
+
+
+# Without masks the prediction and every LoRA gradient are those of diffusers' own forward pass,
+# which masks: for one item and for two of different lengths, padded further or not.
+@pytest.mark.parametrize("text_multiple", [1, 16])
+@pytest.mark.parametrize("i2v", [False, True], ids=["t2v", "i2v"])
+@pytest.mark.parametrize("lengths", [((5, 3),), ((7, 0), (4, 6))], ids=["one", "two"])
+def test_equals_the_masked_forward_pass(
+    lengths: tuple[tuple[int, int], ...], i2v: bool, text_multiple: int
+) -> None:
+    batch = batch_of(*lengths, i2v=i2v)
+    hidden = random(len(lengths), 65, 2, 4, 6, seed=50)
+    timestep = torch.tensor([300.0, 800.0])[: len(lengths)]
+    results = []
+    for ours in (False, True):
+        model = build_model()
+        network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
+        with torch.no_grad():
+            for number, parameter in enumerate(network.parameters()):
+                parameter.copy_(0.2 * random(*parameter.shape, seed=number))
+        if ours:
+            forward = Forward(model)
+            forward.text_multiple = text_multiple
+            prediction = forward(hidden, timestep, batch)
+        else:
+            prediction = masked(model, hidden, timestep, batch)
+        prediction.square().mean().backward()
+        gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+        results.append({"prediction": prediction.detach(), **gradients})
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        assert (results[1][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
+
+
+# The operator is PyTorch's attention on the real tokens, in both directions, and padding gets
+# zeros, whatever the layout of the gradient.
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_attention_is_that_of_the_real_tokens(heads_first: bool) -> None:
+    lengths = (9, 4)
+    inputs = [random(2, 9, 3, 16, seed=seed).requires_grad_() for seed in range(3)]
+    gradient = random(2, 9, 3, 16, seed=4)
+    if heads_first:
+        gradient = gradient.transpose(1, 2).contiguous().transpose(1, 2)
+    result, _ = attention(*inputs, torch.tensor(lengths))
+    found = torch.autograd.grad(result, inputs, gradient)
+
+    expected = torch.zeros_like(result)
+    for item, length in enumerate(lengths):
+        query, key, value = (tensor[item, :length].transpose(0, 1) for tensor in inputs)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        expected[item, :length] = attended.transpose(0, 1)
+    assert torch.allclose(result, expected, atol=1e-6)
+    assert not result[1, 4:].any()
+    for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+# The operator keeps what PyTorch promises the compiler of one: shapes and layouts without data,
+# and a registered backward pass.
+def test_attention_is_a_lawful_operator() -> None:
+    inputs = [random(2, 9, 3, 16, seed=seed).requires_grad_() for seed in range(3)]
+    torch.library.opcheck(attention, (*inputs, torch.tensor([9, 4])))
+
+
+# The blocks of a copy in fp32 train the same adapters: the check of compiled gradients needs it.
+def test_copied_blocks_have_the_same_adapters() -> None:
+    model = build_model()
+    network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
+    forward = Forward(model)
+    batch = batch_of((5, 3), i2v=False)
+    inputs = forward.embed(random(1, 65, 2, 4, 6, seed=5), torch.tensor([300.0]), batch)
+    blocks = [copy.deepcopy(block).float() for block in model.transformer_blocks]
+    forward.run_blocks(blocks, inputs.float()).square().mean().backward()
+    name = "lora_unet_double_blocks_0_img_attn_q.lora_up.weight"
+    gradient = dict(network.named_parameters())[name].grad
+    assert gradient is not None and gradient.any()
