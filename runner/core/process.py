@@ -189,6 +189,14 @@ def log_lines(log: Path) -> list[str] | None:
     return [line.rstrip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
 
 
+def notices(log: Path) -> Iterator[str]:
+    """Yield what a process said in lines of its log that begin with ``note: ``."""
+    with suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("note: "):
+                yield line.removeprefix("note: ").rstrip()
+
+
 def best_line(lines: list[str]) -> str:
     """Return the line that best says what went wrong, cut to a readable length."""
     if not lines:

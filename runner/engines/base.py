@@ -54,13 +54,14 @@ class Job:
     """Everything that the commands of one run depend on.
 
     Paths in commands are relative to the run's folder unless absolute. ``memory`` has every option
-    filled in.
+    filled in, and ``root`` is the output folder.
     """
 
     config: RunConfig
     engine: EngineInstall
     weights: WeightPaths
     memory: MemoryConfig
+    root: Path
 
 
 class Engine(Protocol):

@@ -249,7 +249,6 @@ class TrainOptions:
         "training.compile",
         lambda r: r.compile_blocks or None,
         default=False,
-        embedded="ignored",
     )
     # torch's default limit of 8 is too low: in a run with 12 shapes and block swap, shapes after
     # the second were not compiled (docs/development/musubi-proof.md). musubi-tuner recommends 32.

@@ -44,7 +44,7 @@ class Inputs(RunEnvironment):
     @property
     def job(self) -> Job:
         """The part that the engine's commands depend on."""
-        return Job(self.config, self.engine, self.weights.paths, self.memory)
+        return Job(self.config, self.engine, self.weights.paths, self.memory, self.root)
 
 
 @dataclass(frozen=True)

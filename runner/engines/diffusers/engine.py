@@ -12,6 +12,7 @@ from typing import Any
 from runner import __version__
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
+from runner.core.errors import UserError
 from runner.core.paths import checkout
 from runner.core.process import last_error
 from runner.engines.base import (
@@ -21,11 +22,13 @@ from runner.engines.base import (
     latents_arguments,
     text_arguments,
 )
+from runner.engines.compiling import reason_against
 from runner.engines.diffusers import rules
 from runner.engines.diffusers.check import check_optimizer, is_certain
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.weights import model_weights
 from runner.engines.memory import filled, largest_tier
+from runner.engines.musubi.check import cannot_compile
 from runner.formats.train_options import optimizer_args
 from runner.formats.train_toml import render
 from runner.hub.weights import LocatedWeights
@@ -64,7 +67,10 @@ class DiffusersEngine:
         *,
         trains: bool,
     ) -> EngineInstall:
-        return replace(install, cannot_compile=no_gpu_reason) if gpu is None else install
+        if gpu is None or not trains or config.training.compile == "none":
+            return install
+        python = Command((install.python,))
+        return replace(install, cannot_compile=cannot_compile(python))
 
     def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         optimizer = job.config.optimizer
@@ -93,7 +99,17 @@ class DiffusersEngine:
         return model_weights(config, root)
 
     def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
-        return False, None
+        mode = job.config.training.compile
+        if mode == "none" or (mode == "auto" and gpu is None):
+            return False, None
+        why = gpu and reason_against(job.config, gpu, job.engine.cannot_compile)
+        if job.config.network.args.get("module_dropout"):
+            why = "network.args.module_dropout leaves out other modules at each step"
+        if why and mode == "always":
+            raise UserError(
+                f"training.compile=always: {why}. training.compile=auto goes on without it."
+            )
+        return not why, f"torch.compile is off: {why}." if why else None
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:
         return self._command(job, "cache_latents", *latents_arguments(job, dataset_toml))
@@ -102,7 +118,10 @@ class DiffusersEngine:
         return self._command(job, "cache_text", *text_arguments(job, dataset_toml))
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
-        return self._command(job, "train", "--config_file", "train.toml")
+        arguments = ["--config_file", "train.toml"]
+        if options.get("compile"):
+            arguments += ["--compile_folder", str(job.root / "cache" / "compiled")]
+        return self._command(job, "train", *arguments)
 
     def evaluate(self, job: Job, dataset_toml: str) -> Command | None:
         return self._command(

@@ -54,9 +54,10 @@ class Forward(nn.Module):
 
     Attributes:
         model: the HunyuanVideo15Transformer3DModel, whose attention processors are replaced.
-        blocks: its double blocks as they are called; the compiler puts its own in their place.
+        blocks: its double blocks.
         checkpointing: keep only the inputs of each block, and compute it again in the backward
             pass.
+        choose_blocks: chooses compiled or plain blocks for a training step.
         text_multiple: text is padded to a multiple of this many tokens.
     """
 
@@ -68,6 +69,7 @@ class Forward(nn.Module):
             block.attn.set_processor(JointAttention())
         self.blocks: Sequence[Block] = list(double_blocks)
         self.checkpointing = checkpointing
+        self.choose_blocks: Callable[[BlockInputs], Sequence[Block]] | None = None
         self.text_multiple = 1
 
     def forward(self, hidden: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
@@ -82,7 +84,11 @@ class Forward(nn.Module):
             [B, 32, F, h, w].
         """
         inputs = self.embed(hidden, timestep, batch)
-        video = self.run_blocks(self.blocks, inputs)
+        blocks = self.blocks
+        # Previews and evaluations have shapes of their own, too few of each to compile for.
+        if self.choose_blocks is not None and torch.is_grad_enabled():
+            blocks = self.choose_blocks(inputs)
+        video = self.run_blocks(blocks, inputs)
         model: Any = self.model
         video = model.proj_out(model.norm_out(video, inputs.embedding))
         # Patches are of one latent pixel.

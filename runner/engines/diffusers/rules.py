@@ -109,11 +109,6 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"training.attention={training.attention} needs engine=musubi; engine=diffusers takes "
             "sdpa."
         )
-    if training.compile == "always":
-        yield (
-            "training.compile=always needs engine=musubi; engine=diffusers does not compile: take "
-            "auto or none."
-        )
     if training.save_state or training.resume_from:
         yield "training.save_state and training.resume_from need engine=musubi."
     if training.timestep_sampling not in _TIMESTEP_SAMPLINGS:

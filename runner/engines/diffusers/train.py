@@ -40,7 +40,7 @@ from runner.engines.diffusers import (
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
-from runner.engines.diffusers.forward import Forward
+from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE, Forward
 from runner.formats.dtypes import torch_dtype
 from runner.formats.train_options import TrainOptions
 
@@ -141,9 +141,19 @@ class Trainer:
     """One training run, from loaded parts to saved files."""
 
     def __init__(
-        self, train_options: TrainOptions, datasets: Sequence[data.Dataset], seed: int
+        self,
+        train_options: TrainOptions,
+        datasets: Sequence[data.Dataset],
+        seed: int,
+        compile_folder: Path = Path("compiled"),
     ) -> None:
         """Load the transformer and build network, optimizer and schedule.
+
+        Args:
+            train_options: the options of train.toml.
+            datasets: what to train on.
+            seed: the seed of every random stream.
+            compile_folder: where compiled code is kept, if it is wanted.
 
         Raises:
             UserError: an option is not supported, or weights cannot be loaded.
@@ -173,6 +183,18 @@ class Trainer:
         self.network = networks.create(model, spec, seed=seed)
         if train_options.network_weights is not None:
             network_files.start_from(self.network, train_options.network_weights)
+        if train_options.compile:
+            from runner.engines.diffusers.compiling import Compiler
+
+            settings = {
+                "weights": str(self.device.weights),
+                "arithmetic": str(self.device.compute),
+                "checkpointing": str(train_options.gradient_checkpointing),
+                "network": str(spec),
+            }
+            compiler = Compiler(self.forward, self.network, settings, compile_folder)
+            self.forward.choose_blocks = compiler.blocks
+            self.forward.text_multiple = COMPILED_TEXT_MULTIPLE
         self.optimizer, optimizer_description = optimizers.build_optimizer(
             train_options, self.network.parameter_groups(train_options.learning_rate)
         )
@@ -346,7 +368,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="train", description="Train a HunyuanVideo 1.5 LoRA.")
     parser.add_argument("--config_file", required=True, help="train.toml")
-    train_options = options.read(parser.parse_args(arguments).config_file)
+    parser.add_argument(
+        "--compile_folder",
+        type=Path,
+        default="compiled",
+        help="where compiled code, and what was found out about it, is kept",
+    )
+    parsed = parser.parse_args(arguments)
+    train_options = options.read(parsed.config_file)
     datasets = data.scan(train_options.dataset_config, train_options.task)
     seed = (
         random.SystemRandom().randrange(2**32) if train_options.seed is None else train_options.seed
@@ -354,7 +383,7 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         # Costs nothing on the CPU, and warns if an operation has no deterministic form.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    trainer = Trainer(train_options, datasets, seed)
+    trainer = Trainer(train_options, datasets, seed, parsed.compile_folder)
     item_count = sum(len(dataset.examples) for dataset in datasets)
     print(
         f"{item_count} items, {trainer.batches} batches per epoch, {trainer.steps} steps, "

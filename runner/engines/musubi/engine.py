@@ -24,6 +24,7 @@ from runner.engines.base import (
     latents_arguments,
     text_arguments,
 )
+from runner.engines.compiling import reason_against
 from runner.engines.memory import filled, largest_tier
 from runner.engines.musubi import option_paths, rules
 from runner.engines.musubi.check import cannot_compile, check_environment
@@ -204,13 +205,6 @@ class MusubiEngine:
 
 
 def _cannot_compile(job: Job, gpu: Gpu | None) -> str | None:
-    config = job.config
     if gpu is None:
         return job.engine.cannot_compile or NO_GPU
-    if gpu.capability < (7, 0):
-        return f"Triton needs compute capability 7.0 ({gpu.name} has less)"
-    if config.precision.mixed_precision == "bf16" and gpu.capability < (8, 0):
-        return f"below compute capability 8.0 ({gpu.name}) it leaves out bf16"
-    if config.precision.fp8_base and gpu.capability < (8, 9):
-        return f"below compute capability 8.9 ({gpu.name}) it cannot compile fp8"
-    return job.engine.cannot_compile
+    return reason_against(job.config, gpu, job.engine.cannot_compile)

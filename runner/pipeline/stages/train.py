@@ -10,7 +10,7 @@ from runner.config.schema import RunConfig
 from runner.core.command import Command
 from runner.core.console import Bar
 from runner.core.errors import StageError
-from runner.core.process import log_lines
+from runner.core.process import log_lines, notices
 from runner.core.text import counted
 from runner.data.select import shapes
 from runner.pipeline.context import Context
@@ -78,6 +78,8 @@ class Train(Stage):
                     _collect_samples(context)
                 except OSError as error:
                     context.console.notice(f"previews were not kept in samples: {error.strerror}")
+                for notice in notices(context.log(self.name)):
+                    context.console.notice(notice)
         if warning:
             context.console.notice(warning)
         final, log = context.run_dir / _FINAL, context.log(self.name)

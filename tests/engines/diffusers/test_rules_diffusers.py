@@ -57,10 +57,6 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("training.attention=xformers",): (
         "training.attention=xformers needs engine=musubi; engine=diffusers takes sdpa."
     ),
-    ("training.compile=always",): (
-        "training.compile=always needs engine=musubi; engine=diffusers does not compile: take auto "
-        "or none."
-    ),
     ("training.save_state=true",): (
         "training.save_state and training.resume_from need engine=musubi."
     ),
@@ -92,6 +88,7 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("precision.mixed_precision=no",),
         ("precision=fp16",),
         ("training.compile=none",),
+        ("training.compile=always",),
         ("training.seed=4294967296",),
         ("network.exclude=['.*(?=attn).*']",),
         ("optimizer=custom", "optimizer.type=PagedLion8bit"),

@@ -314,7 +314,9 @@ def test_an_unread_card_is_reported(
     assert (memory.name, str(note)[1 : len(expected)]) == ("24gb", expected[1:])
     found = EngineInstall("python", "1")
     facts = engine.examine(found, config, memory, gpu, without, trains=True)
-    _, why = engine.compiles(Job(config, facts, WeightPaths("", "", "", "", ""), memory), gpu)
+    _, why = engine.compiles(
+        Job(config, facts, WeightPaths("", "", "", "", ""), memory, Path()), gpu
+    )
     assert str(why).startswith(f"torch.compile is off: {expected}")
 
 

@@ -1,0 +1,246 @@
+"""Compile the double blocks, and use them only where their gradients were found right.
+
+The compiler has given wrong gradients without a message, with a right loss
+(docs/development/compiled-gradients.md): lost sums in inductor's mixed reductions, which are
+switched off here, and a fault of its vector code on CPUs, likewise. Others of the kind would be
+found by the check: before a shape is trained on for the first time, the LoRA gradients of a few
+blocks are computed in fp32, uncompiled and compiled. The verdict is kept for each combination of
+GPU, versions, settings and shape.
+
+Each shape is compiled by itself. Compiled code is kept in the same folder as the verdicts, so that
+a later run has it in seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.core.atomic import write_text
+from runner.engines.diffusers.forward import Block, BlockInputs, Forward
+from runner.engines.diffusers.networks import Network
+
+# The third is the first one whose text tokens matter to a later block and have gradients to keep.
+_CHECKED_BLOCKS = 3
+# The largest error of compiled gradients may be this many times the largest uncompiled one.
+MAX_RATIO = 1.5
+# In fp32 both errors are rounding of the last digits, and their ratio means nothing.
+_ROUNDING = 1e-3
+_VERDICTS = "gradients.json"
+_CODE = "code"
+
+
+@dataclass(frozen=True)
+class GradientErrors:
+    """The largest relative error of a LoRA tensor's gradient, against fp32: ||g - r|| / ||r||."""
+
+    uncompiled: float
+    compiled: float
+
+    @property
+    def right(self) -> bool:
+        """Whether compiled gradients are no worse than they may be; NaN never is."""
+        return self.compiled <= MAX_RATIO * max(self.uncompiled, _ROUNDING)
+
+
+class Compiler:
+    """Compiled blocks of a network, and for which shapes they may be used.
+
+    Args:
+        forward: the forward pass.
+        network: the adapters, attached to its model.
+        settings: what the compiled code depends on besides versions, GPU and shape.
+        folder: where verdicts and compiled code are kept.
+    """
+
+    def __init__(
+        self, forward: Forward, network: Network, settings: Mapping[str, str], folder: Path
+    ) -> None:
+        self._forward, self._network = forward, network
+        self._device = next(network.parameters()).device
+        self._settings = {**_environment(self._device), **settings}
+        self._verdicts = folder / _VERDICTS
+        self._right: set[str] = set()
+        self.off = False
+        # Read by inductor when it is imported.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / _CODE))
+        self._compiled = compiled(forward.blocks)
+
+    def blocks(self, inputs: BlockInputs) -> Sequence[Block]:
+        """Return the blocks to use for these inputs: compiled, unless that is or was found wrong.
+
+        The first time that a shape is wrong the compiler is off for the rest of the run.
+        """
+        shape = "x".join(map(str, (*inputs.video.shape[:2], inputs.text.shape[1])))
+        if not self.off and shape not in self._right:
+            problem = self._problem(shape, inputs)
+            if problem is None:
+                self._right.add(shape)
+            else:
+                self.off = True
+                print(f"note: torch.compile is off for the rest of this run: {problem}", flush=True)
+        return self._forward.blocks if self.off else self._compiled
+
+    def _problem(self, shape: str, inputs: BlockInputs) -> str | None:
+        """Return why compiled blocks can't be used for a shape, or None."""
+        settings = {**self._settings, "shape": shape}
+        key = json.dumps(settings, sort_keys=True)
+        errors = self._known().get(key)
+        if errors is None:
+            began = time.monotonic()
+            print(f"compiling for {shape} (items x video tokens x text tokens)", flush=True)
+            try:
+                errors = gradient_errors(self._forward, self._network, self._compiled, inputs)
+            except Exception as error:
+                # Not a verdict: memory can be free and a compiler installed the next time.
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                return f"{shape} could not be compiled and checked ({reason})"
+            self._keep(key, errors)
+            print(
+                f"gradients against fp32: uncompiled off by {errors.uncompiled:.2%} at most, "
+                f"compiled by {errors.compiled:.2%}; {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+        if errors.right:
+            return None
+        return (
+            f"its gradients are wrong here for {shape} (off by {errors.compiled:.2%}, uncompiled "
+            f"by {errors.uncompiled:.2%})"
+        )
+
+    def _known(self) -> dict[str, GradientErrors]:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            kept = json.loads(self._verdicts.read_text("utf-8"))
+            return {key: GradientErrors(**errors) for key, errors in kept.items()}
+        return {}
+
+    def _keep(self, key: str, errors: GradientErrors) -> None:
+        # Another run may have added verdicts; one that is lost is made again.
+        kept = {**self._known(), key: errors}
+        self._verdicts.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({key: vars(errors) for key, errors in kept.items()}, indent=1)
+        write_text(self._verdicts, text + "\n")
+
+
+def compiled(blocks: Sequence[Block]) -> list[Block]:
+    """Return compiled forms of blocks, which share their weights; compiled at the first call."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    settings: Any = inductor
+    settings.triton.mix_order_reduction = False
+    settings.cpp.max_horizontal_fusion_size = 1
+    # Each shape is another two graphs; over the limit blocks would silently run uncompiled.
+    limits: Any = dynamo
+    limits.recompile_limit = limits.accumulated_recompile_limit = 1024
+    return [torch.compile(block, dynamic=False) for block in blocks]
+
+
+def gradient_errors(
+    forward: Forward, network: Network, compiled_blocks: Sequence[Block], inputs: BlockInputs
+) -> GradientErrors:
+    """Compare LoRA gradients of a few blocks, uncompiled and compiled, with those of fp32.
+
+    It computes in the autocast of the caller, whose weights and gradients stay as they are. The
+    loss is a product with random numbers, so that every output has a gradient.
+    """
+    of_blocks: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if match := re.search(r"double_blocks_(\d+)_", name):
+            of_blocks.setdefault(int(match[1]), []).append(parameter)
+    chosen = sorted(of_blocks)[:_CHECKED_BLOCKS]
+    parameters = [parameter for index in chosen for parameter in of_blocks[index]]
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(inputs.video.shape, generator=generator).to(inputs.video.device)
+    direction /= inputs.video[0].numel() ** 0.5
+
+    def gradients(blocks: Sequence[Any], given: BlockInputs) -> list[Tensor | None]:
+        video = forward.run_blocks(blocks, given)
+        loss = (video.float() * direction).sum()
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+    plain: list[Any] = [forward.blocks[index] for index in chosen]
+    with _some_update(network, parameters, generator):
+        with torch.autocast(inputs.video.device.type, enabled=False):
+            exact = [copy.deepcopy(block).float() for block in plain]
+            reference = gradients(exact, inputs.float())
+            del exact
+        uncompiled = gradients(plain, inputs)
+        found = gradients([compiled_blocks[index] for index in chosen], inputs)
+    return GradientErrors(largest_error(uncompiled, reference), largest_error(found, reference))
+
+
+def largest_error(found: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
+    """Return the largest ||g - r|| / ||r|| of pairs of tensors; infinite where one is NaN.
+
+    A gradient that must be zero or absent is measured by a millionth of the largest norm.
+    """
+    norms = [0.0 if right is None else float(right.norm()) for right in reference]
+    smallest = 1e-6 * max(norms)
+    errors = []
+    for gradient, right, norm in zip(found, reference, norms, strict=True):
+        if gradient is None and right is None:
+            continue
+        difference = 0 if gradient is None else gradient
+        difference = difference - (0 if right is None else right)
+        error = float(torch.as_tensor(difference).norm()) / max(norm, smallest)
+        errors.append(error if error == error else float("inf"))
+    return max(errors)
+
+
+@contextmanager
+def _some_update(
+    network: nn.Module, parameters: Sequence[nn.Parameter], generator: torch.Generator
+) -> Iterator[None]:
+    """Give adapters an update during the block: a new one is zero and hides half the gradients.
+
+    Dropout is off meanwhile: compiled and uncompiled code drop different values.
+    """
+    saved = [parameter.detach().clone() for parameter in parameters]
+    modes = {module: module.training for module in network.modules()}
+    drops = any(
+        getattr(module, name, None)
+        for module in modes
+        for name in ("dropout", "rank_dropout", "module_dropout")
+    )
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.01 * noise.to(parameter.device))
+        if drops:
+            network.eval()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """Describe hardware and versions that compiled code depends on."""
+    described: dict[str, str] = {"torch": str(torch.__version__)}
+    for package in ("triton", "diffusers", "hunyuan-lora-runner"):
+        with suppress(PackageNotFoundError):
+            described[package] = version(package)
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = str(torch.version.cuda)
+        described["cudnn"] = str(torch.backends.cudnn.version())
+    else:
+        described["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return described

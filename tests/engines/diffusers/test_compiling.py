@@ -1,0 +1,201 @@
+"""Compiled blocks are used only where their gradients were found right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_forward import batch_of, build_model, random
+from torch import Tensor
+from training_run import inside, write_run
+
+from runner.engines.diffusers import compiling, networks, train
+from runner.engines.diffusers.compiling import Compiler, GradientErrors, largest_error
+from runner.engines.diffusers.forward import Block, Forward
+
+INFINITE = float("inf")
+
+
+class WrongGradient(torch.autograd.Function):
+    """An identity whose backward pass is not one, as a fault of a compiler would be."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Tensor:
+        wrong: Tensor = gradients[0] * 1.01
+        return wrong
+
+
+def wrong_blocks(blocks: Sequence[Block]) -> list[Block]:
+    """Return blocks with the right output and a gradient that is off by one per cent."""
+
+    def wrapped(block: Block) -> Block:
+        def call(*inputs: Any) -> tuple[Tensor, Tensor]:
+            video, text = block(*inputs)
+            return WrongGradient.apply(video), text
+
+        return call
+
+    return [wrapped(block) for block in blocks]
+
+
+def compiler(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: Callable[[Sequence[Block]], list[Block]],
+    **spec: Any,
+) -> tuple[Compiler, Forward, networks.Network]:
+    monkeypatch.setattr(compiling, "compiled", compiled)
+    model = build_model()
+    network = networks.create(model, networks.NetworkSpec(rank=2, **spec), seed=1).train()
+    forward = Forward(model)
+    made = Compiler(forward, network, {}, folder)
+    forward.choose_blocks = made.blocks
+    return made, forward, network
+
+
+def predict(forward: Forward, text: int = 5) -> Tensor:
+    prediction: Tensor = forward(
+        random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch_of((text, 3), i2v=False)
+    )
+    return prediction
+
+
+# The error is that of the worst tensor, relative to its own size; what must be zero or absent is
+# measured by the others, and NaN is never a pass.
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([3.0, 4.0, None, 0.0], 0.0),
+        ([3.0, 4.4, None, 0.0], 0.1),
+        ([3.6, 4.0, None, 0.0], 0.2),
+        ([float("nan"), 4.0, None, 0.0], INFINITE),
+        ([None, 4.0, None, 0.0], 1.0),
+        ([3.0, 4.0, 4e-6, 0.0], 1.0),
+        ([3.0, 4.0, None, 4e-6], 1.0),
+    ],
+)
+def test_error_is_of_the_worst_tensor(found: list[float | None], expected: float) -> None:
+    def tensors(values: Sequence[float | None]) -> list[Tensor | None]:
+        return [None if value is None else torch.tensor([value, 0.0]) for value in values]
+
+    error = largest_error(tensors(found), tensors([3.0, 4.0, None, 0.0]))
+    assert error == pytest.approx(expected)
+
+
+# One and a half times the uncompiled error passes, more does not, and NaN does not.
+def test_limit_of_the_compiled_error() -> None:
+    assert GradientErrors(0.02, 0.0299).right
+    assert not GradientErrors(0.02, 0.0301).right
+    assert GradientErrors(0.0, 1e-6).right
+    assert not GradientErrors(0.02, INFINITE).right
+
+
+# Wrong gradients with a right output switch the compiler off for the run, which says so; the
+# verdict is kept, and the next run does not even try.
+def test_wrong_gradients_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, forward, _ = compiler(tmp_path, monkeypatch, wrong_blocks)
+    predict(forward)
+    said = capsys.readouterr().out
+    assert made.off
+    assert "note: torch.compile is off for the rest of this run: its gradients are wrong" in said
+
+    def failing(*_: Any) -> GradientErrors:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(compiling, "gradient_errors", failing)
+    again, forward, _ = compiler(tmp_path, monkeypatch, wrong_blocks)
+    predict(forward)
+    assert again.off
+    assert "its gradients are wrong" in capsys.readouterr().out
+
+
+# Right blocks are used, each shape is checked once, and a shape that was not seen is checked.
+def test_each_shape_is_checked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used: list[int] = []
+
+    def counting(blocks: Sequence[Block]) -> list[Block]:
+        def wrapped(number: int, block: Block) -> Block:
+            def call(*inputs: Any) -> tuple[Tensor, Tensor]:
+                used.append(number)
+                return block(*inputs)
+
+            return call
+
+        return [wrapped(number, block) for number, block in enumerate(blocks)]
+
+    made, forward, _ = compiler(tmp_path, monkeypatch, counting)
+    for text, checks in ((5, 1), (5, 0), (7, 1)):
+        used.clear()
+        predict(forward, text)
+        assert not made.off
+        assert used[-2:] == [0, 1]
+        assert capsys.readouterr().out.count("gradients against fp32") == checks
+    # Nothing is trained in a preview, which uses the plain blocks.
+    used.clear()
+    with torch.no_grad():
+        predict(forward)
+    assert not used
+
+
+# The check leaves weights, gradients, modes and the random state as they were.
+def test_check_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, forward, network = compiler(tmp_path, monkeypatch, list, dropout=0.5)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = torch.get_rng_state()
+    batch = batch_of((5, 3), i2v=False)
+    inputs = forward.embed(random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
+    errors = compiling.gradient_errors(forward, network, forward.blocks, inputs)
+    # The same blocks in fp32 thrice: dropout was off, and the adapters had an update.
+    assert errors == GradientErrors(0.0, 0.0)
+    assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(module.training for module in network.modules())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# A compiler that fails (no C++ compiler, say) costs the run nothing but its speed.
+def test_failing_compiler_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(blocks: Sequence[Block]) -> list[Block]:
+        def call(*_: Any) -> tuple[Tensor, Tensor]:
+            raise RuntimeError("no compiler\nwith details")
+
+        return [call for _ in blocks]
+
+    made, forward, _ = compiler(tmp_path, monkeypatch, broken)
+    predict(forward)
+    assert made.off
+    assert "could not be compiled and checked (no compiler)" in capsys.readouterr().out
+    assert made._known() == {}
+
+
+# A compiled run on the CPU is the uncompiled one to rounding, gradients having been checked.
+def test_compiled_run_equals_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    results = []
+    for name, compiles in (("plain", False), ("compiled", True)):
+        folder = write_run(tmp_path / name, task="i2v", compile=compiles)
+        with inside(folder):
+            train.main(["--config_file", "train.toml"])
+        results.append(load_file(folder / "checkpoints" / "lora.safetensors"))
+    said = capsys.readouterr().out
+    assert "gradients against fp32" in said and "note:" not in said
+    assert (tmp_path / "compiled" / "compiled" / "gradients.json").is_file()
+    plain, compiled = results
+    for key, expected in plain.items():
+        assert (compiled[key] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, key
