@@ -60,6 +60,9 @@ def changed(config: RunConfig, key: str, value: Any) -> RunConfig:
 
 def other(one: Option, value: Any) -> Any:
     """Another value of the option's type."""
+    if one.key == "training.compile":
+        # Whether blocks are compiled is in the result, which is tested below; here they are not.
+        return "none"
     if one.choices:
         return next(choice for choice in one.choices if choice != value)
     if "dict" in one.type:
