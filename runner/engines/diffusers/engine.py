@@ -24,10 +24,15 @@ from runner.engines.base import (
 )
 from runner.engines.compiling import reason_against
 from runner.engines.diffusers import rules
-from runner.engines.diffusers.check import check_optimizer, is_certain
+from runner.engines.diffusers.check import (
+    check_optimizer,
+    is_certain,
+    missing_optimizer,
+    torch_problem,
+)
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.weights import model_weights
-from runner.engines.memory import filled, largest_tier
+from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.engines.musubi.check import cannot_compile
 from runner.formats.train_options import optimizer_args
 from runner.formats.train_toml import render
@@ -67,10 +72,13 @@ class DiffusersEngine:
         *,
         trains: bool,
     ) -> EngineInstall:
-        if gpu is None or not trains or config.training.compile == "none":
+        if gpu is None:
             return install
-        python = Command((install.python,))
-        return replace(install, cannot_compile=cannot_compile(python))
+        missing = torch_problem(gpu) or (missing_optimizer(config.optimizer) if trains else None)
+        compiling = None
+        if trains and config.training.compile != "none" and missing is None:
+            compiling = cannot_compile(Command((install.python,)))
+        return replace(install, missing=missing or occupied(config, gpu), cannot_compile=compiling)
 
     def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         optimizer = job.config.optimizer
@@ -89,7 +97,7 @@ class DiffusersEngine:
         self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         if config.memory.name != "auto":
-            return config.memory, None
+            return config.memory, tier_notice(config.memory, gpu)
         tier, note = ("cpu", None) if gpu is None else largest_tier(gpu, no_gpu_reason)
         memory = filled(config.memory, tier)
         # This engine supports neither block swap nor fp8 text encoders, which tiers may set.
