@@ -79,7 +79,7 @@ class Engine(Protocol):
         """Id that keeps its latents and text embeddings in the shared cache apart; None if shared.
 
         It is None for an engine whose entries have musubi-tuner's names, keys and dtypes, and are
-        no further from float32 than 1.2 times musubi-tuner's own
+        no further from float32 than 1.2 times musubi-tuner's own: they need not be the same bits
         (docs/development/full-size-truth.md, "VAE and encoders").
         """
 
