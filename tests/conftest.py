@@ -177,7 +177,7 @@ def fake_facts(
             "weights",
         ),
         engine=EngineInstall("/engine/bin/python", "engine 1"),
-        engine_cache_id=engine.engine_cache_id,
+        own_encoding=engine.own_encoding,
         config=config,
         sources=sources,
         selection=selection,

@@ -54,7 +54,7 @@ class ThirdEngine:
     """See the module."""
 
     name = "third"
-    engine_cache_id = "third-1"
+    own_encoding: str | None = "third-1"
     own_options: frozenset[str] = frozenset()
 
     def problems(self, config: RunConfig) -> Iterator[str]:

@@ -17,6 +17,10 @@ from runner.core.command import Command
 from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import LocatedWeights
 
+# Versions before 0.2.0 put the name of the engine that encoded an entry into its cache inputs. Such
+# entries are used as they are.
+EARLIER_ENCODINGS = ("musubi", "diffusers")
+
 # Why there is no Gpu, unless the driver gives another reason.
 NO_GPU = "no GPU was found"
 
@@ -89,8 +93,13 @@ class Engine(Protocol):
         """The value of ``engine.name`` that selects it."""
 
     @property
-    def engine_cache_id(self) -> str:
-        """Id that marks its latents and text embeddings in the shared cache."""
+    def own_encoding(self) -> str | None:
+        """Id that keeps its latents and text embeddings in the shared cache apart; None if shared.
+
+        It is None for an engine whose entries have musubi-tuner's names, keys and dtypes, and are
+        no further from float32 than 1.2 times musubi-tuner's own: they need not be the same bits
+        (docs/development/full-size-truth.md, "VAE and encoders").
+        """
 
     @property
     def own_options(self) -> frozenset[str]:

@@ -23,7 +23,7 @@ from runner.config.schema import options
 from runner.data.source_options import SourceOptions, source_options
 from runner.engines.base import Engine
 from runner.pipeline.model import Inputs, Plan
-from runner.storage.shared_cache import json_digest
+from runner.storage.shared_cache import cache_key, json_digest
 
 # Options that each source may set for itself: they are digested for each source.
 _OF_SOURCES = frozenset(
@@ -50,14 +50,16 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
 
     Args:
         inputs: the inputs of the plan.
-        plan: the plan of these inputs. The keys of its latents and captions are digests of their
-            cache inputs, among them the encoders, the VAE tile and fp8.
-        engine: the run's engine.
+        plan: the plan of these inputs. The cache inputs of its latents and captions have, among
+            others, the encoders, the VAE tile and fp8.
+        engine: the run's engine. It counts in place of the engine that encoded an entry, so that
+            runs have the fingerprints that they had when each engine encoded for itself.
     """
     weights = inputs.weights.digests
     if weights is None:
         return None
     compiled, _ = engine.compiles(inputs.job, inputs.gpu)
+    encoding = {"engine": engine.own_encoding or engine.name}
     cached = (entry for entry in plan.entries if entry.namespace != "media")
     return _digest(
         {
@@ -65,7 +67,11 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
             **({"training.compile": True} if compiled else {}),
             "training.seed": inputs.seed,
             "weights": weights,
-            "cache": sorted((path, entry.key) for entry in cached for path in entry.links),
+            "cache": sorted(
+                (path, cache_key(entry.cache_inputs | encoding))
+                for entry in cached
+                for path in entry.links
+            ),
             "dataset.sources": [
                 (source.options.batch_size, source.options.num_repeats) for source in inputs.sources
             ],

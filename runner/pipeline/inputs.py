@@ -45,7 +45,7 @@ def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnviron
         memory_note=note,
         weights=weights,
         engine=install,
-        engine_cache_id=engine.engine_cache_id,
+        own_encoding=engine.own_encoding,
     )
 
 

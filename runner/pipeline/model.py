@@ -28,7 +28,7 @@ class RunEnvironment:
     memory_note: str | None
     weights: LocatedWeights
     engine: EngineInstall
-    engine_cache_id: str
+    own_encoding: str | None
 
 
 @dataclass(frozen=True)

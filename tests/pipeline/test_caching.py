@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -27,6 +28,8 @@ from other_processes import ended, none_left, pictures, said, start, zipped
 
 from runner.core.console import Console
 from runner.core.errors import StageError, UserError
+from runner.storage.leases import Leases
+from runner.storage.shared_cache import cache_key, note_of
 
 __all__ = ("none_left",)
 
@@ -153,8 +156,6 @@ def test_a_failed_makers_entries_are_taken_over(here: Path) -> None:
 
 # What another run finishes between this one's look and its claim is not made again.
 def test_a_claim_looks_again(here: Path, monkeypatch: Any) -> None:
-    from runner.storage.leases import Leases
-
     media, out = pictures(here / "media", 3), here / "out"
     real = Leases.lease_for_making
     others: list[int] = []
@@ -264,6 +265,68 @@ def test_links_of_others_outlive_a_mended_entry(here: Path, monkeypatch: Any) ->
     prepared(out, media)
     assert set(replaced) == {damaged, place.read_bytes()}
     assert len(replaced) >= 2
+
+
+def as_earlier(outputs: Path, engine: str) -> list[Path]:
+    """Give the latents and captions the keys that they had before engines shared them."""
+    renamed = []
+    for file in [*in_namespace(outputs, "latents"), *in_namespace(outputs, "text")]:
+        note = json.loads(note_of(file).read_text())
+        note["made_of"] = {"engine": engine, **note["made_of"]}
+        key = cache_key(note["made_of"])
+        earlier = file.parent.parent / key[:2] / key
+        earlier.parent.mkdir(exist_ok=True)
+        file.rename(earlier)
+        note_of(file).unlink()
+        note_of(earlier).write_text(json.dumps(note))
+        renamed.append(earlier)
+    return renamed
+
+
+# What an earlier version encoded on either engine is used by both at once, where it lies: nothing
+# is encoded, renamed or copied, so no process can get in another's way. The links of the runs lead
+# to it, and it is in use as long as they last.
+@pytest.mark.parametrize("maker", ["musubi", "diffusers"])
+def test_earlier_entries_are_used_by_many(here: Path, maker: str) -> None:
+    media, out, log = pictures(here / "media", 3), here / "out", here / "log"
+    shutil.rmtree(prepared(out, media)[0].run_dir)
+    earlier = set(as_earlier(out, maker))
+    before = sums(out / "cache" / "latents") | sums(out / "cache" / "text")
+    end = here / "end"
+    processes = [start(out, media, log, FAKE_END=str(end)) for _ in range(3)]
+    prepared(out, media, "engine=diffusers")
+    until(lambda: all("text" in said(process) for process in processes))
+    with Leases(out / "cache").locked():
+        held = Leases(out / "cache").leased_keys()
+    assert {f"{file.parent.parent.name}/{file.name}" for file in earlier} <= held
+    end.touch()
+    for process in processes:
+        ended(process)
+    assert len(encoded(log)) == 6
+    assert sums(out / "cache" / "latents") | sums(out / "cache" / "text") == before
+    runs = list((out / "runs").glob("*/*"))
+    assert len(runs) == 4
+    for run in runs:
+        assert {file.resolve() for file in (run / "cache").rglob("*.safetensors")} == earlier
+
+
+# A damaged entry of an earlier version is made again, under the key of today, and from then on that
+# one is used; the others stay as they are.
+def test_a_damaged_earlier_entry_is_made_again(here: Path) -> None:
+    media, out = pictures(here / "media", 3), here / "out"
+    prepared(out, media)
+    today = in_namespace(out, "latents")
+    earlier = as_earlier(out, "diffusers")
+    flip(earlier[0])
+    overwrite(earlier[-1], b"cut")
+    _, words = prepared(out, media)
+    assert "1 of the latents was damaged in the cache and is made again: p00" in words
+    assert "1 of the encoded captions was damaged in the cache and is made again: p00" in words
+    assert len(encoded(here / "log")) == 6 + 2
+    assert today[0] in in_namespace(out, "latents")
+    assert len(in_namespace(out, "latents")) == 4
+    assert "note" not in prepared(out, media)[1]
+    assert len(encoded(here / "log")) == 6 + 2
 
 
 # An entry with no note, or with one that has no digest, is made again: nothing can vouch for it.

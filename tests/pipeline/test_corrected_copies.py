@@ -91,7 +91,6 @@ def test_plain_media_keep_their_keys() -> None:
             "source_fps",
             "vae",
             "vae_tile",
-            "engine",
             "task",
             "image_encoder",
             "decode",

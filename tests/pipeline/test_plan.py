@@ -241,19 +241,6 @@ def test_only_what_changed_is_missing() -> None:
     assert missing_after(["stages.force=[latents]"]) == (5, 0)
 
 
-# Entries of the two engines are kept apart, be everything else the same.
-def test_engines_do_not_share_entries() -> None:
-    full_key = []
-    for engine in ("musubi", "diffusers"):
-        config = compose(*BASES["diffusers"], f"engine={engine}")
-        plan = plan_of(config, fake_facts(config, MEDIA))
-        full_key.append(
-            {entry.full_key for s in ("latents", "text") for entry in plan.stage(s).entries}
-        )
-    assert len(full_key[0]) == len(full_key[1]) == 8
-    assert not full_key[0] & full_key[1]
-
-
 # Equal media with two captions are two items, which share one encoding of the media.
 def test_equal_media_with_two_captions_both_survive() -> None:
     twin = replace(MEDIA[0], name="twin.jpg", caption="another caption")

@@ -43,7 +43,7 @@ class DiffusersEngine:
     """The embedded engine: built on libraries from PyPI, in the runner's own environment."""
 
     name = "diffusers"
-    engine_cache_id = "diffusers"
+    own_encoding: str | None = None
     # Leave the first frame's latent unscaled, as musubi-tuner does in training.
     own_options = frozenset({"i2v_unscaled_condition"})
 

@@ -79,7 +79,7 @@ class MusubiEngine:
     """musubi-tuner in an environment of its own."""
 
     name = "musubi"
-    engine_cache_id = "musubi"
+    own_encoding: str | None = None
     own_options: frozenset[str] = frozenset()
 
     def problems(self, config: RunConfig) -> Iterator[str]:

@@ -12,20 +12,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from runner.core.atomic import write_text
 from runner.core.command import Command
 from runner.core.errors import StageError, UserError
 from runner.core.text import counted, named
 from runner.data.sources import check_unchanged
-from runner.engines.base import Engine, Job
+from runner.engines.base import EARLIER_ENCODINGS, Engine, Job
 from runner.formats.dataset_toml import DatasetTable
 from runner.formats.dataset_toml import render as render_dataset
 from runner.pipeline.context import Context
 from runner.pipeline.model import CacheEntry, Inputs, Planning, StagePlan
 from runner.pipeline.stages.base import HELD_OUT_ITEMS, MEDIA, TRAINING_ITEMS, Stage, run_commands
 from runner.pipeline.stages.filling import WorkWords, fill, link_entries, tidy
+from runner.storage.shared_cache import cache_key
 
 # How often finished files are committed while the engine runs, and how long a file must have been
 # unchanged to count as finished.
@@ -147,6 +148,35 @@ class Encoding(Stage, Protocol):
         link_entries(context, context.plan.stage(self.name))
         kept = {context.run_dir / p for entry in context.plan.entries for p in entry.links}
         tidy(context.run_dir / "cache", kept)
+
+
+def cache_inputs_to_use(
+    inputs: Inputs, namespace: str, acceptable: Sequence[dict[str, Any]], *, force: bool
+) -> dict[str, Any]:
+    """Choose the entry to use, by its cache inputs; pure.
+
+    An entry of an earlier version is used under the key that it has. Nothing is renamed or copied,
+    so processes need not agree on it, and a damaged one is made again under the key of today.
+
+    Args:
+        inputs: the inputs of the plan.
+        namespace: the namespace of the entry.
+        acceptable: cache inputs without the engine that encoded, the preferred ones first and those
+            to encode, if nothing else exists, last.
+        force: whether to encode in any case.
+
+    Returns:
+        The cache inputs of the first that exists, or those to encode.
+    """
+    own = inputs.own_encoding
+    marks: list[dict[str, str]] = [{}, *({"engine": name} for name in EARLIER_ENCODINGS)]
+    if own is not None:
+        marks = [{"engine": own}]
+    for one in () if force else acceptable:
+        for mark in marks:
+            if f"{namespace}/{cache_key(one | mark)}" in inputs.cached:
+                return one | mark
+    return acceptable[-1] | marks[0]
 
 
 def add_link(wanted: dict[str, CacheEntry], entry: CacheEntry) -> bool:

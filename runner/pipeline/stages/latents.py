@@ -14,7 +14,7 @@ from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import Crop
 from runner.formats.media_types import MediaKind
 from runner.pipeline.model import CacheEntry, Inputs
-from runner.pipeline.stages.encoding import Encoding, Encodings, add_link
+from runner.pipeline.stages.encoding import Encoding, Encodings, add_link, cache_inputs_to_use
 from runner.pipeline.stages.filling import WorkWords
 from runner.pipeline.tables import narrows, run_cache_folder, table
 from runner.storage.shared_cache import cache_key
@@ -91,17 +91,16 @@ def _latents_entry(
         "source_fps": None if crop is None else extraction.source_fps,
         "vae": digests.get("vae"),
         "vae_tile": inputs.memory.vae_tile or 0,
-        "engine": inputs.engine_cache_id,
         "task": task,
         "image_encoder": digests.get("image_encoder") if task == "i2v" else None,
         "decode": DECODE_VERSION,
     }
     if item.correction.changes:
         cache_inputs["correction"] = item.correction.cache_inputs(copy=False)
-    untiled = {**cache_inputs, "vae_tile": 0}
-    if not force and f"latents/{cache_key(untiled)}" in inputs.cached:
-        # Tiling is an approximation, so an existing untiled entry is preferred.
-        cache_inputs = untiled
+    # Tiling is an approximation, and with another tile another one, so entries of different tiles
+    # stay apart; but an untiled entry is exact, and serves any tile.
+    acceptable = [{**cache_inputs, "vae_tile": 0}, cache_inputs]
+    cache_inputs = cache_inputs_to_use(inputs, "latents", acceptable, force=force)
     if crop is None:
         produced = image_latents_name(item.id, item.media.size)
     else:

@@ -8,7 +8,7 @@ from runner.formats import jsonl
 from runner.formats.cache_files import text_name
 from runner.formats.dataset_toml import DatasetTable
 from runner.pipeline.model import CacheEntry, Inputs
-from runner.pipeline.stages.encoding import Encoding, Encodings, add_link
+from runner.pipeline.stages.encoding import Encoding, Encodings, add_link, cache_inputs_to_use
 from runner.pipeline.stages.filling import WorkWords
 from runner.pipeline.tables import run_cache_folder
 from runner.storage.shared_cache import cache_key, json_digest
@@ -31,13 +31,16 @@ class Text(Encoding):
         force = self.name in inputs.config.stages.force
         wanted: dict[str, CacheEntry] = {}
         for item in inputs.selection.items:
-            cache_inputs = {
+            asked = {
                 "caption": item.caption,
                 "text_encoder": digests.get("text_encoder"),
                 "byt5": digests.get("byt5"),
+                # Weights rounded to fp8, which only musubi-tuner can load, are other weights: their
+                # embeddings were not found to be as near to float32 as the others are, so they stay
+                # apart, also between the runs of one engine.
                 "fp8": bool(inputs.memory.fp8_text_encoder),
-                "engine": inputs.engine_cache_id,
             }
+            cache_inputs = cache_inputs_to_use(inputs, "text", [asked], force=force)
             produced = text_name(json_digest(cache_inputs))
             link_path = f"{run_cache_folder(item)}/{text_name(item.id)}"
             add_link(
