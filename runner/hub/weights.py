@@ -45,13 +45,13 @@ class LocatedWeights:
 
 # musubi-tuner itself loads these from the Hugging Face cache, at the branch main: these files, and
 # optional ones (the patterns of their requests).
-_QWEN = "Qwen/Qwen-Image"
+QWEN_TOKENIZER = "Qwen/Qwen-Image"
 _QWEN_FILES = (
     "tokenizer/merges.txt",
     "tokenizer/tokenizer_config.json",
     "tokenizer/vocab.json",
 )
-_BYT5 = "google/byt5-small"
+BYT5_TOKENIZER = "google/byt5-small"
 _BYT5_FILES = ("config.json", "tokenizer_config.json")
 
 
@@ -74,7 +74,7 @@ def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
             option="model.encoders_revision",
         ),
         Request(
-            _QWEN,
+            QWEN_TOKENIZER,
             model.qwen_tokenizer_revision,
             _QWEN_FILES,
             ("tokenizer/*",),
@@ -82,7 +82,7 @@ def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
             option="model.qwen_tokenizer_revision",
         ),
         Request(
-            _BYT5,
+            BYT5_TOKENIZER,
             model.byt5_tokenizer_revision,
             _BYT5_FILES,
             ("*.json",),
@@ -151,13 +151,13 @@ def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
 def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
     """Return the folder of Qwen2.5-VL's tokenizer, or None if it is not cached."""
     hub_cache = user_hub_cache(root)
-    commit = hub_cache.commit(_QWEN, model.qwen_tokenizer_revision)
-    hub_files = [hub_cache.find(_QWEN, commit, file) for file in _QWEN_FILES]
+    commit = hub_cache.commit(QWEN_TOKENIZER, model.qwen_tokenizer_revision)
+    hub_files = [hub_cache.find(QWEN_TOKENIZER, commit, file) for file in _QWEN_FILES]
     # The folder in the snapshot, not that of the blobs.
     return (
         None
         if commit is None or None in hub_files
-        else hub_cache.path(_QWEN, commit, _QWEN_FILES[0]).parent
+        else hub_cache.path(QWEN_TOKENIZER, commit, _QWEN_FILES[0]).parent
     )
 
 

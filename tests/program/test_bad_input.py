@@ -111,7 +111,8 @@ def no_musubi(cwd: Path) -> list[str]:
 
 
 def engine_and_model(cwd: Path) -> list[str]:
-    return ["model=hunyuan15_720p"]
+    picture(cwd / "d" / "a.png")
+    return ["dataset.path=d", "model=hunyuan15_720p"]
 
 
 CASES: list[Callable[[Path], list[str]]] = [
@@ -146,7 +147,7 @@ def test_wrong_input(
     arguments = case(tmp_path)
     before = tree(tmp_path)
     # Two as a person meets them; the others in this process, which is the same but for its start.
-    program = run_program if case in (no_zip, engine_and_model) else program_here
+    program = run_program if case in (no_zip, missing_path) else program_here
     done = program(*REHEARSE, *arguments, cwd=tmp_path)
     assert done.code == 2, done.out + done.err
     assert done.err.startswith("error: ")

@@ -161,14 +161,14 @@ def main(arguments: list[str]) -> None:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cache_latents", description=__doc__)
     parser.add_argument("--dataset_config", type=Path, required=True, help="dataset.toml")
-    parser.add_argument("--vae", type=Path, required=True, help="folder of the VAE")
+    parser.add_argument("--vae", type=Path, required=True, help="the VAE: file or folder")
     parser.add_argument(
         "--vae_sample_size", type=int, default=128, help="side of a tile in pixels; 0: no tiling"
     )
     parser.add_argument(
         "--i2v", action="store_true", help="also encode the first frames, for image-to-video"
     )
-    parser.add_argument("--image_encoder", type=Path, help="folder of SigLIP, for --i2v")
+    parser.add_argument("--image_encoder", type=Path, help="SigLIP, for --i2v")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 
@@ -181,7 +181,7 @@ def _check(
     if tile < 0 or tile % _TILE_STEP:
         raise UserError(f"--vae_sample_size {tile}: must be 0 or a multiple of {_TILE_STEP} pixels")
     if options.i2v and options.image_encoder is None:
-        raise UserError("--i2v needs --image_encoder, the folder of SigLIP")
+        raise UserError("--i2v needs --image_encoder, the weights of SigLIP")
     for dataset, all_media in datasets:
         if options.i2v and dataset.kind == "image":
             where = dataset.jsonl or dataset.directory

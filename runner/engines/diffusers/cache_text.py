@@ -55,8 +55,10 @@ def main(arguments: list[str]) -> None:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cache_text", description=__doc__)
     parser.add_argument("--dataset_config", type=Path, required=True, help="dataset.toml")
-    parser.add_argument("--text_encoder", type=Path, required=True, help="folder of Qwen2.5-VL")
-    parser.add_argument("--byt5", type=Path, required=True, help="folder of ByT5")
+    parser.add_argument(
+        "--text_encoder", type=Path, required=True, help="Qwen2.5-VL: file or folder"
+    )
+    parser.add_argument("--byt5", type=Path, required=True, help="ByT5: file or folder")
     parser.add_argument(
         "--batch_size", type=int, help="captions per batch; default: the dataset's batch_size"
     )

@@ -1,6 +1,9 @@
-"""Load the five networks from local folders; also the sizes of the tiny model's networks.
+"""Load the five networks, and define the sizes of the tiny model's.
 
-Nothing is downloaded: a missing folder is a UserError. Every model is returned in evaluation mode.
+A folder is the tiny model's, in diffusers' layout; a file is a published one, which
+:mod:`runner.engines.diffusers.published` loads at its published size and in the dtype that
+musubi-tuner computes in. Nothing is downloaded: what is missing is a UserError. Every model is
+returned in evaluation mode.
 Heavy classes are imported inside the functions, from their own modules.
 """
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import UserError
+from runner.hub.weights import BYT5_TOKENIZER, QWEN_TOKENIZER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,11 +88,13 @@ TINY_IMAGE_ENCODER: dict[str, Any] = {
 def load_vae(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> AutoencoderKLHunyuanVideo15:
-    """Load the VAE from a folder in diffusers' layout, in its stored dtype unless one is given.
+    """Load the VAE from a folder (in its stored dtype) or a published file (in float16).
 
     Raises:
         UserError: files are missing or cannot be loaded.
     """
+    if (file := Path(path)).is_file():
+        return _published("vae", file, dtype, device)
     folder = _folder(path, "VAE", ("config.json",))
     from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
         AutoencoderKLHunyuanVideo15,
@@ -110,6 +116,9 @@ def load_transformer(
         dtype: dtype of the weights; by default as stored.
         device: device to load to.
 
+    Returns:
+        The model without gradients; training enables them only for its adapters.
+
     Raises:
         UserError: files are missing, or keys or shapes differ from the model's.
     """
@@ -119,43 +128,37 @@ def load_transformer(
         raise UserError(f"{file}: no transformer weights there; run the weights stage again")
     import json
 
-    import torch
-    from diffusers.models.transformers.transformer_hunyuan_video15 import (
-        HunyuanVideo15Transformer3DModel,
-    )
-    from safetensors.torch import load_file
-
-    from runner.formats.transformer_keys import to_diffusers
+    from runner.engines.diffusers.published import build, fill
 
     config_file = file.with_name("config.json")
     config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
     if config.get("_class_name") != "HunyuanVideo15Transformer3DModel":
-        config = {}
+        return _published("transformer", file, dtype, device)
     options = {key: value for key, value in config.items() if not key.startswith("_")}
-
-    def build() -> HunyuanVideo15Transformer3DModel:
-        # Built without storage: the file's tensors become the parameters without a copy.
-        with torch.device("meta"):
-            model = HunyuanVideo15Transformer3DModel(**options)
-        state = to_diffusers(load_file(file, device=device))
-        if dtype is not None:
-            state = {key: value.to(dtype) for key, value in state.items()}
-        model.load_state_dict(state, strict=True, assign=True)
-        return model
-
-    model = _load("transformer", file, build)
-    # The weights are frozen; training enables gradients only for its adapters.
-    return model.requires_grad_(False).eval()
+    return _load("transformer", file, lambda: fill(
+        "transformer", build("transformer", file, **options), file, dtype=dtype, device=device
+    ))  # fmt: skip
 
 
 def load_text_encoder(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Load the tokenizer from ``path``/tokenizer and the Qwen2.5-VL text model from ``path``.
+    """Load tokenizer and Qwen2.5-VL text model.
+
+    Args:
+        path: a folder with both, or the published file, whose tokenizer is in the Hugging Face
+            cache.
+        dtype: dtype of the weights; by default a folder's as stored, a published file's bfloat16.
+        device: device to load to.
 
     Raises:
         UserError: files are missing or cannot be loaded.
     """
+    if (file := Path(path)).is_file():
+        from runner.engines.diffusers.published import text_tokenizer
+
+        tokenizer = _load("tokenizer", Path(QWEN_TOKENIZER), text_tokenizer)
+        return tokenizer, _published("text_encoder", file, dtype, device)
     folder = _folder(path, "text encoder", ("config.json", "tokenizer"))
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -170,11 +173,22 @@ def load_text_encoder(
 def load_byt5(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Load the tokenizer from ``path``/tokenizer and the T5 encoder from ``path``.
+    """Load tokenizer and T5 encoder.
+
+    Args:
+        path: a folder with both, or the published file, whose tokenizer is in the Hugging Face
+            cache.
+        dtype: dtype of the weights; by default a folder's as stored, a published file's float16.
+        device: device to load to.
 
     Raises:
         UserError: files are missing or cannot be loaded.
     """
+    if (file := Path(path)).is_file():
+        from runner.engines.diffusers.published import byt5_tokenizer
+
+        tokenizer = _load("tokenizer", Path(BYT5_TOKENIZER), byt5_tokenizer)
+        return tokenizer, _published("byt5", file, dtype, device)
     folder = _folder(path, "ByT5 encoder", ("config.json", "tokenizer"))
     from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
     from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -189,11 +203,15 @@ def load_byt5(
 def load_image_encoder(
     path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Load the image processor and the SigLIP vision model from one folder.
+    """Load the image processor and the SigLIP vision model from a folder or the published file.
 
     Raises:
         UserError: files are missing or cannot be loaded.
     """
+    if (file := Path(path)).is_file():
+        from runner.engines.diffusers.published import image_processor
+
+        return image_processor(), _published("image_encoder", file, dtype, device)
     folder = _folder(path, "image encoder", ("config.json", "preprocessor_config.json"))
     # This processor needs no torchvision, and resizes as the published pipelines do.
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -204,6 +222,16 @@ def load_image_encoder(
     model = _load("image encoder", folder, lambda: SiglipVisionModel.from_pretrained(
         folder, local_files_only=True, dtype=dtype or "auto"))  # fmt: skip
     return processor, model.to(device).eval()
+
+
+def _published(part: str, file: Path, dtype: torch.dtype | None, device: str) -> Any:
+    from runner.engines.diffusers import published
+
+    return _load(
+        part.replace("_", " "),
+        file,
+        lambda: published.load(part, file, dtype=dtype, device=device),
+    )
 
 
 def _folder(path: Path | str, what: str, needs: tuple[str, ...]) -> Path:

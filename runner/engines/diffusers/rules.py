@@ -12,9 +12,16 @@ from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
 from runner.engines import rules
 from runner.engines.base import Gpu
 from runner.engines.diffusers.models import TINY_TRANSFORMER
+from runner.engines.diffusers.published_layout import TRANSFORMER_BLOCKS
 from runner.engines.optimizer_classes import class_path
 
 _TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
+# The stages that load networks.
+_COMPUTING = frozenset(("latents", "text", "train", "evaluate"))
+# GPU memory in GB (1,024 MiB) for the whole network without block swap: in bf16 a LoRA of rank 32
+# on 25 frames of 960x544 peaked at 23.7 GB (10^9 bytes; docs/development/full-size-truth.md), which
+# a GPU of 24 GB has; in fp32 the weights alone are 33 GB.
+_HALF_GB, _FP32_GB = 22.0, 44.0
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -30,6 +37,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 def plan_problems(config: RunConfig, gpu: Gpu | None, *, steps: int) -> Iterator[str]:
     """Yield one line for each broken rule that depends on the GPU or the data."""
     yield from rules.plan_problems(config, steps=steps)
+    yield from _whole_network(config, gpu)
     path = class_path(config.optimizer.type)
     if gpu is None and (path.startswith("bitsandbytes.") or path.lower().endswith("8bit")):
         yield (
@@ -70,14 +78,31 @@ def plan_notices(config: RunConfig, gpu: Gpu | None, *, steps: int, clips: bool)
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    model, blocks = config.model, TINY_TRANSFORMER["num_layers"]
-    if model.source == "hub":
-        yield (
-            f"engine=diffusers trains model=tiny only, not model={model.name}: take "
-            "engine=musubi for the real weights, or model=tiny for a rehearsal."
-        )
-    elif model.blocks != blocks:
+    model = config.model
+    blocks = TRANSFORMER_BLOCKS if model.source == "hub" else TINY_TRANSFORMER["num_layers"]
+    if model.blocks != blocks:
         yield f"model.blocks={model.blocks} can't be: model={model.name} has {blocks}."
+
+
+def _whole_network(config: RunConfig, gpu: Gpu | None) -> Iterator[str]:
+    """Refuse the published weights where they cannot be computed with; fetching them is allowed."""
+    model, precision = config.model, config.precision
+    if model.source != "hub" or _COMPUTING.issubset(config.stages.skip):
+        return
+    if gpu is None:
+        yield (
+            f"model={model.name} needs an NVIDIA GPU, and none was found: take model=tiny for a "
+            "rehearsal on the CPU."
+        )
+        return
+    fp32 = precision.mixed_precision == "no" or precision.dit_dtype == "float32"
+    needed_gb, size = (_FP32_GB, "48") if fp32 else (_HALF_GB, "24")
+    if gpu.memory_gb < needed_gb:
+        yield (
+            f"model={model.name} needs a GPU of {size} GB with engine=diffusers"
+            f"{' and weights in fp32' * fp32}, which has no block swap, and {gpu.name} has "
+            f"{gpu.memory_gb:.0f} GB: take engine=musubi."
+        )
 
 
 def _precision(config: RunConfig) -> Iterator[str]:

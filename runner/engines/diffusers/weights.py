@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.paths import checkout
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.make_weights import PARTS
+from runner.engines.diffusers.published_check import check_file
+from runner.formats.safetensors_header import DamagedFileError
 from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import LocatedWeights, hub_weights
 
@@ -18,10 +21,27 @@ TINY_VERSION = 1
 
 
 def model_weights(config: RunConfig, root: Path) -> LocatedWeights:
-    """Locate the weights of the config's model, present or not; reads only."""
+    """Locate the weights of the config's model, present or not; reads only.
+
+    The headers of the files that are present are checked: at the start of a run, in a dry run, and
+    again when files were fetched.
+
+    Raises:
+        UserError: a file is damaged or the wrong one.
+    """
     if config.model.source == "random":
         return _tiny(config, root)
-    return hub_weights(config, root)
+    located = hub_weights(config, root)
+    for part, path in asdict(located.paths).items():
+        if not path or not Path(path).is_file():
+            continue
+        try:
+            check_file(part, Path(path))
+        except DamagedFileError:
+            # The weights stage verifies what was not yet, and fetches a damaged file again.
+            if located.checked or "weights" in config.stages.skip:
+                raise
+    return located
 
 
 def _tiny(config: RunConfig, root: Path) -> LocatedWeights:

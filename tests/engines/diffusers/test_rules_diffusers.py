@@ -26,9 +26,8 @@ def plan(*overrides: str, gpu: Gpu | None = SMALL) -> Any:
 
 
 BROKEN: dict[tuple[str, ...], str] = {
-    ("model=hunyuan15_480p",): (
-        "engine=diffusers trains model=tiny only, not model=hunyuan15_480p: take engine=musubi for "
-        "the real weights, or model=tiny for a rehearsal."
+    ("model=hunyuan15_480p", "model.blocks=40"): (
+        "model.blocks=40 can't be: model=hunyuan15_480p has 54."
     ),
     ("model.blocks=3",): "model.blocks=3 can't be: model=tiny has 2.",
     ("+network.args.verbose=true",): (
@@ -94,6 +93,7 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("training.compile=none",),
         ("training.seed=4294967296",),
         ("network.exclude=['.*(?=attn).*']",),
+        ("model=hunyuan15_480p",),
         ("optimizer=custom", "optimizer.type=PagedLion8bit"),
         ("optimizer=custom", "optimizer.type=transformers.optimization.Adafactor"),
         ("sampling=prompts", "sampling.prompts=['N scale railway']", "sampling.steps=1001"),
@@ -113,6 +113,46 @@ def test_bitsandbytes_needs_a_gpu(name: str) -> None:
         "optimizer=custom needs an NVIDIA GPU, and none was found: take optimizer=adamw."
     )
     plan("optimizer=custom", f"optimizer.type={name}")
+
+
+NEEDS_GPU = (
+    "model=hunyuan15_720p needs an NVIDIA GPU, and none was found: take model=tiny for a rehearsal "
+    "on the CPU."
+)
+TOO_SMALL = (
+    "model=hunyuan15_720p needs a GPU of {} GB with engine=diffusers{}, which has no block swap, "
+    "and {} has {} GB: take engine=musubi."
+)
+FETCH_ONLY = "stages.skip=[dataset,latents,text,train,convert,evaluate]"
+
+
+# The published weights are computed with on a GPU that has room for the whole network, and fetched
+# anywhere.
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "refusal"),
+    [
+        (None, (), NEEDS_GPU),
+        (None, (FETCH_ONLY,), None),
+        (SMALL, (), TOO_SMALL.format(24, "", "small GPU", 12)),
+        (Gpu("4090", 23.99, (8, 9)), (), None),
+        (
+            Gpu("4090", 23.99, (8, 9)),
+            ("precision.dit_dtype=float32",),
+            TOO_SMALL.format(48, " and weights in fp32", "4090", 24),
+        ),
+        (Gpu("A6000", 47.5, (8, 6)), ("precision=fp32",), None),
+    ],
+)
+def test_published_weights_need_a_large_gpu(
+    gpu: Gpu | None, overrides: tuple[str, ...], refusal: str | None
+) -> None:
+    arguments = ("model=hunyuan15_720p", *overrides)
+    if refusal is None:
+        plan(*arguments, gpu=gpu)
+        return
+    with pytest.raises(UserError) as error:
+        plan(*arguments, gpu=gpu)
+    assert str(error.value) == refusal
 
 
 NOTICES_OF: dict[tuple[str, ...], str] = {

@@ -1,0 +1,71 @@
+"""Read the header of a safetensors file: names, dtypes and shapes, without tensors or torch.
+
+The format is described at https://huggingface.co/docs/safetensors: eight bytes give the header's
+length (little-endian), then comes the header, a JSON object of tensors with dtype, shape and the
+offsets of their bytes, then the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from runner.core.errors import UserError
+
+# The library refuses longer headers, so a larger number is no header's length.
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor as the header describes it; ``dtype`` is the format's name, such as BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class DamagedFileError(UserError):
+    """A file that is no complete safetensors file."""
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Read the header of a safetensors file; its tensors are not read.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        DamagedFileError: the file is cut, or is no safetensors file.
+        UserError: it cannot be opened.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(9)
+            length = int.from_bytes(start[:8], "little")
+            if start[8:] != b"{" or not 2 <= length <= _LONGEST_HEADER:
+                raise DamagedFileError(f"{path}: not a safetensors file ({size:,} bytes)")
+            if 8 + length > size:
+                _raise_cut(path, 8 + length - size)
+            text = start[8:] + file.read(length - 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        header = {
+            name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise DamagedFileError(f"{path}: its safetensors header cannot be read") from None
+    if end > size:
+        _raise_cut(path, end - size)
+    return header
+
+
+def _raise_cut(path: Path, missing: int) -> NoReturn:
+    raise DamagedFileError(f"{path}: the file is cut, {missing:,} bytes or more are missing")
