@@ -15,7 +15,7 @@ from runner.core.errors import UserError
 from runner.engines.diffusers import models
 from runner.engines.diffusers import published as loading
 from runner.engines.diffusers import published_names as names
-from runner.engines.diffusers.published_layout import layout
+from runner.engines.diffusers.published_layout import Layout, layout
 
 RENAME: dict[str, names.Rename] = {
     "vae": names.vae_name,
@@ -116,7 +116,7 @@ def test_buffers_are_exact(tmp_path: Path) -> None:
 
 # What the class has no use for is not read: a vision tower of 300 GB costs nothing.
 def test_the_vision_tower_is_not_read(tmp_path: Path) -> None:
-    shapes = {"visual.blocks.0.mlp.up_proj.weight": (10**6, 150_000)}
+    shapes: Layout = {"visual.blocks.0.mlp.up_proj.weight": (10**6, 150_000)}
     model = loading.build("text_encoder", tmp_path, **TEXT)
     theirs = {names.text_encoder_name(name): name for name in layout("text_encoder")}
     for own, value in model.named_parameters():
