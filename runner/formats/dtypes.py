@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 # The long name, which is torch's, of each short one.
 LONG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# That of each dtype in the header of a safetensors file.
+SAFETENSORS_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 SHORT = tuple(LONG_NAMES)
 LONG = tuple(LONG_NAMES.values())
 HALF = ("bf16", "fp16")

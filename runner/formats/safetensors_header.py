@@ -20,10 +20,19 @@ _LONGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor as the header describes it; ``dtype`` is the format's name, such as BF16."""
+    """A tensor as the header describes it.
+
+    Attributes:
+        dtype: the format's name, such as BF16.
+        shape: its shape.
+        start: position in the file of its first byte.
+        end: position after its last byte.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 class DamagedFileError(UserError):
@@ -46,26 +55,30 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             start = file.read(9)
             length = int.from_bytes(start[:8], "little")
             if start[8:] != b"{" or not 2 <= length <= _LONGEST_HEADER:
-                raise DamagedFileError(f"{path}: not a safetensors file ({size:,} bytes)")
+                raise DamagedFileError(f"{path}: it is not a safetensors file ({size:,} bytes)")
             if 8 + length > size:
-                _raise_cut(path, 8 + length - size)
+                _raise_cut(path, 8 + length - size, "bytes or more")
             text = start[8:] + file.read(length - 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         header = {
-            name: TensorHeader(entry["dtype"], tuple(entry["shape"]))
+            name: TensorHeader(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + length + offset for offset in entry["data_offsets"]),
+            )
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise DamagedFileError(f"{path}: its safetensors header cannot be read") from None
+        raise DamagedFileError(f"{path}: it has a safetensors header that cannot be read") from None
+    end = max((tensor.end for tensor in header.values()), default=0)
     if end > size:
-        _raise_cut(path, end - size)
+        _raise_cut(path, end - size, "bytes")
     return header
 
 
-def _raise_cut(path: Path, missing: int) -> NoReturn:
-    raise DamagedFileError(f"{path}: the file is cut, {missing:,} bytes or more are missing")
+def _raise_cut(path: Path, missing: int, unit: str) -> NoReturn:
+    raise DamagedFileError(f"{path}: the file is cut, {missing:,} {unit} are missing")

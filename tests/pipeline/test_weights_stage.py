@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import compose, fake_facts, fake_item
+from conftest import TOP, compose, fake_facts, fake_item
 from hub_server import Hub, Repository, serve, talk_to
 
 from runner.config.schema import RunConfig
@@ -291,6 +292,19 @@ def test_done_is_what_was_checked(hub: Hub, tmp_path: Path) -> None:
     assert hub.asked and hub.downloads() == []
 
 
+# The embedded engine, which reads these files itself, refuses a wrong one as soon as it is fetched:
+# before anything is encoded.
+def test_a_wrong_file_is_refused_when_it_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as error:
+        run(compose("engine=diffusers", "optimizer=adamw"), tmp_path)
+    assert re.fullmatch(
+        r"stage weights failed: .*/720p_t2v/\S+\.safetensors: it is not a safetensors file "
+        r"\(56,000 bytes\) \(model\.transformer\): stages\.force=\[weights\] fetches it again\.",
+        str(error.value),
+    ), error.value
+    assert hub.downloads()
+
+
 _LOAD = """
 import socket
 def refused(*_):
@@ -301,12 +315,16 @@ from transformers.models.qwen2 import Qwen2Tokenizer
 qwen = Qwen2Tokenizer.from_pretrained("Qwen/Qwen-Image", subfolder="tokenizer")
 byt5 = AutoTokenizer.from_pretrained("google/byt5-small")
 print(qwen.tokenize("cat"), byt5("cat").input_ids)
+from runner.engines.diffusers import published
+qwen, byt5 = published.text_tokenizer(), published.byt5_tokenizer()
+print(qwen.tokenize("cat"), byt5("cat").input_ids)
 """
 
 
 # main of the cache is where the revision is, so that musubi-tuner, which asks by branch, finds the
 # tokenizers offline; for a revision that is pinned by commit too, where the hub's own client would
-# leave no branch behind. That one is loaded, as musubi-tuner does it, with every socket refused.
+# leave no branch behind. That one is loaded, as musubi-tuner does it and as the embedded engine
+# does, with every socket refused.
 @pytest.mark.parametrize("pinned", [False, True], ids=["branch", "commit"])
 def test_tokenizers_load_offline(hub: Hub, tmp_path: Path, pinned: bool) -> None:
     config = compose()
@@ -321,6 +339,7 @@ def test_tokenizers_load_offline(hub: Hub, tmp_path: Path, pinned: bool) -> None
         return
     environment = {
         **os.environ,
+        "PYTHONPATH": str(TOP),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(tmp_path / "hub"),
         "HF_ENDPOINT": "http://127.0.0.1:9",
@@ -329,7 +348,7 @@ def test_tokenizers_load_offline(hub: Hub, tmp_path: Path, pinned: bool) -> None
         [sys.executable, "-c", _LOAD], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "['cat'] [102, 100, 119, 1]\n"
+    assert done.stdout == 2 * "['cat'] [102, 100, 119, 1]\n"
 
 
 # A cache whose files are here but whose main is not is not complete: musubi-tuner would fail in it.

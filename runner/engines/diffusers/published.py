@@ -1,10 +1,13 @@
 """Load the five published weight files, tensor by tensor, into the libraries' classes.
 
 Nothing is converted on disk and nothing is held twice: a network is built without storage, and
-each tensor of the file goes straight to the device, in the dtype that musubi-tuner v0.3.4 computes
-in, and becomes the parameter. Only parameters are built without storage. Buffers (Qwen2.5-VL's
-rotary frequencies, SigLIP's position ids) are in no file; they are computed by the classes and
-keep their dtype. musubi-tuner rounds the frequencies to bfloat16; here they stay exact
+each tensor of the file goes through one buffer, as large as the largest of them, to the device, in
+the dtype that musubi-tuner v0.3.4 computes in, and becomes the parameter. The file is not mapped:
+a container's memory limit may count mapped pages.
+
+Only parameters are built without storage. Buffers (Qwen2.5-VL's rotary frequencies, SigLIP's
+position ids) are in no file; they are computed by the classes and keep their dtype. musubi-tuner
+rounds the frequencies to bfloat16; here they stay exact
 (``docs/development/full-size-truth.md``).
 
 Sizes are those of musubi-tuner's loaders, which hold the published configs.
@@ -12,14 +15,15 @@ Sizes are those of musubi-tuner's loaders, which hold the published configs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import UserError
 from runner.engines.diffusers import published_names
 from runner.engines.diffusers.published_check import check_file
-from runner.formats.safetensors_header import read_header
+from runner.formats.dtypes import SAFETENSORS_NAMES, torch_dtype
+from runner.formats.safetensors_header import TensorHeader, read_header
 from runner.hub.weights import BYT5_TOKENIZER, QWEN_TOKENIZER
 
 if TYPE_CHECKING:
@@ -121,14 +125,17 @@ def fill(
         UserError: a tensor is missing, unknown or of another shape.
     """
     import torch
-    from safetensors import safe_open
 
     if dtype is None and part in _DTYPES:
         dtype = getattr(torch, _DTYPES[part])
-    with safe_open(file, framework="pt", device=device) as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if part == "transformer" or _NAMES[part](name):
-                _fill_from(part, model, name, tensors.get_tensor(name), dtype, file)
+    headers = {
+        name: header
+        for name, header in read_header(file).items()
+        if part == "transformer" or _NAMES[part](name) is not None
+    }
+    for name, tensor in _read_tensors(file, headers, dtype, device):
+        for own, value in _renamed(part, name, tensor).items():
+            _assign(model, own, value, file)
     if part == "byt5":
         # transformers 5 holds the embedding twice; musubi-tuner's version once.
         model.get_submodule("encoder").embed_tokens = model.get_submodule("shared")
@@ -232,20 +239,43 @@ _BUILDERS: dict[str, Callable[[Path, dict[str, Any]], nn.Module]] = {
 }
 
 
-def _fill_from(
-    part: str, model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, file: Path
-) -> None:
-    """Fill what one tensor of the file is for; nothing of it is kept besides."""
-    if dtype is not None:
-        tensor = tensor.to(dtype)
+def _read_tensors(
+    file: Path, headers: Mapping[str, TensorHeader], dtype: torch.dtype | None, device: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors one after the other, in the file's order, to a device.
+
+    Args:
+        file: the file.
+        headers: the tensors to read.
+        dtype: the dtype to give them, or None for their own.
+        device: the device.
+
+    Yields:
+        Name and tensor; the tensor is the caller's alone.
+    """
+    import torch
+
+    size = max((header.end - header.start for header in headers.values()), default=0)
+    # From pinned memory a GPU copies several times as fast.
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+    with file.open("rb") as opened:
+        for name, header in sorted(headers.items(), key=lambda item: item[1].start):
+            raw = buffer[: header.end - header.start]
+            opened.seek(header.start)
+            if opened.readinto(raw.numpy().data) != len(raw):
+                raise UserError(f"{file}: it was cut while it was read")
+            read = raw.view(torch_dtype(SAFETENSORS_NAMES[header.dtype])).reshape(header.shape)
+            placed = read.to(device)
+            yield name, placed.to(dtype or read.dtype, copy=placed is read)
+
+
+def _renamed(part: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the class's tensors that one tensor of the file becomes, by name."""
     if part == "transformer":
         from runner.formats.transformer_keys import to_diffusers
 
-        own = to_diffusers({name: tensor})
-    else:
-        own = {str(_NAMES[part](name)): tensor}
-    for own_name, value in own.items():
-        _assign(model, own_name, value, file)
+        return to_diffusers({name: tensor})
+    return {str(_NAMES[part](name)): tensor}
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, file: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from runner.core.errors import UserError
 from runner.core.text import counted
 from runner.engines.diffusers.published_layout import layout
+from runner.formats.dtypes import SAFETENSORS_NAMES
 from runner.formats.safetensors_header import TensorHeader, read_header
 
 _TENCENT = "of tencent/HunyuanVideo-1.5"
@@ -44,7 +45,6 @@ _UNREAD = {
     "text_encoder": ("visual.", "lm_head.weight"),
     "byt5": ("encoder.embed_tokens.weight",),
 }
-_DTYPES = ("BF16", "F16", "F32")
 
 _LORA = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1_a", ".lokr_w1")
 _SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
@@ -113,7 +113,7 @@ def _variant(part: str, header: Mapping[str, TensorHeader]) -> str | None:
     scaled = any(mark in name for name in header for mark in _SCALES)
     if scaled or any(dtype.startswith("F8") for dtype in dtypes):
         return "is stored in fp8"
-    if foreign := sorted(dtypes.difference(_DTYPES)):
+    if foreign := sorted(dtypes.difference(SAFETENSORS_NAMES)):
         return f"has tensors in {foreign[0]}, not in bf16, fp16 or fp32"
     for other, (what, _) in _PARTS.items():
         if other != part and layout(other).keys() <= header.keys():

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from runner.config.schema import RunConfig
+from runner.core.errors import UserError
 from runner.core.paths import checkout
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.make_weights import PARTS
@@ -37,10 +38,12 @@ def model_weights(config: RunConfig, root: Path) -> LocatedWeights:
             continue
         try:
             check_file(part, Path(path))
-        except DamagedFileError:
+        except DamagedFileError as error:
             # The weights stage verifies what was not yet, and fetches a damaged file again.
             if located.checked or "weights" in config.stages.skip:
-                raise
+                raise UserError(
+                    f"{error} (model.{part}): stages.force=[weights] fetches it again."
+                ) from None
     return located
 
 

@@ -1,0 +1,220 @@
+"""The headers of weight files: the published ones pass, each wrong variant is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_hunyuan_video15 import (
+    HunyuanVideo15Transformer3DModel,
+)
+from sparse_weights import DTYPES, published, write_sparse
+
+from runner.core.errors import UserError
+from runner.engines.diffusers.published_check import check_file
+from runner.engines.diffusers.published_layout import Layout, layout
+from runner.formats.safetensors_header import DamagedFileError
+from runner.formats.transformer_keys import from_diffusers
+
+
+# The transformer's layout is that of diffusers' class at its published size. (The other parts':
+# test_published_names.py.)
+def test_the_transformers_layout_is_the_classs() -> None:
+    with torch.device("meta"):
+        state = from_diffusers(HunyuanVideo15Transformer3DModel().state_dict())
+    assert layout("transformer") == {name: tuple(value.shape) for name, value in state.items()}
+
+
+# A file with exactly the published tensors passes, in any of the three float dtypes; so do tensors
+# that nothing reads, ByT5's added rows, and its names without their prefix.
+@pytest.mark.parametrize("part", DTYPES)
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_the_published_layout_passes(part: str, dtype: str, tmp_path: Path) -> None:
+    check_file(part, write_sparse(tmp_path / "w", layout(part), dtype))
+
+
+def test_what_is_not_read_passes(tmp_path: Path) -> None:
+    vision = {"visual.blocks.0.norm1.weight": (1280,), "lm_head.weight": (152064, 3584)}
+    shapes = {**layout("text_encoder"), **vision}
+    check_file("text_encoder", write_sparse(tmp_path / "qwen", shapes, "BF16"))
+    shapes = {name.removeprefix("encoder."): shape for name, shape in layout("byt5").items()}
+    shapes |= {"shared.weight": (1510, 1472), "embed_tokens.weight": (1510, 1472)}
+    check_file("byt5", write_sparse(tmp_path / "byt5", shapes, "F16"))
+
+
+def renamed(part: str, *changes: tuple[str, str]) -> Layout:
+    result = layout(part)
+    for old, new in changes:
+        result = {name.replace(old, new): shape for name, shape in result.items()}
+    return result
+
+
+def joined() -> Layout:
+    """Comfy-Org's: q, k and v of a block in one."""
+    shapes = {}
+    for name, shape in layout("transformer").items():
+        if "_attn_q." in name:
+            shapes[name.replace("_q.", "_qkv.")] = (3 * shape[0], *shape[1:])
+        elif "_attn_k." not in name and "_attn_v." not in name:
+            shapes[name] = shape
+    return shapes
+
+
+def without(part: str, *texts: str) -> Layout:
+    return {n: shape for n, shape in layout(part).items() if not any(t in n for t in texts)}
+
+
+_TRANSFORMER = (
+    "model.transformer must be transformer/<resolution>_<task>/diffusion_pytorch_model.safetensors "
+    "of tencent/HunyuanVideo-1.5."
+)
+_VAE = "model.vae must be vae/diffusion_pytorch_model.safetensors of tencent/HunyuanVideo-1.5."
+_QWEN = (
+    "model.text_encoder must be split_files/text_encoders/qwen_2.5_vl_7b.safetensors of "
+    "Comfy-Org/HunyuanVideo_1.5_repackaged."
+)
+_BYT5 = (
+    "model.byt5 must be split_files/text_encoders/byt5_small_glyphxl_fp16.safetensors of "
+    "Comfy-Org/HunyuanVideo_1.5_repackaged."
+)
+_SIGLIP = (
+    "model.image_encoder must be split_files/clip_vision/sigclip_vision_patch14_384.safetensors of "
+    "Comfy-Org/HunyuanVideo_1.5_repackaged."
+)
+
+LORA: Layout = {
+    "lora_unet_double_blocks_0_img_attn_q.lora_down.weight": (32, 2048),
+    "lora_unet_double_blocks_0_img_attn_q.lora_up.weight": (2048, 32),
+    "lora_unet_double_blocks_0_img_attn_q.alpha": (),
+}
+WAN: Layout = {
+    "blocks.0.self_attn.q.weight": (5120, 5120),
+    "blocks.0.ffn.0.weight": (13824, 5120),
+    "patch_embedding.weight": (5120, 16, 1, 2, 2),
+}
+FP8: Layout = {"scaled_fp8": (0,), "model.layers.0.mlp.up_proj.scale_weight": ()}
+MANY = {"single_blocks.0.linear1.weight": (21504, 3072), **joined()}
+SHARD = without("text_encoder", ".27.")
+SMALL_QWEN = {**layout("text_encoder"), "model.embed_tokens.weight": (151936, 2048)}
+WIDE = {**layout("transformer"), "img_in.proj.weight": (2048, 98, 1, 1, 1)}
+
+WRONG: dict[str, tuple[str, Layout, str, str, str]] = {
+    "comfy fp16": (
+        "transformer", joined(), "F16",
+        "is Comfy-Org's repackaged transformer (joined q, k, v)", _TRANSFORMER,
+    ),
+    "comfy with prefix": (
+        "transformer", {f"model.diffusion_model.{n}": s for n, s in joined().items()}, "BF16",
+        "is Comfy-Org's repackaged transformer (joined q, k, v)", _TRANSFORMER,
+    ),
+    "fp8 transformer": (
+        "transformer", layout("transformer"), "F8_E4M3", "is stored in fp8", _TRANSFORMER,
+    ),
+    "8 bit": (
+        "transformer", layout("transformer"), "I8",
+        "has tensors in I8, not in bf16, fp16 or fp32", _TRANSFORMER,
+    ),
+    "HunyuanVideo 1.0": (
+        "transformer", MANY, "BF16", "is the transformer of HunyuanVideo 1.0", _TRANSFORMER,
+    ),
+    "Wan": ("transformer", WAN, "BF16", "is the transformer of a Wan model", _TRANSFORMER),
+    "LoRA": (
+        "transformer", LORA, "BF16",
+        "is a LoRA, and no model (a LoRA to start from is network.weights)", _TRANSFORMER,
+    ),
+    "diffusers' transformer": (
+        "transformer", {"transformer_blocks.0.attn.to_q.weight": (2048, 2048)}, "BF16",
+        "has diffusers' names instead of Tencent's", _TRANSFORMER,
+    ),
+    "distilled": (
+        "transformer", {**layout("transformer"), "time_r_in.mlp.0.weight": (2048, 256)}, "BF16",
+        "is a distilled transformer (time_r_in)", _TRANSFORMER,
+    ),
+    "super-resolution": (
+        "transformer", WIDE, "BF16",
+        "is not HunyuanVideo 1.5's transformer: img_in.proj.weight is [2048, 98, 1, 1, 1], not "
+        "[2048, 65, 1, 1, 1]", _TRANSFORMER,
+    ),
+    "the VAE": (
+        "transformer", layout("vae"), "F16", "is the VAE, not the transformer", _TRANSFORMER,
+    ),
+    "diffusers' VAE": (
+        "vae", renamed("vae", ("r.down.", "r.down_blocks."), ("r.up.", "r.up_blocks.")), "F16",
+        "has diffusers' names instead of Tencent's", _VAE,
+    ),
+    "Wan VAE": (
+        "vae", {"decoder.upsamples.0.gamma": (9,), "encoder.downsamples.0.gamma": (9,)}, "F32",
+        "is the VAE of a Wan model", _VAE,
+    ),
+    "VAE without decoder": (
+        "vae", without("vae", "decoder."), "F16",
+        "lacks 124 of the 218 tensors of HunyuanVideo 1.5's VAE, such as "
+        "decoder.conv_in.conv.weight", _VAE,
+    ),
+    "fp8 scaled text encoder": (
+        "text_encoder", {**layout("text_encoder"), **FP8}, "BF16", "is stored in fp8", _QWEN,
+    ),
+    "fp8 text encoder": (
+        "text_encoder", layout("text_encoder"), "F8_E4M3", "is stored in fp8", _QWEN,
+    ),
+    "transformers' text encoder": (
+        "text_encoder", renamed("text_encoder", ("model.", "model.language_model.")), "BF16",
+        "has transformers' names, not those of the repackaged file", _QWEN,
+    ),
+    "a shard": (
+        "text_encoder", SHARD, "BF16",
+        "lacks 12 of the 338 tensors of HunyuanVideo 1.5's text encoder, such as "
+        "model.layers.27.input_layernorm.weight", _QWEN,
+    ),
+    "a smaller Qwen2.5-VL": (
+        "text_encoder", SMALL_QWEN, "BF16",
+        "is not HunyuanVideo 1.5's text encoder: model.embed_tokens.weight is [151936, 2048], not "
+        "[152064, 3584]", _QWEN,
+    ),
+    "byt5 with decoder": (
+        "byt5", {**layout("byt5"), "decoder.final_layer_norm.weight": (1472,)}, "F16",
+        "has 1 tensor that HunyuanVideo 1.5's ByT5 encoder has not, such as "
+        "decoder.final_layer_norm.weight", _BYT5,
+    ),
+    "byt5 is the image encoder": (
+        "byt5", layout("image_encoder"), "F16", "is the image encoder, not the ByT5 encoder", _BYT5,
+    ),
+    "too few rows": (
+        "byt5", {**layout("byt5"), "shared.weight": (300, 1472)}, "F16",
+        "is not HunyuanVideo 1.5's ByT5 encoder: shared.weight is [300, 1472], not [384, 1472]",
+        _BYT5,
+    ),
+    "another model": (
+        "image_encoder", {"text_model.final_layer_norm.weight": (768,)}, "F16",
+        "is another model's file, with none of the tensors of HunyuanVideo 1.5's image encoder",
+        _SIGLIP,
+    ),
+}  # fmt: skip
+
+
+# Each wrong variant is one line: what the file is, and which is wanted by which option.
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_variant_is_named(name: str, tmp_path: Path) -> None:
+    part, shapes, dtype, line, wanted = WRONG[name]
+    file = write_sparse(tmp_path / "w.safetensors", shapes, dtype)
+    with pytest.raises(UserError) as error:
+        check_file(part, file)
+    assert str(error.value) == f"{file} {line}: {wanted}"
+
+
+# A single tensor in fp8 among others makes the file a quantised one.
+def test_one_tensor_in_fp8(tmp_path: Path) -> None:
+    one = {"double_blocks.3.img_mlp.fc1.weight": "F8_E4M3"}
+    file = write_sparse(tmp_path / "w", layout("transformer"), "BF16", dtypes=one)
+    with pytest.raises(UserError, match="is stored in fp8"):
+        check_file("transformer", file)
+
+
+# A file that is cut is said to be cut, and not another model's.
+def test_a_cut_file(tmp_path: Path) -> None:
+    file = published("vae", tmp_path / "vae.safetensors")
+    with file.open("r+b") as handle:
+        handle.truncate(file.stat().st_size - 12345)
+    with pytest.raises(DamagedFileError, match="12,345 bytes are missing"):
+        check_file("vae", file)

@@ -1,0 +1,43 @@
+"""Weight files that are a header and a hole: they have any size, and take no room."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from runner.engines.diffusers.published_layout import Layout, layout
+
+_BYTES = {"F8_E4M3": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+DTYPES = {
+    "transformer": "BF16", "vae": "F16", "text_encoder": "BF16", "byt5": "F16",
+    "image_encoder": "F16",
+}  # fmt: skip
+
+
+def write_sparse(file: Path, shapes: Layout, dtype: str, *, dtypes: Mapping[str, str] = {}) -> Path:
+    """Write a whole safetensors file whose tensors are all zero.
+
+    Args:
+        file: the file.
+        shapes: its tensors.
+        dtype: their dtype.
+        dtypes: those of single tensors.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        own = dtypes.get(name, dtype)
+        start, end = end, end + _BYTES[own] * math.prod(shape)
+        header[name] = {"dtype": own, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + end)
+    return file
+
+
+def published(part: str, file: Path) -> Path:
+    """Write a published part at full size."""
+    return write_sparse(file, layout(part), DTYPES[part])
