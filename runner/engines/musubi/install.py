@@ -39,6 +39,7 @@ from runner.engines.musubi.packages import (
     torch_build,
 )
 from runner.engines.musubi.probes import program
+from runner.engines.torch_builds import read_driver, stays
 from runner.formats.trainer_options import recorded
 
 # Free space that an install needs, by the build of torch.
@@ -114,18 +115,6 @@ def _missing_modules(python: Path) -> list[str] | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return missing
-
-
-def nvidia_report() -> str | None:
-    """Return the output of nvidia-smi, or None if it is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    try:
-        done = subprocess.run([tool], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
 
 
 def find_python(named: str | None) -> str:
@@ -338,9 +327,13 @@ def _request(options: argparse.Namespace) -> InstallRequest:
     done = read_record(home) if not options.again else None
     torch, build, source = options.torch_packages, options.torch, options.source
     if build == "auto":
-        # Do not reinstall only because the driver was updated or is not visible now.
-        build = done["build"] if done else torch_build(nvidia_report())
-        torch = torch or (done["torch"] if done else None)
+        driver = read_driver()
+        # Packages that were named are kept too: which CUDA they are for is not known.
+        kept = done and (
+            tuple(done["torch"]) != TORCH.get(done["build"]) or stays(done["build"], driver)
+        )
+        build = done["build"] if done and kept else torch_build(driver)
+        torch = torch or (done["torch"] if done and kept else None)
     python = options.python or (shutil.which(done["python"]) if done else None)
     request = InstallRequest(build, tuple(torch or TORCH[build]), find_python(python))
     if source is None and done and not done["source"].startswith(REPOSITORY):

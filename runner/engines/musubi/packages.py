@@ -11,13 +11,13 @@ CUDA are those it requires and could not be installed where this was written.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.core.errors import UserError
 from runner.core.paths import shortest
+from runner.engines.torch_builds import INDEX, Driver, chosen_build, no_build
 
 VERSION = "v0.3.4"
 # A checkout's script also creates the runner's own environment if it is missing.
@@ -47,9 +47,6 @@ TORCH = {
     "cu124": ("torch==2.6.0", "torchvision==0.21.0"),
     "cpu": ("torch==2.9.1", "torchvision==0.24.1"),
 }
-INDEX = "https://download.pytorch.org/whl"
-# The minimum CUDA version of the driver; every CUDA 12.x build runs on the first CUDA 12 driver.
-_MIN_CUDA = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu124", (12, 0)))
 
 
 def engine_home() -> Path:
@@ -99,33 +96,24 @@ class Step:
     argv: tuple[str, ...]
 
 
-def torch_build(report: str | None) -> str:
-    """Choose the build of torch for the driver whose ``nvidia-smi`` printed ``report``; pure.
+def torch_build(driver: Driver | None) -> str:
+    """Choose the build of torch for a driver; pure.
 
     Raises:
-        UserError: there is no driver, or it is too old for every build.
+        UserError: there is no driver, or it runs none of the builds.
     """
-    if report is None:
+    if driver is None:
         raise UserError(
             "no NVIDIA driver was found (nvidia-smi): install the driver first, or name the build "
             "of torch yourself with --torch cu128 (cu124, cu128, cu130 or cpu)."
         )
-    cuda = re.search(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)", report)
-    driver = re.search(r"Driver Version:\s*([\d.]+)", report)
-    name = f"driver {driver[1]}" if driver else "the driver"
-    if cuda is None:
-        raise UserError(
-            f"nvidia-smi does not say which CUDA version {name} has: name the build of torch with "
-            "--torch cu124, cu128 or cu130."
-        )
-    version = (int(cuda[1]), int(cuda[2]))
-    for build, minimum in _MIN_CUDA:
-        if version >= minimum:
-            return build
-    raise UserError(
-        f"{name} has CUDA {cuda[1]}.{cuda[2]}, and torch needs 12.0 at least: update the driver "
-        "(525 or later, 580 for the newest torch)."
-    )
+    build = chosen_build(driver, TORCH)
+    if build is not None:
+        return build
+    reason = no_build(driver, "torch", TORCH)
+    if driver.cuda is None:
+        reason += ": name the build of torch with --torch cu124, cu128 or cu130"
+    raise UserError(f"{reason}.")
 
 
 def steps(request: InstallRequest, home: Path) -> list[Step]:

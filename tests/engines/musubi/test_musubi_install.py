@@ -23,6 +23,7 @@ from runner.engines.musubi.packages import (
     steps,
     torch_build,
 )
+from runner.engines.torch_builds import parse_driver
 
 SMI = """\
 +-----------------------------------------------------------------------------------------+
@@ -108,24 +109,27 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 # The build of torch is the newest that the driver runs; a missing or old driver is reported.
 def test_build_follows_the_driver() -> None:
-    def build(driver: str, cuda: str) -> str:
-        return torch_build(SMI.format(driver=driver, cuda=cuda))
+    def build(driver: str, cuda: str, capability: str = "") -> str:
+        return torch_build(parse_driver(SMI.format(driver=driver, cuda=cuda), capability))
 
     assert build("580.65", "13.0") == "cu130"
     assert build("590.10", "13.1") == "cu130"
     assert build("570.86", "12.8") == "cu128"
     assert build("560.35", "12.6") == "cu124"
     assert build("525.60", "12.0") == "cu124"
+    # CUDA 13 has no code for a V100, and CUDA 12.8 none for a P100.
+    assert build("580.65", "13.0", "compute_cap\n7.0\n") == "cu128"
+    assert build("580.65", "13.0", "compute_cap\n6.0\n") == "cu124"
     for report, line in {
         None: "no NVIDIA driver was found (nvidia-smi): install the driver first, or name the "
         "build of torch yourself with --torch cu128 (cu124, cu128, cu130 or cpu).",
-        SMI.format(driver="470.10", cuda="11.4"): "driver 470.10 has CUDA 11.4, and torch needs "
-        "12.0 at least: update the driver (525 or later, 580 for the newest torch).",
+        SMI.format(driver="470.10", cuda="11.4"): "driver 470.10 (CUDA 11.4) runs no "
+        "build of torch for this GPU: update the driver to 525 or later.",
         SMI.format(driver="550.1", cuda="N/A"): "nvidia-smi does not say which CUDA version driver "
         "550.1 has: name the build of torch with --torch cu124, cu128 or cu130.",
     }.items():
         with pytest.raises(UserError) as error:
-            torch_build(report)
+            torch_build(None if report is None else parse_driver(report))
         assert str(error.value) == line
 
 
