@@ -23,11 +23,28 @@ NO_GPU = "no GPU was found"
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that training will run on, as its driver reports it."""
+    """The GPU that training will run on, as its driver reports it; a GB is 1,024 MiB.
+
+    Attributes:
+        name: its name.
+        memory_gb: its memory.
+        capability: its compute capability.
+        used_gb: memory that other programs use.
+        programs: those programs with their memory, as far as the driver names them.
+        compute_mode: ``Default``, ``Exclusive_Process`` or ``Prohibited``.
+    """
 
     name: str
     memory_gb: float
     capability: tuple[int, int]
+    used_gb: float = 0.0
+    programs: tuple[str, ...] = ()
+    compute_mode: str = "Default"
+
+    @property
+    def free_gb(self) -> float:
+        """Memory that no program uses."""
+        return self.memory_gb - self.used_gb
 
 
 @dataclass(frozen=True)

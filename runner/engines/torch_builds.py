@@ -155,9 +155,7 @@ def no_build(driver: Driver, torch: str, offered: Iterable[str]) -> str:
     if driver.cuda is None:
         return f"nvidia-smi does not say which CUDA version {driver} has"
     needed = [
-        build.cuda
-        for name, build in BUILDS.items()
-        if name in offered and _has_code(build, driver)
+        build.cuda for name, build in BUILDS.items() if name in offered and _has_code(build, driver)
     ]
     if not needed:
         return f"no build of {torch} has code for all GPUs of {driver}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from runner.config.schema import RunConfig
@@ -19,6 +20,8 @@ from runner.engines.base import NO_GPU, Engine, Gpu
 from runner.pipeline.model import Inputs, RunEnvironment
 from runner.pipeline.stages import STAGES, trains
 from runner.storage.shared_cache import SharedCache
+
+_CSV = "--format=csv,noheader,nounits"
 
 
 def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnvironment:
@@ -84,7 +87,8 @@ def find_gpu() -> tuple[Gpu | None, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None, NO_GPU
-    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    columns = "name,memory.total,compute_cap,memory.used,compute_mode"
+    query = [tool, f"--query-gpu={columns}", _CSV]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
         return None, NO_GPU
@@ -100,9 +104,31 @@ def find_gpu() -> tuple[Gpu | None, str]:
     if done.returncode:
         return None, f"nvidia-smi failed ({answer.rstrip('.')})"
     try:
-        name, memory, capability = (part.strip() for part in answer.split(","))
+        name, memory, capability, *rest = (part.strip() for part in answer.split(","))
         major, minor = capability.split(".")
-        return Gpu(name, int(memory) / 1024, (int(major), int(minor))), ""
+        gpu = Gpu(name, int(memory) / 1024, (int(major), int(minor)))
     except ValueError:
         # A GPU that shares the computer's memory (GB10) reports [N/A].
         return None, f"nvidia-smi's answer could not be read ({answer})"
+    if len(rest) == 2 and rest[0].isdigit():
+        gpu = replace(gpu, used_gb=int(rest[0]) / 1024, compute_mode=rest[1])
+    if gpu.used_gb:
+        index = visible.split(",")[0] if visible else "0"
+        gpu = replace(gpu, programs=_programs([tool, f"--id={index}"]))
+    return gpu, ""
+
+
+def _programs(tool: Sequence[str]) -> tuple[str, ...]:
+    """Name the programs that compute on a GPU; inside a container those outside are not listed."""
+    query = [*tool, "--query-compute-apps=pid,process_name,used_memory", _CSV]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    # A name may have commas, and the memory may be [N/A].
+    lines = re.findall(r"^(\d+), (.+), (\S+)$", done.stdout, re.MULTILINE)
+    return tuple(
+        f"{Path(name).name}, process {pid}"
+        + (f", {int(used) / 1024:.1f} GB" if used.isdigit() else "")
+        for pid, name, used in lines
+    )

@@ -157,7 +157,7 @@ def test_a_failed_setup_is_repeated(checkout: Checkout) -> None:
     assert checkout.pips() == WITHOUT
 
 
-# The GPU counts too: torch 2.13 has code for Blackwell only with CUDA 13, and for Volta only with 12.
+# The GPU counts too: torch 2.13 has code for Blackwell only with CUDA 13, for Volta only with 12.
 @pytest.mark.parametrize(
     ("driver", "cuda", "capability", "expected"),
     [

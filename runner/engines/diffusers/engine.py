@@ -22,10 +22,15 @@ from runner.engines.base import (
     text_arguments,
 )
 from runner.engines.diffusers import rules
-from runner.engines.diffusers.check import check_optimizer, is_certain
+from runner.engines.diffusers.check import (
+    check_optimizer,
+    is_certain,
+    missing_optimizer,
+    torch_problem,
+)
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.weights import model_weights
-from runner.engines.memory import filled, largest_tier
+from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.formats.train_options import optimizer_args
 from runner.formats.train_toml import render
 from runner.hub.weights import LocatedWeights
@@ -64,7 +69,10 @@ class DiffusersEngine:
         *,
         trains: bool,
     ) -> EngineInstall:
-        return replace(install, cannot_compile=no_gpu_reason) if gpu is None else install
+        if gpu is None:
+            return replace(install, cannot_compile=no_gpu_reason)
+        missing = torch_problem(gpu) or (missing_optimizer(config.optimizer) if trains else None)
+        return replace(install, missing=missing or occupied(config, gpu))
 
     def check(self, job: Job, gpu: Gpu | None, *, trains: bool) -> str:
         optimizer = job.config.optimizer
@@ -83,7 +91,7 @@ class DiffusersEngine:
         self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         if config.memory.name != "auto":
-            return config.memory, None
+            return config.memory, tier_notice(config.memory, gpu)
         tier, note = ("cpu", None) if gpu is None else largest_tier(gpu, no_gpu_reason)
         memory = filled(config.memory, tier)
         # This engine supports neither block swap nor fp8 text encoders, which tiers may set.

@@ -123,7 +123,7 @@ def _bitsandbytes(name: str) -> type:
     except ImportError:
         raise UserError(
             f"train.toml: optimizer_type={name!r} needs bitsandbytes, which is not installed "
-            f"(pip install bitsandbytes); {advice}"
+            f"(pip install 'hunyuan-lora-runner[gpu]'); {advice}"
         ) from None
     if name.lower() == "adamw8bit":
         return bitsandbytes.optim.AdamW8bit

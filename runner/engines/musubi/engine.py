@@ -24,7 +24,7 @@ from runner.engines.base import (
     latents_arguments,
     text_arguments,
 )
-from runner.engines.memory import filled, largest_tier
+from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.engines.musubi import option_paths, rules
 from runner.engines.musubi.check import cannot_compile, check_environment
 from runner.engines.musubi.failure import failure
@@ -108,6 +108,7 @@ class MusubiEngine:
     ) -> EngineInstall:
         if gpu is None:
             return replace(install, cannot_compile=no_gpu_reason)
+        install = replace(install, missing=install.missing or occupied(config, gpu))
         mode = config.training.compile
         wanted = mode == "always" or (mode == "auto" and not memory.blocks_to_swap)
         if install.missing or not wanted or not trains:
@@ -126,7 +127,7 @@ class MusubiEngine:
         self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
         if config.memory.name != "auto":
-            return config.memory, None
+            return config.memory, tier_notice(config.memory, gpu)
         tier, note = largest_tier(gpu, no_gpu_reason)
         return filled(config.memory, tier), note
 
