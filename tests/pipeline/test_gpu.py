@@ -131,6 +131,11 @@ def test_both_engines_refuse_a_taken_gpu(engine: str, driver: Driver) -> None:
 def test_the_program_refuses_a_taken_gpu(driver: Driver, tmp_path: Path) -> None:
     driver.says("NVIDIA RTX 4090, 24576, 8.9, 20480, Prohibited", "12, /usr/bin/python3, 20480\\n")
     arguments = ["engine=diffusers", "model=tiny", "optimizer=adamw", "dataset=sample"]
+    dry = program_here(*arguments, "dry_run=true", cwd=tmp_path)
+    page = " ".join(dry.out.split())
+    assert dry.code == 0
+    assert "Missing: NVIDIA RTX 4090 is in compute mode Prohibited" in page
+    assert "4.0 of 24.0 GB free (python3, process 12, 20.0 GB): memory=auto is planned as" in page
     done = program_here(*arguments, cwd=tmp_path)
     assert (done.code, done.err) == (
         2,
@@ -138,8 +143,3 @@ def test_the_program_refuses_a_taken_gpu(driver: Driver, tmp_path: Path) -> None
         "use it: nvidia-smi --compute-mode=DEFAULT, as root, allows it.\n",
     )
     assert not list(tmp_path.glob("outputs/runs/*"))
-    dry = program_here(*arguments, "dry_run=true", cwd=tmp_path)
-    page = " ".join(dry.out.split())
-    assert dry.code == 0
-    assert "Missing: NVIDIA RTX 4090 is in compute mode Prohibited" in page
-    assert "4.0 of 24.0 GB free (python3, process 12, 20.0 GB): memory=auto is planned as" in page

@@ -124,6 +124,8 @@ def test_the_program_does_not_fall_back_to_the_cpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(sys, "prefix", f"{top}/.venv")
     arguments = ["engine=diffusers", "model=tiny", "optimizer=adamw", "dataset=sample"]
+    dry = program_here(*arguments, "dry_run=true", cwd=tmp_path)
+    assert "Missing: torch 2.13.0+cpu (no CUDA)" in dry.out
     done = program_here(*arguments, cwd=tmp_path)
     assert (done.code, done.err) == (
         2,
@@ -160,5 +162,7 @@ def test_bitsandbytes_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{sys.executable} -m pip install 'hunyuan-lora-runner[gpu]', or take" in str(
         missing_optimizer(config.optimizer)
     )
+    paged = compose("optimizer=custom", "optimizer.type=bitsandbytes.optim.PagedAdamW")
+    assert str(missing_optimizer(paged.optimizer)).startswith("optimizer=custom needs bitsandbytes")
     for choice in ("adamw", "prodigy", "muon"):
         assert missing_optimizer(compose(f"optimizer={choice}").optimizer) is None
