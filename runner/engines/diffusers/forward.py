@@ -103,7 +103,11 @@ class Forward(nn.Module):
         items = [self._text(timestep, batch, item) for item in range(len(hidden))]
         longest = max(len(item) for item in items)
         padded = -(-longest // self.text_multiple) * self.text_multiple
-        text = torch.stack([nn.functional.pad(i, (0, 0, 0, padded - len(i))) for i in items])
+        # As in musubi-tuner, text tokens stay fp32 between blocks under autocast: in bf16 the text
+        # stream's gradients were 1.6 times as far from fp32 (docs/development/full-size-truth.md).
+        text = torch.stack(
+            [nn.functional.pad(item.float(), (0, 0, 0, padded - len(item))) for item in items]
+        )
         lengths = torch.tensor([video.shape[1] + len(item) for item in items])
         return BlockInputs(video, text, model.time_embed(timestep), lengths, model.rope(hidden))
 
