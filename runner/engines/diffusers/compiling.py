@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -63,12 +63,19 @@ class Compiler:
         network: the adapters, attached to its model.
         settings: what the compiled code depends on besides versions, GPU and shape.
         folder: where verdicts and compiled code are kept.
+        rare: pairs of items and video tokens of which the run has too few steps to compile for,
+            unless an earlier run has.
     """
 
     def __init__(
-        self, forward: Forward, network: Network, settings: Mapping[str, str], folder: Path
+        self,
+        forward: Forward,
+        network: Network,
+        settings: Mapping[str, str],
+        folder: Path,
+        rare: Container[tuple[int, int]] = (),
     ) -> None:
-        self._forward, self._network = forward, network
+        self._forward, self._network, self._rare = forward, network, rare
         self._device = next(network.parameters()).device
         self._settings = {**_environment(self._device), **settings}
         self._verdicts = folder / _VERDICTS
@@ -83,8 +90,11 @@ class Compiler:
 
         The first time that a shape is wrong the compiler is off for the rest of the run.
         """
-        shape = "x".join(map(str, (*inputs.video.shape[:2], inputs.text.shape[1])))
+        items, tokens, _ = inputs.video.shape
+        shape = f"{items}x{tokens}x{inputs.text.shape[1]}"
         if not self.off and shape not in self._right:
+            if (items, tokens) in self._rare and self._key(shape) not in self._known():
+                return self._forward.blocks
             problem = self._problem(shape, inputs)
             if problem is None:
                 self._right.add(shape)
@@ -95,8 +105,7 @@ class Compiler:
 
     def _problem(self, shape: str, inputs: BlockInputs) -> str | None:
         """Return why compiled blocks can't be used for a shape, or None."""
-        settings = {**self._settings, "shape": shape}
-        key = json.dumps(settings, sort_keys=True)
+        key = self._key(shape)
         errors = self._known().get(key)
         if errors is None:
             began = time.monotonic()
@@ -119,6 +128,9 @@ class Compiler:
             f"its gradients are wrong here for {shape} (off by {errors.compiled:.2%}, uncompiled "
             f"by {errors.uncompiled:.2%})"
         )
+
+    def _key(self, shape: str) -> str:
+        return json.dumps({**self._settings, "shape": shape}, sort_keys=True)
 
     def _known(self) -> dict[str, GradientErrors]:
         with suppress(OSError, ValueError, TypeError, AttributeError):

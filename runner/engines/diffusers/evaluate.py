@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
 from runner.engines.diffusers import cli, data, flow, models, network_files, options
+from runner.engines.diffusers.device import Device
 from runner.engines.diffusers.forward import Forward
-from runner.engines.diffusers.train import Device
 from runner.formats.train_options import TrainOptions
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))

@@ -18,16 +18,15 @@ import math
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from runner.core.errors import StageError, UserError
+from runner.core.errors import StageError
 from runner.engines.diffusers import (
     cli,
     data,
@@ -40,49 +39,9 @@ from runner.engines.diffusers import (
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
+from runner.engines.diffusers.device import Device
 from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE, Forward
-from runner.formats.dtypes import torch_dtype
 from runner.formats.train_options import TrainOptions
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device that trains, and the precision it computes in.
-
-    Attributes:
-        name: torch's name of the device.
-        weights: dtype of the frozen network.
-        compute: dtype of autocast.
-    """
-
-    name: str
-    weights: torch.dtype
-    compute: torch.dtype
-
-    @classmethod
-    def choose(cls, train_options: TrainOptions) -> Device:
-        """Choose the GPU if there is one; on the CPU always compute in fp32.
-
-        Raises:
-            UserError: dit_dtype and mixed_precision do not fit together.
-        """
-        if not torch.cuda.is_available():
-            return cls("cpu", torch.float32, torch.float32)
-        compute = weights = torch_dtype(train_options.mixed_precision)
-        if train_options.dit_dtype is not None:
-            weights = torch_dtype(train_options.dit_dtype)
-        if compute == torch.float32 and weights != torch.float32:
-            raise UserError(
-                f"train.toml: dit_dtype={train_options.dit_dtype!r} needs mixed_precision bf16 or "
-                "fp16"
-            )
-        return cls("cuda", weights, compute)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the mixed-precision context for a forward pass; no effect in fp32."""
-        if self.compute == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.name, dtype=self.compute)
 
 
 class Metrics:
@@ -146,6 +105,7 @@ class Trainer:
         datasets: Sequence[data.Dataset],
         seed: int,
         compile_folder: Path = Path("compiled"),
+        compile_from: int = 0,
     ) -> None:
         """Load the transformer and build network, optimizer and schedule.
 
@@ -154,6 +114,7 @@ class Trainer:
             datasets: what to train on.
             seed: the seed of every random stream.
             compile_folder: where compiled code is kept, if it is wanted.
+            compile_from: number of steps of one shape from which it is compiled for.
 
         Raises:
             UserError: an option is not supported, or weights cannot be loaded.
@@ -168,7 +129,8 @@ class Trainer:
             train_options.network_args,
         )
         self.timesteps = flow.TimeSampling.of(train_options)
-        self.batches = len(data.epoch_batches(datasets, seed=seed, epoch=1))
+        first_epoch = data.epoch_batches(datasets, seed=seed, epoch=1)
+        self.batches = len(first_epoch)
         self.steps_per_epoch = math.ceil(self.batches / train_options.gradient_accumulation_steps)
         self.steps = train_options.max_train_steps
         if train_options.max_train_epochs is not None:
@@ -192,7 +154,10 @@ class Trainer:
                 "checkpointing": str(train_options.gradient_checkpointing),
                 "network": str(spec),
             }
-            compiler = Compiler(self.forward, self.network, settings, compile_folder)
+            uses = Counter((len(b), math.prod(b[0].shape[1:])) for b in first_epoch)
+            epochs = self.steps / self.steps_per_epoch
+            rare = {shape for shape, count in uses.items() if count * epochs < compile_from}
+            compiler = Compiler(self.forward, self.network, settings, compile_folder, rare)
             self.forward.choose_blocks = compiler.blocks
             self.forward.text_multiple = COMPILED_TEXT_MULTIPLE
         self.optimizer, optimizer_description = optimizers.build_optimizer(
@@ -374,6 +339,12 @@ def main(arguments: Sequence[str]) -> None:
         default="compiled",
         help="where compiled code, and what was found out about it, is kept",
     )
+    parser.add_argument(
+        "--compile_from",
+        type=int,
+        default=0,
+        help="number of steps of one shape from which it is compiled for",
+    )
     parsed = parser.parse_args(arguments)
     train_options = options.read(parsed.config_file)
     datasets = data.scan(train_options.dataset_config, train_options.task)
@@ -383,7 +354,7 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         # Costs nothing on the CPU, and warns if an operation has no deterministic form.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    trainer = Trainer(train_options, datasets, seed, parsed.compile_folder)
+    trainer = Trainer(train_options, datasets, seed, parsed.compile_folder, parsed.compile_from)
     item_count = sum(len(dataset.examples) for dataset in datasets)
     print(
         f"{item_count} items, {trainer.batches} batches per epoch, {trainer.steps} steps, "

@@ -50,13 +50,16 @@ def _corrected(script: str) -> tuple[str, ...]:
     return ("corrected.py", "-m", f"musubi_tuner.{script}")
 
 
-def python_command(install: EngineInstall, *arguments: str, offline: bool = True) -> Command:
+def python_command(
+    install: EngineInstall, *arguments: str, offline: bool = True, compiles: bool = False
+) -> Command:
     """Return a command that runs musubi-tuner's Python with the variables that all stages need.
 
     Args:
         install: the install to use.
         arguments: arguments for Python.
         offline: forbid access to the Hugging Face Hub.
+        compiles: whether it uses torch.compile.
     """
     path = install.source_path
     # Number GPUs by PCI bus, as nvidia-smi does, so that CUDA_VISIBLE_DEVICES=1 means the GPU that
@@ -68,6 +71,10 @@ def python_command(install: EngineInstall, *arguments: str, offline: bool = True
         # The weights stage has fetched all that is needed. Online, the tokenizers could be
         # updated to another commit than the one requested.
         environment.append(("HF_HUB_OFFLINE", "1"))
+    if compiles:
+        # Where inductor mixes reductions it has lost gradients, with other networks than
+        # musubi-tuner's so far (docs/development/compiled-gradients.md). It costs no time.
+        environment.append(("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0"))
     return Command(
         (install.python, *arguments),
         set_env=tuple(environment),
@@ -170,6 +177,7 @@ class MusubiEngine:
             *config.engine.extra_args,
             # A requested upload must reach the Hub.
             offline=not any(a.startswith("--huggingface") for a in config.engine.extra_args),
+            compiles=bool(options.get("compile")),
         )
 
     def evaluate(self, job: Job, dataset_toml: str) -> Command | None:

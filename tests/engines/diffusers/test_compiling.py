@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,38 @@ def test_each_shape_is_checked_once(
     with torch.no_grad():
         predict(forward)
     assert not used
+
+
+# A shape of which the run has too few steps is not compiled for, unless an earlier run has; the
+# others are.
+def test_rare_shapes_stay_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, forward, network = compiler(tmp_path, monkeypatch, list)
+    rare = Compiler(forward, network, {}, tmp_path, rare={(1, 48)})
+    forward.choose_blocks = rare.blocks
+    predict(forward)
+    assert rare._known() == {} and not rare.off
+    common = Compiler(forward, network, {}, tmp_path, rare={(2, 48)})
+    forward.choose_blocks = common.blocks
+    predict(forward)
+    assert len(common._known()) == 1
+    forward.choose_blocks = rare.blocks
+    predict(forward)
+    assert rare._right and not made._right
+
+
+# The trainer counts the steps of each shape: two clips in one batch, twice, and the pictures alone.
+def test_trainer_counts_the_steps_of_a_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "compiled", list)
+    for compile_from, checked in ((3, ["1x24x64"]), (2, ["1x24x64", "2x72x64"]), (7, [])):
+        folder = write_run(tmp_path / str(compile_from), compile=True)
+        with inside(folder):
+            arguments = ["--config_file", "train.toml", "--compile_from", str(compile_from)]
+            train.main(arguments)
+        file = folder / "compiled" / "gradients.json"
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        assert sorted(json.loads(key)["shape"] for key in kept) == checked
 
 
 # The check leaves weights, gradients, modes and the random state as they were.
