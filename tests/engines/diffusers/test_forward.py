@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 )
 from torch import Tensor, nn
 
+import runner.engines.diffusers.attention
 from runner.engines.diffusers import flow, networks
 from runner.engines.diffusers.attention import attention
 from runner.engines.diffusers.forward import Forward
@@ -117,6 +118,31 @@ def test_attention_is_that_of_the_real_tokens(heads_first: bool) -> None:
     assert not result[1, 4:].any()
     for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+# On a GPU each of the kernels is right, in both directions, also after a gradient of another layout.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
+def test_kernels_of_a_gpu(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.engines.diffusers.attention, "_kernel", lambda *_: kernel)
+    lengths = (300, 77)
+    for dtype, tolerance in ((torch.bfloat16, 0.01), (torch.float16, 0.002)):
+        inputs = [
+            random(2, 300, 4, 128, seed=s).cuda().to(dtype).requires_grad_() for s in range(3)
+        ]
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        gradient = random(2, 300, 4, 128, seed=4).cuda().to(dtype)
+        expected = torch.zeros_like(exact[0])
+        for item, length in enumerate(lengths):
+            query, key, value = (tensor[item, :length].transpose(0, 1) for tensor in exact)
+            weights = (query @ key.transpose(1, 2) / 128**0.5).softmax(-1)
+            expected[item, :length] = (weights @ value).transpose(0, 1)
+        wanted = torch.autograd.grad(expected, exact, gradient.double())
+        for layout in (gradient, gradient.transpose(1, 2).contiguous().transpose(1, 2)):
+            result, _ = attention(*inputs, torch.tensor(lengths))
+            found = torch.autograd.grad(result, inputs, layout)
+            for ours, right in zip((result, *found), (expected, *wanted), strict=True):
+                assert (ours.double() - right).norm() <= tolerance * right.norm()
 
 
 # The operator keeps what PyTorch promises the compiler of one: shapes and layouts without data,
