@@ -120,7 +120,7 @@ def test_attention_is_that_of_the_real_tokens(heads_first: bool) -> None:
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-# On a GPU each of the kernels is right, in both directions, also after a gradient of another layout.
+# On a GPU each kernel is right, in both directions, also after a gradient of another layout.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
 def test_kernels_of_a_gpu(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
