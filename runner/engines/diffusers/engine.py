@@ -31,6 +31,7 @@ from runner.engines.diffusers.check import (
     torch_problem,
 )
 from runner.engines.diffusers.executables import module_command
+from runner.engines.diffusers.published_check import check_lora
 from runner.engines.diffusers.weights import model_weights
 from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.engines.musubi.check import cannot_compile
@@ -60,6 +61,8 @@ class DiffusersEngine:
         return rules.plan_notices(job.config, gpu, steps=steps, clips=clips)
 
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
+        if config.network.weights is not None and config.model.source == "hub":
+            check_lora(Path(config.network.weights))
         return config
 
     def locate(self, config: RunConfig, cwd: Path) -> EngineInstall:

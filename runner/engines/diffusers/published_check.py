@@ -15,6 +15,7 @@ from runner.core.errors import UserError
 from runner.core.text import counted
 from runner.engines.diffusers.published_layout import layout
 from runner.formats.dtypes import SAFETENSORS_NAMES
+from runner.formats.lora import lora_name
 from runner.formats.safetensors_header import TensorHeader, read_header
 
 _TENCENT = "of tencent/HunyuanVideo-1.5"
@@ -75,6 +76,25 @@ def check_file(part: str, path: Path) -> None:
     """
     if wrong := _difference(part, read_header(path)):
         raise UserError(f"{path} {wrong}: model.{part} must be {_PARTS[part][1]}.")
+
+
+def check_lora(path: Path) -> None:
+    """Check that a LoRA's matrices fit the published transformer; only its header is read.
+
+    Raises:
+        DamagedFileError: the file is cut, or is no safetensors file.
+        UserError: it was trained on another model.
+    """
+    wanted = layout("transformer")
+    linears = {lora_name(name.removesuffix(".weight")): shape for name, shape in wanted.items()}
+    for name, tensor in read_header(path).items():
+        module, _, leaf = name.partition(".")
+        reads_input = leaf in ("lora_down.weight", "hada_w1_b")
+        if reads_input and tensor.shape[1:] != linears.get(module, ())[1:]:
+            raise UserError(
+                f"network.weights={path} is a LoRA for another model: {module} has "
+                f"{tensor.shape[-1]} inputs, and no such layer is in HunyuanVideo 1.5."
+            )
 
 
 def _difference(part: str, header: Mapping[str, TensorHeader]) -> str | None:

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from sparse_weights import DTYPES, published, write_sparse
 
 from runner.core.errors import UserError
-from runner.engines.diffusers.published_check import check_file
+from runner.engines.diffusers.published_check import check_file, check_lora
 from runner.engines.diffusers.published_layout import Layout, layout
 from runner.formats.safetensors_header import DamagedFileError
 from runner.formats.transformer_keys import from_diffusers
@@ -218,3 +218,30 @@ def test_a_cut_file(tmp_path: Path) -> None:
         handle.truncate(file.stat().st_size - 12345)
     with pytest.raises(DamagedFileError, match="12,345 bytes are missing"):
         check_file("vae", file)
+
+
+# A LoRA's matrices must fit the layers that they are for, before it is loaded after all caching.
+@pytest.mark.parametrize("leaf", ["lora_down.weight", "hada_w1_b"])
+@pytest.mark.parametrize(
+    ("module", "inputs", "fits"),
+    [
+        ("double_blocks_0_img_attn_q", 2048, True),
+        ("double_blocks_53_txt_mlp_fc2", 8192, True),
+        ("double_blocks_0_img_attn_q", 3072, False),
+        ("double_blocks_54_img_attn_q", 2048, False),
+    ],
+)
+def test_a_lora_fits_the_transformer(
+    module: str, inputs: int, fits: bool, leaf: str, tmp_path: Path
+) -> None:
+    name = f"lora_unet_{module}"
+    file = write_sparse(tmp_path / "lora", {f"{name}.{leaf}": (32, inputs)}, "F32")
+    if fits:
+        check_lora(file)
+        return
+    with pytest.raises(UserError) as error:
+        check_lora(file)
+    assert str(error.value) == (
+        f"network.weights={file} is a LoRA for another model: {name} has {inputs} inputs, and no "
+        "such layer is in HunyuanVideo 1.5."
+    )
