@@ -16,8 +16,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from diffusers.models import embeddings
 from torch import Tensor
 
+_rotate: Any = embeddings.apply_rotary_emb
 _ATEN: Any = torch.ops.aten
 # The memory-efficient kernel pads its log-sums to a multiple of this.
 _ALIGNMENT = 32
@@ -198,9 +200,6 @@ class JointAttention:
         Returns:
             The new video tokens and text tokens.
         """
-        from diffusers.models import embeddings
-
-        rotate: Any = embeddings.apply_rotary_emb
 
         def heads(tensor: Tensor) -> Tensor:
             return tensor.unflatten(2, (attn.heads, -1))
@@ -208,8 +207,8 @@ class JointAttention:
         query = attn.norm_q(heads(attn.to_q(hidden_states)))
         key = attn.norm_k(heads(attn.to_k(hidden_states)))
         value = heads(attn.to_v(hidden_states))
-        query = rotate(query, image_rotary_emb, sequence_dim=1)
-        key = rotate(key, image_rotary_emb, sequence_dim=1)
+        query = _rotate(query, image_rotary_emb, sequence_dim=1)
+        key = _rotate(key, image_rotary_emb, sequence_dim=1)
         text_query = attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))
         text_key = attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))
         text_value = heads(attn.add_v_proj(encoder_hidden_states))
