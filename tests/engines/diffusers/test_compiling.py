@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TOP
 from safetensors.torch import load_file
 from test_forward import batch_of, build_model, random
 from torch import Tensor
@@ -232,3 +236,59 @@ def test_compiled_run_equals_the_plain_one(
     plain, compiled = results
     for key, expected in plain.items():
         assert (compiled[key] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, key
+
+
+# Compiled code is kept beside the verdicts, which a fresh process shows: what the trainer imports
+# must not have chosen another folder before. A folder that the user has named stays.
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_code_is_kept_beside_the_verdicts(tmp_path: Path, named: str | None) -> None:
+    folder = write_run(tmp_path, compile=True, network_weights="missing.safetensors")
+    program = (
+        "import os, sys; from runner.engines.diffusers import train\n"
+        "try: train.main(sys.argv[1:])\n"
+        "finally: print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    if named is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / named)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config_file", "train.toml"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "network_weights=missing.safetensors: cannot be read" in done.stderr
+    assert done.stdout.strip() == str(tmp_path / (named or "compiled/code"))
+
+
+# A folder that cannot be written to costs what would be kept there, and not the run.
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    folder = tmp_path / "file" / "compiled"
+    folder.parent.touch()
+    compiling.keep_code(folder)
+    assert capsys.readouterr().out == (
+        f"note: {folder} cannot be written to: compiled code is not kept there.\n"
+    )
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    made, forward, _ = compiler(folder, monkeypatch, list)
+    predict(forward)
+    assert not made.off and made._right
+
+
+# Verdicts that cannot be read are made again.
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"KEY": 1}', '{"KEY": {}}', '{"KEY": {"uncompiled": "x", "compiled": 0}}']
+)
+def test_verdicts_that_cannot_be_read(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, forward, _ = compiler(tmp_path, monkeypatch, list)
+    key = made._key("1x48x8")
+    (tmp_path / "gradients.json").write_text(text.replace('"KEY"', json.dumps(key)))
+    predict(forward)
+    assert list(made._known().values()) == [GradientErrors(0.0, 0.0)] and not made.off
