@@ -15,6 +15,7 @@ from runner.core.text import counted
 from runner.data.select import shapes
 from runner.engines.failures import not_finite_advice
 from runner.formats.lora_values import fault
+from runner.pipeline.checkpoints import COMFYUI, CheckpointConversion
 from runner.pipeline.context import Context
 from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
@@ -44,6 +45,7 @@ class Train(Stage):
             "to run",
             commands=(planning.engine.train(planning.inputs.job, planning.options), _KEEP),
             outputs=(_FINAL, LORA),
+            without_commands=f"converts each checkpoint for ComfyUI, into {COMFYUI}",
         )
 
     def run(self, context: Context) -> None:
@@ -61,6 +63,7 @@ class Train(Stage):
         samples = sum(shapes(inputs.sources, inputs.selection).values())
         stage = context.plan.stage(self.name)
         *training, keeping = stage.commands
+        conversion = _conversion(context)
         starting = "starting the trainer"
         with context.console.bar("steps", context.plan.steps, detail=starting) as bar:
             view = _View(bar, context.run_dir / PREVIEWS, previews(context.plan, inputs.config))
@@ -76,10 +79,14 @@ class Train(Stage):
             def tick() -> None:
                 view.tick()
                 _check_loss(view.guard, context)
+                if conversion is not None:
+                    conversion.tick()
 
             follower.start()
+            trained = False
             try:
                 run_commands(context, replace(stage, commands=tuple(training)), tick)
+                trained = True
             finally:
                 warning = follower.stop()
                 # A full disk must not hide why the trainer failed.
@@ -89,6 +96,10 @@ class Train(Stage):
                     context.console.notice(f"previews were not kept in samples: {error.strerror}")
                 for notice in notices(context.log(self.name)):
                     context.console.notice(notice)
+                # After a success, the last one is converted by the stage for it.
+                if conversion is not None:
+                    for problem in conversion.finish(with_last=not trained):
+                        context.console.notice(problem)
         if warning:
             context.console.notice(warning)
         _check_loss(view.guard, context)
@@ -105,6 +116,14 @@ def _check_loss(guard: LossGuard, context: Context) -> None:
     if guard.failed_from is not None:
         advice = not_finite_advice(context.inputs.config)
         raise StageError(f"{guard.message}. {advice} (log: {context.log('train')})")
+
+
+def _conversion(context: Context) -> CheckpointConversion | None:
+    """Return what converts the checkpoints; None if the conversion is skipped."""
+    if any(one.name == "convert" and one.state == "skipped" for one in context.plan.stages):
+        return None
+    inputs = context.inputs
+    return CheckpointConversion(context.run_dir, inputs.python, inputs.python_path)
 
 
 def _last_line(log: Path, code: int) -> str:
