@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, str]
 
+# Whether an i2v LoRA was trained with the condition latent unscaled; without it, it was if
+# musubi-tuner trained it.
+UNSCALED_CONDITION = "ss_i2v_unscaled_condition"
+
 _PREFIX = "lora_unet_"
 _NAME = re.compile(r"lora_unet_double_blocks_(\d+)_(.+)")
 _COMFYUI = {
@@ -122,6 +126,17 @@ def describe(file: Path) -> LoraInfo:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
     raise UserError(f"{file} is not a LoRA of this model")
+
+
+def read_metadata(file: Path) -> Metadata:
+    """Read the metadata of a safetensors file; empty if it has none or can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as handle:
+            return handle.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def to_comfyui(
