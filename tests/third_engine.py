@@ -60,6 +60,9 @@ class ThirdEngine:
     own_encoding: str | None = "third-1"
     own_options: frozenset[str] = frozenset()
 
+    def first_defaults(self, config: RunConfig) -> Mapping[str, Any]:
+        return {}
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         if config.network.rank % 2:
             yield f"network.rank={config.network.rank}: the third engine takes even ranks."

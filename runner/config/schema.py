@@ -215,7 +215,9 @@ class TrainingConfig:
     save_precision: str = option("bf16", "dtype of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
     data_workers: int = option(2, "Data loader worker processes.", at_least=0, digests="neither")
     i2v_unscaled_condition: bool = option(
-        False, "i2v: leave the condition latent unscaled, as musubi-tuner does in training."
+        False,
+        "i2v: leave the latent of the first frame unscaled, as musubi-tuner trains by itself; its "
+        "previews, ComfyUI and the published pipelines scale it.",
     )
     resume: str = option(
         "auto",

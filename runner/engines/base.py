@@ -105,6 +105,12 @@ class Engine(Protocol):
     def own_options(self) -> frozenset[str]:
         """Options of train.toml that its trainer knows in addition to musubi-tuner's."""
 
+    def first_defaults(self, config: RunConfig) -> Mapping[str, Any]:
+        """Return the values of options that stand for what its first versions did; pure.
+
+        They are those that differ from the defaults. The digests of a run leave these values out.
+        """
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         """Yield one line for each of its own rules that ``config`` breaks; pure."""
 

@@ -189,7 +189,9 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
             "training.keep_last does nothing without checkpoints: set training.save_every_epochs "
             "or training.save_every_steps."
         )
-    if training.i2v_unscaled_condition and config.task.name != "i2v":
+    # experiment=original sets it for both tasks.
+    original = config.engine.arguments == "command_line"
+    if training.i2v_unscaled_condition and config.task.name != "i2v" and not original:
         yield "training.i2v_unscaled_condition does nothing with task=t2v, which has no condition."
     if sampling.name == "none" and sampling.prompts:
         yield "sampling.prompts does nothing with sampling=none: add sampling=prompts."

@@ -37,6 +37,10 @@ Reader = Callable[[str], "Tensor"]
 # A module's tensors by leaf, the part of the key after the module's name.
 Leaves = dict[str, "Tensor"]
 
+# Whether an i2v LoRA was trained with the condition latent unscaled; without it, it was if
+# musubi-tuner trained it.
+UNSCALED_CONDITION = "ss_i2v_unscaled_condition"
+
 _PREFIX = "lora_unet_"
 _NAME = re.compile(r"lora_unet_double_blocks_(\d+)_(.+)")
 _COMFYUI = {
@@ -137,6 +141,17 @@ def describe(file: Path) -> LoraInfo:
     except (IndexError, RuntimeError):
         raise UserError(f"{file} can't be read as a LoRA file: a tensor's shape is wrong") from None
     raise UserError(f"{file} is not a LoRA of this model")
+
+
+def read_metadata(file: Path) -> Metadata:
+    """Read the metadata of a safetensors file; empty if it has none or can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as handle:
+            return handle.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 class Conversion(NamedTuple):

@@ -31,15 +31,16 @@ _OF_SOURCES = frozenset(
     | {"dataset.missing_captions", "dataset.sources"}
 )
 # The first default of each option whose default has changed since. Digests leave out this value and
-# not the new default; otherwise earlier and later runs that differ in it would seem equal.
+# not the new default; otherwise earlier and later runs that differ in it would seem equal. Those
+# of a single engine are its ``first_defaults``.
 FIRST_DEFAULTS: Mapping[str, Any] = {}
 
 
-def resume_key(inputs: Inputs) -> str:
+def resume_key(inputs: Inputs, engine: Engine) -> str:
     """Return the digest of what was requested."""
     return _digest(
         {
-            **_set(inputs, ("both", "resume_key")),
+            **_set(inputs, engine, ("both", "resume_key")),
             "dataset.sources": _asked_sources(inputs),
         }
     )
@@ -63,7 +64,7 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
     cached = (entry for entry in plan.entries if entry.namespace != "media")
     return _digest(
         {
-            **_set(inputs, ("both",)),
+            **_set(inputs, engine, ("both",)),
             **({"training.compile": True} if compiled else {}),
             "training.seed": inputs.seed,
             "weights": weights,
@@ -83,17 +84,18 @@ def _digest(cache_inputs: Mapping[str, Any]) -> str:
     return json_digest(cache_inputs)[:16]
 
 
-def _set(inputs: Inputs, which: tuple[Digests, ...]) -> dict[str, Any]:
+def _set(inputs: Inputs, engine: Engine, which: tuple[Digests, ...]) -> dict[str, Any]:
     """Return the options among ``which`` that differ from their defaults, by key.
 
     An option without a row in the table counts in both digests.
     """
     config, install = inputs.config, inputs.engine
+    first = {**FIRST_DEFAULTS, **engine.first_defaults(config)}
     changed: dict[str, Any] = {}
     for option in options(type(config)):
         key, value = option.key, value_of(config, option.key)
         counted = (option.digests or "both") in which and key not in _OF_SOURCES
-        if counted and value != FIRST_DEFAULTS.get(key, option.default):
+        if counted and value != first.get(key, option.default):
             changed[key] = value
     # Only these are not yet absolute in the config.
     located = {"engine.path": install.source_path, "engine.python": install.python}

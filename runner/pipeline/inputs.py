@@ -64,7 +64,35 @@ def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Sou
         sources=weighed,
         selection=selection,
         cached=SharedCache(environment.root / "cache").full_keys(),
+        lora_note=_lora_note(config),
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
+    )
+
+
+def _lora_note(config: RunConfig) -> str | None:
+    """Notice an i2v LoRA that was trained with the condition scaled otherwise than this run's."""
+    from runner.formats.lora import UNSCALED_CONDITION, read_metadata
+
+    key, file = "network.weights", config.network.weights
+    if file is None and config.training.resume_from is not None:
+        # The trainer writes its state beside the LoRA, which alone has metadata.
+        key, file = "training.resume_from", config.training.resume_from.removesuffix("-state")
+        file += ".safetensors"
+    if config.task.name != "i2v" or file is None or not Path(file).is_file():
+        return None
+    unscaled = config.training.i2v_unscaled_condition
+    option = f"training.i2v_unscaled_condition={str(not unscaled).lower()}"
+    recorded = read_metadata(Path(file)).get(UNSCALED_CONDITION)
+    if recorded is None and not unscaled:
+        return (
+            f"{key}: {Path(file).name} does not say how its condition was scaled; i2v LoRAs that "
+            f"musubi-tuner trained by itself are unscaled, and go on as they began with {option}."
+        )
+    if recorded in (None, str(unscaled)):
+        return None
+    return (
+        f"{key}: {Path(file).name} was trained with {option}, and this run is not: give it to go "
+        "on as it began."
     )
 
 

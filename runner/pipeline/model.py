@@ -40,6 +40,8 @@ class Inputs(RunEnvironment):
     selection: Selection
     cached: frozenset[str]
     seed: int
+    # A notice about the LoRA that the run starts from.
+    lora_note: str | None = None
 
     @property
     def job(self) -> Job:

@@ -143,7 +143,7 @@ class Recorder:
         from runner.tracking.parent_run import child_tags, open_parent
 
         config, resolved, choices = composed.config, composed.resolved, composed.choices
-        key = resume_key(inputs)
+        key = resume_key(inputs, engine)
         uri = tracking_uri(config.tracking, inputs.root)
         if uri is None:
             if job is not None:

@@ -46,7 +46,7 @@ def digests(config: RunConfig, **changes: Any) -> tuple[str | None, str]:
     """The fingerprint and the resume key of a run with this config, on the same media."""
     facts = replace(fake_facts(config, changes.pop("media", MEDIA)), **changes)
     engine = engine_named(config.engine.name)
-    return fingerprint(facts, plan_of(facts.config, facts), engine), resume_key(facts)
+    return fingerprint(facts, plan_of(facts.config, facts), engine), resume_key(facts, engine)
 
 
 def changed(config: RunConfig, key: str, value: Any) -> RunConfig:
@@ -97,7 +97,7 @@ def test_each_option_counts_as_it_says(key: str) -> None:
     if key in ("engine.path", "engine.python"):
         after = replace(after, engine=replace(facts.engine, python="/else", source_path="/else"))
     result = fingerprint(after, plan, engine) != fingerprint(facts, plan, engine)
-    asked = resume_key(after) != resume_key(facts)
+    asked = resume_key(after, engine) != resume_key(facts, engine)
     wanted = {"both": (True, True), "resume_key": (False, True)}.get(
         str(OPTIONS[key].digests), (False, False)
     )

@@ -22,7 +22,7 @@ from runner.core.atomic import write_bytes
 from runner.engines.diffusers.data import Dataset
 from runner.engines.diffusers.networks import Network
 from runner.formats.dtypes import torch_dtype
-from runner.formats.lora import sshs_hashes
+from runner.formats.lora import UNSCALED_CONDITION, sshs_hashes
 from runner.formats.train_options import TABLE, TrainOptions
 
 BASE_MODEL_VERSION = "hunyuan_video_1_5"
@@ -166,7 +166,7 @@ def _metadata(
     if options.vae is not None:
         values["ss_vae_name"] = Path(options.vae).name
     if options.task == "i2v":
-        values["ss_i2v_unscaled_condition"] = options.i2v_unscaled_condition
+        values[UNSCALED_CONDITION] = options.i2v_unscaled_condition
     return {key: str(value) for key, value in values.items()} | _model_spec(options)
 
 

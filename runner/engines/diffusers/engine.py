@@ -52,6 +52,9 @@ class DiffusersEngine:
     # Leave the first frame's latent unscaled, as musubi-tuner does in training.
     own_options = frozenset({"i2v_unscaled_condition"})
 
+    def first_defaults(self, config: RunConfig) -> Mapping[str, Any]:
+        return {}
+
     def problems(self, config: RunConfig) -> Iterator[str]:
         return rules.problems(config)
 

@@ -1,6 +1,8 @@
-# Runs a module with corrections to musubi-tuner's behaviour: corrected.py -m MODULE ...
+# Runs a module with corrections to musubi-tuner's behaviour:
+# corrected.py [--scale_condition] -m MODULE ...
 import ctypes
 import glob
+import importlib
 import os
 import platform
 import runpy
@@ -8,7 +10,8 @@ import signal
 import sys
 from typing import Any
 
-del sys.argv[:2]
+scale_condition = sys.argv[1] == "--scale_condition"
+del sys.argv[: 3 if scale_condition else 2]
 module = sys.argv[0]
 
 # accelerate starts the trainer, which would otherwise outlive it when it is killed.
@@ -51,5 +54,42 @@ if module.endswith("cache_text_encoder_outputs"):
         return forward(self, *args, **kwargs, logits_to_keep=1)
 
     Encoder.forward = headless  # type: ignore[method-assign]
+
+# FFmpeg 7.1, which is in the pinned PyAV, can wait for ever when it decodes a frame of HEVC in
+# several threads (wavefronts). The script decodes several clips at a time in any case.
+if module.endswith("cache_latents"):
+    import av
+
+    def open_media(*args: Any, opened: Any = av.open, **kwargs: Any) -> Any:
+        container = opened(*args, **kwargs)
+        for stream in container.streams.video:
+            if stream.codec_context.name == "hevc":
+                stream.codec_context.thread_count = 1
+        return container
+
+    av.open = open_media
+
+# musubi-tuner trains i2v with the first frame's latent as the cache has it, while its own previews,
+# ComfyUI and the published pipelines multiply that by the VAE's factor. The last of the 33 channels
+# is a mask. The LoRA file says so; a file without the key was trained unscaled.
+if scale_condition:
+    trainer = importlib.import_module("musubi_tuner.training.trainer_base")
+    vae = importlib.import_module("musubi_tuner.hunyuan_video_1_5.hunyuan_video_1_5_vae")
+
+    def process_batch(
+        *args: Any, process: Any = trainer.NetworkTrainer.process_batch, **kwargs: Any
+    ) -> Any:
+        condition = args[5]["latents_image"].clone()
+        condition[:, : vae.VAE_LATENT_CHANNELS] *= vae.VAE_SCALING_FACTOR
+        batch = {**args[5], "latents_image": condition}
+        return process(*args[:5], batch, *args[6:], **kwargs)
+
+    def build_metadata(
+        *args: Any, build: Any = trainer.sai_model_spec.build_metadata, **kwargs: Any
+    ) -> Any:
+        return {**build(*args, **kwargs), "ss_i2v_unscaled_condition": "False"}
+
+    trainer.NetworkTrainer.process_batch = process_batch
+    trainer.sai_model_spec.build_metadata = build_metadata
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

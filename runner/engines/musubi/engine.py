@@ -49,8 +49,8 @@ def _package_file(name: str) -> str:
     return (files("runner.engines.musubi") / name).read_text(encoding="utf-8")
 
 
-def _corrected(script: str) -> tuple[str, ...]:
-    return ("corrected.py", "-m", f"musubi_tuner.{script}")
+def _corrected(script: str, *arguments: str) -> tuple[str, ...]:
+    return ("corrected.py", *arguments, "-m", f"musubi_tuner.{script}")
 
 
 def python_command(
@@ -91,6 +91,12 @@ class MusubiEngine:
     name = "musubi"
     own_encoding: str | None = None
     own_options: frozenset[str] = frozenset()
+
+    def first_defaults(self, config: RunConfig) -> Mapping[str, Any]:
+        # Before version 0.2.0 i2v was always trained unscaled, and the option did nothing.
+        training = config.training
+        unscaled = config.task.name == "i2v" or training.i2v_unscaled_condition
+        return {"training.i2v_unscaled_condition": unscaled}
 
     def problems(self, config: RunConfig) -> Iterator[str]:
         return rules.problems(config)
@@ -164,6 +170,7 @@ class MusubiEngine:
         option_arguments = ["--config_file", "train.toml"]
         if config.engine.arguments == "command_line":
             option_arguments = command_line(options)
+        scaled = config.task.name == "i2v" and not config.training.i2v_unscaled_condition
         # For every argument that is left out accelerate reads the user's own config, which may
         # request all GPUs or a torch.compile backend: so none is left out.
         return python_command(
@@ -175,7 +182,7 @@ class MusubiEngine:
             *("--num_cpu_threads_per_process", "1"),
             *("--dynamo_backend", "no"),
             *("--mixed_precision", config.precision.mixed_precision),
-            *_corrected("hv_1_5_train_network"),
+            *_corrected("hv_1_5_train_network", *(["--scale_condition"] if scaled else [])),
             *option_arguments,
             *config.engine.extra_args,
             # A requested upload must reach the Hub.
