@@ -128,7 +128,8 @@ def load_transformer(
         raise UserError(f"{file}: no transformer weights there; run the weights stage again")
     from runner.engines.diffusers.published import build, fill
 
-    config = _load("transformer", file, lambda: _config(file.with_name("config.json")))
+    config_file = file.with_name("config.json")
+    config = _load("transformer", config_file, lambda: _config(config_file))
     if config.get("_class_name") != "HunyuanVideo15Transformer3DModel":
         return _published("transformer", file, dtype, device)
     options = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -244,7 +245,7 @@ def _config(file: Path) -> dict[str, Any]:
 
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if not isinstance(config, dict):
-        raise ValueError(f"{file.name} is no object")
+        raise ValueError("it holds no JSON object")
     return config
 
 

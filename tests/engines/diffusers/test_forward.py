@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import runner.engines.diffusers.attention
 from runner.engines.diffusers import flow, networks
-from runner.engines.diffusers.attention import attention
+from runner.engines.diffusers.attention import attention, attention_backward
 from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 
@@ -145,11 +145,58 @@ def test_kernels_of_a_gpu(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert (ours.double() - right).norm() <= tolerance * right.norm()
 
 
-# The operator keeps what PyTorch promises the compiler of one: shapes and layouts without data,
-# and a registered backward pass.
-def test_attention_is_a_lawful_operator() -> None:
-    inputs = [random(2, 9, 3, 16, seed=seed).requires_grad_() for seed in range(3)]
-    torch.library.opcheck(attention, (*inputs, torch.tensor([9, 4])))
+# In autocast text tokens enter the blocks in fp32, as in musubi-tuner, and the rest is computed in
+# the half dtype: queries and keys too, whose norms give fp32.
+def test_autocast() -> None:
+    forward, batch = Forward(build_model()), batch_of((5, 3), i2v=False)
+    arguments = (random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
+    exact = forward(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward.embed(*arguments).text.dtype == torch.float32
+        found = forward(*arguments)
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
+
+
+# The kernel follows GPU and dtype: cuDNN's from Hopper on, and in fp32 or before Ampere the only
+# one that there is.
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has_cudnn", "expected"),
+    [
+        ((9, 0), torch.bfloat16, True, "cudnn"),
+        ((12, 0), torch.float16, True, "cudnn"),
+        ((9, 0), torch.bfloat16, False, "flash"),
+        ((8, 9), torch.bfloat16, True, "flash"),
+        ((8, 0), torch.float16, True, "flash"),
+        ((7, 5), torch.float16, True, "efficient"),
+        ((9, 0), torch.float32, True, "efficient"),
+    ],
+)
+def test_kernel_of_a_gpu(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    has_cudnn: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: has_cudnn)
+    choose = runner.engines.diffusers.attention._kernel.__wrapped__
+    assert choose(torch.device("cuda"), dtype) == expected
+    assert choose(torch.device("cpu"), dtype) == "cpu"
+
+
+# The operators keep what PyTorch promises the compiler of them: shapes and layouts without data,
+# and a registered backward pass. Results are contiguous, whatever the layout of the inputs.
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_attention_is_a_lawful_operator(heads_first: bool) -> None:
+    inputs = [random(2, 9, 3, 16, seed=seed) for seed in range(3)]
+    if heads_first:
+        inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+    lengths = torch.tensor([9, 4])
+    result, sums = attention(*inputs, lengths)
+    assert result.is_contiguous()
+    torch.library.opcheck(attention_backward, (inputs[0], *inputs, result, sums, lengths))
+    torch.library.opcheck(attention, (*(tensor.requires_grad_() for tensor in inputs), lengths))
 
 
 # The blocks of a copy in fp32 train the same adapters: the check of compiled gradients needs it.
