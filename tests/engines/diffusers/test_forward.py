@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -152,9 +153,20 @@ def test_autocast() -> None:
     arguments = (random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
     exact = forward(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        assert forward.embed(*arguments).text.dtype == torch.float32
         found = forward(*arguments)
+        model: Any = forward.model
+        model.cond_type_embed.bfloat16()
+        assert forward.embed(*arguments).text.dtype == torch.float32
     assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
+
+
+# Text is padded to the next multiple, and no further.
+@pytest.mark.parametrize(("multiple", "padded"), [(1, 8), (8, 8), (4, 8), (7, 14)])
+def test_text_is_padded_to_the_next_multiple(multiple: int, padded: int) -> None:
+    forward = Forward(build_model())
+    forward.text_multiple = multiple
+    hidden, batch = random(1, 65, 2, 4, 6, seed=3), batch_of((5, 3), i2v=False)
+    assert forward.embed(hidden, torch.tensor([300.0]), batch).text.shape[1] == padded
 
 
 # The kernel follows GPU and dtype: cuDNN's from Hopper on, and in fp32 or before Ampere the only
@@ -197,6 +209,24 @@ def test_attention_is_a_lawful_operator(heads_first: bool) -> None:
     assert result.is_contiguous()
     torch.library.opcheck(attention_backward, (inputs[0], *inputs, result, sums, lengths))
     torch.library.opcheck(attention, (*(tensor.requires_grad_() for tensor in inputs), lengths))
+
+
+# With checkpointing each block is computed again in the backward pass, and gradients are the same.
+def test_checkpointing() -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = build_model()
+        network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
+        forward, calls = Forward(model, checkpointing=checkpointing), []
+        for block in model.transformer_blocks:
+            block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        hidden, batch = random(1, 65, 2, 4, 6, seed=3), batch_of((5, 3), i2v=False)
+        forward(hidden, torch.tensor([300.0]), batch).square().mean().backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        results.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert results[0]
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
 
 
 # The blocks of a copy in fp32 train the same adapters: the check of compiled gradients needs it.
