@@ -155,7 +155,7 @@ def test_options_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options))
     settings: Any = inductor
     with inductor.patch({"cpp.max_horizontal_fusion_size": 16, "triton.mix_order_reduction": True}):
-        compiling.compiled([lambda: None])  # type: ignore[list-item, misc]
+        compiling.compiled([lambda: (torch.zeros(1), torch.zeros(1))])
         assert settings.cpp.max_horizontal_fusion_size == 1
         assert not settings.triton.mix_order_reduction
     limits: Any = dynamo
