@@ -217,7 +217,8 @@ def test_checkpointing() -> None:
     for checkpointing in (False, True):
         model = build_model()
         network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
-        forward, calls = Forward(model, checkpointing=checkpointing), []
+        forward = Forward(model, checkpointing=checkpointing)
+        calls: list[int] = []
         for block in model.transformer_blocks:
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         hidden, batch = random(1, 65, 2, 4, 6, seed=3), batch_of((5, 3), i2v=False)
