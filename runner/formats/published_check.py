@@ -99,13 +99,11 @@ def check_lora(path: Path) -> None:
     }
     for name, tensor in read_header(path).items():
         module, _, leaf = name.partition(".")
-        shape, layer = tensor.shape, layers.get(module, ())
-        if leaf in _LORA_INPUTS:
-            fits = len(shape) > 1 and shape[1:] == layer[1:]
-        elif leaf in _LORA_OUTPUTS:
-            fits = len(shape) > 1 and shape[:1] == layer[:1]
-        else:
+        if leaf not in _LORA_INPUTS + _LORA_OUTPUTS:
             continue
+        shape, layer = tensor.shape, layers.get(module, ())
+        side = slice(1, None) if leaf in _LORA_INPUTS else slice(1)
+        fits = len(shape) > 1 and shape[side] == layer[side]
         if not fits:
             raise UserError(
                 f"network.weights={path} is a LoRA for another model: {name} is {list(shape)}, "

@@ -267,3 +267,12 @@ def test_a_lora_fits_the_transformer(
         f"network.weights={file} is a LoRA for another model: {found}, which fits no layer of that "
         "name in HunyuanVideo 1.5."
     )
+
+
+# A matrix that is none fits nothing.
+@pytest.mark.parametrize("leaf", ["lora_down.weight", "lora_up.weight"])
+def test_a_matrix_that_is_none(leaf: str, tmp_path: Path) -> None:
+    for module in ("double_blocks_0_img_attn_q", "other"):
+        file = write_sparse(tmp_path / "lora", {f"lora_unet_{module}.{leaf}": ()}, "F32")
+        with pytest.raises(UserError, match=r"is \[\], which fits no layer"):
+            check_lora(file)

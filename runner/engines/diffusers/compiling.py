@@ -235,7 +235,8 @@ def _some_update(
 ) -> Iterator[None]:
     """Give adapters an update during the block: a new one is zero and hides half the gradients.
 
-    Dropout is off meanwhile: compiled and uncompiled code drop different values.
+    Dropout is off meanwhile: compiled and uncompiled code drop different values. Without dropout
+    the modules' modes stay, because another mode is compiled anew.
     """
     saved = [parameter.detach().clone() for parameter in parameters]
     modes = {module: module.training for module in network.modules()}
