@@ -72,8 +72,7 @@ def training(tmp_path: Path, code: str, *overrides: str) -> tuple[Context, io.St
     out = io.StringIO()
     media = pictures(tmp_path / "media", 1)
     context = context_of(
-        *(tmp_path / "out", media, "engine=diffusers", *overrides),
-        console=Console.for_stream(out),
+        tmp_path / "out", media, "engine=diffusers", *overrides, console=Console.for_stream(out)
     )
     (context.run_dir / "lora.bytes").write_bytes(lora())
     trainer = Command((sys.executable, "-S", "-c", TRAINER + code))
