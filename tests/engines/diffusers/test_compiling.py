@@ -165,9 +165,10 @@ def test_options_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # The reference is fp32 also where weights, inputs and autocast are not; every gradient counts, also
 # those of lora_down, which a new adapter does not have.
-def test_reference_is_fp32() -> None:
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_reference_is_fp32(weights: torch.dtype) -> None:
     model = build_model()
-    model.transformer_blocks.bfloat16()
+    model.transformer_blocks.to(weights)
     network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
     forward = Forward(model)
     parameters = list(network.parameters())
