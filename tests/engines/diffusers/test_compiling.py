@@ -172,9 +172,9 @@ def test_reference_is_fp32(weights: torch.dtype) -> None:
     network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
     forward = Forward(model)
     parameters = list(network.parameters())
+    batch = batch_of((5, 3), i2v=False)
+    inputs = forward.embed(random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
     with torch.autocast("cpu", torch.bfloat16):
-        batch = batch_of((5, 3), i2v=False)
-        inputs = forward.embed(random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
         errors = compiling.gradient_errors(forward, network, forward.blocks, inputs)
     assert 1e-4 < errors.uncompiled < 0.2 and errors.compiled == errors.uncompiled
     assert not all(parameter.any() for parameter in parameters)
