@@ -151,16 +151,18 @@ class Compiler:
 def keep_code(folder: Path) -> None:
     """Have inductor keep compiled code in a folder, unless TORCHINDUCTOR_CACHE_DIR names another.
 
-    It must be called before diffusers or torch's deterministic algorithms are used: both import
-    inductor, which then takes a folder in /tmp.
+    Importing diffusers imports inductor, which sets that variable to a folder in /tmp. It is read
+    again whenever something is compiled.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     code = folder.absolute() / _CODE
     with suppress(OSError):
         code.mkdir(parents=True, exist_ok=True)
-    if os.access(code, os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code))
-    else:
+    if not os.access(code, os.W_OK):
         print(f"note: {folder} cannot be written to: compiled code is not kept there.", flush=True)
+    elif os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code)
 
 
 def compiled(blocks: Sequence[Block]) -> list[Block]:
