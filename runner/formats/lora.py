@@ -1,4 +1,4 @@
-"""LoRA files: musubi-tuner's names, and the conversion to ComfyUI's and back.
+"""LoRA files: musubi-tuner's names, and the conversions to ComfyUI's and back, and to diffusers'.
 
 Keys are ``lora_unet_double_blocks_<n>_<module>.{lora_down.weight,lora_up.weight,alpha}``, where the
 module is one of Tencent's fourteen Linears of a double block, with ``_`` for ``.``. ComfyUI's
@@ -6,7 +6,10 @@ network has q, k and v in one Linear and other names for three modules; the conv
 alpha and its hashes are those of musubi-tuner v0.3.4's converter for this model. That converter
 does not handle LoHa and LoKr: their conversion follows from what ComfyUI's weight adapters compute
 (``comfy/weight_adapter/loha.py``, ``lokr.py``): (w1_a @ w1_b) * (w2_a @ w2_b) * alpha / rank, and
-kron(w1, w2).
+kron(w1, w2). What diffusers takes is what ``load_lora_adapter`` of diffusers 0.42.1 reads
+(``loaders/peft.py``, ``utils/peft_utils.py``).
+
+A file is converted module by module, so that memory holds one of them at a time.
 
 Importing this module costs milliseconds; torch and safetensors are loaded by the conversions.
 """
@@ -14,11 +17,14 @@ Importing this module costs milliseconds; torch and safetensors are loaded by th
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from runner.core.errors import UserError
+from runner.formats.transformer_keys import BLOCK_LINEARS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Metadata = dict[str, str]
+# Returns a tensor of a file by its key.
+Reader = Callable[[str], "Tensor"]
+# A module's tensors by leaf, the part of the key after the module's name.
+Leaves = dict[str, "Tensor"]
 
 _PREFIX = "lora_unet_"
 _NAME = re.compile(r"lora_unet_double_blocks_(\d+)_(.+)")
@@ -38,6 +48,8 @@ _COMFYUI = {
     "txt_mod_linear": "txt_mod_lin",
 }
 _MUSUBI = {theirs: ours for ours, theirs in _COMFYUI.items()}
+# diffusers' name of each module of a double block, by the name in musubi-tuner's files.
+_DIFFUSERS = {theirs.replace(".", "_"): ours for theirs, ours in BLOCK_LINEARS.items()}
 _JOINED = re.compile(r"(img|txt)_attn_(q|k|v)")
 # The tensors that identify a file's adapter, and which of their dimensions is the rank.
 _RANK_OF = {"lora_down.weight": ("lora", 0), "hada_w1_b": ("loha", 0), "lokr_w2_a": ("lokr", 1)}
@@ -102,7 +114,8 @@ def describe(file: Path) -> LoraInfo:
             names = {match[2] for key in keys if (match := _NAME.fullmatch(key.partition(".")[0]))}
             if any(name in _MUSUBI or name.endswith("_qkv") for name in names):
                 raise UserError(
-                    f"{file} is a LoRA for ComfyUI: take the lora.safetensors beside it"
+                    f"{file} is a LoRA for ComfyUI: take the run's lora.safetensors, or one in its "
+                    "checkpoints"
                 )
             for key in keys:
                 name, _, leaf = key.partition(".")
@@ -126,97 +139,143 @@ def describe(file: Path) -> LoraInfo:
     raise UserError(f"{file} is not a LoRA of this model")
 
 
-def to_comfyui(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
-) -> tuple[dict[str, Tensor], Metadata | None]:
-    """Convert musubi-tuner's file for ComfyUI.
+class Conversion(NamedTuple):
+    """How one module of a converted file is made.
 
-    q, k and v are joined into ``_qkv``: their downs stacked [3r, in], their ups as blocks on the
-    diagonal [3 * out, 3r], and alpha tripled like the rank; both pairs of a LoHa likewise. Three
-    Kronecker products cannot be joined into one, so LoKr updates are expanded to one full matrix
-    [3 * out, in], with a w1 of 1. One of the three that was not trained counts as zero. The hashes
-    are computed again.
+    Attributes:
+        target: the module's name in the converted file.
+        make: makes its tensors, by leaf, from the original's; the keys are ``<target>.<leaf>``. It
+            reads values of ``alpha`` only, so that the other tensors may be on the device meta.
+    """
 
-    Returns:
-        The tensors, and the metadata; None if the file had none.
+    target: str
+    make: Callable[[Reader], Leaves]
+
+
+def conversions(keys: Iterable[str], form: str) -> list[Conversion]:
+    """Plan the conversion of a file with these keys.
+
+    ``comfyui``: musubi-tuner's file for ComfyUI. q, k and v are joined into ``_qkv``: their downs
+    stacked [3r, in], their ups as blocks on the diagonal [3 * out, 3r], and alpha tripled like the
+    rank; both pairs of a LoHa likewise. Three Kronecker products cannot be joined into one, so LoKr
+    updates are expanded to one full matrix [3 * out, in], with a w1 of 1. One of the three that was
+    not trained counts as zero.
+
+    ``musubi``: ComfyUI's file for musubi-tuner, the inverse.
+
+    ``diffusers``: musubi-tuner's file for ``HunyuanVideo15Transformer3DModel.load_lora_adapter``,
+    which reads no alpha: ups, or a LoKr's w1, are multiplied by alpha / rank. They become float32
+    unless that is a power of two, which rounds nothing.
+
+    Args:
+        keys: the keys of the original.
+        form: the form of the converted file, ``comfyui``, ``musubi`` or ``diffusers``.
 
     Raises:
-        UserError: not a LoRA of this model, or one whose q, k and v differ in rank or alpha.
+        UserError: not a LoRA of this model, or of a kind that this form does not have.
     """
-    result: dict[str, Tensor] = {}
-    joined: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for name, leaves in _grouped(state, "to ComfyUI", ("lora", "loha", "lokr")).items():
-        match = _NAME.fullmatch(name)
-        module = match[2] if match else ""
+    plans = {"comfyui": _to_comfyui, "musubi": _from_comfyui, "diffusers": _to_diffusers}
+    return list(plans[form](_grouped(keys, form)))
+
+
+def _to_comfyui(modules: Mapping[str, frozenset[str]]) -> Iterator[Conversion]:
+    joined: dict[str, dict[str, frozenset[str]]] = {}
+    for name, leaves in modules.items():
+        module = _module_of(name)
         if part := _JOINED.fullmatch(module):
-            stem = name.removesuffix(f"_{part[2]}")
-            joined.setdefault(stem, {})[part[2]] = leaves
-            continue
-        target = name.removesuffix(module) + _COMFYUI.get(module, module) if match else name
-        result.update({f"{target}.{leaf}": tensor for leaf, tensor in leaves.items()})
+            joined.setdefault(name.removesuffix(f"_{part[2]}"), {})[part[2]] = leaves
+        else:
+            target = name.removesuffix(module) + _COMFYUI.get(module, module)
+            yield Conversion(target, partial(_leaves, name, leaves))
     for stem, parts in joined.items():
-        result.update({f"{stem}_qkv.{leaf}": t for leaf, t in _join(stem, parts).items()})
-    return result, _with_hashes(result, metadata)
+        yield Conversion(f"{stem}_qkv", partial(_join, stem, parts))
 
 
-def from_comfyui(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
-) -> tuple[dict[str, Tensor], Metadata | None]:
-    """Convert ComfyUI's file for musubi-tuner; the inverse of :func:`to_comfyui`.
-
-    Raises:
-        UserError: not a LoRA or LoHa of this model.
-    """
-    result: dict[str, Tensor] = {}
-    for name, leaves in _grouped(state, "from ComfyUI", ("lora", "loha")).items():
-        match = _NAME.fullmatch(name)
-        module = match[2] if match else ""
+def _from_comfyui(modules: Mapping[str, frozenset[str]]) -> Iterator[Conversion]:
+    for name, leaves in modules.items():
+        module = _module_of(name)
         if module in ("img_attn_qkv", "txt_attn_qkv"):
             for index, part in enumerate("qkv"):
-                stem = f"{name.removesuffix('qkv')}{part}"
-                for down, up in _PAIRS[_ADAPTER_OF_LEAVES[frozenset(leaves)]]:
-                    rows = leaves[down].chunk(3, dim=0)[index]
-                    rank = rows.shape[0]
-                    block = leaves[up].chunk(3, dim=0)[index][:, index * rank : (index + 1) * rank]
-                    result[f"{stem}.{down}"] = rows.contiguous()
-                    result[f"{stem}.{up}"] = block.contiguous()
-                result[f"{stem}.alpha"] = leaves["alpha"] / 3
-            continue
-        target = name.removesuffix(module) + _MUSUBI.get(module, module) if match else name
-        result.update({f"{target}.{leaf}": tensor for leaf, tensor in leaves.items()})
-    return result, _with_hashes(result, metadata)
+                target = f"{name.removesuffix('qkv')}{part}"
+                yield Conversion(target, partial(_split, name, leaves, index))
+        else:
+            target = name.removesuffix(module) + _MUSUBI.get(module, module)
+            yield Conversion(target, partial(_leaves, name, leaves))
 
 
-def _grouped(
-    state: Mapping[str, Tensor], direction: str, adapters: tuple[str, ...]
-) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by module name, then leaf; refuse incomplete modules and other adapters."""
-    result: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
+def _to_diffusers(modules: Mapping[str, frozenset[str]]) -> Iterator[Conversion]:
+    for name, leaves in modules.items():
+        match = _NAME.fullmatch(name)
+        module = _DIFFUSERS.get(match[2]) if match else None
+        if match is None or module is None:
+            raise UserError(f"LoRA file: {name!r} is not a module that musubi-tuner trains")
+        yield Conversion(
+            f"transformer.transformer_blocks.{match[1]}.{module}",
+            partial(_with_scale_inside, name, leaves),
+        )
+
+
+# The adapters that each form has.
+_COVERED = {
+    "comfyui": ("lora", "loha", "lokr"),
+    "musubi": ("lora", "loha"),
+    "diffusers": ("lora", "lokr"),
+}
+_DIRECTIONS = {"comfyui": "to ComfyUI", "musubi": "from ComfyUI", "diffusers": "to diffusers"}
+
+
+def _grouped(keys: Iterable[str], form: str) -> dict[str, frozenset[str]]:
+    """Group keys by module name; refuse incomplete modules and adapters without this form."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
         name, _, leaf = key.partition(".")
-        result.setdefault(name, {})[leaf] = tensor
+        found.setdefault(name, []).append(leaf)
+    result = {name: frozenset(leaves) for name, leaves in found.items()}
     for name, leaves in result.items():
-        adapter = _ADAPTER_OF_LEAVES.get(frozenset(leaves))
+        adapter = _ADAPTER_OF_LEAVES.get(leaves)
         if adapter is None:
             raise UserError(
                 f"LoRA file: {name!r} has {sorted(leaves)}, but a module has {sorted(_LEAVES)}, "
                 "or all tensors of a LoHa or LoKr"
             )
-        if adapter not in adapters:
+        if adapter not in _COVERED[form]:
             raise UserError(
-                f"LoRA file: {name!r} is of network={adapter}, and conversion {direction} covers "
-                f"{' and '.join(adapters)}"
+                f"LoRA file: {name!r} is of network={adapter}, and conversion {_DIRECTIONS[form]} "
+                f"covers {' and '.join(_COVERED[form])}"
             )
     return result
 
 
-def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _module_of(name: str) -> str:
+    match = _NAME.fullmatch(name)
+    return match[2] if match else ""
+
+
+def _leaves(name: str, leaves: Iterable[str], read: Reader) -> Leaves:
+    return {leaf: read(f"{name}.{leaf}") for leaf in leaves}
+
+
+def _split(name: str, leaves: frozenset[str], index: int, read: Reader) -> Leaves:
+    """Take q, k or v (index 0, 1 or 2) out of a joined module."""
+    whole = _leaves(name, leaves, read)
+    result = {"alpha": whole["alpha"] / 3}
+    for down, up in _PAIRS[_ADAPTER_OF_LEAVES[leaves]]:
+        rows = whole[down].chunk(3, dim=0)[index]
+        rank = rows.shape[0]
+        result[down] = rows.contiguous()
+        columns = slice(index * rank, (index + 1) * rank)
+        result[up] = whole[up].chunk(3, dim=0)[index][:, columns].contiguous()
+    return result
+
+
+def _join(stem: str, names: Mapping[str, frozenset[str]], read: Reader) -> Leaves:
     """Join q, k and v into one module."""
     import torch
 
+    parts = {part: _leaves(f"{stem}_{part}", leaves, read) for part, leaves in names.items()}
     first = next(iter(parts.values()))
-    adapter = _ADAPTER_OF_LEAVES[frozenset(first)]
-    if any(_ADAPTER_OF_LEAVES[frozenset(other)] != adapter for other in parts.values()):
+    adapter = _ADAPTER_OF_LEAVES[next(iter(names.values()))]
+    if any(_ADAPTER_OF_LEAVES[leaves] != adapter for leaves in names.values()):
         raise UserError(f"LoRA file: q, k and v of {stem!r} are different adapters")
     if adapter == "lokr":
         updates = {part: kronecker(leaves) for part, leaves in parts.items()}
@@ -247,6 +306,23 @@ def _join(stem: str, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
     return {**result, "alpha": first["alpha"] * 3}
 
 
+def _with_scale_inside(name: str, leaves: frozenset[str], read: Reader) -> Leaves:
+    """Rename a module's tensors as PEFT does, and multiply one of them by alpha / rank."""
+    parts = _leaves(name, leaves, read)
+    alpha = float(parts.pop("alpha"))
+    if "lora_up.weight" in parts:
+        down, up = (parts[leaf] for leaf in _LEAVES[:2])
+        return {"lora_A.weight": down, "lora_B.weight": _times(up, alpha / down.shape[0])}
+    if "lokr_w2_b" in parts:
+        parts["lokr_w1"] = _times(parts["lokr_w1"], alpha / parts["lokr_w2_b"].shape[0])
+    return parts
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    exact = math.frexp(scale)[0] == 0.5
+    return (tensor if exact else tensor.float()) * scale
+
+
 def kronecker(leaves: Mapping[str, Tensor]) -> Tensor:
     """Compute the update [out, in] of a LoKr module in float32: kron(w1, w2) * scale.
 
@@ -260,9 +336,3 @@ def kronecker(leaves: Mapping[str, Tensor]) -> Tensor:
         up, down = leaves["lokr_w2_a"].float(), leaves["lokr_w2_b"].float()
         scale, second = float(leaves["alpha"]) / down.shape[0], up @ down
     return torch.kron(leaves["lokr_w1"].float(), second.float()) * scale
-
-
-def _with_hashes(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
-) -> Metadata | None:
-    return None if metadata is None else {**metadata, **sshs_hashes(state, metadata)}

@@ -12,7 +12,7 @@ Importing this module costs milliseconds; torch is loaded only by the conversion
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from runner.core.errors import UserError
@@ -88,6 +88,18 @@ _OUTER_BACK = {ours: theirs for theirs, ours in _OUTER.items()}
 _SWAPPED = "final_layer.adaLN_modulation.1"
 _FUSED = "self_attn_qkv"
 _SPLIT = ("attn.to_q", "attn.to_k", "attn.to_v")
+
+
+# Width of the published transformer's blocks.
+_WIDTH = 2048
+
+
+def block_projections(blocks: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield Tencent's name and the shape of each q, k and v of the published transformer."""
+    for block in range(blocks):
+        for module in BLOCK_LINEARS:
+            if module.endswith(("_q", "_k", "_v")):
+                yield f"double_blocks.{block}.{module}", (_WIDTH, _WIDTH)
 
 
 def module_to_diffusers(module: str) -> str:

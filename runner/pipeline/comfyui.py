@@ -7,21 +7,29 @@ bf16, in which LoRAs are saved.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runner.core.atomic import write_bytes
 from runner.core.errors import StageError, UserError
 from runner.core.process import Stopped, raise_on_signals
+from runner.pipeline.run_metadata import run_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def convert(source: Path, destination: Path, *, reverse: bool = False) -> int:
-    """Convert a LoRA file to ComfyUI's form, and write it atomically.
+def convert(
+    source: Path, destination: Path, *, form: str = "comfyui", run: Path | None = None
+) -> int:
+    """Convert a LoRA file, and write it atomically; memory holds one module at a time.
 
     Args:
         source: the LoRA file to read.
         destination: the file to write.
-        reverse: convert from ComfyUI's form to musubi-tuner's.
+        form: the form to write, as in :func:`runner.formats.lora.conversions`.
+        run: the folder of the run that trained it, whose facts go into the metadata.
 
     Returns:
         The number of tensors written.
@@ -30,43 +38,104 @@ def convert(source: Path, destination: Path, *, reverse: bool = False) -> int:
         UserError: ``source`` can't be read, or is no LoRA of this model.
         StageError: ``destination`` can't be written.
     """
+    import torch
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save
 
-    from runner.formats.lora import from_comfyui, to_comfyui
+    from runner.formats.dtypes import SAFETENSORS_NAMES
+    from runner.formats.lora import conversions
+    from runner.formats.safetensors_writer import layout_of, write_with_hashes
 
     try:
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        opened = safe_open(source, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source} can't be read as a LoRA file: {error}") from error
-    converted, described = (from_comfyui if reverse else to_comfyui)(state, metadata)
-    # Not `save_file`, whose files only their owner may read.
-    try:
-        write_bytes(destination, save(converted, described))
-    except OSError as error:
-        raise StageError(f"{destination} can't be written ({error.strerror or error})") from error
-    return len(converted)
+    with opened as file:
+        metadata = run_metadata(run, file.metadata() or {}) if run else file.metadata() or {}
+
+        def without_values(key: str) -> Tensor:
+            if key.endswith(".alpha"):
+                return file.get_tensor(key)
+            header = file.get_slice(key)
+            if (name := header.get_dtype()) not in SAFETENSORS_NAMES:
+                raise UserError(f"{source}: {key} is {name}, which no LoRA is saved in")
+            dtype = getattr(torch, SAFETENSORS_NAMES[name])
+            return torch.empty(header.get_shape(), dtype=dtype, device="meta")
+
+        # Each key of the new file: how its module is made, and its leaf.
+        made_by = {
+            f"{one.target}.{leaf}": (one, leaf, layout_of(tensor))
+            for one in conversions(file.keys(), form)
+            for leaf, tensor in one.make(without_values).items()
+        }
+        made: tuple[str, dict[str, Tensor]] = ("", {})
+
+        def tensor(key: str) -> Tensor:
+            nonlocal made
+            conversion, leaf, _ = made_by[key]
+            if made[0] != conversion.target:
+                made = conversion.target, conversion.make(file.get_tensor)
+            return made[1][leaf]
+
+        layouts = {key: layout for key, (_, _, layout) in made_by.items()}
+        try:
+            # Not `save_file`, whose files only their owner may read, and which needs all tensors.
+            write_with_hashes(destination, layouts, tensor, metadata)
+        except OSError as error:
+            raise StageError(
+                f"{destination} can't be written ({error.strerror or error})"
+            ) from error
+    return len(layouts)
 
 
 def main(arguments: list[str]) -> None:
-    """Convert the file that the arguments name.
+    """Convert the files that the arguments name; one that fails does not stop the others.
 
     Raises:
-        UserError: it can't be converted.
-        StageError: the new file can't be written.
+        UserError: one can't be converted.
+        StageError: a new file can't be written.
     """
     parser = argparse.ArgumentParser(
         prog="python -m runner.stages.convert",
-        description="Write a LoRA file as ComfyUI loads it.",
+        description="Write LoRA files as ComfyUI loads them.",
     )
     parser.add_argument("--reverse", action="store_true", help="from ComfyUI's to musubi-tuner's")
-    parser.add_argument("source", type=Path, metavar="FROM.safetensors")
-    parser.add_argument("destination", type=Path, metavar="TO.safetensors")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the run: trigger word, base model, resolution and run id are written too",
+    )
+    parser.add_argument(
+        "--background", action="store_true", help="at the lowest priority, in one thread"
+    )
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FROM TO", help="pairs of safetensors files"
+    )
     parsed = parser.parse_args(arguments)
-    number = convert(parsed.source, parsed.destination, reverse=parsed.reverse)
-    print(f"{parsed.source} -> {parsed.destination}: {number} tensors")
+    if len(parsed.files) % 2:
+        parser.error("the files are pairs: FROM.safetensors TO.safetensors")
+    if parsed.background:
+        _lower_priority()
+    failure: UserError | StageError | None = None
+    pairs = iter(parsed.files)
+    for source, destination in zip(pairs, pairs, strict=True):
+        form = "musubi" if parsed.reverse else "comfyui"
+        try:
+            number = convert(source, destination, form=form, run=parsed.run)
+            print(f"{source} -> {destination}: {number} tensors", flush=True)
+        except (UserError, StageError) as error:
+            if failure is not None:
+                print(f"error: {failure}", file=sys.stderr)
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _lower_priority() -> None:
+    os.nice(19)
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def command_line() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +27,14 @@ from runner.engines.base import Engine
 from runner.engines.registry import engine_named
 from runner.pipeline import stages, verify
 from runner.pipeline.acquire import acquire
+from runner.pipeline.checkpoints import COMFYUI
 from runner.pipeline.context import Context
 from runner.pipeline.inputs import gather, read_environment, refusal
 from runner.pipeline.model import Inputs, Plan, StagePlan
 from runner.pipeline.option_paths import resolve_paths
 from runner.pipeline.plan import commands_sh, make_plan
 from runner.pipeline.record import Recorder, check_tracking, how_to_compare
+from runner.pipeline.run_folders import slug
 from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.base import LORA
 from runner.pipeline.stages.convert import COMFYUI_LORA
@@ -135,8 +136,7 @@ def run_folder(root: Path, name: str) -> Path:
     """
     now = time.localtime()
     day = root / "runs" / time.strftime("%Y-%m-%d", now)
-    slug = re.sub(r"[^\w.,=+-]+", "-", name).strip("-.")[:100] or "run"
-    base = f"{time.strftime('%H-%M-%S', now)}-{slug}"
+    base = f"{time.strftime('%H-%M-%S', now)}-{slug(name)}"
     for number in range(1000):
         folder = day / (base if number == 0 else f"{base}-{number + 1}")
         try:
@@ -306,6 +306,8 @@ class _Run:
             if (folder / file).is_file():
                 size = (folder / file).stat().st_size / 1e6
                 console.line(f"  {shortest(folder / file)}  ({size:.1f} MB)")
+        if files := list((folder / COMFYUI).glob("*.safetensors")):
+            console.line(f"  {shortest(folder / COMFYUI)}  ({counted(len(files), 'file')})")
         if (folder / "samples").is_dir():
             console.line(f"  {shortest(folder / 'samples')}")
         for problem in recorder.problems:

@@ -56,6 +56,7 @@ class Planning:
         engine: the run's engine.
         options: the options of train.toml.
         steps: number of optimizer steps.
+        epochs: number of epochs, the last of which may not be whole.
         needed: outputs of other stages that the stages to run depend on.
     """
 
@@ -63,6 +64,7 @@ class Planning:
     engine: Engine
     options: Mapping[str, Any]
     steps: int
+    epochs: int
     needed: frozenset[str]
 
 

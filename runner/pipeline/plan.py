@@ -64,6 +64,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
         engine,
         options,
         total,
+        epochs=math.ceil(total / per_epoch),
         needed=frozenset(n for s in offered if s.name not in left_out for n in s.needs),
     )
     stages = tuple(
@@ -82,7 +83,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
         files=tuple(_files(inputs, engine, options)),
         steps=total,
         steps_per_epoch=per_epoch,
-        epochs=math.ceil(total / per_epoch),
+        epochs=planning.epochs,
         notices=tuple(notices),
         fingerprint=dataset_fingerprint(inputs.selection.items),
     )

@@ -13,6 +13,7 @@ from runner.core.errors import StageError
 from runner.core.process import log_lines, notices
 from runner.core.text import counted
 from runner.data.select import shapes
+from runner.pipeline.checkpoints import COMFYUI, CheckpointConversion
 from runner.pipeline.context import Context
 from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
@@ -42,6 +43,7 @@ class Train(Stage):
             "to run",
             commands=(planning.engine.train(planning.inputs.job, planning.options), _KEEP),
             outputs=(_FINAL, LORA),
+            without_commands=f"converts each checkpoint for ComfyUI, into {COMFYUI}",
         )
 
     def run(self, context: Context) -> None:
@@ -58,6 +60,7 @@ class Train(Stage):
         samples = sum(shapes(inputs.sources, inputs.selection).values())
         stage = context.plan.stage(self.name)
         *training, keeping = stage.commands
+        conversion = _conversion(context)
         starting = "starting the trainer"
         with context.console.bar("steps", context.plan.steps, detail=starting) as bar:
             view = _View(bar, context.run_dir / PREVIEWS, previews(context.plan, inputs.config))
@@ -69,8 +72,16 @@ class Train(Stage):
                 steps=context.plan.steps,
             )
             follower.start()
+
+            def tick() -> None:
+                view.tick()
+                if conversion is not None:
+                    conversion.tick()
+
+            trained = False
             try:
-                run_commands(context, replace(stage, commands=tuple(training)), view.tick)
+                run_commands(context, replace(stage, commands=tuple(training)), tick)
+                trained = True
             finally:
                 warning = follower.stop()
                 # A full disk must not hide why the trainer failed.
@@ -80,12 +91,24 @@ class Train(Stage):
                     context.console.notice(f"previews were not kept in samples: {error.strerror}")
                 for notice in notices(context.log(self.name)):
                     context.console.notice(notice)
+                # After a success, the last one is converted by the stage for it.
+                if conversion is not None:
+                    for problem in conversion.finish(with_last=not trained):
+                        context.console.notice(problem)
         if warning:
             context.console.notice(warning)
         final, log = context.run_dir / _FINAL, context.log(self.name)
         if not final.is_file():
             raise StageError(f"the trainer ended without writing {final} (log: {log})")
         run_commands(context, replace(stage, commands=(keeping,)), explain=_last_line)
+
+
+def _conversion(context: Context) -> CheckpointConversion | None:
+    """Return what converts the checkpoints; None if the conversion is skipped."""
+    if any(one.name == "convert" and one.state == "skipped" for one in context.plan.stages):
+        return None
+    inputs = context.inputs
+    return CheckpointConversion(context.run_dir, inputs.python, inputs.python_path)
 
 
 def _last_line(log: Path) -> str:
