@@ -278,16 +278,19 @@ def _join(stem: str, names: Mapping[str, frozenset[str]], read: Reader) -> Leave
     if any(_ADAPTER_OF_LEAVES[leaves] != adapter for leaves in names.values()):
         raise UserError(f"LoRA file: q, k and v of {stem!r} are different adapters")
     if adapter == "lokr":
-        updates = {part: kronecker(leaves) for part, leaves in parts.items()}
-        zero = torch.zeros_like(next(iter(updates.values())))
-        whole = torch.cat([updates.get(part, zero) for part in "qkv"])
         dtype = first["lokr_w1"].dtype
+        whole: Tensor | None = None
+        for index, part in enumerate("qkv"):
+            if part in parts:
+                # One of the three in float32 at a time.
+                update = kronecker(parts[part])
+                rows, columns = update.shape
+                if whole is None:
+                    whole = update.new_zeros((3 * rows, columns), dtype=dtype)
+                whole[index * rows : (index + 1) * rows] = update
+        assert whole is not None
         one = torch.ones((1, 1), dtype=dtype)
-        return {
-            "lokr_w1": one,
-            "lokr_w2": whole.to(dtype),
-            "alpha": torch.ones_like(first["alpha"]),
-        }
+        return {"lokr_w1": one, "lokr_w2": whole, "alpha": torch.ones_like(first["alpha"])}
     for other in parts.values():
         same_shape = all(other[leaf].shape == first[leaf].shape for leaf in first)
         if not same_shape or float(other["alpha"]) != float(first["alpha"]):

@@ -1,7 +1,7 @@
 """Write a safetensors file tensor by tensor: memory holds the largest of them, not the file.
 
-The bytes are those that the library writes (safetensors 0.8, ``serialize``): tensors in the order of
-their dtypes, the widest first, then of their names; a header padded to eight bytes.
+The bytes are those that the library writes (safetensors 0.8, ``serialize``): tensors in the order
+of their dtypes, the widest first, then of their names; a header padded to eight bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner.core.atomic import whole
 from runner.formats.dtypes import SAFETENSORS_NAMES
@@ -43,7 +43,9 @@ def write_with_hashes(
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file atomically, with the two hashes of :func:`runner.formats.lora.sshs_hashes`.
+    """Write a LoRA file atomically, and into its metadata the hashes that identify it.
+
+    They are those of :func:`runner.formats.lora.sshs_hashes`.
 
     Args:
         path: the file.
@@ -101,4 +103,5 @@ def _header(layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes
 def _bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(data)

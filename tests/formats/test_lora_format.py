@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_files import converted
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runner.core.errors import UserError
 from runner.formats import lora
+from runner.formats.safetensors_header import read_header
+from runner.formats.safetensors_writer import layout_of, write_with_hashes
 from runner.formats.transformer_keys import BLOCK_LINEARS
 from runner.pipeline.comfyui import convert
 
@@ -87,8 +90,20 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def figures(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[str, ...]:
-    assert metadata is not None
+def through_files(
+    folder: Path, state: Mapping[str, Tensor], *forms: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds after conversions, one after the other, as the program makes them."""
+    file = folder / "lora.safetensors"
+    save_file(dict(state), file, METADATA)
+    for form in forms:
+        convert(file, file.with_suffix(".new"), form=form)
+        file.with_suffix(".new").replace(file)
+    with safe_open(file, framework="pt") as opened:
+        return load_file(file), opened.metadata()
+
+
+def figures(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, ...]:
     return metadata["sshs_model_hash"], metadata["sshs_legacy_hash"], digest(state)
 
 
@@ -98,17 +113,16 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 # What ComfyUI gets is to the bit what musubi's converter makes, its hashes included.
 @pytest.mark.parametrize("rank", TO_COMFYUI)
-def test_to_comfyui_is_musubis(rank: int) -> None:
-    state, metadata = lora.to_comfyui(musubi_file(rank), METADATA)
+def test_to_comfyui_is_musubis(tmp_path: Path, rank: int) -> None:
+    state, metadata = through_files(tmp_path, musubi_file(rank), "comfyui")
     assert figures(state, metadata) == TO_COMFYUI[rank]
-    assert metadata is not None
     assert {key: metadata[key] for key in METADATA} == METADATA
 
 
 # And back.
 @pytest.mark.parametrize("rank", FROM_COMFYUI)
-def test_from_comfyui_is_musubis(rank: int) -> None:
-    state, metadata = lora.from_comfyui(*lora.to_comfyui(musubi_file(rank), METADATA))
+def test_from_comfyui_is_musubis(tmp_path: Path, rank: int) -> None:
+    state, metadata = through_files(tmp_path, musubi_file(rank), "comfyui", "musubi")
     assert figures(state, metadata) == FROM_COMFYUI[rank]
     assert same(state, musubi_file(rank))
 
@@ -117,7 +131,7 @@ def test_from_comfyui_is_musubis(rank: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joined_update_is_the_three_apart(dtype: torch.dtype) -> None:
     state = musubi_file(4, dtype)
-    joined, _ = lora.to_comfyui(state, None)
+    joined = converted(state, "comfyui")
 
     def update(weights: Mapping[str, Tensor], name: str) -> Tensor:
         down = weights[f"{name}.lora_down.weight"].double()
@@ -130,19 +144,19 @@ def test_joined_update_is_the_three_apart(dtype: torch.dtype) -> None:
     assert joined[f"{stem}qkv.lora_down.weight"].dtype == dtype
 
 
-# A file without metadata stays without; the input is left as it was.
-def test_conversion_leaves_its_input_alone() -> None:
+# The input is left as it was.
+@pytest.mark.parametrize("form", ["comfyui", "diffusers"])
+def test_conversion_leaves_its_input_alone(form: str) -> None:
     state = musubi_file(2)
-    _, metadata = lora.to_comfyui(state, None)
-    assert metadata is None
+    converted(state, form)
     assert same(state, musubi_file(2))
 
 
 # A network trained on some of q, k and v still converts: what was not trained is zero.
 def test_untrained_projection_counts_as_zero() -> None:
     state = {k: v for k, v in musubi_file(2).items() if "img_attn_k" not in k}
-    joined, _ = lora.to_comfyui(state, None)
-    back, _ = lora.from_comfyui(joined, None)
+    joined = converted(state, "comfyui")
+    back = converted(joined, "musubi")
     assert not back["lora_unet_double_blocks_0_img_attn_k.lora_up.weight"].any()
     assert same({k: v for k, v in back.items() if "img_attn_k" not in k}, state)
 
@@ -195,11 +209,9 @@ def test_other_networks_add_the_same(kind: str, whole: bool, left_out: str) -> N
     state = other_file(kind, whole=whole)
     if left_out:
         state = {key: value for key, value in state.items() if left_out not in key}
-    converted, metadata = lora.to_comfyui(state, METADATA)
-    assert metadata is not None
-    assert metadata["sshs_model_hash"] == lora.sshs_hashes(converted, METADATA)["sshs_model_hash"]
+    for_comfyui = converted(state, "comfyui")
     prefix = "lora_unet_double_blocks_0_"
-    theirs = {key.partition(".")[0].removeprefix(prefix) for key in converted}
+    theirs = {key.partition(".")[0].removeprefix(prefix) for key in for_comfyui}
     assert theirs == {
         f"{stream}_{module}"
         for stream in ("img", "txt")
@@ -211,10 +223,10 @@ def test_other_networks_add_the_same(kind: str, whole: bool, left_out: str) -> N
             torch.zeros(12, 12) if left_out and part.endswith(left_out) else update(state, part)
             for part in parts
         ]
-        joined = update(converted, f"{prefix}{stream}_attn_qkv")
+        joined = update(for_comfyui, f"{prefix}{stream}_attn_qkv")
         assert torch.allclose(joined, torch.cat(apart), rtol=1e-5, atol=1e-6)
         for ours, other in (("mlp_fc1", "mlp_0"), ("mod_linear", "mod_lin")):
-            same_module = update(converted, f"{prefix}{stream}_{other}")
+            same_module = update(for_comfyui, f"{prefix}{stream}_{other}")
             assert torch.equal(same_module, update(state, f"{prefix}{stream}_{ours}"))
 
 
@@ -242,10 +254,10 @@ def test_a_matrix_that_is_none(tmp_path: Path) -> None:
 # A LoHa comes back from ComfyUI's form as it was; a LoKr's factors are gone, which is said.
 def test_other_networks_and_back() -> None:
     state = other_file("loha")
-    back, _ = lora.from_comfyui(*lora.to_comfyui(state, None))
+    back = converted(converted(state, "comfyui"), "musubi")
     assert same(back, state)
     with pytest.raises(UserError, match=r"is of network=lokr, and conversion from ComfyUI covers"):
-        lora.from_comfyui(*lora.to_comfyui(other_file("lokr"), None))
+        converted(converted(other_file("lokr"), "comfyui"), "musubi")
 
 
 # q, k and v of different kinds don't join.
@@ -255,7 +267,7 @@ def test_kinds_are_not_mixed() -> None:
     }
     state = {k: v for k, v in state.items() if "img_attn_v.hada" not in k}
     with pytest.raises(UserError, match=r"q, k and v of .*_img_attn' are different adapters"):
-        lora.to_comfyui(state, None)
+        converted(state, "comfyui")
 
 
 # A damaged file is named, not converted in part.
@@ -263,7 +275,7 @@ def test_incomplete_module_is_refused() -> None:
     state = musubi_file(2)
     del state["lora_unet_double_blocks_0_img_attn_q.alpha"]
     with pytest.raises(UserError, match="img_attn_q"):
-        lora.to_comfyui(state, {})
+        converted(state, "comfyui")
 
 
 # `runner.pipeline.plan` may import the formats: they must not load torch.
@@ -280,8 +292,101 @@ def test_converted_files_keep_their_metadata(tmp_path: Path) -> None:
     first, comfyui, back = (tmp_path / f"{n}.safetensors" for n in ("lora", "comfyui", "back"))
     save_file(musubi_file(2), first, METADATA)
     convert(first, comfyui)
-    convert(comfyui, back, reverse=True)
+    convert(comfyui, back, form="musubi")
     for file in (comfyui, back):
         with safe_open(file, framework="pt") as opened:
             kept = {key: opened.metadata().get(key) for key in METADATA}
             assert kept == METADATA
+
+
+# The header and the hashes are those that the library would give the same tensors, whatever the
+# metadata and however the dtypes are mixed.
+@pytest.mark.parametrize("dtypes", [("float32",), ("bfloat16", "float32", "float16")])
+def test_written_as_the_library_writes(tmp_path: Path, dtypes: tuple[str, ...]) -> None:
+    state = {
+        key: tensor.to(getattr(torch, dtypes[index % len(dtypes)]))
+        for index, (key, tensor) in enumerate(musubi_file(32).items())
+    }
+    metadata = {**METADATA, "ss_training_comment": 'a "quote"\n\\ ünïcode \x01', "other": "猫"}
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    write_with_hashes(
+        ours, {key: layout_of(t) for key, t in state.items()}, state.__getitem__, metadata
+    )
+    with safe_open(ours, framework="pt") as opened:
+        written = opened.metadata()
+    assert written == {**metadata, **lora.sshs_hashes(state, metadata)}
+    save_file(state, theirs, written)
+    assert same(load_file(ours), state)
+    # The library writes the metadata's keys in any order.
+    assert ours.stat().st_size == theirs.stat().st_size
+    assert read_header(ours) == read_header(theirs)
+
+
+def diffusers_update(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """What a module adds to its weight by load_lora_adapter, where alpha counts as the rank."""
+    if f"{name}.lora_A.weight" in state:
+        return state[f"{name}.lora_B.weight"].double() @ state[f"{name}.lora_A.weight"].double()
+    second = state.get(f"{name}.lokr_w2")
+    if second is None:
+        second = state[f"{name}.lokr_w2_a"] @ state[f"{name}.lokr_w2_b"]
+    return torch.kron(state[f"{name}.lokr_w1"], second)
+
+
+# Every module that diffusers loads adds what it adds in musubi, though no alpha is read; a scale
+# that is a power of two leaves the dtype, another one is not rounded to bf16.
+@pytest.mark.parametrize(("kind", "whole"), [("lora", False), ("lokr", False), ("lokr", True)])
+def test_diffusers_adds_the_same(kind: str, whole: bool) -> None:
+    state = musubi_file(4) if kind == "lora" else other_file(kind, whole=whole)
+    theirs = converted(state, "diffusers")
+    assert not any(key.endswith("alpha") for key in theirs)
+    for module, name in BLOCK_LINEARS.items():
+        source = lora.lora_name(f"double_blocks.0.{module}")
+        if kind == "lora":
+            pair = (state[f"{source}.lora_{side}.weight"].double() for side in ("up", "down"))
+            expected = torch.linalg.multi_dot(list(pair)) / 2
+        else:
+            expected = update(state, source)
+        made = diffusers_update(theirs, f"transformer.transformer_blocks.0.{name}")
+        assert torch.allclose(made, expected, rtol=1e-5, atol=1e-6)
+    half = {key: tensor.bfloat16() for key, tensor in musubi_file(4).items()}
+    up = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    assert converted(half, "diffusers")[up].dtype == torch.bfloat16
+    third = {key: t / 1.5 if key.endswith("alpha") else t for key, t in half.items()}
+    assert converted(third, "diffusers")[up].dtype == torch.float32
+
+
+# diffusers' loader has no LoHa: it is said before anything is written.
+def test_a_loha_is_refused_for_diffusers() -> None:
+    with pytest.raises(UserError, match="conversion to diffusers covers lora and lokr"):
+        converted(other_file("loha"), "diffusers")
+
+
+# The file of a large LoKr, whose updates are written out whole, takes no more memory than its
+# largest module needs: sixteen times the blocks, less than half of what the file grew by.
+def test_a_growing_lokr_needs_little_memory(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from runner.pipeline.comfyui import convert\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[1]).with_suffix('.out'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    needed = []
+    for blocks in (1, 16):
+        file = tmp_path / f"lokr{blocks}"
+        state = {}
+        for module in ("img_attn_q", "img_attn_k", "img_attn_v"):
+            for block in range(blocks):
+                name = lora.lora_name(f"double_blocks.{block}.{module}")
+                state[f"{name}.lokr_w1"] = torch.ones(32, 32, dtype=torch.bfloat16)
+                state[f"{name}.lokr_w2_a"] = torch.ones(64, 4, dtype=torch.bfloat16)
+                state[f"{name}.lokr_w2_b"] = torch.ones(4, 64, dtype=torch.bfloat16)
+                state[f"{name}.alpha"] = torch.tensor(4, dtype=torch.bfloat16)
+        save_file(state, file)
+        done = subprocess.run(
+            [sys.executable, "-c", code, file], capture_output=True, text=True, check=True
+        )
+        needed.append(int(done.stdout) * 1024)
+    grown = file.with_suffix(".out").stat().st_size
+    file.with_suffix(".out").unlink()
+    assert grown > 16 * 3 * 2048 * 2048 * 2
+    assert needed[1] - needed[0] < 0.5 * grown

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose
+from lora_files import converted
 from safetensors.torch import save_file
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
 from runner.engines.musubi.engine import MusubiEngine
-from runner.formats.lora import to_comfyui
 from runner.pipeline import option_paths
 
 NAME = "lora_unet_double_blocks_0_img_attn_q"
@@ -63,8 +63,8 @@ def test_a_rounded_alpha_is_the_same(tmp_path: Path) -> None:
     [
         (lora(8, 2), "add network=lora network.rank=8 network.alpha=2."),
         (lora(4, 1), "add network=lora network.rank=4 network.alpha=1."),
-        (to_comfyui(lora(4, 2), None)[0], "is a LoRA for ComfyUI"),
-        (to_comfyui(whole_lora(), None)[0], "is a LoRA for ComfyUI"),
+        (converted(lora(4, 2), "comfyui"), "is a LoRA for ComfyUI"),
+        (converted(whole_lora(), "comfyui"), "is a LoRA for ComfyUI"),
         ({"other": torch.zeros(1)}, "is not a LoRA of this model"),
         (
             {f"{NAME}.hada_w1_b": torch.zeros(4, 8), f"{NAME}.alpha": torch.tensor(2.0)},

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_files import converted
 from safetensors import safe_open
 from torch import Tensor
 from training_run import inside, write_item, write_run
@@ -472,8 +473,8 @@ def test_checkpoints(tmp_path: Path) -> None:
     hashes = lora.sshs_hashes(state, metadata)
     assert {key: metadata[key] for key in hashes} == hashes
     # What musubi trains converts for ComfyUI, and so does this.
-    converted, _ = lora.to_comfyui(state, metadata)
-    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in converted
+    for_comfyui = converted(state, "comfyui")
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in for_comfyui
 
 
 # A LoRA's file tells how many items an epoch had, each as often as it was repeated, by what name it
