@@ -57,16 +57,19 @@ def convert(
                 return file.get_tensor(key)
             header = file.get_slice(key)
             if (name := header.get_dtype()) not in SAFETENSORS_NAMES:
-                raise UserError(f"{source}: {key} is {name}, which no LoRA is saved in")
+                raise UserError(f"{key} is {name}, which no LoRA is saved in")
             dtype = getattr(torch, SAFETENSORS_NAMES[name])
             return torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
         # Each key of the new file: how its module is made, and its leaf.
-        made_by = {
-            f"{one.target}.{leaf}": (one, leaf, layout_of(tensor))
-            for one in conversions(file.keys(), form)
-            for leaf, tensor in one.make(without_values).items()
-        }
+        try:
+            made_by = {
+                f"{one.target}.{leaf}": (one, leaf, layout_of(tensor))
+                for one in conversions(file.keys(), form)
+                for leaf, tensor in one.make(without_values).items()
+            }
+        except UserError as error:
+            raise UserError(f"{source}: {str(error).removeprefix('LoRA file: ')}") from None
         made: tuple[str, dict[str, Tensor]] = ("", {})
 
         def tensor(key: str) -> Tensor:
