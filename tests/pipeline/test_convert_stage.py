@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from cache_process import context_of
-from conftest import run_program
+from conftest import compose, fake_facts, fake_item, plan_of, run_program
 from other_processes import pictures
 
 from runner.core.console import Console
 from runner.core.errors import StageError
+from runner.core.text import readable
+from runner.engines.base import Gpu
 from runner.pipeline.context import Context
 from runner.pipeline.stages.convert import CONVERT
 
@@ -71,3 +73,42 @@ def test_its_start_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def plan_notices(*overrides: str) -> list[str]:
+    config = compose("dataset.path=media", *overrides)
+    items, gpu = [fake_item(f"{n}.png") for n in range(4)], Gpu("H100", 80.0, (9, 0))
+    plan = plan_of(config, fake_facts(config, items, gpu=gpu))
+    return [notice for notice in plan.notices if "q, k and v" in notice]
+
+
+# How large the files of a LoKr get is said before, for those modules that are trained and for all
+# files that are kept: q, k and v of 54 blocks and two streams, 2048 wide, in two bytes.
+@pytest.mark.parametrize(
+    ("overrides", "each", "total"),
+    [
+        (["training.epochs=10"], 54 * 6 * 2048**2 * 2, 10),
+        (["training.save_precision=fp32", "training.epochs=1"], 54 * 6 * 2048**2 * 4, 1),
+        (["network.exclude=['.*txt_attn.*']", "training.keep_last=2"], 54 * 3 * 2048**2 * 2, 3),
+        (["network.exclude=['.*_(q|k)']", "training.max_steps=8"], 54 * 6 * 2048**2 * 2, 2),
+        (["training.save_every_epochs=5", "training.save_every_steps=20"], 54 * 6 * 2048**2 * 2, 4),
+    ],
+)
+def test_the_size_of_a_lokr_is_said(overrides: list[str], each: int, total: int) -> None:
+    (notice,) = plan_notices("network=lokr", *overrides)
+    assert f"{readable(each)} for each file for ComfyUI" in notice
+    files = f", {readable(each * total)} for the {total} of this run"
+    assert (files in notice) == (total > 1), notice
+
+
+# Other networks don't grow, nor does a LoKr without q, k and v, or of the tiny model.
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["network=lora"],
+        ["network=lokr", "network.exclude=['.*attn_(q|k|v)']"],
+        ["network=lokr", "model=tiny", "engine=diffusers"],
+    ],
+)
+def test_what_does_not_grow(overrides: list[str]) -> None:
+    assert plan_notices(*overrides) == []
