@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from runner.engines.diffusers.published_layout import Layout, layout
+from runner.formats.published_layout import Layout, layout
 
 _BYTES = {"F8_E4M3": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 DTYPES = {
@@ -38,6 +38,17 @@ def write_sparse(file: Path, shapes: Layout, dtype: str, *, dtypes: Mapping[str,
     return file
 
 
-def published(part: str, file: Path) -> Path:
-    """Write a published part at full size."""
-    return write_sparse(file, layout(part), DTYPES[part])
+def published(part: str, file: Path, *, whole: bool = False) -> Path:
+    """Write a published part at full size; ``whole``: with what only musubi-tuner reads."""
+    return write_sparse(file, layout(part, whole=whole), DTYPES[part])
+
+
+def joined() -> Layout:
+    """The transformer as Comfy-Org repackages it: q, k and v of a block's stream in one."""
+    shapes = {}
+    for name, shape in layout("transformer").items():
+        if "_attn_q." in name:
+            shapes[name.replace("_q.", "_qkv.")] = (3 * shape[0], *shape[1:])
+        elif "_attn_k." not in name and "_attn_v." not in name:
+            shapes[name] = shape
+    return shapes

@@ -81,6 +81,8 @@ _TENCENT_REFINER = re.compile(r"txt_in\.individual_token_refiner\.blocks\.(\d+)\
 _DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 _DIFFUSERS_REFINER = re.compile(r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.(.+)")
 
+_JOINED = re.compile(r"(double_blocks\.\d+\.(?:img|txt)_attn)_qkv\.(weight|bias)")
+
 _BLOCK = {**BLOCK_LINEARS, **_BLOCK_NORMS}
 _BLOCK_BACK = {ours: theirs for theirs, ours in _BLOCK.items()}
 _REFINER_BACK = {ours: theirs for theirs, ours in _REFINER.items()}
@@ -88,6 +90,12 @@ _OUTER_BACK = {ours: theirs for theirs, ours in _OUTER.items()}
 _SWAPPED = "final_layer.adaLN_modulation.1"
 _FUSED = "self_attn_qkv"
 _SPLIT = ("attn.to_q", "attn.to_k", "attn.to_v")
+
+
+def apart(key: str) -> tuple[str, ...]:
+    """Return Tencent's names of q, k and v for a block's joined tensor; none for another."""
+    match = _JOINED.fullmatch(key)
+    return tuple(f"{match[1]}_{part}.{match[2]}" for part in "qkv") if match else ()
 
 
 def module_to_diffusers(module: str) -> str:
@@ -124,13 +132,19 @@ def module_to_tencent(module: str) -> str:
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename Tencent's weights to diffusers' names; the input is not changed.
+    """Rename Tencent's weights to diffusers' names, and take joined q, k and v apart.
+
+    The input is not changed.
 
     Raises:
         UserError: a weight that is not HunyuanVideo 1.5's under Tencent's names.
     """
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
+        if names := apart(key):
+            parts = zip(names, tensor.chunk(3), strict=True)
+            result.update(to_diffusers({name: part.contiguous() for name, part in parts}))
+            continue
         module, _, leaf = key.rpartition(".")
         if module.endswith("." + _FUSED) and (match := _TENCENT_REFINER.fullmatch(module)):
             prefix = f"context_embedder.token_refiner.refiner_blocks.{match[1]}"
@@ -183,5 +197,5 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 def _unknown(module: str) -> str:
     raise UserError(
         f"transformer weights: {module!r} is not a module of HunyuanVideo 1.5; "
-        "give Tencent's checkpoint (transformer/<resolution>_<task>), not a repackaged one"
+        "give Tencent's checkpoint (transformer/<resolution>_<task>)"
     )

@@ -42,6 +42,19 @@ def test_fused_and_swapped_tensors() -> None:
     assert torch.equal(tencent["final_layer.adaLN_modulation.1.weight"], torch.cat([shift, scale]))
 
 
+# Comfy-Org's joined q, k and v, in this order, become the weights that Tencent's three do.
+def test_joined_projections_are_taken_apart() -> None:
+    state = diffusers_state()
+    tencent = keys.from_diffusers(state)
+    for stem in ("double_blocks.1.img_attn", "double_blocks.0.txt_attn"):
+        for leaf in ("weight", "bias"):
+            parts = [tencent.pop(f"{stem}_{part}.{leaf}") for part in "qkv"]
+            tencent[f"{stem}_qkv.{leaf}"] = torch.cat(parts)
+    back = keys.to_diffusers(tencent)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
 # A block has fourteen Linears, and the map names each of them once.
 def test_block_linears_are_complete() -> None:
     model = HunyuanVideo15Transformer3DModel(**TINY_TRANSFORMER)
@@ -56,7 +69,7 @@ def test_block_linears_are_complete() -> None:
 
 # Weights of something else are refused by name.
 @pytest.mark.parametrize(
-    "key", ["double_blocks.0.img_attn_qkv.weight", "single_blocks.0.linear1.weight", "weight"]
+    "key", ["double_blocks.0.img_attn_qkv_norm.weight", "single_blocks.0.linear1.weight", "weight"]
 )
 def test_unknown_weight_is_named(key: str) -> None:
     with pytest.raises(UserError, match=r"not a module of HunyuanVideo 1\.5"):

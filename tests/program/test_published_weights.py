@@ -12,7 +12,7 @@ from in_process import program_here
 from other_processes import pictures
 from sparse_weights import DTYPES, published, write_sparse
 
-from runner.engines.diffusers.published_layout import layout
+from runner.formats.published_layout import layout
 from runner.hub.hub_cache import HubCache
 from runner.hub.weights import hub_requests
 

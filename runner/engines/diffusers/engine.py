@@ -31,10 +31,10 @@ from runner.engines.diffusers.check import (
     torch_problem,
 )
 from runner.engines.diffusers.executables import module_command
-from runner.engines.diffusers.published_check import check_lora
 from runner.engines.diffusers.weights import model_weights
 from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.engines.musubi.check import cannot_compile
+from runner.formats.published_check import check_lora
 from runner.formats.train_options import optimizer_args
 from runner.formats.train_toml import render
 from runner.hub.weights import LocatedWeights

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import UserError
 from runner.engines.diffusers import published_names
-from runner.engines.diffusers.published_check import check_file
 from runner.formats.dtypes import SAFETENSORS_NAMES, torch_dtype
+from runner.formats.published_check import check_file
 from runner.formats.safetensors_header import TensorHeader, read_header
 from runner.hub.weights import BYT5_TOKENIZER, QWEN_TOKENIZER
 

@@ -12,8 +12,8 @@ from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
 from runner.engines import rules
 from runner.engines.base import Gpu
 from runner.engines.diffusers.models import TINY_TRANSFORMER
-from runner.engines.diffusers.published_layout import TRANSFORMER_BLOCKS
 from runner.engines.optimizer_classes import class_path
+from runner.formats.published_layout import TRANSFORMER_BLOCKS
 
 _TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
 # The stages that load networks.

@@ -12,7 +12,7 @@ from runner.core.errors import UserError
 from runner.core.paths import checkout
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.make_weights import PARTS
-from runner.engines.diffusers.published_check import check_file
+from runner.formats.published_check import check_file
 from runner.formats.safetensors_header import DamagedFileError
 from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import LocatedWeights, hub_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from runner.core.errors import UserError
 from runner.engines.diffusers import models
 from runner.engines.diffusers import published as loading
 from runner.engines.diffusers import published_names as names
-from runner.engines.diffusers.published_layout import Layout, layout
+from runner.formats.published_layout import Layout, layout
 
 RENAME: dict[str, names.Rename] = {
     "vae": names.vae_name,
@@ -75,6 +76,25 @@ def test_byt5_has_the_rows_of_its_file(tmp_path: Path) -> None:
     shapes = {**layout("byt5"), "shared.weight": (1510, 1472)}
     model: Any = loading.build("byt5", write_sparse(tmp_path / "w", shapes, "F16"))
     assert model.shared.weight.shape == (1510, 1472)
+
+
+# A transformer with q, k and v in one, as ComfyUI's, is the same network.
+def test_joined_projections_give_the_same_network(tmp_path: Path) -> None:
+    file = file_of("transformer", tmp_path, torch.float32)
+    state = load_file(file)
+    for number, stream, leaf in product((0, 1), ("img", "txt"), ("weight", "bias")):
+        stem = f"double_blocks.{number}.{stream}_attn"
+        parts = [state.pop(f"{stem}_{part}.{leaf}") for part in "qkv"]
+        state[f"{stem}_qkv.{leaf}"] = torch.cat(parts)
+    save_file(state, joined := tmp_path / "joined.safetensors")
+    one, other = (
+        loading.fill("transformer", loading.build("transformer", f, **SMALL["transformer"]), f)
+        for f in (file, joined)
+    )
+    theirs = dict(other.named_parameters())
+    for name, value in one.named_parameters():
+        assert torch.equal(value, theirs.pop(name)), name
+    assert not theirs
 
 
 # Every part gets the dtype that musubi-tuner casts to, whatever the file holds; SigLIP and the

@@ -18,7 +18,7 @@ from torch import Tensor
 from runner.core.errors import UserError
 from runner.engines.diffusers import published
 from runner.engines.diffusers import published_names as names
-from runner.engines.diffusers.published_layout import BYT5_LEAST_ROWS, layout
+from runner.formats.published_layout import BYT5_LEAST_ROWS, layout
 
 FIXTURE = TOP / "tests/fixtures/encoders.safetensors"
 TOLERANCE = 1e-5
@@ -71,11 +71,12 @@ def small(part: str, folder: Path) -> Any:
     return published.fill(part, model, file, dtype=torch.float32)
 
 
-# The layout that headers are checked against is what musubi's loaders demand at full size, without
-# the tensors that are not read.
+# The layout that headers are checked against is what musubi's loaders demand at full size: whole
+# for musubi itself, and for the embedded engine without the tensors that are not read.
 @pytest.mark.parametrize("part", PARTS)
 def test_the_layout_is_what_musubi_demands(part: str) -> None:
     theirs = recorded_shapes(part)
+    assert layout(part, whole=True) == theirs
     unread = [name for name in theirs if PARTS[part][1](name) is None]
     assert all(name.startswith("visual.") or name == "lm_head.weight" for name in unread)
     wanted = {name: shape for name, shape in theirs.items() if name not in unread}

@@ -20,15 +20,19 @@ TRANSFORMER_BLOCKS = 54
 # Rows of ByT5's embedding: the fewest that its tokenizer can index. The published file has 1,510,
 # because colours and fonts were added to it.
 BYT5_LEAST_ROWS = 384
+# musubi-tuner adds 138 colours and 988 fonts to the tokenizer, and takes no other number of rows.
+_BYT5_ROWS = 1510
 
 _VAE_CHANNELS = (128, 256, 512, 1024, 1024)
 
 
-def layout(part: str) -> Layout:
+def layout(part: str, *, whole: bool = False) -> Layout:
     """Return name and shape of each tensor that is read from the file of ``part``.
 
     Args:
         part: transformer, vae, text_encoder, byt5 or image_encoder.
+        whole: with those that only musubi-tuner reads: Qwen2.5-VL's vision tower and language head,
+            which it never computes with, and all rows of ByT5's embedding.
     """
     parts = {
         "transformer": _transformer,
@@ -37,7 +41,12 @@ def layout(part: str) -> Layout:
         "byt5": _byt5,
         "image_encoder": _image_encoder,
     }
-    return dict(parts[part]())
+    tensors = dict(parts[part]())
+    if whole and part == "text_encoder":
+        tensors.update(_vision_tower())
+    if whole and part == "byt5":
+        tensors["shared.weight"] = (_BYT5_ROWS, *tensors["shared.weight"][1:])
+    return tensors
 
 
 _Tensors = Iterator[tuple[str, Shape]]
@@ -150,6 +159,24 @@ def _text_encoder() -> _Tensors:
         yield f"{layer}.mlp.up_proj.weight", (mlp, width)
         yield f"{layer}.mlp.down_proj.weight", (width, mlp)
     yield "model.norm.weight", (width,)
+
+
+def _vision_tower() -> _Tensors:
+    width, mlp, merged, text = 1280, 3420, 5120, 3584
+    yield "lm_head.weight", (152064, text)
+    yield "visual.patch_embed.proj.weight", (width, 3, 2, 14, 14)
+    for number in range(32):
+        block = f"visual.blocks.{number}"
+        yield f"{block}.norm1.weight", (width,)
+        yield f"{block}.norm2.weight", (width,)
+        yield from _linear(f"{block}.attn.qkv", 3 * width, width)
+        yield from _linear(f"{block}.attn.proj", width, width)
+        yield from _linear(f"{block}.mlp.gate_proj", mlp, width)
+        yield from _linear(f"{block}.mlp.up_proj", mlp, width)
+        yield from _linear(f"{block}.mlp.down_proj", width, mlp)
+    yield "visual.merger.ln_q.weight", (width,)
+    yield from _linear("visual.merger.mlp.0", merged, merged)
+    yield from _linear("visual.merger.mlp.2", text, merged)
 
 
 def _byt5() -> _Tensors:

@@ -1,22 +1,27 @@
 """Check the published weight files from their headers: names, shapes and dtypes; imports no torch.
 
+A transformer may have q, k and v of a block joined, as Comfy-Org's repackaged one: musubi-tuner
+v0.3.4 looks for that (``detect_hunyuan_video_1_5_sd_dtype``) and takes them apart in this order
+(``load_hunyuan_video_1_5_model``), and so does the embedded engine.
+
 The variants that are named are those that the same repositories, or users' folders, hold beside
-the right files. None of their headers was seen either: Comfy-Org's joined q, k and v are what
-musubi-tuner v0.3.4 looks for (``detect_hunyuan_video_1_5_sd_dtype``), the other names are those of
-the models' public code.
+the right files. None of their headers was seen either: the names are those of the models' public
+code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from runner.core.errors import UserError
 from runner.core.text import counted
-from runner.engines.diffusers.published_layout import layout
 from runner.formats.dtypes import SAFETENSORS_NAMES
 from runner.formats.lora import lora_name
+from runner.formats.published_layout import layout
 from runner.formats.safetensors_header import TensorHeader, read_header
+from runner.formats.transformer_keys import apart
 
 _TENCENT = "of tencent/HunyuanVideo-1.5"
 _REPACKAGED = "of Comfy-Org/HunyuanVideo_1.5_repackaged"
@@ -54,8 +59,8 @@ _LORA_OUTPUTS = ("lora_up.weight", "hada_w1_a")
 _SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
 # Parts of names by which another variant or model is known; all must occur, the first row counts.
 _VARIANTS = (
-    (("single_blocks.", "img_attn_qkv."), "is the transformer of HunyuanVideo 1.0"),
-    (("double_blocks.", "img_attn_qkv."), "is Comfy-Org's repackaged transformer (joined q, k, v)"),
+    (("single_blocks.", "double_blocks."), "is the transformer of HunyuanVideo 1.0"),
+    (("model.diffusion_model.",), "has the names of a ComfyUI checkpoint (model.diffusion_model.)"),
     (("transformer_blocks.", "attn.to_q."), "has diffusers' names instead of Tencent's"),
     (("encoder.down_blocks.", "decoder.up_blocks."), "has diffusers' names instead of Tencent's"),
     (("blocks.0.self_attn.q.", "blocks.0.ffn."), "is the transformer of a Wan model"),
@@ -66,18 +71,19 @@ _VARIANTS = (
 )
 
 
-def check_file(part: str, path: Path) -> None:
+def check_file(part: str, path: Path, *, whole: bool = False) -> None:
     """Check that a file has the tensors of a published part; only its header is read.
 
     Args:
         part: transformer, vae, text_encoder, byt5 or image_encoder.
         path: the file.
+        whole: whether those that only musubi-tuner reads must be there too.
 
     Raises:
         DamagedFileError: the file is cut, or is no safetensors file.
         UserError: it is another variant or another model's.
     """
-    if wrong := _difference(part, read_header(path)):
+    if wrong := difference(part, read_header(path), whole=whole):
         raise UserError(f"{path} {wrong}: model.{part} must be {_PARTS[part][1]}.")
 
 
@@ -106,11 +112,26 @@ def check_lora(path: Path) -> None:
             )
 
 
-def _difference(part: str, header: Mapping[str, TensorHeader]) -> str | None:
-    """Say what a header has otherwise than the published part, or None."""
+def resembles(part: str, header: Mapping[str, TensorHeader]) -> bool:
+    """Whether a header has most of a part's tensors, whatever their shapes and dtypes."""
+    wanted = layout(part)
+    return 2 * len(wanted.keys() & _separated(header).keys()) > len(wanted)
+
+
+def difference(part: str, header: Mapping[str, TensorHeader], *, whole: bool = False) -> str | None:
+    """Say what a header has otherwise than the published part, or None.
+
+    Args:
+        part: transformer, vae, text_encoder, byt5 or image_encoder.
+        header: a file's header.
+        whole: whether the tensors that only musubi-tuner reads must be there too.
+    """
+    header = _separated(header)
     if known := _variant(part, header):
         return known
-    wanted, unread = layout(part), _UNREAD.get(part, ())
+    wanted, unread = layout(part, whole=whole), _UNREAD.get(part, ())
+    if whole:
+        unread = tuple(name for name in unread if not any(n.startswith(name) for n in wanted))
     if part == "byt5":
         # As musubi-tuner, which takes this prefix off before it compares.
         header = {_with_prefix(name): tensor for name, tensor in header.items()}
@@ -123,7 +144,7 @@ def _difference(part: str, header: Mapping[str, TensorHeader]) -> str | None:
         return f"lacks {some} of {what}, such as {missing[0]}"
     for name, shape in wanted.items():
         found = header[name].shape
-        if part == "byt5" and name == "shared.weight":
+        if part == "byt5" and name == "shared.weight" and not whole:
             # Rows of the vocabulary, more than the tokenizer's where others were added.
             found = (min(found[0], shape[0]), *found[1:]) if found else found
         if found != shape:
@@ -132,6 +153,19 @@ def _difference(part: str, header: Mapping[str, TensorHeader]) -> str | None:
     if more:
         return f"has {counted(len(more), 'tensor')} that {what} has not, such as {more[0]}"
     return None
+
+
+def _separated(header: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Return a header with joined q, k and v as the three tensors that are read from them."""
+    result: dict[str, TensorHeader] = {}
+    for name, tensor in header.items():
+        names = apart(name)
+        if not names or not tensor.shape or tensor.shape[0] % 3:
+            result[name] = tensor
+            continue
+        third = replace(tensor, shape=(tensor.shape[0] // 3, *tensor.shape[1:]))
+        result.update(dict.fromkeys(names, third))
+    return result
 
 
 def _variant(part: str, header: Mapping[str, TensorHeader]) -> str | None:

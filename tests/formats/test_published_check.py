@@ -9,11 +9,11 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
-from sparse_weights import DTYPES, published, write_sparse
+from sparse_weights import DTYPES, joined, published, write_sparse
 
 from runner.core.errors import UserError
-from runner.engines.diffusers.published_check import check_file, check_lora
-from runner.engines.diffusers.published_layout import Layout, layout
+from runner.formats.published_check import check_file, check_lora
+from runner.formats.published_layout import Layout, layout
 from runner.formats.safetensors_header import DamagedFileError
 from runner.formats.transformer_keys import from_diffusers
 
@@ -43,22 +43,34 @@ def test_what_is_not_read_passes(tmp_path: Path) -> None:
     check_file("byt5", write_sparse(tmp_path / "byt5", shapes, "F16"))
 
 
+# Comfy-Org's repackaged transformer, with q, k and v in one, passes for every engine.
+@pytest.mark.parametrize("whole", [False, True])
+def test_joined_projections_pass(tmp_path: Path, whole: bool) -> None:
+    check_file("transformer", write_sparse(tmp_path / "w", joined(), "F16"), whole=whole)
+
+
+# musubi-tuner loads strictly what nothing computes with too: those tensors have to be there, and
+# ByT5's embedding has to have the rows that it adds tokens for.
+def test_what_only_musubi_reads(tmp_path: Path) -> None:
+    for part in DTYPES:
+        file = write_sparse(tmp_path / part, layout(part, whole=True), DTYPES[part])
+        check_file(part, file, whole=True)
+        check_file(part, file)
+    with pytest.raises(UserError, match=r"lacks 391 of the 729 tensors .* such as lm_head\.weight"):
+        check_file("text_encoder", published("text_encoder", tmp_path / "qwen"), whole=True)
+    with pytest.raises(UserError, match=r"shared\.weight is \[384, 1472\], not \[1510, 1472\]"):
+        check_file("byt5", published("byt5", tmp_path / "byt5"), whole=True)
+    more = {**layout("text_encoder", whole=True), "visual.blocks.32.norm1.weight": (1280,)}
+    check_file("text_encoder", write_sparse(tmp_path / "more", more, "BF16"))
+    with pytest.raises(UserError, match=r"has 1 tensor that .* such as visual\.blocks\.32"):
+        check_file("text_encoder", tmp_path / "more", whole=True)
+
+
 def renamed(part: str, *changes: tuple[str, str]) -> Layout:
     result = layout(part)
     for old, new in changes:
         result = {name.replace(old, new): shape for name, shape in result.items()}
     return result
-
-
-def joined() -> Layout:
-    """Comfy-Org's: q, k and v of a block in one."""
-    shapes = {}
-    for name, shape in layout("transformer").items():
-        if "_attn_q." in name:
-            shapes[name.replace("_q.", "_qkv.")] = (3 * shape[0], *shape[1:])
-        elif "_attn_k." not in name and "_attn_v." not in name:
-            shapes[name] = shape
-    return shapes
 
 
 def without(part: str, *texts: str) -> Layout:
@@ -100,13 +112,14 @@ SMALL_QWEN = {**layout("text_encoder"), "model.embed_tokens.weight": (151936, 20
 WIDE = {**layout("transformer"), "img_in.proj.weight": (2048, 98, 1, 1, 1)}
 
 WRONG: dict[str, tuple[str, Layout, str, str, str]] = {
-    "comfy fp16": (
-        "transformer", joined(), "F16",
-        "is Comfy-Org's repackaged transformer (joined q, k, v)", _TRANSFORMER,
-    ),
     "comfy with prefix": (
         "transformer", {f"model.diffusion_model.{n}": s for n, s in joined().items()}, "BF16",
-        "is Comfy-Org's repackaged transformer (joined q, k, v)", _TRANSFORMER,
+        "has the names of a ComfyUI checkpoint (model.diffusion_model.)", _TRANSFORMER,
+    ),
+    "joined, and too small": (
+        "transformer", {**joined(), "double_blocks.7.txt_attn_qkv.bias": (3072,)}, "BF16",
+        "is not HunyuanVideo 1.5's transformer: double_blocks.7.txt_attn_q.bias is [1024], not "
+        "[2048]", _TRANSFORMER,
     ),
     "fp8 transformer": (
         "transformer", layout("transformer"), "F8_E4M3", "is stored in fp8", _TRANSFORMER,
