@@ -9,6 +9,7 @@ from runner.core.console import Console
 from runner.core.text import counted
 from runner.data.report.model import Report
 from runner.data.report.page import page_lines
+from runner.formats.published_check import PART_NAMES
 from runner.pipeline.model import Inputs, Plan
 
 
@@ -54,8 +55,13 @@ def _overview(plan: Plan, inputs: Inputs) -> list[str]:
         media += f" ({counted(crops, 'crop')})"
     if held_out:
         media += f", {held_out} held out"
+    local = [
+        ("weights" if number == 0 else "", f"{PART_NAMES[file.part]}: {file.path}")
+        for number, file in enumerate(inputs.weights.local)
+    ]
     rows = [
         ("task", f"{config.task.name} on {config.model.name}, engine {inputs.engine.version}"),
+        *local,
         ("data", f"{media}, from {', '.join(source.path for source in inputs.sources)}"),
         ("buckets", shapes + (f" and {len(buckets) - 6} more" if len(buckets) > 6 else "")),
         ("network", f"{config.network.name}, rank {config.network.rank}, {_alpha(config)}"),

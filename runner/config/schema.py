@@ -24,6 +24,7 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
+    # A file's value is a path on this computer if it begins with /, ~, ./ or ../.
     name: str = option("hunyuan15_720p", "Weights to train on.", digests="neither")
     source: str = option(
         "hub",
@@ -32,15 +33,26 @@ class ModelConfig:
     )
     repository: str = option("", "Hub repository of the transformer and the VAE.")
     revision: str = option("main", "Branch, tag or commit of model.repository.")
-    transformer: str = option("", "Transformer file in model.repository.")
-    vae: str = option("", "VAE file in model.repository.")
+    transformer: str = option("", "Transformer: a file of model.repository, or a path.", path=True)
+    vae: str = option("", "VAE: a file of model.repository, or a path.", path=True)
     encoders_repository: str = option("", "Hub repository of the text and image encoders.")
     encoders_revision: str = option("main", "Branch, tag or commit of model.encoders_repository.")
     qwen_tokenizer_revision: str = option("main", "Revision of Qwen/Qwen-Image (tokenizer).")
     byt5_tokenizer_revision: str = option("main", "Revision of google/byt5-small (tokenizer).")
-    text_encoder: str = option("", "Qwen2.5-VL file in model.encoders_repository.")
-    byt5: str = option("", "ByT5 file in model.encoders_repository.")
-    image_encoder: str = option("", "SigLIP file in model.encoders_repository (i2v only).")
+    text_encoder: str = option(
+        "", "Qwen2.5-VL: a file of model.encoders_repository, or a path.", path=True
+    )
+    byt5: str = option("", "ByT5: a file of model.encoders_repository, or a path.", path=True)
+    image_encoder: str = option(
+        "",
+        "SigLIP (i2v only): a file of model.encoders_repository, or a path.",
+        path=True,
+    )
+    folder: str | None = option(
+        None,
+        "A folder of weights, such as ComfyUI's models: what is in it is not fetched.",
+        path=True,
+    )
     blocks: int = option(
         54,
         "Double blocks in the transformer; all but 3 can be swapped (memory.blocks_to_swap).",

@@ -25,25 +25,24 @@ from runner.formats.transformer_keys import apart
 
 _TENCENT = "of tencent/HunyuanVideo-1.5"
 _REPACKAGED = "of Comfy-Org/HunyuanVideo_1.5_repackaged"
-# What each part is called, and the file that is right for it. The names are those of the options
-# model.<part> and of WeightPaths.
-_PARTS = {
+# What each part is called. The names are those of the options model.<part> and of WeightPaths.
+PART_NAMES = {
+    "transformer": "transformer",
+    "vae": "VAE",
+    "text_encoder": "text encoder",
+    "byt5": "ByT5 encoder",
+    "image_encoder": "image encoder",
+}
+# The file that is right for each part.
+_RIGHT = {
     "transformer": (
-        "transformer",
-        f"transformer/<resolution>_<task>/diffusion_pytorch_model.safetensors {_TENCENT}",
+        f"transformer/<resolution>_<task>/diffusion_pytorch_model.safetensors {_TENCENT}"
     ),
-    "vae": ("VAE", f"vae/diffusion_pytorch_model.safetensors {_TENCENT}"),
-    "text_encoder": (
-        "text encoder",
-        f"split_files/text_encoders/qwen_2.5_vl_7b.safetensors {_REPACKAGED}",
-    ),
-    "byt5": (
-        "ByT5 encoder",
-        f"split_files/text_encoders/byt5_small_glyphxl_fp16.safetensors {_REPACKAGED}",
-    ),
+    "vae": f"vae/diffusion_pytorch_model.safetensors {_TENCENT}",
+    "text_encoder": f"split_files/text_encoders/qwen_2.5_vl_7b.safetensors {_REPACKAGED}",
+    "byt5": f"split_files/text_encoders/byt5_small_glyphxl_fp16.safetensors {_REPACKAGED}",
     "image_encoder": (
-        "image encoder",
-        f"split_files/clip_vision/sigclip_vision_patch14_384.safetensors {_REPACKAGED}",
+        f"split_files/clip_vision/sigclip_vision_patch14_384.safetensors {_REPACKAGED}"
     ),
 }
 # Tensors that may be in the file and are not read.
@@ -84,7 +83,7 @@ def check_file(part: str, path: Path, *, whole: bool = False) -> None:
         UserError: it is another variant or another model's.
     """
     if wrong := difference(part, read_header(path), whole=whole):
-        raise UserError(f"{path} {wrong}: model.{part} must be {_PARTS[part][1]}.")
+        raise UserError(f"{path} {wrong}: model.{part} must be {_RIGHT[part]}.")
 
 
 def check_lora(path: Path) -> None:
@@ -135,7 +134,7 @@ def difference(part: str, header: Mapping[str, TensorHeader], *, whole: bool = F
     if part == "byt5":
         # As musubi-tuner, which takes this prefix off before it compares.
         header = {_with_prefix(name): tensor for name, tensor in header.items()}
-    what = f"HunyuanVideo 1.5's {_PARTS[part][0]}"
+    what = f"HunyuanVideo 1.5's {PART_NAMES[part]}"
     missing = [name for name in wanted if name not in header]
     if len(missing) == len(wanted):
         return f"is another model's file, with none of the tensors of {what}"
@@ -178,9 +177,9 @@ def _variant(part: str, header: Mapping[str, TensorHeader]) -> str | None:
         return "is stored in fp8"
     if foreign := sorted(dtypes.difference(SAFETENSORS_NAMES)):
         return f"has tensors in {foreign[0]}, not in bf16, fp16 or fp32"
-    for other, (what, _) in _PARTS.items():
+    for other, what in PART_NAMES.items():
         if other != part and layout(other).keys() <= header.keys():
-            return f"is the {what}, not the {_PARTS[part][0]}"
+            return f"is the {what}, not the {PART_NAMES[part]}"
     return next((text for marks, text in _VARIANTS if _occur(marks, header)), None)
 
 

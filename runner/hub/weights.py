@@ -1,18 +1,21 @@
-"""A model's weights: their paths on this computer, and how to fetch them. Reads only."""
+"""A model's weights: their paths on this computer, and how to fetch or hash them. Reads only."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.config.schema import ModelConfig, RunConfig
 from runner.core.command import Command
 from runner.core.paths import checkout
+from runner.core.text import counted
+from runner.formats.published_check import PART_NAMES
 from runner.formats.train_toml import WeightPaths
 from runner.hub.hub_cache import HubCache, Request
+from runner.hub.local_files import Hashes, LocalFile, checked_file, is_local
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class LocatedWeights:
 
     Attributes:
         paths: the files' paths.
-        digests: a digest for each part; None while something is missing.
-        commands: the commands that fetch them.
+        digests: a digest for each part; None while something is missing, or was not hashed.
+        commands: the commands that fetch and hash them.
         summary: a line about them, for plans.
         tokenizer: the folder of the text encoder's tokenizer, if it is on this computer.
         requests: those of the files that are on the hub.
         checked: whether all cached files were verified.
+        local: the parts that options name as files of this computer, and which are not the hub's.
+        notices: what was noticed when they were looked for.
     """
 
     paths: WeightPaths
@@ -36,6 +41,8 @@ class LocatedWeights:
     tokenizer: Path | None = None
     requests: tuple[Request, ...] = ()
     checked: bool = True
+    local: tuple[LocalFile, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def present(self) -> bool:
@@ -55,24 +62,37 @@ BYT5_TOKENIZER = "google/byt5-small"
 _BYT5_FILES = ("config.json", "tokenizer_config.json")
 
 
+# The options of each repository that a model's parts are in.
+REPOSITORIES = {
+    "repository": ("revision", ("transformer", "vae")),
+    "encoders_repository": ("encoders_revision", ("text_encoder", "byt5", "image_encoder")),
+}
+
+
+def parts_of(task: str) -> tuple[str, ...]:
+    """List the parts that a task needs: only i2v has an image encoder."""
+    return tuple(part for part in PART_NAMES if task == "i2v" or part != "image_encoder")
+
+
 def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
-    """List the files that a task needs, one request per repository."""
-    encoders: tuple[str, ...] = (model.text_encoder, model.byt5)
-    if task == "i2v":
-        encoders = (*encoders, model.image_encoder)
+    """List the files that a task needs from the hub, one request per repository."""
+    requests = []
+    for repository, (revision, parts) in REPOSITORIES.items():
+        values = [getattr(model, part) for part in parts if part in parts_of(task)]
+        if files := tuple(value for value in values if not is_local(value)):
+            requests.append(
+                Request(
+                    getattr(model, repository),
+                    getattr(model, revision),
+                    files,
+                    option=f"model.{revision}",
+                )
+            )
+    return (*requests, *_tokenizers(model))
+
+
+def _tokenizers(model: ModelConfig) -> tuple[Request, Request]:
     return (
-        Request(
-            model.repository,
-            model.revision,
-            (model.transformer, model.vae),
-            option="model.revision",
-        ),
-        Request(
-            model.encoders_repository,
-            model.encoders_revision,
-            encoders,
-            option="model.encoders_revision",
-        ),
         Request(
             QWEN_TOKENIZER,
             model.qwen_tokenizer_revision,
@@ -92,60 +112,87 @@ def hub_requests(model: ModelConfig, task: str) -> tuple[Request, ...]:
     )
 
 
-def hub_weights(config: RunConfig, root: Path) -> LocatedWeights:
-    """Locate the weights of a model that is on the hub; reads only."""
-    model, requests = config.model, hub_requests(config.model, config.task.name)
-    hub_cache = user_hub_cache(root)
-    hub, encoders, qwen, byt5 = requests
+def published_weights(config: RunConfig, root: Path, *, whole: bool) -> LocatedWeights:
+    """Locate the weights of a published model, on the hub or in files of this computer; reads only.
 
-    def path(request: Request, file: str) -> str:
-        commit = hub_cache.commit(request.repository, request.revision) or request.revision
-        return str(hub_cache.path(request.repository, commit, file))
+    Args:
+        config: the run's config, with absolute paths of local files.
+        root: the output folder.
+        whole: whether local files need the tensors that only musubi-tuner reads.
 
-    def digest(request: Request, *files: str) -> str | None:
-        commit = hub_cache.commit(request.repository, request.revision)
-        hub_files = [hub_cache.find(request.repository, commit, file) for file in files]
-        parts = [None if one is None else hub_cache.name_of(one) for one in hub_files]
-        if None in parts:
-            return None
-        # A tokenizer is several files, which get one digest.
-        return parts[0] if len(parts) == 1 else _joined(parts)
-
-    i2v = config.task.name == "i2v"
-    texts = digest(encoders, model.text_encoder), digest(qwen, *qwen.files)
-    glyphs = digest(encoders, model.byt5), digest(byt5, *byt5.files)
-    digests = {
-        "transformer": digest(hub, model.transformer),
-        "vae": digest(hub, model.vae),
-        "text_encoder": None if None in texts else _joined(texts),
-        "byt5": None if None in glyphs else _joined(glyphs),
-    }
-    if i2v:
-        digests["image_encoder"] = digest(encoders, model.image_encoder)
-    missing_files = sum(len(hub_cache.missing_files(request)) for request in requests)
+    Raises:
+        UserError: a local file is damaged, or not this model's.
+    """
+    model, task = config.model, config.task.name
+    hub_cache, hashes, requests = (
+        user_hub_cache(root),
+        Hashes(_notes(root)),
+        hub_requests(model, task),
+    )
+    local: list[LocalFile] = []
+    paths: dict[str, str] = dict.fromkeys(PART_NAMES, "")
+    digests: dict[str, str | None] = {}
+    for part, repository, revision in _places(model, task):
+        value = getattr(model, part)
+        if is_local(value):
+            file = checked_file(part, Path(value), hashes, whole=whole)
+            local.append(file)
+            paths[part], digests[part] = value, file.sha256
+            continue
+        commit = hub_cache.commit(repository, revision)
+        paths[part] = str(hub_cache.path(repository, commit or revision, value))
+        digests[part] = _digest(hub_cache, repository, commit, value)
+    for part, tokenizer in zip(("text_encoder", "byt5"), requests[-2:], strict=True):
+        commit = hub_cache.commit(tokenizer.repository, tokenizer.revision)
+        both = digests[part], _digest(hub_cache, tokenizer.repository, commit, *tokenizer.files)
+        digests[part] = None if None in both else _joined(both)
     unchecked = sum(hub_cache.unchecked(request) for request in requests)
     complete = None not in digests.values() and all(hub_cache.pointed(r) for r in requests)
-    number = sum(len(request.files) for request in requests)
-    summary = f"{number} files of {model.repository}, its encoders and tokenizers"
-    if missing_files:
-        summary += f", {missing_files} to fetch"
-    if unchecked:
-        summary += f", {unchecked} to check"
+    force = "weights" in config.stages.force
+    fetch = _command(requests, hub_cache, root, force=force)
     return LocatedWeights(
-        WeightPaths(
-            transformer=path(hub, model.transformer),
-            vae=path(hub, model.vae),
-            text_encoder=path(encoders, model.text_encoder),
-            byt5=path(encoders, model.byt5),
-            image_encoder=path(encoders, model.image_encoder) if i2v else "",
-        ),
+        WeightPaths(**paths),
         {part: value for part, value in digests.items() if value} if complete else None,
-        (_command(requests, hub_cache, root, force="weights" in config.stages.force),),
-        summary,
+        (*_hash_commands(local, root, force=force), fetch),
+        _summary(requests, hub_cache, unchecked, local),
         find_tokenizer(model, root),
         requests,
         checked=not unchecked,
+        local=tuple(local),
     )
+
+
+def _places(model: ModelConfig, task: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each part that a task needs, with the repository and revision for its files."""
+    for repository, (revision, parts) in REPOSITORIES.items():
+        for part in parts:
+            if part in parts_of(task):
+                yield part, getattr(model, repository), getattr(model, revision)
+
+
+def _digest(hub_cache: HubCache, repository: str, commit: str | None, *files: str) -> str | None:
+    """Return the digest of cached files, of several (a tokenizer's) a joint one; else None."""
+    hub_files = [hub_cache.find(repository, commit, file) for file in files]
+    parts = [None if one is None else hub_cache.name_of(one) for one in hub_files]
+    if None in parts:
+        return None
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _summary(
+    requests: Sequence[Request], hub_cache: HubCache, unchecked: int, local: Sequence[LocalFile]
+) -> str:
+    number = counted(sum(len(request.files) for request in requests), "file")
+    summary = f"{number} of {requests[0].repository}, its encoders and tokenizers"
+    if local:
+        names = ", ".join(PART_NAMES[file.part] for file in local)
+        repositories = ", ".join(request.repository for request in requests)
+        summary = f"{names} of this computer; {number} of {repositories}"
+    missing = sum(len(hub_cache.missing_files(request)) for request in requests)
+    unknown = sum(file.sha256 is None for file in local)
+    for count, what in ((missing, "fetch"), (unchecked, "check"), (unknown, "hash")):
+        summary += f", {count} to {what}" * (count > 0)
+    return summary
 
 
 def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
@@ -163,7 +210,11 @@ def find_tokenizer(model: ModelConfig, root: Path) -> Path | None:
 
 def user_hub_cache(root: Path) -> HubCache:
     """Open the Hugging Face cache, with notes on verified files in the output folder."""
-    return HubCache.of_user(root / "cache" / "weights" / "checked")
+    return HubCache.of_user(_notes(root))
+
+
+def _notes(root: Path) -> Path:
+    return root / "cache" / "weights" / "checked"
 
 
 def _joined(parts: Iterable[str | None]) -> str:
@@ -174,7 +225,7 @@ def _command(
     requests: Iterable[Request], hub_cache: HubCache, root: Path, *, force: bool
 ) -> Command:
     """Build the one command for all requests, so that each is checked before any is fetched."""
-    argv = [sys.executable, "-m", "runner.hub"]
+    argv = ["runner.hub"]
     for number, request in enumerate(requests):
         commit = hub_cache.commit(request.repository, request.revision)
         argv += ["--and"] * (number > 0) + [request.repository]
@@ -184,8 +235,20 @@ def _command(
         if request.branch is not None:
             argv += ["--branch", request.branch]
         if number == 0:
-            argv += ["--checked", str(root / "cache" / "weights" / "checked")]
+            argv += ["--checked", str(_notes(root))]
             argv += ["--force"] * force
         argv += ["--", *request.files]
+    return _module(*argv)
+
+
+def _hash_commands(files: Sequence[LocalFile], root: Path, *, force: bool) -> Iterator[Command]:
+    if files:
+        options = ["--checked", str(_notes(root)), *["--force"] * force, "--"]
+        yield _module("runner.hub.local_files", *options, *(str(file.path) for file in files))
+
+
+def _module(name: str, *arguments: str) -> Command:
     path = checkout()
-    return Command(tuple(argv), set_env=(("PYTHONPATH", path),) if path else ())
+    return Command(
+        (sys.executable, "-m", name, *arguments), set_env=(("PYTHONPATH", path),) if path else ()
+    )

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,7 +31,7 @@ from runner.pipeline.acquire import acquire
 from runner.pipeline.context import Context
 from runner.pipeline.inputs import gather, read_environment, refusal
 from runner.pipeline.model import Inputs, Plan, StagePlan
-from runner.pipeline.option_paths import resolve_paths
+from runner.pipeline.option_paths import resolve_paths, resolve_weights
 from runner.pipeline.plan import commands_sh, make_plan
 from runner.pipeline.record import Recorder, check_tracking, how_to_compare
 from runner.pipeline.stages import STAGES
@@ -80,17 +80,23 @@ def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
     """
     engine = engine_named(composed.config.engine.name)
     check(composed.config, engine)
-    config = resolve_paths(composed.config, engine, cwd)
+    local = resolve_weights(composed.config, composed.overrides, cwd)
+    config = resolve_paths(local.config, engine, cwd)
     raise_on_signals()
     check_tracking(config)
     environment = read_environment(config, cwd, engine)
+    weights = replace(environment.weights, notices=local.notices)
+    environment = replace(environment, weights=weights)
     inputs = gather(config, environment, acquire(config, cwd, environment, console))
     cache = SharedCache(inputs.root / "cache")
     # Compare sizes only: a dry run must not read gigabytes.
     verified = verify.plan_with_valid_cache(
         inputs, _planner(engine), partial(cache.faults, read=False)
     )
-    return Prepared(replace(composed, config=config), verified.inputs, engine, verified.plan)
+    # Records must not name a repository for a file of this computer.
+    resolved = {**composed.resolved, "model": asdict(config.model)}
+    composed = replace(composed, config=config, resolved=resolved)
+    return Prepared(composed, verified.inputs, engine, verified.plan)
 
 
 def execute(prepared: Prepared, console: Console, job: Job | None) -> None:

@@ -3,13 +3,79 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
 from runner.core.paths import existing_file
 from runner.engines.base import Engine
+from runner.formats.published_check import PART_NAMES
+from runner.hub.local_files import existing_folder, existing_weights, is_local
+from runner.hub.weights import REPOSITORIES, parts_of
+from runner.hub.weights_folder import find_weights
+
+
+@dataclass(frozen=True)
+class ResolvedWeights:
+    """A config whose weights on this computer are absolute paths, and what was noticed.
+
+    Attributes:
+        config: the config; a repository that no file comes from is empty in it.
+        notices: a line for each thing to know.
+    """
+
+    config: RunConfig
+    notices: tuple[str, ...]
+
+
+def resolve_weights(config: RunConfig, overrides: Collection[str], cwd: Path) -> ResolvedWeights:
+    """Find the weights that ``model.folder`` and the options of single parts name. Reads only.
+
+    Args:
+        config: the run's config.
+        overrides: the overrides as typed; a part that one names is not looked for in the folder.
+        cwd: the folder that relative paths start at.
+
+    Raises:
+        UserError: a path does not exist, or the folder has no part or several files for one.
+    """
+    model, task = config.model, config.task.name
+    if model.source != "hub":
+        return ResolvedWeights(config, ())
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    files: dict[str, Any] = {}
+    for part in PART_NAMES:
+        value = getattr(model, part)
+        if is_local(value):
+            files[part] = str(existing_weights(f"model.{part}", value, cwd))
+    changes: dict[str, Any] = {}
+    notices: list[str] = []
+    if model.folder:
+        folder = existing_folder("model.folder", model.folder, cwd)
+        wanted = {
+            part: getattr(model, part)
+            for part in parts_of(task)
+            if part not in files and f"model.{part}" not in given
+        }
+        found = find_weights(folder, wanted, task)
+        files |= {part: str(path) for part, path in found.files.items()}
+        notices += found.notices
+        changes["folder"] = str(folder)
+    for repository, (revision, parts) in REPOSITORIES.items():
+        if not all(part in files for part in parts if part in parts_of(task)):
+            continue
+        changes |= {repository: "", revision: ""}
+        notices += [
+            f"model.{key} does nothing: all of its files are on this computer."
+            for key in (repository, revision)
+            if f"model.{key}" in given
+        ]
+    return ResolvedWeights(
+        replace(config, model=replace(model, **changes, **files)), tuple(notices)
+    )
 
 
 def resolve_paths(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:

@@ -111,6 +111,7 @@ class Recorder:
         self._resume_key = resume_key
         self._fingerprint: str | None = None
         self._plan: Plan | None = None
+        self._local_weights: list[dict[str, str | int | None]] = []
         self._problems: list[str] = []
         self._write("RUNNING", "")
 
@@ -191,6 +192,7 @@ class Recorder:
         if plan is self._plan:
             return
         self._plan = plan
+        self._local_weights = [file.record() for file in inputs.weights.local]
         digest = fingerprint(inputs, plan, engine)
         if digest not in (None, self._fingerprint):
             self._fingerprint = digest
@@ -229,7 +231,7 @@ class Recorder:
         self.writer.finish(status)
 
     def _write(self, status: str, why: str) -> None:
-        record = {
+        record: dict[str, Any] = {
             "status": status,
             "error": why,
             "config_fingerprint": self._fingerprint,
@@ -240,6 +242,8 @@ class Recorder:
             "stages": self._stages,
             "pid": os.getpid(),
         }
+        if self._local_weights:
+            record["local_weights"] = self._local_weights
         file = self.run_dir / "run.json"
         with self.tolerant(file):
             write_text(file, json.dumps(record, indent=1) + "\n")

@@ -44,7 +44,7 @@ def test_the_real_tokenizer_is_found_in_the_cache(
     from huggingface_hub import constants
 
     from runner.engines.diffusers.make_weights import make_weights
-    from runner.hub.weights import find_tokenizer, hub_weights
+    from runner.hub.weights import find_tokenizer, published_weights
 
     config = compose("model=hunyuan15_480p")
     root = tmp_path / "outputs"
@@ -64,7 +64,9 @@ def test_the_real_tokenizer_is_found_in_the_cache(
     (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
     assert find_tokenizer(config.model, root) == place
     caption = "a photo of a cat " * 100
-    (length,) = count_tokens([caption], hub_weights(config, root).tokenizer).values()
+    (length,) = count_tokens(
+        [caption], published_weights(config, root, whole=False).tokenizer
+    ).values()
     assert length.exact
     assert 300 < length.count < 1800
 

@@ -24,7 +24,7 @@ from runner.config.schema import RunConfig
 from runner.core.console import Console
 from runner.core.errors import StageError
 from runner.engines.registry import engine_named
-from runner.hub.weights import LocatedWeights, hub_requests, hub_weights
+from runner.hub.weights import LocatedWeights, hub_requests, published_weights
 from runner.pipeline.model import Plan
 
 MODEL, ENCODERS = "tencent/HunyuanVideo-1.5", "Comfy-Org/HunyuanVideo_1.5_repackaged"
@@ -120,7 +120,7 @@ def summary_rows(config: RunConfig, tmp_path: Path) -> Any:
 
     root = tmp_path / "outputs"
     facts = fake_facts(config, [fake_item("clip.mp4")])
-    return replace(facts, root=root, weights=hub_weights(config, root))
+    return replace(facts, root=root, weights=published_weights(config, root, whole=False))
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_network")
 def test_facts_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk_to(Hub(), tmp_path, monkeypatch)
-    facts = hub_weights(compose(), tmp_path)
+    facts = published_weights(compose(), tmp_path, whole=False)
     assert not facts.present
     assert facts.summary == f"9 files of {MODEL}, its encoders and tokenizers, 9 to fetch"
     assert facts.paths.vae.endswith(f"/snapshots/main/vae/{DIFFUSERS}")
@@ -357,10 +357,10 @@ def test_branch_is_part_of_complete(hub: Hub, tmp_path: Path) -> None:
     config.model.byt5_tokenizer_revision = COMMITS["google/byt5-small"]
     run(config, tmp_path)
     (tmp_path / "hub/models--google--byt5-small/refs/main").unlink()
-    assert not hub_weights(config, tmp_path / "outputs").present
+    assert not published_weights(config, tmp_path / "outputs", whole=False).present
     hub.asked.clear()
     run(config, tmp_path)
-    assert hub_weights(config, tmp_path / "outputs").present
+    assert published_weights(config, tmp_path / "outputs", whole=False).present
     assert hub.asked == []
 
 

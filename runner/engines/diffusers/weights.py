@@ -15,7 +15,7 @@ from runner.engines.diffusers.make_weights import PARTS
 from runner.formats.published_check import check_file
 from runner.formats.safetensors_header import DamagedFileError
 from runner.formats.train_toml import WeightPaths
-from runner.hub.weights import LocatedWeights, hub_weights
+from runner.hub.weights import LocatedWeights, published_weights
 
 # Increase when the tiny model's random weights change.
 TINY_VERSION = 1
@@ -32,9 +32,10 @@ def model_weights(config: RunConfig, root: Path) -> LocatedWeights:
     """
     if config.model.source == "random":
         return _tiny(config, root)
-    located = hub_weights(config, root)
+    located = published_weights(config, root, whole=False)
+    local = {file.part for file in located.local}  # checked already
     for part, path in asdict(located.paths).items():
-        if not path or not Path(path).is_file():
+        if part in local or not path or not Path(path).is_file():
             continue
         try:
             check_file(part, Path(path))

@@ -31,9 +31,10 @@ from runner.engines.musubi.check import cannot_compile, check_environment
 from runner.engines.musubi.failure import failure
 from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
+from runner.engines.musubi.weights import model_weights
 from runner.formats.train_toml import render
 from runner.formats.trainer_options import TRAIN, check_table
-from runner.hub.weights import LocatedWeights, hub_weights
+from runner.hub.weights import LocatedWeights
 
 # Written into the run's folder, where every command runs, so that commands can be repeated by hand.
 # accelerate reads the first instead of the user's own default file, which could request several
@@ -140,7 +141,7 @@ class MusubiEngine:
         return filled(config.memory, tier), note
 
     def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
-        return hub_weights(config, root)
+        return model_weights(config, root)
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:
         arguments = latents_arguments(job, dataset_toml)

@@ -14,6 +14,8 @@ from runner.config.schema import MemoryConfig, RunConfig
 from runner.engines import rules
 from runner.engines.musubi import rules_optimizer
 from runner.engines.musubi.rules_arguments import extra_arguments, gives
+from runner.engines.musubi.weights import takes_half
+from runner.hub.local_files import is_local
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -96,7 +98,8 @@ def _precision(config: RunConfig) -> Iterator[str]:
             "training.attention=flash needs half precision: take precision=bf16, or "
             "training.attention=sdpa."
         )
-    if "fp16" in file.lower() and (dtype in ("bfloat16", "float32") or mixed != "fp16"):
+    # The header of a file of this computer is read instead (musubi/weights.py).
+    if "fp16" in file.lower() and not is_local(file) and not takes_half(precision):
         yield (
             f"model.transformer={file} holds fp16 weights, which can't be trained in "
             f"precision={precision.name}: take precision=fp16, or the bf16 file."

@@ -1,4 +1,4 @@
-"""The weights stage: fetch or create the model's files."""
+"""The weights stage: fetch or create the model's files, and hash those of this computer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from runner.config.schema import RunConfig
 from runner.core.atomic import write_text
 from runner.core.errors import StageError
 from runner.core.process import last_error, log_lines
+from runner.hub.local_files import LocalFile
 from runner.hub.weights import user_hub_cache
 from runner.pipeline.context import Context
 from runner.pipeline.model import Planning, RunEnvironment, StagePlan
@@ -21,20 +22,24 @@ if TYPE_CHECKING:
 
 
 class Weights(Stage):
-    """The stage that fetches missing weights, and writes ``weights.json``."""
+    """The stage that fetches missing weights, hashes local ones, and writes ``weights.json``."""
 
     name = "weights"
     refreshes_plan = True
 
     def refusal(self, config: RunConfig, environment: RunEnvironment) -> str | None:
         """Return a reason if the stage is skipped but weights are missing; pure."""
-        if self.name in config.stages.skip and not environment.weights.present:
-            return "stages.skip=[weights], but some weights are not on this computer yet."
-        return None
+        weights = environment.weights
+        if self.name not in config.stages.skip or weights.present:
+            return None
+        if unknown := [f"model.{file.part}" for file in weights.local if file.sha256 is None]:
+            return f"stages.skip=[weights], but {', '.join(unknown)} must be hashed once."
+        return "stages.skip=[weights], but some weights are not on this computer yet."
 
     def plan(self, planning: Planning) -> StagePlan:
         """Plan the download or creation of missing weights; pure."""
         weights = planning.inputs.weights
+        # All but random weights have requests, those of the tokenizers.
         forced = weights.requests and self.name in planning.inputs.config.stages.force
         done = weights.present and weights.checked and not forced
         return StagePlan(
@@ -43,10 +48,11 @@ class Weights(Stage):
             "done" if done else "to run",
             commands=weights.commands,
             outputs=(weights.paths.transformer,),
+            notices=weights.notices,
         )
 
     def run(self, context: Context) -> None:
-        """Fetch or create missing weights, and list them in ``weights.json``.
+        """Fetch, create or hash weights, and list them in ``weights.json``.
 
         Raises:
             StageError: that failed, or the weights are still incomplete.
@@ -66,9 +72,11 @@ class Weights(Stage):
         if not weights.present or fetched is None:
             raise StageError(f"the weights are still incomplete: start again, or see {log}")
         if fetched:
-            write_text(context.run_dir / "weights.json", weights_json(fetched))
-            commits = {file.repository: file.commit for file in fetched}
-            context.writer.set_tags({f"weights.{name}": commit for name, commit in commits.items()})
+            write_text(context.run_dir / "weights.json", weights_json(fetched, weights.local))
+            tags = {f"weights.{file.repository}": file.commit for file in fetched}
+            for file in weights.local:
+                tags[f"weights.{file.part}"] = f"local {file.sha256} {file.path}"
+            context.writer.set_tags(tags)
 
 
 def _explain(log: Path) -> str:
@@ -77,10 +85,11 @@ def _explain(log: Path) -> str:
     return last.removeprefix("error: ") if last.startswith("error: ") else last_error(log)
 
 
-def weights_json(fetched: Sequence[FetchedFile]) -> str:
-    """List the files that a run was trained on, and the overrides that select the same commits."""
-    again = sorted({f"{file.option}={file.commit}" for file in fetched})
-    files = [
+def weights_json(fetched: Sequence[FetchedFile], local: Sequence[LocalFile]) -> str:
+    """List the files that a run was trained on, and the overrides that select the same ones."""
+    again = {f"{file.option}={file.commit}" for file in fetched}
+    again |= {f"model.{file.part}={file.path}" for file in local}
+    files: list[dict[str, str | int | None]] = [
         {
             "repository": file.repository,
             "revision": file.revision,
@@ -91,7 +100,8 @@ def weights_json(fetched: Sequence[FetchedFile]) -> str:
         }
         for file in fetched
     ]
-    return json.dumps({"overrides": again, "files": files}, indent=1) + "\n"
+    files += [file.record() for file in local]
+    return json.dumps({"overrides": sorted(again), "files": files}, indent=1) + "\n"
 
 
 WEIGHTS = Weights()
