@@ -113,7 +113,7 @@ def _tokenizers(model: ModelConfig) -> tuple[Request, Request]:
 
 
 def published_weights(config: RunConfig, root: Path, *, whole: bool) -> LocatedWeights:
-    """Locate the weights of a published model, on the hub or in files of this computer; reads only.
+    """Locate the weights of a published model, on the hub or in files on this computer; reads only.
 
     Args:
         config: the run's config, with absolute paths of local files.
@@ -187,7 +187,7 @@ def _summary(
     if local:
         names = ", ".join(PART_NAMES[file.part] for file in local)
         repositories = ", ".join(request.repository for request in requests)
-        summary = f"{names} of this computer; {number} of {repositories}"
+        summary = f"{names} on this computer; {number} of {repositories}"
     missing = sum(len(hub_cache.missing_files(request)) for request in requests)
     unknown = sum(file.sha256 is None for file in local)
     for count, what in ((missing, "fetch"), (unchecked, "check"), (unknown, "hash")):

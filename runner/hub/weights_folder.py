@@ -74,15 +74,22 @@ def find_weights(folder: Path, wanted: Mapping[str, str], task: str) -> FoundWei
     for part, of_part in candidates.items():
         if chosen := _choose(part, of_part, folder, wanted[part], task):
             files[part] = chosen
-    notices = list(_notices(folder, candidates, files))
+    absent = [part for part in wanted if part not in files]
+    passed = [
+        f"{_short(path, folder)} {why}" for part in absent for path, why in candidates[part].refused
+    ]
     if unreadable:
-        notices.append(f"model.folder: left out, as it cannot be read: {named(unreadable)}.")
+        passed.append(f"{named(unreadable)} cannot be read")
     if wanted and not files:
-        why = " ".join(notices) if any(c.refused for c in candidates.values()) or unreadable else ""
         raise UserError(
             f"model.folder={folder} has no file of this model among "
-            f"{counted(len(paths), 'large .safetensors file')}. {why}".rstrip()
+            f"{counted(len(paths), 'large .safetensors file')}"
+            f"{': ' * bool(passed)}{'; '.join(passed)}."
         )
+    notices = [f"model.folder: {line}: not used." for line in passed]
+    if absent:
+        names = ", ".join(f"the {PART_NAMES[part]}" for part in absent)
+        notices.insert(0, f"model.folder: not in it, so from the hub: {names}.")
     return FoundWeights(files, tuple(notices))
 
 
@@ -146,19 +153,6 @@ def _against(name: str, task: str, resolution: str | None = None) -> str | None:
     if resolution and sizes and resolution not in sizes:
         return f"is for {sizes[0]} by its name"
     return "is a distilled transformer by its name" if "distil" in name else None
-
-
-def _notices(
-    folder: Path, candidates: Mapping[str, _Candidates], files: Mapping[str, Path]
-) -> Iterator[str]:
-    """Yield a line on the parts that come from the hub, and on each file that was not taken."""
-    absent = [part for part in candidates if part not in files]
-    if absent:
-        names = ", ".join(f"the {PART_NAMES[part]}" for part in absent)
-        yield f"model.folder: not in it, so from the hub: {names}."
-    for part in absent:
-        for path, why in candidates[part].refused:
-            yield f"model.folder: {_short(path, folder)} {why}: it is not used."
 
 
 def _short(path: Path, folder: Path) -> str:
