@@ -124,6 +124,9 @@ def test_everything_local(tmp_path: Path, task: str) -> None:
     facts = summary_rows(config, tmp_path)
     assert [file.path for file in facts.weights.local] == files
     assert MODEL not in facts.weights.summary and ENCODERS not in facts.weights.summary
+    # What may fail at once, without the network, comes before minutes of hashing.
+    modules = [command.argv[2] for command in facts.weights.commands]
+    assert modules == ["runner.hub", "runner.hub.local_files"]
     texts = [str(command) for command in facts.weights.commands]
     assert not any(MODEL in text or ENCODERS in text for text in texts)
     composed = Composed(config, {"model": asdict(config.model)}, (), {})
