@@ -51,6 +51,7 @@ class DownloadProgress(AbstractContextManager["DownloadProgress"]):
         self._progress_file = progress_file
         self._files: list[tuple[str, int]] = []
         self._done: list[int] = []
+        self._left = 0
         self._bar: Bar | None = None
         self._reading: tuple[str, Bar] | None = None
         self._last = 0.0
@@ -61,6 +62,7 @@ class DownloadProgress(AbstractContextManager["DownloadProgress"]):
         self._end_reading()
         self._files = [(name, size) for name, size, _ in todo]
         self._done = [present for _, _, present in todo]
+        self._left = len(todo)
         start, total = sum(self._done), sum(size for _, size in self._files)
         self._console.line(
             f"      {counted(len(todo), 'file')} to fetch, {readable(total)}"
@@ -93,11 +95,14 @@ class DownloadProgress(AbstractContextManager["DownloadProgress"]):
             self._end_reading()
 
     def brought(self, number: int) -> None:
-        """Print a line for a finished file."""
+        """Print a line for a finished file; the last one ends the bar."""
         self._record("brought", number)
         name, size = self._files[number]
         self._done[number] = size
         self._console.line(f"      {name}  {readable(size)}")
+        self._left -= 1
+        if not self._left:
+            self._end_bar()
 
     def line(self, text: str) -> None:
         """Print a notice."""
@@ -121,6 +126,18 @@ class DownloadProgress(AbstractContextManager["DownloadProgress"]):
             self._reading[1].__exit__(None, None, None)
             self._reading = None
 
+    def _end_bar(
+        self,
+        exc_type: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(sum(self._done))
+            self._bar.detail = ""
+            self._bar.__exit__(exc_type, error, traceback)
+            self._bar = None
+
     def __exit__(
         self,
         exc_type: type[BaseException] | None,
@@ -128,10 +145,7 @@ class DownloadProgress(AbstractContextManager["DownloadProgress"]):
         traceback: TracebackType | None,
     ) -> None:
         self._end_reading()
-        if self._bar is not None:
-            self._bar.detail = ""
-            self._bar.__exit__(exc_type, error, traceback)
-            self._bar = None
+        self._end_bar(exc_type, error, traceback)
 
 
 class Follower(AbstractContextManager["Follower"]):

@@ -153,7 +153,8 @@ def published_weights(config: RunConfig, root: Path, *, whole: bool) -> LocatedW
     return LocatedWeights(
         WeightPaths(**paths),
         {part: value for part, value in digests.items() if value} if complete else None,
-        (*_hash_commands(local, root, force=force), fetch),
+        # A fetch that cannot succeed fails at once, and hashing takes minutes.
+        (fetch, *_hash_commands(local, root, force=force)),
         _summary(requests, hub_cache, unchecked, local),
         find_tokenizer(model, root),
         requests,

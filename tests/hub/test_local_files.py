@@ -114,7 +114,7 @@ def test_the_command(tmp_path: Path) -> None:
     for file in files:
         file.write_bytes(file.name.encode())
 
-    def command(*names: Path | str) -> tuple[int, str, str]:
+    def command(*names: Path) -> tuple[int, str, str]:
         words = ["--checked", str(tmp_path / "notes"), "--", *map(str, names)]
         done = run_program(*words, cwd=tmp_path, module="runner.hub.local_files")
         return done.code, done.out, done.err

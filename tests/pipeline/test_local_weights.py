@@ -19,7 +19,7 @@ from runner.engines.musubi.weights import model_weights
 from runner.formats.published_check import PART_NAMES
 from runner.formats.published_layout import layout
 from runner.hub.hub_cache import read_sha256
-from runner.hub.weights import hub_requests, published_weights
+from runner.hub.weights import hub_requests, published_weights, user_hub_cache
 from runner.pipeline.inputs import refusal
 from runner.pipeline.option_paths import resolve_weights
 from runner.pipeline.record import parameters
@@ -97,15 +97,19 @@ def test_a_changed_file_is_noticed(hub: Hub, tmp_path: Path, byt5: Path) -> None
 
 # A local file with the bytes of the hub's file shares its digest, and so its cache entries.
 def test_the_same_bytes_have_the_same_digest(hub: Hub, tmp_path: Path, byt5: Path) -> None:
+    sha256, _ = read_sha256(byt5, None, lambda _: None)
+    root = tmp_path / "outputs"
+    cache = user_hub_cache(root)
+    blob = cache.blob(ENCODERS, sha256)
+    blob.parent.mkdir(parents=True)
+    blob.hardlink_to(byt5)
     local = resolved(tmp_path, f"model.byt5={byt5}")
     run(local, tmp_path)
-    sha256, _ = read_sha256(byt5, None, lambda _: None)
-    hub.repositories[ENCODERS].files[compose().model.byt5] = byt5.read_bytes()
-    run(compose(), tmp_path)
-    root = tmp_path / "outputs"
+    cache.link(ENCODERS, COMMITS[ENCODERS], compose().model.byt5, sha256)
     theirs = published_weights(compose(), root, whole=True)
+    assert theirs.present
     assert theirs.digests == published_weights(local, root, whole=True).digests
-    assert Path(theirs.paths.byt5).resolve().name == sha256
+    assert Path(theirs.paths.byt5).resolve() == blob and not theirs.local
 
 
 # With every part on this computer the hub is asked for tokenizers alone, and no record names the
@@ -120,6 +124,9 @@ def test_everything_local(tmp_path: Path, task: str) -> None:
     facts = summary_rows(config, tmp_path)
     assert [file.path for file in facts.weights.local] == files
     assert MODEL not in facts.weights.summary and ENCODERS not in facts.weights.summary
+    # What may fail at once, without the network, comes before minutes of hashing.
+    modules = [command.argv[2] for command in facts.weights.commands]
+    assert modules == ["runner.hub", "runner.hub.local_files"]
     texts = [str(command) for command in facts.weights.commands]
     assert not any(MODEL in text or ENCODERS in text for text in texts)
     composed = Composed(config, {"model": asdict(config.model)}, (), {})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from conftest import Finished, run_program, tree
-from in_process import program_here
+from in_process import composed, program_here
 from other_processes import pictures
 from sparse_weights import joined, published, write_sparse
+
+from runner.core.console import Console
+from runner.formats.published_layout import layout
+from runner.pipeline import executor
+from runner.pipeline.record import parameters
 
 TRANSFORMER = "diffusion_models/hunyuanvideo1.5_720p_t2v_fp16.safetensors"
 ENGINES = {
@@ -47,6 +54,12 @@ def environment(place: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pytest's own signal handlers stay."""
+    monkeypatch.setattr(executor, "raise_on_signals", lambda: None)
+
+
 def dry_run(place: Path, *more: str) -> Finished:
     return program_here(*arguments(*more), cwd=place, env=environment(place))
 
@@ -68,6 +81,24 @@ def test_a_folder_of_comfyui(place: Path, engine: str) -> None:
     ) in done.out
     assert "tencent" not in done.out and "Comfy-Org" not in done.out
     assert tree(place) == before
+
+
+# The config, the parameters and the notices of the run have what was found, and no repository.
+@pytest.mark.usefixtures("no_handlers")
+def test_the_runs_records(place: Path) -> None:
+    overrides = arguments(*ENGINES["musubi"], f"model.folder={place / 'Comfy UI' / 'models'}")
+    console = Console.for_stream(io.StringIO())
+    prepared = executor.prepare(composed(*overrides), console, place)
+    model = prepared.composed.resolved["model"]
+    assert model["transformer"] == str(place / "Comfy UI" / "models" / TRANSFORMER)
+    assert model == asdict(prepared.inputs.config.model)
+    logged = parameters(prepared.composed, prepared.inputs)
+    assert logged["model.transformer"] == model["transformer"]
+    assert not any("tencent" in str(v) for v in (*model.values(), *logged.values()))
+    write_sparse(place / "Comfy UI/models/q.safetensors", layout("text_encoder"), "F8_E4M3")
+    published("image_encoder", place / "Comfy UI/models/text_encoders/text_encoder.safetensors")
+    plan = executor.prepare(composed(*overrides), console, place).plan
+    assert "model.folder: q.safetensors is stored in fp8: not used." in plan.notices
 
 
 # An option of a part wins over the folder, and a path of it is taken as typed, from the program's

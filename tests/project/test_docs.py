@@ -18,6 +18,7 @@ from cache_process import context_of, fake_musubi, with_musubi
 from conftest import TOP, compose, run_program
 from in_process import program_here
 from media_factory import make_clip, make_image
+from sparse_weights import joined, published, write_sparse
 
 PAGES = sorted([*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")])
 
@@ -115,6 +116,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "venv" / "bin" / "python").symlink_to(sys.executable)
     (home / "installed.json").write_text("{}")
     fake_musubi(top / "home" / "musubi-tuner")
+    models = top / "home" / "ComfyUI" / "models"
+    published("vae", models / "vae" / "hunyuanvideo15_vae_fp16.safetensors")
+    transformer = models / "diffusion_models" / "hunyuanvideo1.5_720p_t2v_fp16.safetensors"
+    write_sparse(transformer, joined(), "F16")
     # A cache that holds the zip's media, as after a run.
     context = context_of(top / "here" / "outputs", top / "here" / "mydata.zip", *with_musubi(top))
     DATASET.run(context)
