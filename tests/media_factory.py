@@ -77,8 +77,9 @@ def make_clip(
     fps: float = 24.0,
     size: tuple[int, int] = (64, 48),
     pictures: Sequence[np.ndarray] | None = None,
+    codec: str | None = None,
 ) -> Path:
-    """Write a clip of numbered frames, or of `pictures`; the codec follows the extension."""
+    """Write a clip of numbered frames, or of `pictures`; the extension gives the codec if unset."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +88,10 @@ def make_clip(
             np.full((size[1], size[0], 3), frame_colour(number), np.uint8)
             for number in range(frames)
         ]
-    codec, pixels = CODECS[path.suffix]
+    usual, pixels = CODECS[path.suffix]
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w") as container:
-        stream = cast("av.VideoStream", container.add_stream(codec, rate=rate))
+        stream = cast("av.VideoStream", container.add_stream(codec or usual, rate=rate))
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
         for index, picture in enumerate(pictures):

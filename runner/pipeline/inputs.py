@@ -64,12 +64,12 @@ def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Sou
         sources=weighed,
         selection=selection,
         cached=SharedCache(environment.root / "cache").full_keys(),
-        lora_note=_lora_note(config),
+        lora_note=lora_note(config),
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
     )
 
 
-def _lora_note(config: RunConfig) -> str | None:
+def lora_note(config: RunConfig) -> str | None:
     """Notice an i2v LoRA that was trained with the condition scaled otherwise than this run's."""
     from runner.formats.lora import UNSCALED_CONDITION, read_metadata
 

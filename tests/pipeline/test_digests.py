@@ -238,6 +238,19 @@ def test_a_default_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert digests(as_before)[1] == earlier[1]
 
 
+# musubi-tuner trains i2v scaled by default since 0.2.0, and that is another result; without scaling
+# it is what it was, and t2v, which has no condition, has the digests it had.
+def test_the_condition_of_i2v() -> None:
+    unscaled = "training.i2v_unscaled_condition=true"
+    words = ("task=i2v", "precision=fp8", "network.rank=16", "dataset.path=/data/mine.zip")
+    recorded = digests(compose(*words, unscaled))
+    # As recorded by 0.1.0 and until this changed.
+    assert recorded == ("fc2128e7d162ad75", "e46b31c42a353590")
+    scaled = digests(compose(*words))
+    assert scaled[0] != recorded[0] and scaled[1] != recorded[1]
+    assert digests(compose()) == digests(compose(unscaled))
+
+
 # Digests leave defaults out, so that a default that changes makes runs equal that are not. Whoever
 # changes one enters the old one in FIRST_DEFAULTS; lines come to this file for new options alone.
 def test_first_defaults(golden: Callable[[str, str], None]) -> None:

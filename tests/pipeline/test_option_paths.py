@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose
+from conftest import compose, fake_facts, fake_item, plan_of
 from lora_files import converted
 from safetensors.torch import save_file
 
@@ -14,6 +15,7 @@ from runner.config.schema import RunConfig
 from runner.core.errors import UserError
 from runner.engines.musubi.engine import MusubiEngine
 from runner.pipeline import option_paths
+from runner.pipeline.inputs import lora_note
 
 NAME = "lora_unet_double_blocks_0_img_attn_q"
 STEM = "lora_unet_double_blocks_0_"
@@ -122,3 +124,42 @@ def test_files_among_the_trainers_arguments_are_found(tmp_path: Path) -> None:
         f"--log_tracker_config={tmp_path}/tracker.toml",
         *("--log_prefix", "a.safetensors"),
     ]
+
+
+# An i2v LoRA that goes on with its condition scaled otherwise is a notice, which names the option
+# that leaves it as it was. musubi-tuner's own files do not say how it was, and are unscaled.
+@pytest.mark.parametrize(
+    ("recorded", "option", "words"),
+    [
+        (None, "false", "go on as they began with training.i2v_unscaled_condition=true."),
+        ("True", "false", "was trained with training.i2v_unscaled_condition=true, and this run is"),
+        (
+            "False",
+            "true",
+            "was trained with training.i2v_unscaled_condition=false, and this run is",
+        ),
+        ("False", "false", None),
+        ("True", "true", None),
+        (None, "true", None),
+    ],
+)
+def test_a_lora_scaled_otherwise_is_a_notice(
+    tmp_path: Path, recorded: str | None, option: str, words: str | None
+) -> None:
+    metadata = None if recorded is None else {"ss_i2v_unscaled_condition": recorded}
+    save_file(lora(), tmp_path / "old.safetensors", metadata)
+    unscaled = f"training.i2v_unscaled_condition={option}"
+    for key, path in (
+        ("network.weights", "old.safetensors"),
+        ("training.resume_from", "old-state"),
+    ):
+        start = f"{key}={tmp_path / path}"
+        assert lora_note(compose(start, unscaled)) is None
+        config = compose("task=i2v", start, unscaled)
+        note = lora_note(config)
+        if words is None:
+            assert note is None
+            continue
+        assert note and note.startswith(key) and words in note
+        facts = fake_facts(config, [fake_item("a.mp4")])
+        assert note in plan_of(config, replace(facts, lora_note=note)).notices
