@@ -36,12 +36,12 @@ def _composed(overrides: tuple[str, ...]) -> RunConfig:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from runner.cli.overrides import quote_paths
+    from runner.cli.literal import quote_literals
     from runner.config.groups import conf_folder
 
     _register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = hydra_compose("config", overrides=quote_paths(overrides, multirun=False))
+        cfg = hydra_compose("config", overrides=quote_literals(overrides, multirun=False))
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, RunConfig)
     return config

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from urllib.parse import unquote
 
-from runner.cli.overrides import OPEN_ENDED, by_last_part, diagnose, exists, quote
+from runner.cli.literal import OPEN_ENDED, exists, is_literal, quote
+from runner.cli.overrides import by_last_part, diagnose
 from runner.config.option import Option
 from runner.config.schema import options
 from runner.core.paths import command_here
@@ -32,6 +33,8 @@ _OTHER_NAMES = {
     "frames": "dataset.target_frames",
     "output": "output_dir",
 }
+# A list, an interpolation of one, or several lists by Hydra's function.
+_LIST_LIKE = re.compile(r"\s*\[.*\]\s*|\$.*|null|choice\(.*\)", re.DOTALL)
 _MEDIA_LIST = re.compile(r".*\.(zip|7z|tgz|tar(\.\w+)?|jsonl)", re.IGNORECASE)
 
 Choices = Mapping[str, Sequence[str]]
@@ -157,7 +160,7 @@ def _bare_word(args: list[str], n: int, choices: Choices) -> _Correction | None:
         if not media and not exists(word):
             return None
         return f"{word!r} needs its option", [*args[:n], f"dataset.path={word}", *args[n + 1 :]]
-    if not option.path and not option.type.startswith("str"):
+    if not option.type.startswith("str"):
         return None
     end = next((m for m in range(n, len(args)) if "=" in args[m]), len(args))
     whole = _quoted(option, " ".join([value, *args[n:end]]))
@@ -165,8 +168,8 @@ def _bare_word(args: list[str], n: int, choices: Choices) -> _Correction | None:
 
 
 def _quoted(option: Option, text: str) -> str:
-    """Quote ``text`` as a value, unless it is a path, which is taken literally."""
-    return text if option.path else quote(text, '"')
+    """Quote ``text`` as a value, unless it is one that means itself."""
+    return text if option.literal and is_literal(text) else quote(text, '"')
 
 
 def _plus_or_tilde(args: list[str], n: int, choices: Choices) -> _Correction | None:
@@ -211,26 +214,30 @@ def _list(args: list[str], n: int, choices: Choices) -> _Correction | None:
     if option is None or not option.type.startswith("list") or not value:
         return None
     parts = _top_level(value)
-    if all(part.startswith(("[", "$", "'", '"')) or part == "null" for part in parts):
+    if all(_LIST_LIKE.fullmatch(part) for part in parts):
         return None
+    # Hydra would take a quoted list for a text, of which nothing would be left.
+    parts = [part.strip("[] ") if "[" in part[:2] else part for part in map(_unquoted_list, parts)]
     # A resolution of one number means a square.
     parts = parts * 2 if key == "dataset.resolution" and len(parts) == 1 else parts
     right = [*args[:n], f"{key}=[{','.join(parts)}]", *args[n + 1 :]]
     return f"{key} is a list, in brackets", right
 
 
+def _unquoted_list(part: str) -> str:
+    return part[1:-1] if re.fullmatch(r"(['\"])\[.*\]\1", part, re.DOTALL) else part
+
+
 def _comma(args: list[str], n: int, choices: Choices) -> _Correction | None:
-    """Correct commas outside brackets and quotes, which mean a sweep."""
+    """Correct commas outside brackets and quotes, which mean a sweep where no text is meant."""
     key, _, value = args[n].lstrip("+").partition("=")
     option = _known().get(key)
     if len(_top_level(value)) < 2:
         return None
-    if key in choices or (option and option.type.startswith(("int", "float", "bool"))):
+    swept = option and (option.choices or option.type.startswith(("int", "float", "bool")))
+    if key in choices or swept:
         return "Several values are a sweep, which needs -m", args
-    if option is None or option.path or not option.type.startswith("str"):
-        return None
-    right = [*args[:n], f"{key}={_quoted(option, value)}", *args[n + 1 :]]
-    return "A text with a comma needs quotes (or -m, for a sweep over its parts)", right
+    return None
 
 
 def _top_level(value: str) -> list[str]:

@@ -50,7 +50,8 @@ def run(arguments: list[str]) -> int:
     import hydra
 
     from runner.cli.hints import mistake, undecodable
-    from runner.cli.overrides import hide_passwords, quote_paths
+    from runner.cli.literal import quote_literals
+    from runner.cli.overrides import hide_passwords
     from runner.cli.sweep import end_sweep
     from runner.config.groups import groups
     from runner.core.console import Console
@@ -67,7 +68,7 @@ def run(arguments: list[str]) -> int:
     )
     if wrong:
         return _refuse(wrong, console)
-    sys.argv = [sys.argv[0], *flags, *quote_paths(rest, multirun=bool(flags))]
+    sys.argv = [sys.argv[0], *flags, *quote_literals(rest, multirun=bool(flags))]
     # Hydra raises its errors instead of printing them, so that they can be explained below.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
@@ -121,14 +122,19 @@ def _job(cfg: DictConfig) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    from runner.core.console import Console
     from runner.core.process import SIGNALS, Stopped
-    from runner.tracking.multirun import Sweep
+    from runner.tracking.client import without_secrets
+    from runner.tracking.multirun import Sweep, describe_job
 
     hydra_config = HydraConfig.get()
     if OmegaConf.is_missing(hydra_config.job, "num"):
         sys.exit(_run(cfg, None))
     sweep = Sweep.read(Path(hydra_config.sweep.dir))
-    with sweep.job(hydra_config.job.num, _overrides(hydra_config)) as job:
+    number, overrides = hydra_config.job.num, _overrides(hydra_config)
+    with sweep.job(number, overrides) as job:
+        described = describe_job(str(number), overrides, sweep.swept_keys)
+        Console.for_stream(sys.stdout).line(without_secrets(f"\n{described}"))
         code = _run(cfg, job)
         job.note(exit_code=code)
     if code - 128 in SIGNALS and sweep.is_here:
@@ -210,7 +216,8 @@ def _missing(error: Exception) -> str | None:
     if not isinstance(error, MissingMandatoryValue):
         return None
     key = getattr(error, "full_key", None) or "an option"
-    return f"{key} has no value: set it, for example {key}=torch.optim.RMSprop."
+    example = f", for example {key}=torch.optim.RMSprop" if key == "optimizer.type" else ""
+    return f"{key} has no value: set it{example}."
 
 
 def _explain(error: Exception, arguments: list[str], console: Console) -> int:

@@ -1,7 +1,7 @@
-"""Overrides: paths are passed on literally, and a wrong name gets a suggestion.
+"""Overrides: passwords are hidden from Hydra, and a wrong name gets a suggestion.
 
-Hydra's override grammar gives meaning to spaces, brackets, quotes and commas, which a path may
-contain, and its error messages are about structs and config groups. This module fixes both.
+Hydra writes its arguments in several places, and its error messages are about structs and config
+groups. This module fixes both.
 """
 
 from __future__ import annotations
@@ -9,84 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from runner.cli.literal import OPEN_ENDED, quote_keeping_interpolations, quote_literals
 from runner.config.dataset_schema import SourceConfig
 from runner.config.schema import options
 from runner.core.text import did_you_mean, nearest
 
-# Tables whose keys are not the runner's, but arguments of an optimizer or a network.
-OPEN_ENDED = ("optimizer.args.", "network.args.")
-
 # Characters that a backslash escapes in Hydra's grammar, outside quotes.
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
-
-
-def path_keys() -> frozenset[str]:
-    """List the options whose values are paths."""
-    return frozenset(option.key for option in options() if option.path)
-
-
-def quote_paths(arguments: Sequence[str], *, multirun: bool) -> list[str]:
-    """Prepare the arguments for Hydra: quote paths, and allow an optimizer's own arguments.
-
-    In a sweep, a value with commas is several values, unless it exists as a path.
-    """
-    keys = path_keys()
-    quoted: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and f"{key}.".startswith(OPEN_ENDED):
-            # The engine checks the keys of these tables; `++` lets Hydra accept new ones.
-            quoted.append(f"++{argument}")
-        elif (
-            not equals
-            or key.lstrip("+") not in keys
-            or value in ("", "null")
-            or _is_quoted(value)
-            or (multirun and "," in value and not exists(value))
-        ):
-            quoted.append(argument)
-        else:
-            quoted.append(f"{key}={quote(value)}")
-    return quoted
-
-
-def exists(value: str) -> bool:
-    """Whether a path exists; False for text that can't be a path."""
-    try:
-        return Path(value).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
-def _is_quoted(value: str) -> bool:
-    return (
-        len(value) >= 2
-        and value[0] == value[-1]
-        and value[0] in "'\""
-        and value[0] not in value[1:-1]
-        and not exists(value)
-    )
-
-
-def quote(value: str, mark: str = "'") -> str:
-    """Quote a text so that Hydra's grammar reads it back unchanged, without interpolation.
-
-    Args:
-        value: any text.
-        mark: the quotation mark around it, single or double.
-    """
-    # OmegaConf reads ${...} in any string, quoted or not; a backslash keeps it literal.
-    return _quoted(value.replace("${", "\\${"), mark)
-
-
-def _quoted(value: str, mark: str = "'") -> str:
-    # The grammar halves backslashes only before a quotation mark, such as the one at the end.
-    escaped = re.sub(rf"(\\*){mark}", lambda m: m.group(1) * 2 + "\\" + mark, value)
-    escaped = re.sub(r"(\\+)$", lambda m: m.group(1) * 2, escaped)
-    return mark + escaped + mark
 
 
 def hide_passwords(
@@ -118,8 +49,9 @@ def _hide_password(argument: str, environment: MutableMapping[str, str], multiru
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    [prepared] = quote_literals([argument], multirun=multirun)
     try:
-        override = OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_override(prepared)
         parsed = value if override.is_sweep_override() and not multirun else override.value()
     except HydraException:
         parsed = value if password_span(value) else _ESCAPED.sub(r"\1", value)
@@ -140,7 +72,9 @@ def _value_text(value: Any, change: Callable[[str], str]) -> str:
         pairs = (f"{key}:{_value_text(element, change)}" for key, element in value.items())
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, QuotedString | str):
-        return _quoted(change(value.text if isinstance(value, QuotedString) else value))
+        return quote_keeping_interpolations(
+            change(value.text if isinstance(value, QuotedString) else value)
+        )
     return "null" if value is None else str(value).lower()
 
 
@@ -149,12 +83,13 @@ def diagnose(arguments: Iterable[str], choices: Mapping[str, Sequence[str]]) -> 
     known = {option.key for option in options()}
     parts = {key.rsplit(".", 1)[0] for key in known if "." in key}
     open_ended = (*OPEN_ENDED, "hydra.", "hydra/")
+    before = ""
     for argument in arguments:
-        if argument.startswith("-"):
-            continue
-        if argument.startswith("~"):
-            continue
+        flag, before = before, argument
         key, equals, value = argument.partition("=")
+        of_a_flag = flag.startswith("-") and not equals  # --cfg job
+        if of_a_flag or argument.startswith(("-", "~")):
+            continue
         key = key.lstrip("+")
         if not equals:
             near = nearest(key, [*known, *choices])
@@ -227,7 +162,7 @@ def readable(error: BaseException) -> str:
         if isinstance(link, OverrideParseException):
             return (
                 f"{link.override!r} can't be read: {_first_line(link)}. Quote values with spaces "
-                "or brackets twice, for example 'name=\"a b\"'."
+                "or brackets twice, for example 'sampling.prompts=[\"a, b\"]'."
             )
     for link in chain:
         text = str(link)
@@ -238,6 +173,8 @@ def readable(error: BaseException) -> str:
             type_name = wrong["target"] or wrong["type"]
             needed = _TYPE_NAMES.get(type_name, type_name)
             return f"{where}={wrong['value']} must be {needed}."
+        if "is not Optional" in text:
+            return f"{where} can't be null."
         if "is not a ListConfig" in text:
             return f"{where} must be a list, in brackets: {where}=[...]."
         unknown = re.search(r"Key '(\w+)' not in 'SourceConfig'", text)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from runner.cli.overrides import quote
+from runner.cli.literal import quote
 from runner.core.console import Console
 from runner.core.errors import UserError, describe_os_error
 from runner.core.paths import absolute, shortest

@@ -45,6 +45,7 @@ def option(
     needs: Needs | None = None,
     choices: tuple[str, ...] = (),
     path: bool = False,
+    grammar: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -57,7 +58,8 @@ def option(
         digests: which digests contain it; None for those of its group.
         needs: the values of another option without which it has no effect.
         choices: the accepted texts; empty when any text is.
-        path: whether the value is a file-system path, which is taken exactly as the shell gives it.
+        path: whether the value is a file-system path.
+        grammar: whether a text is read in Hydra's grammar, and not taken as it was typed.
         at_least: the smallest accepted number.
         above: the number that the value must exceed.
         below: the number that the value must stay below.
@@ -68,6 +70,7 @@ def option(
         "needs": needs,
         "choices": choices,
         "path": path,
+        "grammar": grammar,
         "bounds": Bounds(at_least, above, below),
     }
     if isinstance(default, list | dict):
@@ -90,6 +93,12 @@ class Option:
     help: str
     choices: tuple[str, ...]
     path: bool
+    grammar: bool
     bounds: Bounds
     digests: Digests | None
     needs: Needs | None
+
+    @property
+    def literal(self) -> bool:
+        """Whether the value is text, or a list of texts, taken exactly as the shell gives it."""
+        return self.type.startswith(("str", "list[str")) and not self.grammar

@@ -246,7 +246,10 @@ class MetadataConfig:
 @dataclass
 class TrackingConfig:
     name: str = option("sqlite", "Where runs are recorded.", choices=("sqlite", "server", "none"))
-    uri: str | None = option(None, "Tracking server or store (default: outputs/mlflow.db).")
+    # In Hydra's grammar, so that ${oc.env:...} can give its password.
+    uri: str | None = option(
+        None, "Tracking server or store (default: outputs/mlflow.db).", grammar=True
+    )
     experiment: str = option("hunyuan-lora", "MLflow experiment.")
 
 
@@ -308,6 +311,7 @@ def options(
             field_.metadata.get("help", ""),
             field_.metadata.get("choices", ()),
             field_.metadata.get("path", False),
+            field_.metadata.get("grammar", False),
             field_.metadata.get("bounds", Bounds()),
             field_.metadata.get("digests") or digests,
             field_.metadata.get("needs"),

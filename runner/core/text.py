@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -58,6 +59,11 @@ def readable(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count:.0f} bytes"
+
+
+def without_interpolations(value: str) -> str:
+    """Escape a text so that OmegaConf, which reads ${...} in any string, gives it back."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
 
 
 def is_text_encoding(name: str) -> bool:

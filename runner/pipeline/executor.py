@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from runner.config import rules
 from runner.config.composed import Composed
@@ -23,7 +24,7 @@ from runner.core.console import Console
 from runner.core.errors import StageError, UserError, describe_os_error
 from runner.core.paths import shortest
 from runner.core.process import Stopped, raise_on_signals, signals_deferred
-from runner.core.text import counted, duration
+from runner.core.text import counted, duration, without_interpolations
 from runner.engines.base import Engine
 from runner.engines.registry import engine_named
 from runner.pipeline import stages, verify
@@ -230,7 +231,7 @@ class _Run:
         resolved = {**self.composed.resolved}
         resolved["training"] = {**resolved["training"], "seed": self.inputs.seed}
         # Redact before conversion to YAML, which could quote and fold a password.
-        redacted = redact_mapping(resolved, secret_values(os.environ))
+        redacted = _escaped(redact_mapping(resolved, secret_values(os.environ)))
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted)))
         overrides = "".join(f"{override}\n" for override in self.composed.overrides)
         write_text(folder / "overrides.txt", without_secrets(overrides))
@@ -326,6 +327,15 @@ def _failures_named(what: str, folder: Path) -> Iterator[None]:
         reason = describe_os_error(error, folder) if isinstance(error, OSError) else error
         # The last line of a trainer's log may hold a token.
         raise StageError(without_secrets(f"{what} failed: {reason}")) from error
+
+
+def _escaped(value: object) -> Any:
+    """Copy a resolved value so that OmegaConf reads every text in it as it is."""
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return without_interpolations(value) if isinstance(value, str) else value
 
 
 def _summary(stage: StagePlan) -> str:

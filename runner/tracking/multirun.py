@@ -124,6 +124,12 @@ class Sweep:
         return Job(self, self._jobs, str(number), overrides)
 
 
+def describe_job(number: str, overrides: Sequence[str], swept_keys: Sequence[str]) -> str:
+    """Name a job of a sweep by its number and by its values of the swept keys."""
+    own = [o for o in overrides if o.split("=")[0].lstrip("+~") in swept_keys]
+    return f"job {number} ({' '.join(own)})" if own else f"job {number}"
+
+
 class JobRecord(Lease):
     """The lease of a job, whose id is its number and whose data are what the job recorded."""
 
@@ -135,10 +141,7 @@ class JobRecord(Lease):
 
     def describe(self, swept_keys: Sequence[str]) -> str:
         """Name the job by its number and by its values of the swept keys."""
-        own = [
-            o for o in self.data.get("overrides", ()) if o.split("=")[0].lstrip("+~") in swept_keys
-        ]
-        return f"job {self.id} ({' '.join(own)})" if own else f"job {self.id}"
+        return describe_job(self.id, self.data.get("overrides", ()), swept_keys)
 
 
 class Job:

@@ -14,7 +14,7 @@ from in_process import program_here
 
 from runner import __version__
 from runner.cli.hints import mistake
-from runner.cli.overrides import quote_paths
+from runner.cli.literal import quote_literals
 from runner.config.groups import conf_folder, groups
 from runner.core.paths import command_here
 
@@ -22,7 +22,9 @@ from runner.core.paths import command_here
 MISTAKES = {
     "network.rank=2,4": "-m network.rank=2,4",
     "task=t2v,i2v": "-m task=t2v,i2v",
-    "name=my run": "'name=\"my run\"'",
+    "name=my run": "'name=my run'",
+    "name=my run, too": "'name=\"my run, too\"'",
+    "training.attention=sdpa,flash": "-m training.attention=sdpa,flash",
     "dataset.path=my data.zip task=i2v": "'dataset.path=my data.zip' task=i2v",
     "mydata.zip": "dataset.path=mydata.zip",
     "task=i2v mydata.zip name=x": "task=i2v dataset.path=mydata.zip name=x",
@@ -41,6 +43,8 @@ MISTAKES = {
     "dataset.resolution=512": "'dataset.resolution=[512,512]'",
     "dataset.target_frames=1,25": "'dataset.target_frames=[1,25]'",
     "stages.skip=train": "'stages.skip=[train]'",
+    "metadata.tags=[a": "'metadata.tags=[a]'",
+    "metadata.tags='[a,b]'": "'metadata.tags=[a,b]'",
     "+experiment=rehearsal": "experiment=rehearsal",
     "-m +task=t2v,i2v": "-m task=t2v,i2v",
     "~network task=i2v": "task=i2v",
@@ -67,19 +71,13 @@ def test_mistakes(typed: str) -> None:
     assert answer(shlex.split(command)) is None
 
 
-# A text with a comma can be meant as a text or as a sweep.
-def test_a_text_with_a_comma() -> None:
-    line = answer(["sampling.negative_prompt=blur, noise"])
-    assert line is not None
-    assert "-m, for a sweep" in line
-    assert line.endswith("-m runner 'sampling.negative_prompt=\"blur, noise\"'")
-
-
 # What is right is let through: quoted, bracketed and swept values, and Hydra's own flags.
 @pytest.mark.parametrize(
     "typed",
     [
         "name='a,b'",
+        "name=a,b",
+        "-m name=a,b",
         "dataset.resolution=[512,512]",
         "stages.skip=[]",
         "network.weights=a,b.safetensors",
@@ -102,7 +100,7 @@ def test_quoted_texts(text: str) -> None:
     line = answer([f"name={text}", "more"])
     assert line is not None
     (argument,) = shlex.split(line.partition("-m runner ")[2])
-    assert compose(*quote_paths([argument], multirun=False)).name == f"{text} more"
+    assert compose(*quote_literals([argument], multirun=False)).name == f"{text} more"
 
 
 # What resembles nothing, and what would need a value, is reported without a command.

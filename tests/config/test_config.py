@@ -199,10 +199,13 @@ SAID = {
     ("dataset.resolution=5",): (
         "dataset.resolution is a list, in brackets: runner 'dataset.resolution=[5,5]'"
     ),
-    ("name=[a b",): (
-        "'name=[a b' can't be read: no viable alternative at input '[a b'. Quote values with "
-        "spaces or brackets twice, for example 'name=\"a b\"'."
+    ("tracking.uri=[a b",): (
+        "'tracking.uri=[a b' can't be read: no viable alternative at input '[a b'. Quote values "
+        "with spaces or brackets twice, for example 'sampling.prompts=[\"a, b\"]'."
     ),
+    ("model.revision=null",): "model.revision can't be null.",
+    ("model.revision=null", "--cfg", "job"): "model.revision can't be null.",
+    ("metadata.title=???",): "metadata.title has no value: set it.",
     ("rehearsal",): "'rehearsal' is not an option: write KEY=VALUE.",
     ("+network.rnk=2",): "There is no option network.rnk. Did you mean network.rank?",
     ("++zzz=1",): "There is no option zzz. `python -m runner --cfg job` lists them all.",

@@ -23,7 +23,7 @@ from conftest import TOP, Finished
 from hydra._internal.grammar.utils import escape_special_characters
 from in_process import program_here
 
-from runner.cli.overrides import quote
+from runner.cli.literal import quote
 from runner.config.composed import Composed
 from runner.pipeline import executor
 
