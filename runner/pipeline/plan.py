@@ -14,6 +14,7 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
+from runner.core.text import printable
 from runner.data.select import dataset_fingerprint, shapes
 from runner.engines.base import Engine
 from runner.formats import train_toml
@@ -122,10 +123,10 @@ def steps_per_epoch(inputs: Inputs) -> int:
 
 def commands_sh(plan: Plan) -> str:
     """Write a shell script that repeats the plan's commands in the run's folder."""
-    lines = ["#!/bin/sh", f"# {plan.name}: what was run, in order.", "set -e"]
+    lines = ["#!/bin/sh", f"# {printable(plan.name)}: what was run, in order.", "set -e"]
     lines.append('cd "$(dirname "$0")"')
     for stage in plan.stages:
-        lines += ["", f"# {stage.name}: {stage.summary} ({stage.state})"]
+        lines += ["", f"# {stage.name}: {printable(stage.summary)} ({stage.state})"]
         if stage.without_commands:
             lines.append(f"# The runner itself {stage.without_commands}.")
         if stage.to_run:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from conftest import compose, fake_facts, fake_item, plan_of, report_of
+from hostile_texts import texts
 from plan_text import difference, rendered
 
 from runner.cli.page import page
@@ -48,6 +50,24 @@ WHOLE = ["memory=24gb"]
 # What an engine is given for a mixed dataset is what the golden file shows, whole.
 def test_whole_plan_is_golden(golden: Callable[[str, str], None]) -> None:
     golden("musubi-t2v.txt", rendered(planned(*WHOLE)))
+
+
+# A text of any characters is one argument of the trainer in the shell that repeats the run, and a
+# comment there stays one.
+def test_texts_in_commands() -> None:
+    for text in [*texts(60)[30:], "new\nline"]:
+        overrides = [f"{key}={text}" for key in ("name", "metadata.author", "metadata.comment")]
+        plan = planned("engine.arguments=command_line", *overrides)
+        script = commands_sh(plan)
+        words = shlex.split(script, comments=True)
+        assert words[:2] == ["set", "-e"]
+        for option in ("--metadata_title", "--metadata_author", "--training_comment"):
+            [value] = [
+                words[n + 1] if word == option else word.removeprefix(f"{option}=")
+                for n, word in enumerate(words)
+                if word.partition("=")[0] == option
+            ]
+            assert value == text
 
 
 # Further plans, and what each is compared with.

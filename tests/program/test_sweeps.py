@@ -22,10 +22,12 @@ import pytest
 from conftest import TOP, Finished
 from hydra._internal.grammar.utils import escape_special_characters
 from in_process import program_here
+from omegaconf import OmegaConf
 
 from runner.cli.literal import quote
 from runner.config.composed import Composed
 from runner.pipeline import executor
+from runner.tracking.client import connect
 
 LAUNCHERS = ["basic", "processes"]
 PYTHON_PATH = os.pathsep.join([str(TOP), str(TOP / "tests" / "launcher")])
@@ -51,8 +53,6 @@ class Swept:
 
     def mlflow(self) -> tuple[str, list[str]]:
         """The status of the parent, and those of its children."""
-        from runner.tracking.client import connect
-
         parent = json.loads((self.folder / "parent.json").read_text())
         client = connect(parent["uri"])
         run = client.get_run(parent["run_id"])
@@ -123,6 +123,37 @@ def test_a_sweep_that_went_well(made: Path, launcher: str) -> None:
     *_, swept_keys = sweeps(made)
     assert swept_keys.codes == [0, 0]
     assert swept_keys.mlflow() == ("FINISHED", ["FINISHED", "FINISHED"])
+
+
+# A text is the same in each job's config, whatever process it runs in, and in MLflow: the values of
+# a sweep, between commas, and others. What was typed can be read beside each job.
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_texts_arrive(made: Path, launcher: str) -> None:
+    texts = {
+        "dataset.trigger_word": "1_000",
+        "model.revision": "5e10123",
+        "metadata.author": "it's ${x} \\${y",
+        "metadata.title": "foo bar [007",
+    }
+    words = [f"{key}={text}" for key, text in texts.items()]
+    swept_texts = ["name=2025_11_25,it's,'a,b'", "metadata.tags=[2024_01,1e3]"]
+    done = run(made, *BASE, f"hydra/launcher={launcher}", NO_WORK, *swept_texts, *words)
+    assert done.code == 0, done.err
+    jobs = sweeps(made)[-1].jobs
+    names = ["2025_11_25", "it's", "a,b"]
+    for number, name in enumerate(names):
+        job = jobs[str(number)]
+        assert f"\njob {number} (name={quote(name)})\n" in done.out
+        config = OmegaConf.load(Path(job["run_folder"]) / "config.yaml")
+        for key, text in {**texts, "name": name}.items():
+            assert OmegaConf.select(config, key) == text
+        assert config.metadata.tags == ["2024_01", "1e3"]
+        client = connect(f"sqlite:///{made}/outputs/mlflow.db")
+        recorded = client.get_run(job["mlflow_run_id"])
+        params = recorded.data.params
+        assert {key: params[key] for key in texts} == texts
+        assert params["metadata.tags"] == "[2024_01, 1e3]"
+        assert recorded.info.run_name == f"{name} name={name}"
 
 
 def begin_long(cwd: Path, launcher: str, epochs: str) -> tuple[subprocess.Popen[str], Swept]:
@@ -331,8 +362,6 @@ def test_no_password_in_a_sweep(
     assert (Path(swept_keys.jobs["1"]["run_folder"]) / "overrides.txt").is_file()
     assert f"http://ann:***@localhost:{port}/#/experiments/" in done.out.splitlines()[-1]
     parent = json.loads((swept_keys.folder / "parent.json").read_text())["run_id"]
-    from runner.tracking.client import connect
-
     assert connect(f"http://127.0.0.1:{port}").get_run(parent).info.status == "FAILED"
 
 
