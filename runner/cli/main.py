@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,6 +14,8 @@ from runner import __version__
 from runner.config import schema as run_config
 from runner.config.groups import conf_folder
 from runner.core.errors import StageError, UserError
+from runner.core.unexpected import describe, guarded
+from runner.tracking.client import without_secrets
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -30,7 +31,7 @@ _PRINTING_FLAGS = ("--cfg", "-c", "--info", "-i")
 
 def main() -> None:
     """Run the program; exit with 0, 1 (failed), 2 (wrong input) or 128 + n (ended by signal n)."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(guarded(lambda: run(sys.argv[1:]), without_secrets))
 
 
 def run(arguments: list[str]) -> int:
@@ -83,7 +84,6 @@ def _code_of(
 ) -> int:
     """Call Hydra; return a run's exit code, or of a sweep the one that this process knows."""
     from runner.core.process import Stopped
-    from runner.tracking.client import without_secrets
 
     output = io.StringIO()
     try:
@@ -107,7 +107,6 @@ def _code_of(
 
 def _refuse(line: str, console: Console) -> int:
     """Print what is wrong with the input, without secrets; return the exit code."""
-    from runner.tracking.client import without_secrets
 
     console.error(without_secrets(line))
     return 2
@@ -124,7 +123,6 @@ def _job(cfg: DictConfig) -> int:
 
     from runner.core.console import Console
     from runner.core.process import SIGNALS, Stopped
-    from runner.tracking.client import without_secrets
     from runner.tracking.multirun import Sweep, describe_job
 
     hydra_config = HydraConfig.get()
@@ -147,7 +145,6 @@ def _run(cfg: DictConfig, job: Job | None) -> int:
     from runner.core.console import Console
     from runner.core.process import Stopped
     from runner.pipeline.executor import execute, prepare
-    from runner.tracking.client import without_secrets
 
     console = Console.for_stream(sys.stdout)
     try:
@@ -168,9 +165,11 @@ def _run(cfg: DictConfig, job: Job | None) -> int:
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         return stopped.exit_code
-    except Exception:
-        # A bug of the runner. Python would print the same, but with secrets.
-        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:
+        line = describe(error, without_secrets)
+        console.error(line)
+        if job is not None:
+            job.note(error=line)
         return 1
 
 
@@ -228,7 +227,7 @@ def _explain(error: Exception, arguments: list[str], console: Console) -> int:
     from runner.cli.overrides import diagnose, readable
     from runner.cli.sweep import has_begun
     from runner.config.groups import groups
-    from runner.tracking.client import first_line, without_secrets
+    from runner.tracking.client import first_line
 
     if line := diagnose(arguments, groups(conf_folder())):
         return _refuse(line, console)
@@ -240,5 +239,5 @@ def _explain(error: Exception, arguments: list[str], console: Console) -> int:
         # Jobs never raise, so this is the launcher's, which may have lost a process or its cluster.
         console.error(f"The launcher ended the sweep: {type(error).__name__}: {first_line(error)}")
         return 1
-    print(without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    console.error(describe(error, without_secrets))
     return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from runner.core.console import Console
 from runner.core.errors import StageError, describe_os_error
 from runner.core.process import Stopped, raise_on_signals
+from runner.core.unexpected import guarded
 from runner.hub.fetch import fetch_files
 from runner.hub.hub_cache import HubCache, Request
 from runner.hub.progress import VARIABLE, DownloadProgress
@@ -99,5 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _without_secrets(text: str) -> str:
+    """Remove the hub's token and the passwords of addresses."""
+    from huggingface_hub import get_token
+
+    return re.sub(r"//[^\s/@]*@", "//***@", text.replace(get_token() or "\0", "***"))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    # The weights stage starts this in the run's folder.
+    here = Path.cwd() if Path("run.json").is_file() else None
+    sys.exit(guarded(main, _without_secrets, here))

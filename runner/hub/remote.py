@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from runner.core.errors import StageError
+from runner.core.proxy import proxy_failure, wrong_proxy
 from runner.core.text import did_you_mean
 from runner.hub.hub_cache import Request
 
@@ -134,6 +135,7 @@ def download(
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
+    _check_proxies()
     partial.parent.mkdir(parents=True, exist_ok=True)
     most, failures = -1, 0
     while True:
@@ -232,6 +234,7 @@ def _with_retries(request: Request, call: Callable[[], T]) -> T:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    _check_proxies()
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -251,10 +254,20 @@ def _with_retries(request: Request, call: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+def _check_proxies() -> None:
+    """Refuse what httpx would raise a ValueError for, which quotes the address."""
+    from huggingface_hub import constants
+
+    if wrong := wrong_proxy():
+        raise StageError(f"{constants.ENDPOINT} can't be asked: {wrong}.")
+
+
 def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     import httpx2
 
+    if isinstance(error, httpx2.ProxyError):
+        return False
     if isinstance(error, httpx2.TransportError):
         return not isinstance(error, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol)
     status = _status(error)
@@ -267,6 +280,7 @@ def _status(error: Exception) -> int | None:
 
 def error_message(error: Exception, request: Request, file: str | None = None) -> str:
     """Describe a failure of the hub, in one line."""
+    import httpx2
     from huggingface_hub import constants, errors, get_token
 
     endpoint, repository = constants.ENDPOINT, request.repository
@@ -287,6 +301,10 @@ def error_message(error: Exception, request: Request, file: str | None = None) -
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"there is no {what} {repository} at {endpoint}, or it is private and {token}."
     status = _status(error)
+    if status == 407 or isinstance(error, httpx2.TransportError):
+        reason = _reason(error) if status is None else "407"
+        if failure := proxy_failure(endpoint, reason):
+            return f"{endpoint} can't be reached: {failure}." + _KEPT
     if status in (401, 403):
         return (
             f"{endpoint} refuses {repository} (HTTP {status}) and {token}: log in with "

@@ -24,6 +24,7 @@ from runner.core.errors import StageError, UserError, describe_os_error
 from runner.core.paths import shortest
 from runner.core.process import Stopped, raise_on_signals, signals_deferred
 from runner.core.text import counted, duration, without_interpolations
+from runner.core.unexpected import describe
 from runner.engines.base import Engine
 from runner.engines.registry import engine_named
 from runner.pipeline import stages, verify
@@ -135,6 +136,13 @@ def _ending(error: BaseException) -> tuple[RunStatus, str]:
     return "FAILED", f"{type(error).__name__}: {error}"
 
 
+def _expected(error: BaseException, run_dir: Path) -> BaseException:
+    """Return the error, or for an exception that nobody expected one that is a line."""
+    if not isinstance(error, Exception) or isinstance(error, StageError | UserError | Stopped):
+        return error
+    return StageError(describe(error, without_secrets, run_dir))
+
+
 def run_folder(root: Path, name: str) -> Path:
     """Create a new folder ``runs/<date>/<time>-<name>`` for a run.
 
@@ -188,15 +196,18 @@ class _Run:
             context = self._begin(folder, recorder, use_lease)
             self._run_stages(context, recorder)
         except BaseException as error:
+            failure = _expected(error, folder)
             if recorder is not None:
                 with signals_deferred():
-                    recorder.finish(*_ending(error))
+                    recorder.finish(*_ending(failure))
                 self.console.after_error += recorder.problems
             if isinstance(error, Stopped):
                 self.console.error(
                     f"{self.plan.name} was ended by {error}; what was finished is kept."
                 )
-            raise
+            if failure is error:
+                raise
+            raise failure from error
         with signals_deferred():
             recorder.finish("FINISHED", "")
         self._show_results(context, recorder)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import re
 import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from runner.core.errors import UserError
+from runner.core.proxy import (
+    CONNECT_SECONDS,
+    SCHEMES,
+    proxy_failure,
+    proxy_of,
+    unreachable,
+    wrong_proxy,
+)
 from runner.tracking.client import DEFAULT_ENVIRONMENT, connect, first_line, quiet, without_secrets
 
-CONNECT_SECONDS = 10.0
 # For the first request only: a wrong address must not cost minutes.
 _SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# Those of requests.
+_PROXY_SCHEMES = (*SCHEMES, "socks4", "socks4a")
+_BY_PROXY = re.compile("ProxyError|SOCKS|Tunnel connection failed|error code 407|Proxy Auth")
 _CORRECT = "correct tracking.uri (or MLFLOW_TRACKING_URI), or use tracking=sqlite"
 
 
@@ -50,9 +59,12 @@ def _reach(uri: str) -> None:
         ) from error
     if not host:
         raise UserError(f"{server} names no host; {_CORRECT}")
-    # Behind a proxy, only the proxy knows the host.
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
-        return
+    proxy = proxy_of(uri)
+    problem = wrong_proxy(_PROXY_SCHEMES, uri) or (unreachable(proxy) if proxy else None)
+    if problem:
+        raise UserError(f"{server}: {problem}")
+    if proxy:
+        return  # it alone knows the host
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except (socket.gaierror, UnicodeError) as error:
@@ -76,6 +88,9 @@ def describe_failure(uri: str, error: Exception) -> str:
     if "Invalid Host header" in message:
         host = urlsplit(uri).netloc.rpartition("@")[2]
         return f"does not take requests for {host}: start it with --allowed-hosts {host}"
+    said = without_secrets(str(error))
+    if _BY_PROXY.search(said) and (failure := proxy_failure(uri, said.splitlines()[0])):
+        return f"can't be reached: {failure}"
     if status == 401:
         return _unauthorised(uri)
     if status == 403:

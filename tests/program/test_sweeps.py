@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -387,8 +388,8 @@ def test_no_password_in_an_error(tmp_path: Path, wrong: list[str], sweep: list[s
     assert_hidden(done, tmp_path)
 
 
-# A mistake of the runner's own is reported with its whole traceback, without what is secret in it,
-# and one job's does not stop the others.
+# A mistake of the runner's own is a line and a file with its whole traceback, without what is
+# secret in it, and one job's does not stop the others.
 @pytest.mark.parametrize("sweep", [[], ["-m", "network.rank=2,4"]], ids=["single", "sweep"])
 def test_no_password_in_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: list[str]
@@ -400,12 +401,16 @@ def test_no_password_in_a_traceback(
             raise RuntimeError(f"at {composed.config.tracking.uri!r}") from error
 
     monkeypatch.setattr(executor, "prepare", fails)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     words = [*sweep, *BASE[1:], f"tracking.uri={quote(address(1))}", "tracking=server"]
     done = program_here(*words, cwd=tmp_path)
     assert done.code == 1
     count = 2 if sweep else 1
-    assert done.err.count("Traceback (most") == 2 * count
-    assert done.err.count("RuntimeError: at 'http://ann:***@localhost:1'") == count
+    said = "RuntimeError: at 'http://ann:***@localhost:1'"
+    assert done.err.count(f"error: unexpected {said}") == done.err.count("\n") == count
+    logs = [log.read_text() for log in tmp_path.glob("runner-*.log")]
+    assert len(logs) == count
+    assert all(log.count("Traceback (most") == 2 and said in log for log in logs)
     assert_hidden(done, tmp_path)
 
 
