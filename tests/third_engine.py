@@ -119,7 +119,7 @@ class ThirdEngine:
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
         return {"third.json": f'{{"rank": {options["network_dim"]}}}\n', "third.py": SCRIPT}
 
-    def failure(self, log: Path) -> str:
+    def failure(self, log: Path, code: int, stage: str, job: Job) -> str:
         return f"the third engine stopped: {log.read_text().splitlines()[-1]}"
 
     def _command(self, what: str, given: str) -> Command:

@@ -254,6 +254,12 @@ class TrackingConfig:
 class StagesConfig:
     skip: list[str] = option([], "Stages to skip.")
     force: list[str] = option([], "Stages to run again even if their results exist.")
+    timeout_minutes: float | None = option(
+        None,
+        "Minutes without output, new files, processor or disk use after which a stage is ended; "
+        "null for never. After ten minutes a notice says so in any case.",
+        above=0,
+    )
 
 
 @dataclass

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runner.core.activity import Activity, Stuck
 from runner.core.errors import StageError, plain_reason
+from runner.core.text import counted
 
 # Seconds that a stopped command has to end by itself before it is killed.
 GRACE_SECONDS = 15.0
@@ -80,7 +82,8 @@ def run(
     log: Path,
     on_tick: Callable[[], None] | None = None,
     tick_seconds: float = 0.25,
-    explain: Callable[[Path], str] | None = None,
+    explain: Callable[[Path, int], str] | None = None,
+    stuck: Stuck | None = None,
 ) -> None:
     """Run a command and wait for its end; on an exception, end its whole process group first.
 
@@ -91,10 +94,12 @@ def run(
         log: the file that its output is appended to.
         on_tick: called every ``tick_seconds`` while it runs.
         tick_seconds: the interval.
-        explain: turns the log of a failed command into a message (default: :func:`last_error`).
+        explain: turns log and exit code of a failed command into a message (default:
+            :func:`last_error`).
+        stuck: what to do about a command that does nothing any more (default: nothing).
 
     Raises:
-        StageError: the command can't be started, or fails.
+        StageError: the command can't be started, fails, or was ended because it was stuck.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -111,10 +116,13 @@ def run(
             )
         except OSError as error:
             raise StageError(f"{argv[0]} could not be started: {error.strerror}.") from error
+        activity = Activity(process.pid, log, cwd, stuck) if stuck is not None else None
         try:
             while process.poll() is None:
                 if on_tick is not None:
                     on_tick()
+                if activity is not None and (idle := activity.ended_after()) is not None:
+                    raise StageError(f"it was ended after {idle_words(idle, log)} (log: {log})")
                 try:
                     process.wait(timeout=tick_seconds)
                 except subprocess.TimeoutExpired:
@@ -125,8 +133,15 @@ def run(
                 end_group(process)
             raise
     if process.returncode:
-        reason = (explain or last_error)(log)
+        reason = explain(log, process.returncode) if explain is not None else last_error(log)
         raise StageError(f"{reason} ({_ended(process.returncode)}; log: {log})")
+
+
+def idle_words(seconds: float, log: Path) -> str:
+    """Describe what a command that does nothing was last known to do."""
+    minutes = f"{seconds / 60:.0f} minutes" if seconds >= 90 else counted(round(seconds), "second")
+    last = (log_lines(log) or ["nothing"])[-1].strip()
+    return f"{minutes} without any progress; the last line of its log is: {shortened(last, 200)}"
 
 
 def _ended(code: int) -> str:
@@ -202,7 +217,16 @@ def best_line(lines: list[str]) -> str:
     if not lines:
         return "it failed and printed nothing"
     best = plain_reason(_raised(lines) or _last_error_line(lines) or lines[-1].strip())
-    return best if len(best) <= _MAX_LENGTH else f"{best[:_MAX_LENGTH]} ..."
+    return shortened(best, _MAX_LENGTH)
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a text between two words, if it is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    head = text[: length + 1].rpartition(" ")[0]
+    # One endless word is cut where it must be.
+    return f"{head if len(head) > length // 2 else text[:length]} ..."
 
 
 def signal_words(name: str) -> str:

@@ -7,6 +7,7 @@ crops, final caption, file names in the run's folder, and side of the validation
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -136,6 +137,14 @@ def shapes(sources: Sequence[Source], selection: Selection) -> dict[Shape, int]:
             shape = Shape(item.source, item.media_kind, item.bucket, crop.frames if crop else 1)
             counts[shape] = counts.get(shape, 0) + repeats
     return dict(sorted(counts.items()))
+
+
+def most_trained_size(sources: Sequence[Source], selection: Selection) -> Size | None:
+    """Return the bucket that most samples of an epoch have, of two equal ones the larger."""
+    counts: dict[Size, int] = {}
+    for shape, count in shapes(sources, selection).items():
+        counts[shape.bucket] = counts.get(shape.bucket, 0) + count
+    return max(counts, key=lambda size: (counts[size], math.prod(size), size), default=None)
 
 
 def select(sources: Sequence[Source], *, task: str, validation_fraction: float) -> Selection:

@@ -209,8 +209,15 @@ class Engine(Protocol):
         ships are read from it.
         """
 
-    def failure(self, log: Path) -> str:
-        """Explain in one line, from its log, why a process failed."""
+    def failure(self, log: Path, code: int, stage: str, job: Job) -> str:
+        """Explain in one line why a process failed, and which options to change if that is known.
+
+        Args:
+            log: the process's log.
+            code: its exit code; negative for the signal that ended it.
+            stage: the name of its stage.
+            job: the run.
+        """
 
 
 def latents_arguments(job: Job, dataset_toml: str) -> list[str]:

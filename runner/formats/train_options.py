@@ -41,6 +41,7 @@ class Rendering:
         weights: the files of the model.
         memory: the memory options of the resolved tier.
         name: the run's name, the default title in the LoRA file.
+        resolution: width and height in pixels that most samples are trained at, for the LoRA file.
         seed: the resolved seed.
         compile_blocks: whether the transformer's blocks are compiled.
         engine_only: the options that the engine has besides musubi-tuner's.
@@ -50,6 +51,7 @@ class Rendering:
     weights: WeightPaths
     memory: MemoryConfig
     name: str
+    resolution: tuple[int, int] | None
     seed: int
     compile_blocks: bool
     engine_only: frozenset[str] = frozenset()
@@ -354,6 +356,10 @@ class TrainOptions:
     metadata_license: str | None = row("metadata.license", default=None)
     metadata_tags: str | None = row(
         "metadata.tags", lambda r: ",".join(r.config.metadata.tags) or None, default=None
+    )
+    # Without it musubi-tuner writes 1280x720 whatever was trained.
+    metadata_reso: str | None = row(
+        "dataset.resolution", lambda r: r.resolution and "{},{}".format(*r.resolution), default=None
     )
     training_comment: str | None = row("metadata.comment", default=None, in_lora=True)
     # Leave the latent of the first frame unscaled, as musubi-tuner does in training; the published

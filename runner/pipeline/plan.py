@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
-from runner.data.select import dataset_fingerprint, shapes
+from runner.data.select import dataset_fingerprint, most_trained_size, shapes
 from runner.engines.base import Engine
 from runner.formats import train_toml
 from runner.formats.dataset_toml import render as render_dataset
@@ -49,6 +49,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
             weights=inputs.weights.paths,
             memory=inputs.memory,
             name=name,
+            resolution=most_trained_size(inputs.sources, inputs.selection),
             seed=inputs.seed,
             compile_blocks=compiled,
             engine_only=engine.own_options,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runner.tracking.client import first_line
@@ -24,6 +24,7 @@ class MetricsFollower:
         on_points: Callable[[list[Point]], None] | None = None,
         samples: float | None = None,
         steps: int | None = None,
+        previews_after: Sequence[int] = (),
     ) -> None:
         """Prepare the thread; :meth:`start` starts it.
 
@@ -35,13 +36,14 @@ class MetricsFollower:
                 are sent.
             samples: average number of samples per step, for the speed.
             steps: total number of steps, for the speed.
+            previews_after: the steps after which previews are made, for the speed.
         """
         self._tail = TensorBoardTail(folder)
         self._folder = folder
         self._writer = writer
         self._interval = interval
         self._on_points = on_points
-        self._timer = StepTimer(samples=samples, steps=steps)
+        self._timer = StepTimer(samples=samples, steps=steps, previews_after=previews_after)
         self._trouble: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)

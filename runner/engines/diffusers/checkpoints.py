@@ -177,13 +177,15 @@ def _model_spec(options: TrainOptions) -> dict[str, str]:
         "modelspec.architecture": ARCHITECTURE,
         "modelspec.implementation": IMPLEMENTATION,
         "modelspec.title": options.metadata_title or options.output_name,
-        "modelspec.resolution": "1280x720",
     }
     for field in dataclasses.fields(options):
         key = field.name.removeprefix("metadata_")
         value = getattr(options, field.name)
-        if key not in (field.name, "title") and value is not None:
+        if key not in (field.name, "title", "reso") and value is not None:
             values[f"modelspec.{key}"] = value
+    if options.metadata_reso is not None:
+        width, _, height = options.metadata_reso.partition(",")
+        values["modelspec.resolution"] = f"{width}x{height or width}"
     if options.min_timestep is not None or options.max_timestep is not None:
         low = 0 if options.min_timestep is None else options.min_timestep
         high = 1000 if options.max_timestep is None else options.max_timestep

@@ -14,7 +14,7 @@ from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.core.errors import UserError
 from runner.core.paths import checkout
-from runner.core.process import last_error
+from runner.core.process import last_error, log_lines
 from runner.engines.base import (
     EngineInstall,
     Gpu,
@@ -33,6 +33,7 @@ from runner.engines.diffusers.check import (
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.published_check import check_lora
 from runner.engines.diffusers.weights import model_weights
+from runner.engines.failures import Failed, explained
 from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.engines.musubi.check import cannot_compile
 from runner.formats.train_options import optimizer_args
@@ -152,8 +153,12 @@ class DiffusersEngine:
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
         return {"train.toml": render(options)}
 
-    def failure(self, log: Path) -> str:
-        return last_error(log)
+    def failure(self, log: Path, code: int, stage: str, job: Job) -> str:
+        lines = log_lines(log)
+        if lines is None:
+            return last_error(log)
+        reason = explained(Failed(lines, code, stage, job, saves_memory=False))
+        return reason.removeprefix("error: ")
 
     def _command(self, job: Job, name: str, *arguments: str) -> Command:
         return module_command(job.engine.python, job.engine.source_path, name, *arguments)

@@ -43,6 +43,7 @@ from runner.engines.diffusers.checkpoints import Checkpoints
 from runner.engines.diffusers.device import Device
 from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE, Forward
 from runner.formats.train_options import TrainOptions
+from runner.tracking.metrics import LossGuard
 
 
 class Metrics:
@@ -78,7 +79,8 @@ class Metrics:
 class AverageLoss:
     """Average of the latest loss at each position of the epoch, as in musubi-tuner.
 
-    From the second epoch on it is a moving average over as many steps as an epoch has.
+    From the second epoch on it is a moving average over as many steps as an epoch has. A loss that
+    is not finite is left out, as its step is.
     """
 
     def __init__(self) -> None:
@@ -86,6 +88,8 @@ class AverageLoss:
 
     def add(self, index: int, loss: float) -> None:
         """Record the loss of step ``index`` of the epoch, from 0."""
+        if not math.isfinite(loss):
+            return
         if index < len(self._losses):
             self._losses[index] = loss
         else:
@@ -94,7 +98,7 @@ class AverageLoss:
     @property
     def value(self) -> float:
         """The average."""
-        return math.fsum(self._losses) / len(self._losses)
+        return math.fsum(self._losses) / len(self._losses) if self._losses else math.nan
 
 
 class Trainer:
@@ -190,12 +194,13 @@ class Trainer:
             The final LoRA file.
 
         Raises:
-            StageError: the loss is not finite.
+            StageError: the loss was not finite for several steps in a row.
         """
         try:
             if self.options.sample_at_first:
                 self._in_evaluation_mode(lambda: self._preview(0))
-            average = AverageLoss()
+            average, guard = AverageLoss(), LossGuard()
+            left_out = 0
             progress = Progress(self.steps)
             step = 0
             for epoch in range(1, self.epochs + 1):
@@ -207,6 +212,9 @@ class Trainer:
                         {"loss/current": loss, "loss/average": average.value, **self.rates}, step
                     )
                     progress.show(epoch, step, loss, average.value)
+                    left_out += not math.isfinite(loss)
+                    if guard.add(step, loss):
+                        raise StageError(guard.message)
                     if self.options.save_every_n_steps is not None:
                         self._in_evaluation_mode(functools.partial(self._end_step, epoch, step))
                     if step >= self.steps:
@@ -214,6 +222,8 @@ class Trainer:
                 self.metrics.write({"loss/epoch": average.value}, epoch, flush=True)
                 self._in_evaluation_mode(functools.partial(self._end_epoch, epoch, step))
             self._set_mode(training=False)
+            if left_out:
+                print(f"note: the loss was not finite at {left_out} of {step} steps: left out")
             return self.checkpoints.save_last(self.network, step=step)
         finally:
             self.metrics.close()
@@ -229,8 +239,9 @@ class Trainer:
             losses.append(self._backward(batch))
             full = len(losses) == self.options.gradient_accumulation_steps
             if full or number == len(batches):
-                self._update()
-                yield statistics.fmean(losses)
+                loss = statistics.fmean(losses)
+                self._update(usable=math.isfinite(loss))
+                yield loss
                 losses.clear()
 
     def _backward(self, batch: flow.Batch) -> float:
@@ -250,20 +261,20 @@ class Trainer:
         # As in musubi-tuner, the last step of an epoch divides by this too if it has fewer batches:
         # its gradient is smaller.
         self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise StageError("the loss is not finite (NaN or infinite); lower the learning rate")
-        return value
+        return loss.item()
 
-    def _update(self) -> None:
+    def _update(self, *, usable: bool) -> None:
+        """Take an optimizer step; one whose gradients are not ``usable`` leaves the weights."""
         groups = self.optimizer.param_groups
         if self.options.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.max_grad_norm)
         names = ["unet", "unet plus"]
         self.rates = {f"lr/{name}": float(g["lr"]) for name, g in zip(names, groups, strict=False)}
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        # In fp16 the scaler leaves such steps out itself, and lowers its scale.
+        if usable or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if optimizers.shows_adapted_rate(self.options):
             for name, group in zip(names, groups, strict=False):
                 self.rates[f"lr/d*lr/{name}"] = float(group["d"] * group["lr"])

@@ -16,6 +16,7 @@ from typing import Any
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
 from runner.core.errors import UserError
+from runner.core.process import last_error
 from runner.engines.base import (
     NO_GPU,
     EngineInstall,
@@ -25,10 +26,11 @@ from runner.engines.base import (
     text_arguments,
 )
 from runner.engines.compiling import reason_against
+from runner.engines.failures import Failed, explained
 from runner.engines.memory import filled, largest_tier, occupied, tier_notice
 from runner.engines.musubi import option_paths, rules
 from runner.engines.musubi.check import cannot_compile, check_environment
-from runner.engines.musubi.failure import failure
+from runner.engines.musubi.failure import trainer_lines
 from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
 from runner.formats.train_toml import render
@@ -189,8 +191,11 @@ class MusubiEngine:
             return {"train.toml": render(options), **own}
         return own
 
-    def failure(self, log: Path) -> str:
-        return failure(log)
+    def failure(self, log: Path, code: int, stage: str, job: Job) -> str:
+        lines = trainer_lines(log)
+        if lines is None:
+            return last_error(log)
+        return explained(Failed(lines, code, stage, job, saves_memory=True))
 
     def compiles(self, job: Job, gpu: Gpu | None) -> tuple[bool, str | None]:
         config, memory = job.config, job.memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from runner.core.process import TRACEBACK, best_line, last_error, log_lines, signal_words
+from runner.core.process import TRACEBACK, log_lines, signal_words
 
 # What accelerate's launcher prints, in a traceback of its own, when its trainer failed.
 _LAUNCHER = re.compile(
@@ -16,22 +16,20 @@ _LAUNCHER = re.compile(
 _LAUNCHER_LINES = 10
 
 
-def failure(log: Path) -> str:
-    """Return the line of a log that best explains a failure.
+def trainer_lines(log: Path) -> list[str] | None:
+    """Read the last lines of a log that are the program's own; None if it can't be read.
 
-    If the last error is accelerate's report that its program failed, the program's own error before
-    it is used.
+    If the last error is accelerate's report that its program failed, they end before it.
     """
     lines = log_lines(log)
     if lines is None:
-        return last_error(log)
+        return None
     for number in reversed(range(max(0, len(lines) - _LAUNCHER_LINES), len(lines))):
         launcher = _LAUNCHER.match(lines[number])
         if launcher is None:
             continue
         if launcher["signal"]:
-            return f"the program was ended by {signal_words(launcher['signal'])}"
+            return [f"the program was ended by {signal_words(launcher['signal'])}"]
         starts = [at for at in range(number) if lines[at].endswith(TRACEBACK)]
-        lines = lines[: starts[-1] if starts else number] or lines
-        break
-    return best_line(lines)
+        return lines[: starts[-1] if starts else number] or lines
+    return lines

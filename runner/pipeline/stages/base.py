@@ -10,6 +10,7 @@ from typing import Protocol
 
 from runner.config.schema import RunConfig
 from runner.core import process
+from runner.core.activity import Stuck
 from runner.engines.base import Engine, Job
 from runner.pipeline.context import Context
 from runner.pipeline.model import Planning, RunEnvironment, StagePlan
@@ -77,7 +78,7 @@ def run_commands(
     on_tick: Callable[[], None] | None = None,
     *,
     variables: Mapping[str, str] = MappingProxyType({}),
-    explain: Callable[[Path], str] | None = None,
+    explain: Callable[[Path, int], str] | None = None,
 ) -> None:
     """Run a stage's commands in the run's folder, with their output in the stage's log.
 
@@ -86,11 +87,25 @@ def run_commands(
         stage: the plan of the stage.
         on_tick: called a few times per second.
         variables: additional environment variables.
-        explain: turns the log of a failed command into one line; by default the engine's method.
+        explain: turns log and exit code of a failed command into one line; by default the
+            engine's method.
 
     Raises:
         StageError: a command failed.
     """
+
+    def by_engine(log: Path, code: int) -> str:
+        return context.engine.failure(log, code, stage.name, context.inputs.job)
+
+    def say(seconds: float) -> None:
+        words = process.idle_words(seconds, context.log(stage.name))
+        context.console.notice(
+            f"stage {stage.name} seems to be stuck, after {words}. It goes on; Ctrl-C ends it, and "
+            "stages.timeout_minutes does so by itself."
+        )
+
+    minutes = context.inputs.config.stages.timeout_minutes
+    stuck = Stuck(say, end_after=None if minutes is None else minutes * 60)
     for command in stage.commands:
         context.launched.setdefault(stage.name, []).append(command)
         process.run(
@@ -99,5 +114,6 @@ def run_commands(
             env={**command.environment(os.environ), **variables},
             log=context.log(stage.name),
             on_tick=on_tick,
-            explain=explain or context.engine.failure,
+            explain=explain or by_engine,
+            stuck=stuck,
         )

@@ -48,7 +48,7 @@ class Convert(Stage):
         run_commands(context, context.plan.stage(self.name), explain=_explain)
 
 
-def _explain(log: Path) -> str:
+def _explain(log: Path, code: int) -> str:
     return last_error(log).removeprefix("error: ")
 
 

@@ -13,11 +13,13 @@ from runner.core.errors import StageError
 from runner.core.process import log_lines, notices
 from runner.core.text import counted
 from runner.data.select import shapes
+from runner.engines.failures import not_finite_advice
+from runner.formats.lora_values import fault
 from runner.pipeline.context import Context
 from runner.pipeline.model import Plan, Planning, StagePlan
 from runner.pipeline.stages.base import LORA, MEDIA, TRAINING_ITEMS, Stage, run_commands
 from runner.storage.shared_cache import link
-from runner.tracking.metrics import Point
+from runner.tracking.metrics import STEP_CLOCK, LossGuard, Point
 
 _FINAL = "checkpoints/lora.safetensors"
 # Make a hard link to the trainer's file, or a copy if the file system has no hard links. The file
@@ -48,7 +50,8 @@ class Train(Stage):
         """Train, and put ``lora.safetensors`` and the previews into the run's folder.
 
         Raises:
-            StageError: the trainer failed or wrote no LoRA.
+            StageError: the trainer failed, its loss was no number for several steps, or it wrote no
+                LoRA that can be used.
         """
         from runner.tracking.follower import MetricsFollower
 
@@ -67,10 +70,16 @@ class Train(Stage):
                 on_points=view.points,
                 samples=samples / context.plan.steps_per_epoch,
                 steps=context.plan.steps,
+                previews_after=preview_steps(context.plan, inputs.config),
             )
+
+            def tick() -> None:
+                view.tick()
+                _check_loss(view.guard, context)
+
             follower.start()
             try:
-                run_commands(context, replace(stage, commands=tuple(training)), view.tick)
+                run_commands(context, replace(stage, commands=tuple(training)), tick)
             finally:
                 warning = follower.stop()
                 # A full disk must not hide why the trainer failed.
@@ -82,13 +91,23 @@ class Train(Stage):
                     context.console.notice(notice)
         if warning:
             context.console.notice(warning)
+        _check_loss(view.guard, context)
         final, log = context.run_dir / _FINAL, context.log(self.name)
         if not final.is_file():
             raise StageError(f"the trainer ended without writing {final} (log: {log})")
+        if why := fault(final, context.plan.steps):
+            raise StageError(f"the trainer ended well, but {final} is no good: {why} (log: {log})")
         run_commands(context, replace(stage, commands=(keeping,)), explain=_last_line)
 
 
-def _last_line(log: Path) -> str:
+def _check_loss(guard: LossGuard, context: Context) -> None:
+    """Raise StageError once the loss has been no number for several steps."""
+    if guard.failed_from is not None:
+        advice = not_finite_advice(context.inputs.config)
+        raise StageError(f"{guard.message}. {advice} (log: {context.log('train')})")
+
+
+def _last_line(log: Path, code: int) -> str:
     # The trainer ended well, so a traceback further up is not the reason.
     return (log_lines(log) or ["it printed nothing"])[-1]
 
@@ -99,6 +118,7 @@ class _View:
     def __init__(self, bar: Bar, folder: Path, previews: int) -> None:
         self.bar, self.folder, self.previews = bar, folder, previews
         self.values: dict[str, float] = {}
+        self.guard = LossGuard()
 
     def tick(self) -> None:
         """Redraw the bars."""
@@ -112,8 +132,9 @@ class _View:
         step = self.bar.done
         for point in points:
             self.values[point.key] = point.value
-            if point.key == "loss/current":
+            if point.key == STEP_CLOCK:
                 step = max(step, point.step)
+                self.guard.add(point.step, point.value)
         parts = []
         if "loss/average" in self.values:
             parts.append(f"loss {self.values['loss/average']:.4f}")
@@ -128,8 +149,20 @@ def previews(plan: Plan, config: RunConfig) -> int:
     sampling = config.sampling
     if sampling.name == "none":
         return 0
-    times = plan.epochs // sampling.every_epochs + sampling.at_first
+    times = len(preview_steps(plan, config)) + sampling.at_first
     return times * len(sampling.prompts)
+
+
+def preview_steps(plan: Plan, config: RunConfig) -> tuple[int, ...]:
+    """Return the steps after which a trainer makes previews: the last of every so many epochs."""
+    sampling = config.sampling
+    if sampling.name == "none":
+        return ()
+    every = sampling.every_epochs
+    return tuple(
+        min(epoch * plan.steps_per_epoch, plan.steps)
+        for epoch in range(every, plan.epochs + 1, every)
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

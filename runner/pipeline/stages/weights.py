@@ -71,7 +71,7 @@ class Weights(Stage):
             context.writer.set_tags({f"weights.{name}": commit for name, commit in commits.items()})
 
 
-def _explain(log: Path) -> str:
+def _explain(log: Path, code: int) -> str:
     """Explain why fetching failed: the command's own error line, unshortened."""
     last = (log_lines(log) or [""])[-1]
     return last.removeprefix("error: ") if last.startswith("error: ") else last_error(log)

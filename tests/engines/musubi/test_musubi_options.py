@@ -200,6 +200,7 @@ def test_owned_options_are_those_the_runner_writes() -> None:
                     weights=paths,
                     memory=config.memory,
                     name="x",
+                    resolution=(64, 48),
                     seed=1,
                     compile_blocks=True,
                 )
