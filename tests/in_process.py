@@ -39,10 +39,10 @@ def executables_here(monkeypatch: pytest.MonkeyPatch) -> None:
         env: Mapping[str, str],
         log: Path,
         on_tick: Callable[[], None] | None = None,
-        explain: Callable[[Path], str] | None = None,
+        **others: Any,
     ) -> None:
         if argv[1] != "-m" or not argv[2].startswith("runner."):
-            start(argv, cwd=cwd, env=env, log=log, on_tick=on_tick, explain=explain)
+            start(argv, cwd=cwd, env=env, log=log, on_tick=on_tick, **others)
             return
         module: Any = import_module(argv[2])
         log.parent.mkdir(parents=True, exist_ok=True)

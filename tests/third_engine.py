@@ -20,7 +20,7 @@ from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import LocatedWeights
 
 SCRIPT = """
-import json, sys, tomllib
+import json, sys, time, tomllib
 from pathlib import Path
 
 import numpy
@@ -31,6 +31,9 @@ if what == "train":
     options = json.loads(Path("third.json").read_text())
     if options["rank"] == 66:
         sys.exit("the spring broke")
+    if options["rank"] == 68:
+        print("winding", flush=True)
+        time.sleep(600)
     key = "lora_unet_double_blocks_0_img_mod_linear"
     tensors = {
         f"{key}.lora_down.weight": numpy.ones((options["rank"], 4), numpy.float32),

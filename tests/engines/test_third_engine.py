@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,20 @@ def test_rules_and_failures_are_its_own(
     done = third(override, "tracking=none", cwd=tmp_path)
     assert done.code == code, done.out + done.err
     assert expected in done.err
+
+
+# A stage that does nothing any more is ended where that was asked for, with its log's last line.
+def test_a_stuck_stage_is_ended(tmp_path: Path) -> None:
+    pictures(tmp_path / "media", 1)
+    began = time.monotonic()
+    done = third("network.rank=68", "tracking=none", "stages.timeout_minutes=0.05", cwd=tmp_path)
+    assert done.code == 1, done.out + done.err
+    assert time.monotonic() - began < 300
+    (log,) = (tmp_path / "outputs").glob("runs/*/*/logs/train.log")
+    words = (
+        r"stage train failed: it was ended after \d seconds without any progress; the last line "
+    )
+    assert re.search(rf"^error: {words}of its log is: winding \(log: .*{log.name}\)$", done.err)
 
 
 # A name that no engine has is answered with the nearest.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from runner.tracking.metrics import Point, StepTimer, clean_metric_name, with_speed
+from runner.tracking.metrics import LossGuard, Point, StepTimer, clean_metric_name, with_speed
 from runner.tracking.tensorboard_tail import TensorBoardTail
 
 
@@ -124,6 +125,42 @@ def test_speed_of_accumulated_steps() -> None:
     assert values["time/seconds_left", 3] == 7.0
     assert values["time/seconds_left", 4] == 6.0
     assert ("time/step_seconds", 1) not in values
+
+
+# Where previews are made between two steps, the time beyond a usual step is theirs and no step's;
+# the time left has them in it once it is known how long they take, those after the last step too.
+def test_previews_are_no_steps() -> None:
+    timer = StepTimer(samples=4, steps=9, previews_after=(3, 6, 9))
+    clock = [(1, 0), (2, 1000), (3, 2000), (4, 33000), (5, 34000), (6, 35000), (7, 76000)]
+    values = {
+        (point.key, point.step): point.value for point in timer.derive(loss(*c) for c in clock)
+    }
+    steps = {step: value for (key, step), value in values.items() if key == "time/step_seconds"}
+    assert steps == {2: 1.0, 3: 1.0, 5: 1.0, 6: 1.0}
+    assert {values["time/samples_per_second", step] for step in steps} == {4.0}
+    assert ("time/samples_per_second", 4) not in values
+    previews = {key[1]: value for key, value in values.items() if "preview" in key[0]}
+    assert previews == {4: 30.0, 7: 40.0}
+    left = {step: value for (key, step), value in values.items() if key == "time/seconds_left"}
+    assert left == {2: 7.0, 3: 6.0, 4: 5.0 + 60, 5: 4.0 + 60, 6: 3.0 + 60, 7: 2.0 + 35}
+
+
+# Previews after each step leave no step to time; what remains is still told.
+def test_previews_after_each_step() -> None:
+    timer = StepTimer(steps=4, previews_after=(1, 2, 3, 4))
+    values = {(p.key, p.step): p.value for p in timer.derive([loss(1, 0), loss(2, 9000)])}
+    assert values == {("time/preview_seconds", 2): 9.0, ("time/seconds_left", 2): 27.0}
+
+
+# Five steps in a row without a finite loss end a training, four do not; a step that is logged again
+# counts once, and a finite loss begins anew.
+def test_a_lost_loss() -> None:
+    guard, nan = LossGuard(), math.nan
+    losses = [(1, nan), (1, nan), (2, math.inf), (3, nan), (4, nan), (4, nan), (5, 0.5), (6, nan)]
+    losses += [(7, nan), (8, nan), (9, nan)]
+    assert not any(guard.add(step, value) for step, value in losses)
+    assert guard.add(10, -math.inf) and guard.failed_from == 6
+    assert guard.add(11, 0.5) and "for 5 steps in a row, from step 6 on" in guard.message
 
 
 # Every cleaned name passes MLflow's own check, distinct long names stay distinct, and good

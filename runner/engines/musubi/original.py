@@ -32,8 +32,10 @@ def command_line(table: Mapping[str, Any]) -> list[str]:
         del kept["log_with"]
     if kept.get("save_precision") == "fp32":
         del kept["save_precision"]
+    # Nor did it write anything about the training into the file.
     if kept.get("metadata_title") == kept.get("output_name"):
         del kept["metadata_title"]
+        kept.pop("metadata_reso", None)
     # The trainer loads the text encoder only for previews; the script passed this with --fp8.
     if not kept.get("fp8_base") and "sample_prompts" not in kept:
         kept.pop("fp8_vl", None)

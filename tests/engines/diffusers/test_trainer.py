@@ -477,11 +477,11 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 
 # A LoRA's file tells how many items an epoch had, each as often as it was repeated, by what name it
-# goes, and for which times it was trained where that is not for all.
+# goes, at which size it was trained, and for which times where that is not for all.
 @pytest.mark.parametrize(
     ("chosen", "title", "times"),
     [
-        ({}, "lora", None),
+        ({"metadata_reso": "960,544"}, "lora", None),
         ({"metadata_title": "My cat", "min_timestep": 200}, "My cat", "200,1000"),
         ({"metadata_title": "", "max_timestep": 700}, "lora", "0,700"),
         ({"min_timestep": 0, "max_timestep": 1000}, "lora", "0,1000"),
@@ -509,6 +509,8 @@ def test_metadata_of_a_file(
     assert counts == [2, 1]
     assert metadata["modelspec.title"] == title
     assert metadata.get("modelspec.timestep_range") == times
+    size = {"960,544": "960x544"}.get(chosen.get("metadata_reso", ""))
+    assert metadata.get("modelspec.resolution") == size and "modelspec.reso" not in metadata
 
 
 # Checkpoints by steps bear musubi's names, and of them too the last so many are kept: three here.
@@ -569,9 +571,41 @@ def test_exploding_loss_stops(tmp_path: Path) -> None:
         max_grad_norm=0.0,
         max_train_epochs=5,
     )
-    with inside(folder), pytest.raises(StageError, match="lower the learning rate"):
+    with (
+        inside(folder),
+        pytest.raises(StageError, match=r"^the loss was not finite .* for 5 steps"),
+    ):
         train.main(["--config_file", "train.toml"])
     assert not (folder / "checkpoints").exists()
+
+
+# A single step whose loss is not finite changes nothing: neither weights nor the average, and the
+# training goes on to its end and says so.
+def test_a_step_without_a_finite_loss_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, calls = flow.training_step, []
+
+    def breaking(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        errors, prediction = step(*given, **options)
+        calls.append(errors)
+        return errors * (math.nan if len(calls) in broken else 1.0), prediction
+
+    monkeypatch.setattr(flow, "training_step", breaking)
+    # Without momentum a step that is left out is as if there had been none.
+    plain = {"optimizer_type": "torch.optim.SGD", "logging_dir": "tensorboard"}
+    broken = range(2, 3)
+    states = [run(write_run(tmp_path / "a", **plain))]
+    assert "note: the loss was not finite at 1 of 8 steps: left out" in capsys.readouterr().out
+    assert all(torch.isfinite(tensor).all() for tensor in states[0].values())
+    logged = scalars(tmp_path / "a")
+    assert [math.isnan(value) for _, value in logged["loss/current"]] == [False, True] + [False] * 6
+    assert all(math.isfinite(value) for _, value in logged["loss/average"])
+    calls.clear()
+    broken = range(1, 9, 2)
+    states.append(run(write_run(tmp_path / "b", **plain)))
+    assert not equal(*states)
+    assert any(tensor.any() for key, tensor in states[1].items() if UP in key)
 
 
 # Options that this engine cannot honour, and mistakes, are one line that names them.

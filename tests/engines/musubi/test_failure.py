@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from runner.engines.musubi.failure import failure
+from runner.core.process import best_line
+from runner.engines.musubi.failure import trainer_lines
+
+
+def failure(log: Path) -> str:
+    """What of a log is reported."""
+    lines = trainer_lines(log)
+    assert lines is not None
+    return best_line(lines)
+
 
 LAUNCHER = (
     "Traceback (most recent call last):\n"
