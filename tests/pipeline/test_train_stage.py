@@ -236,8 +236,8 @@ def test_a_lost_loss_ends_the_run(tmp_path: Path, then: str) -> None:
     log = context.log("train")
     assert str(caught.value) == (
         "the loss was not finite (NaN or infinite) for 5 steps in a row, from step 2 on. What "
-        "helps, the most likely first: optimizer.learning_rate=0.0002 instead of 0.001, network.alpha=32 "
-        f"instead of 64, scheduler.warmup_steps=100 (log: {log})"
+        "helps, the most likely first: optimizer.learning_rate=0.0002 instead of 0.001, "
+        f"network.alpha=32 instead of 64, scheduler.warmup_steps=100 (log: {log})"
     )
     assert not psutil.pid_exists(int(log.read_text().split()[-1]))
     assert not (context.run_dir / "lora.safetensors").exists()
