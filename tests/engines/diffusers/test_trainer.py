@@ -592,7 +592,7 @@ def test_a_step_without_a_finite_loss_is_left_out(
         return errors * (math.nan if len(calls) == broken else 1.0), prediction
 
     monkeypatch.setattr(flow, "training_step", breaking)
-    plain = {"optimizer_type": "torch.optim.SGD", "logging_dir": "tensorboard"}
+    plain: dict[str, Any] = {"optimizer_type": "torch.optim.SGD", "logging_dir": "tensorboard"}
     broken = 2
     state = run(write_run(tmp_path / "a", **plain))
     assert "note: the loss was not finite at 1 of 8 steps: left out" in capsys.readouterr().out
