@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from runner.core import activity
 from runner.core.activity import Stuck
 from runner.core.errors import StageError
 from runner.core.process import run
@@ -18,9 +22,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux'
 
 def watched(code: str, folder: Path, stuck: Stuck) -> Path:
     """Run Python under watch; returns its log."""
-    log = folder / "logs" / "stage.log"
+    log, work = folder / "logs" / "stage.log", folder / "work"
+    work.mkdir(exist_ok=True)
     command = (sys.executable, "-S", "-c", code)
-    run(command, cwd=folder, env=dict(os.environ), log=log, stuck=stuck)
+    run(command, cwd=work, env=dict(os.environ), log=log, stuck=stuck)
     return log
 
 
@@ -65,8 +70,38 @@ def in_a_child(code: str) -> str:
     ],
     ids=["computes", "grandchild", "prints", "writes"],
 )
-def test_a_command_that_works_is_left_alone(tmp_path: Path, code: str) -> None:
+def test_a_command_that_works_is_left_alone(
+    tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In two seconds, the hundredth of one that a line of output takes would be work.
+    monkeypatch.setattr(activity, "_IDLE_SHARE", 0.1)
     told: list[float] = []
     stuck = Stuck(told.append, end_after=2 * SECONDS, say_after=2 * SECONDS)
     watched(f"import os, time\n{code}", tmp_path, stuck)
     assert not told
+
+
+# The processor time of all processes of a command counts, of those that have ended and of those in
+# groups of their own too, and of nobody else's; one that waits is not taken to run.
+def test_processor_time_of_a_command(tmp_path: Path) -> None:
+    work = "import time\nwhile time.process_time() < 0.3: pass\n"
+    code = f"import subprocess, sys, time\n{in_a_child(in_a_child(work))}\n{work}"
+    code += f"sleeper = {(work + 'time.sleep(600)')!r}\n"
+    code += "subprocess.Popen([sys.executable, '-S', '-c', sleeper], process_group=0)\n"
+    code += "time.sleep(600)"
+    command = [sys.executable, "-S", "-c", code]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        used = activity.Used()
+        # Two in one process each, and one in a child that has ended.
+        while (used.seconds < 0.8 or used.waiting_for_processor) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            used = activity._used(process.pid) or used
+        assert 0.8 <= used.seconds < 5 and not used.waiting_for_processor
+        assert activity._used(process.pid + 1_000_000) is None
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
