@@ -64,7 +64,7 @@ def lora() -> bytes:
     leaves = {"lora_down.weight": (2, 4), "lora_up.weight": (4, 2), "alpha": ()}
     name = "lora_unet_double_blocks_0_img_attn_q"
     tensors = {f"{name}.{leaf}": torch.ones(shape) for leaf, shape in leaves.items()}
-    return save(tensors, {"ss_steps": "7"})
+    return save(tensors, {"ss_steps": "10"})
 
 
 def training(tmp_path: Path, code: str, *overrides: str) -> tuple[Context, io.StringIO]:
