@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from conftest import TOP, Finished, run_program, tree
 
+from runner.pipeline.checkpoints import converted_name
+
 SAMPLE = TOP / "runner" / "data" / "sample"
 LORAS = ("lora.safetensors", "lora_comfyui.safetensors")
 SHORT = ["training.epochs=2", "training.save_every_epochs=1"]
@@ -137,6 +139,15 @@ def test_a_zip_becomes_a_lora(first: tuple[Path, Finished]) -> None:
     with safe_open(run / "lora_comfyui.safetensors", framework="pt") as file:
         assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in file.keys()  # noqa: SIM118
     assert (run / "checkpoints" / "lora-000001.safetensors").is_file()
+    label = f"{run.parent.name}-{run.name}"
+    names = {file.name for file in (run / "checkpoints" / "comfyui").iterdir()}
+    assert names == {f"{label}-epoch000001.safetensors", f"{label}.safetensors"}
+    for name in ("lora_comfyui.safetensors", *(f"checkpoints/comfyui/{name}" for name in names)):
+        with safe_open(run / name, framework="pt") as file:
+            metadata = file.metadata()
+        assert metadata["ss_run_id"] == recorded(run)["mlflow_run_id"]
+        assert metadata["modelspec.resolution"] == "96x64"
+        assert metadata["ss_base_model_version"] == "hunyuan_video_1_5"
     assert not list(run.rglob("*.tmp"))
 
 
@@ -263,12 +274,18 @@ def test_damage_is_mended_in_the_same_run(first: tuple[Path, Finished]) -> None:
 
 
 # commands.sh is what ran: in every stage the very processes that the runner started in the run's
-# folder, in their order and with their environment, and no others.
+# folder, in their order and with their environment, and no others but those that convert
+# checkpoints beside the training.
 def test_the_script_is_what_ran(first: tuple[Path, Finished]) -> None:
     cwd, _ = first
     run = runs(cwd)[0]
     started = [json.loads(line) for line in (cwd / "launched.jsonl").read_text().splitlines()]
-    launched = [process for process in started if process["cwd"] == str(run)]
+    # What the runner does itself beside the training is a comment there.
+    launched = [
+        process
+        for process in started
+        if process["cwd"] == str(run) and "--background" not in process["argv"]
+    ]
     commands = commands_of(run / "commands.sh")
     assert [process["argv"] for process in launched] == [argv for argv, _, _ in commands]
     for process, (_, given, unset) in zip(launched, commands, strict=True):
@@ -362,7 +379,8 @@ def test_a_sweep_goes_on_after_a_failure(first: tuple[Path, Finished]) -> None:
     assert "finished in" in done.out
 
 
-# Ended by a signal, the run is KILLED, its commands are gone, and the exit code says so.
+# Ended by a signal, the run is KILLED, its commands are gone, its checkpoints are converted, and
+# the exit code says so.
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_everything(
     first: tuple[Path, Finished], number: signal.Signals, code: int
@@ -380,6 +398,8 @@ def test_a_signal_ends_everything(
             "dataset=sample",
             f"name={name}",
             "training.epochs=100000",
+            "training.save_every_steps=10",
+            "training.keep_last=2",
         ],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(TOP)},
@@ -388,10 +408,10 @@ def test_a_signal_ends_everything(
         text=True,
     )
     deadline = time.monotonic() + 120
-    events: list[Path] = []
-    while not events and time.monotonic() < deadline:
+    saved: list[Path] = []
+    while not saved and time.monotonic() < deadline:
         time.sleep(0.5)
-        events = [e for r in runs(cwd) if name in r.name for e in r.rglob("events.*")]
+        saved = [e for r in runs(cwd) if name in r.name for e in r.glob("checkpoints/*-step*")]
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -403,6 +423,11 @@ def test_a_signal_ends_everything(
     (run,) = (r for r in runs(cwd) if name in r.name)
     assert recorded(run)["status"] == "KILLED"
     assert mlflow_run(cwd, run).info.status == "KILLED"
+    # Every checkpoint that is kept has its file for ComfyUI, and no other.
+    kept = {file.name for file in (run / "checkpoints").glob("*.safetensors")}
+    converted = {file.stem for file in (run / "checkpoints/comfyui").glob("*.safetensors")}
+    assert kept
+    assert converted == {converted_name(run, name) for name in kept}
 
 
 # A stage that fails is named with its own last error and its log; MLflow says FAILED, and what

@@ -51,7 +51,7 @@ NOT_RUN = {
     "cp": "copies a person's files",
     "mkdir": "makes a person's folder",
 }
-MODULES = {"runner", "runner.cache", "runner.ui", "runner.hub"}
+MODULES = {"runner", "runner.cache", "runner.export", "runner.ui", "runner.hub"}
 
 
 class Line(NamedTuple):
@@ -157,6 +157,11 @@ def ran(module: str, arguments: list[str], place: Path, given: dict[str, str]) -
         from runner.cli import ui
 
         ui._parser().parse_args(arguments)
+    elif module == "runner.export":
+        from runner.cli import export
+
+        # There is no run.
+        export._parser().parse_args(arguments)
     elif module == "runner.hub":
         offline = {**given, "HF_HUB_OFFLINE": "1"}
         env = environment(place, offline)
