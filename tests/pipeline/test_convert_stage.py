@@ -112,3 +112,25 @@ def test_the_size_of_a_lokr_is_said(overrides: list[str], each: int, total: int)
 )
 def test_what_does_not_grow(overrides: list[str]) -> None:
     assert plan_notices(*overrides) == []
+
+
+# One of several files that can't be converted does not keep the others from it; it decides the exit
+# code.
+def test_several_files(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    leaves = {"lora_down.weight": (1, 2), "lora_up.weight": (2, 1), "alpha": ()}
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{name}.{leaf}": torch.ones(s) for leaf, s in leaves.items()}, tmp_path / "good")
+    save_file({f"{name}.alpha": torch.ones(())}, tmp_path / "bad")
+    files = ("bad", "out/1", "good", "out/2", "none", "out/3")
+    done = run_program(*files, cwd=tmp_path, module="runner.stages.convert")
+    assert (done.code, done.out) == (2, "good -> out/2: 3 tensors\n")
+    first, second = done.err.splitlines()
+    assert first.startswith(f"error: bad: '{name}' has ['alpha'], but a module has ")
+    assert second.startswith("error: none can't be read as a LoRA file: ")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["2"]
+    done = run_program("good", cwd=tmp_path, module="runner.stages.convert")
+    assert done.code == 2
+    assert "the files are pairs" in done.err
