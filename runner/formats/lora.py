@@ -134,6 +134,8 @@ def describe(file: Path) -> LoraInfo:
                     return LoraInfo("lokr", round(scale), scale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
+    except (IndexError, RuntimeError, ValueError):
+        raise UserError(f"{file} can't be read as a LoRA file: a tensor's shape is wrong") from None
     raise UserError(f"{file} is not a LoRA of this model")
 
 

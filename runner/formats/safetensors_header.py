@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from runner.core.errors import UserError
 
@@ -64,20 +64,24 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        header = {
-            name: TensorHeader(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + length + offset for offset in entry["data_offsets"]),
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        header = {name: _tensor(entry, 8 + length) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFileError(f"{path}: it has a safetensors header that cannot be read") from None
     end = max((tensor.end for tensor in header.values()), default=0)
     if end > size:
         _raise_cut(path, end - size, "bytes")
     return header
+
+
+def _tensor(entry: Any, first: int) -> TensorHeader:
+    """Read a tensor's entry; ``first`` is the position of the first byte after the header."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not all(isinstance(n, int) for n in (*shape, *offsets)):
+        raise TypeError
+    start, end = offsets
+    if not 0 <= start <= end:
+        raise ValueError
+    return TensorHeader(dtype, tuple(shape), first + start, first + end)
 
 
 def _raise_cut(path: Path, missing: int, unit: str) -> NoReturn:

@@ -238,6 +238,19 @@ def test_other_networks_are_described(tmp_path: Path) -> None:
         assert lora.describe(file) == (kind, 3, alpha)
 
 
+# A matrix that is none is one line, and no crash.
+def test_a_matrix_that_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    name = "lora_unet_double_blocks_0_img_attn_q"
+    for state in (
+        {f"{name}.lora_down.weight": torch.tensor(1.0)},
+        {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.alpha": torch.ones(2)},
+    ):
+        save_file(state, file)
+        with pytest.raises(UserError, match="can't be read as a LoRA file: a tensor's shape"):
+            lora.describe(file)
+
+
 # A LoHa comes back from ComfyUI's form as it was; a LoKr's factors are gone, which is said.
 def test_other_networks_and_back() -> None:
     state = other_file("loha")

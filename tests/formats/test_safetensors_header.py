@@ -81,6 +81,26 @@ def test_other_files(tmp_path: Path, content: bytes, line: str) -> None:
     assert str(error.value) == f"{file}: it {line}"
 
 
+# So is a header whose entries are no tensors.
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": 5, "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
+        {"dtype": "F32", "shape": [1]},
+    ],
+)
+def test_entries_that_are_no_tensors(tmp_path: Path, entry: object) -> None:
+    file = tmp_path / "weights.safetensors"
+    text = json.dumps({"a": entry}).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"0000")
+    with pytest.raises(DamagedFileError, match="a safetensors header that cannot be read"):
+        read_header(file)
+
+
 # A missing file is one line too, but no damaged one.
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read") as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TOP, Finished
 
-from runner.engines.torch_builds import for_runner, parse_driver
+from runner.engines.torch_builds import Driver, builds_of, for_runner, parse_driver
 
 SMI = "| NVIDIA-SMI {driver}   Driver Version: {driver}   CUDA Version: {cuda} |"
 PINNED = re.search(r"^torch==(\S+)$", (TOP / "constraints.txt").read_text("utf-8"), re.MULTILINE)
@@ -187,3 +187,16 @@ def test_the_build_follows_the_gpu(
         note = None
     assert (build, note) == expected
     assert for_runner("2.13.0", read, build) == (build, None)
+
+
+# Newer drivers name the CUDA version otherwise.
+def test_a_report_of_a_newer_driver() -> None:
+    report = "| NVIDIA-SMI 595.45  Driver Version: 595.45  CUDA UMD Version: 13.2 |"
+    assert parse_driver(report) == Driver("595.45", (13, 2))
+
+
+# The last version of torch that has a build still has it.
+def test_the_last_torch_of_a_build() -> None:
+    assert builds_of("2.11.0") == ["cu130", "cu128", "cu126"]
+    assert builds_of("2.12.0") == ["cu130", "cu126"]
+    assert builds_of("2.15.0") == ["cu130"]

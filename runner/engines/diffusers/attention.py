@@ -178,6 +178,12 @@ def _aligned(tokens: int) -> int:
 class JointAttention:
     """Attention processor of a double block; ``attention_mask`` has the lengths of the items."""
 
+    def __init__(self) -> None:
+        # Not where it is used: an import inside compiled code breaks its graph (PyTorch 2.11).
+        from diffusers.models import embeddings
+
+        self._rotate: Any = embeddings.apply_rotary_emb
+
     def __call__(
         self,
         attn: Any,
@@ -198,9 +204,6 @@ class JointAttention:
         Returns:
             The new video tokens and text tokens.
         """
-        from diffusers.models import embeddings
-
-        rotate: Any = embeddings.apply_rotary_emb
 
         def heads(tensor: Tensor) -> Tensor:
             return tensor.unflatten(2, (attn.heads, -1))
@@ -208,8 +211,8 @@ class JointAttention:
         query = attn.norm_q(heads(attn.to_q(hidden_states)))
         key = attn.norm_k(heads(attn.to_k(hidden_states)))
         value = heads(attn.to_v(hidden_states))
-        query = rotate(query, image_rotary_emb, sequence_dim=1)
-        key = rotate(key, image_rotary_emb, sequence_dim=1)
+        query = self._rotate(query, image_rotary_emb, sequence_dim=1)
+        key = self._rotate(key, image_rotary_emb, sequence_dim=1)
         text_query = attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))
         text_key = attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))
         text_value = heads(attn.add_v_proj(encoder_hidden_states))

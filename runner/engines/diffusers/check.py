@@ -30,7 +30,7 @@ from runner.engines.torch_builds import (
     runs,
 )
 
-_ON_THE_CPU = "With CUDA_VISIBLE_DEVICES= it trains on the CPU."
+_ON_THE_CPU = "With CUDA_VISIBLE_DEVICES= model=tiny trains on the CPU."
 # Packages that the runner itself requires, so they are always installed.
 _INSTALLED = ("torch", "transformers", "prodigyopt", "schedulefree")
 TIMEOUT_SECONDS = 300.0

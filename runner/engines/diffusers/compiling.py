@@ -62,7 +62,7 @@ class Compiler:
         forward: the forward pass.
         network: the adapters, attached to its model.
         settings: what the compiled code depends on besides versions, GPU and shape.
-        folder: where verdicts and compiled code are kept.
+        folder: where verdicts are kept.
         rare: pairs of items and video tokens of which the run has too few steps to compile for,
             unless an earlier run has.
     """
@@ -81,8 +81,6 @@ class Compiler:
         self._verdicts = folder / _VERDICTS
         self._right: set[str] = set()
         self.off = False
-        # Read by inductor when it is imported.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / _CODE))
         self._compiled = compiled(forward.blocks)
 
     def blocks(self, inputs: BlockInputs) -> Sequence[Block]:
@@ -133,17 +131,36 @@ class Compiler:
         return json.dumps({**self._settings, "shape": shape}, sort_keys=True)
 
     def _known(self) -> dict[str, GradientErrors]:
-        with suppress(OSError, ValueError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
             kept = json.loads(self._verdicts.read_text("utf-8"))
-            return {key: GradientErrors(**errors) for key, errors in kept.items()}
+            return {
+                key: GradientErrors(float(errors["uncompiled"]), float(errors["compiled"]))
+                for key, errors in kept.items()
+            }
         return {}
 
     def _keep(self, key: str, errors: GradientErrors) -> None:
         # Another run may have added verdicts; one that is lost is made again.
         kept = {**self._known(), key: errors}
-        self._verdicts.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({key: vars(errors) for key, errors in kept.items()}, indent=1)
-        write_text(self._verdicts, text + "\n")
+        with suppress(OSError):
+            self._verdicts.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._verdicts, text + "\n")
+
+
+def keep_code(folder: Path) -> None:
+    """Have inductor keep compiled code in a folder, unless TORCHINDUCTOR_CACHE_DIR names another.
+
+    It must be called before diffusers or torch's deterministic algorithms are used: both import
+    inductor, which then takes a folder in /tmp.
+    """
+    code = folder.absolute() / _CODE
+    with suppress(OSError):
+        code.mkdir(parents=True, exist_ok=True)
+    if os.access(code, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(code))
+    else:
+        print(f"note: {folder} cannot be written to: compiled code is not kept there.", flush=True)
 
 
 def compiled(blocks: Sequence[Block]) -> list[Block]:
@@ -218,7 +235,8 @@ def _some_update(
 ) -> Iterator[None]:
     """Give adapters an update during the block: a new one is zero and hides half the gradients.
 
-    Dropout is off meanwhile: compiled and uncompiled code drop different values.
+    Dropout is off meanwhile: compiled and uncompiled code drop different values. Without dropout
+    the modules' modes stay, because another mode is compiled anew.
     """
     saved = [parameter.detach().clone() for parameter in parameters]
     modes = {module: module.training for module in network.modules()}

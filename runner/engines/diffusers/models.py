@@ -126,12 +126,10 @@ def load_transformer(
     file = file / TRANSFORMER_FILE if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{file}: no transformer weights there; run the weights stage again")
-    import json
-
     from runner.engines.diffusers.published import build, fill
 
     config_file = file.with_name("config.json")
-    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    config = _load("transformer", config_file, lambda: _config(config_file))
     if config.get("_class_name") != "HunyuanVideo15Transformer3DModel":
         return _published("transformer", file, dtype, device)
     options = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -242,11 +240,20 @@ def _folder(path: Path | str, what: str, needs: tuple[str, ...]) -> Path:
     return folder
 
 
+def _config(file: Path) -> dict[str, Any]:
+    import json
+
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError("it holds no JSON object")
+    return config
+
+
 def _load(what: str, path: Path, build: Callable[[], Any]) -> Any:
     from safetensors import SafetensorError
 
     try:
         return build()
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: cannot load the {what}: {reason[0]}") from error

@@ -48,6 +48,9 @@ _UNREAD = {
 }
 
 _LORA = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1_a", ".lokr_w1")
+# The matrices of a LoRA or LoHa that have a layer's inputs as columns, and its outputs as rows.
+_LORA_INPUTS = ("lora_down.weight", "hada_w1_b")
+_LORA_OUTPUTS = ("lora_up.weight", "hada_w1_a")
 _SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
 # Parts of names by which another variant or model is known; all must occur, the first row counts.
 _VARIANTS = (
@@ -85,15 +88,21 @@ def check_lora(path: Path) -> None:
         DamagedFileError: the file is cut, or is no safetensors file.
         UserError: it was trained on another model.
     """
-    wanted = layout("transformer")
-    linears = {lora_name(name.removesuffix(".weight")): shape for name, shape in wanted.items()}
+    layers = {
+        lora_name(name.removesuffix(".weight")): shape
+        for name, shape in layout("transformer").items()
+    }
     for name, tensor in read_header(path).items():
         module, _, leaf = name.partition(".")
-        reads_input = leaf in ("lora_down.weight", "hada_w1_b")
-        if reads_input and tensor.shape[1:] != linears.get(module, ())[1:]:
+        if leaf not in _LORA_INPUTS + _LORA_OUTPUTS:
+            continue
+        shape, layer = tensor.shape, layers.get(module, ())
+        side = slice(1, None) if leaf in _LORA_INPUTS else slice(1)
+        fits = len(shape) > 1 and shape[side] == layer[side]
+        if not fits:
             raise UserError(
-                f"network.weights={path} is a LoRA for another model: {module} has "
-                f"{tensor.shape[-1]} inputs, and no such layer is in HunyuanVideo 1.5."
+                f"network.weights={path} is a LoRA for another model: {name} is {list(shape)}, "
+                "which fits no layer of that name in HunyuanVideo 1.5."
             )
 
 

@@ -2,7 +2,7 @@
 
 No published header was seen. These are the tensors that musubi-tuner v0.3.4's loaders, which are
 strict, demand of the five files, and they are those of diffusers' and transformers' classes at the
-published sizes; ``tests/engines/diffusers/test_published_layout.py`` compares both. They are
+published sizes; ``test_published_check.py`` and ``test_published_names.py`` compare them. They are
 computed here, so that the planner can check a header without importing torch.
 
 The transformers for t2v and i2v have the same names and shapes: one given for the other cannot be

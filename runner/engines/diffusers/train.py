@@ -29,6 +29,7 @@ from torch import nn
 from runner.core.errors import StageError
 from runner.engines.diffusers import (
     cli,
+    compiling,
     data,
     flow,
     models,
@@ -146,8 +147,6 @@ class Trainer:
         if train_options.network_weights is not None:
             network_files.start_from(self.network, train_options.network_weights)
         if train_options.compile:
-            from runner.engines.diffusers.compiling import Compiler
-
             settings = {
                 "weights": str(self.device.weights),
                 "arithmetic": str(self.device.compute),
@@ -157,7 +156,9 @@ class Trainer:
             uses = Counter((len(b), math.prod(b[0].shape[1:])) for b in first_epoch)
             epochs = self.steps / self.steps_per_epoch
             rare = {shape for shape, count in uses.items() if count * epochs < compile_from}
-            compiler = Compiler(self.forward, self.network, settings, compile_folder, rare)
+            compiler = compiling.Compiler(
+                self.forward, self.network, settings, compile_folder, rare
+            )
             self.forward.choose_blocks = compiler.blocks
             self.forward.text_multiple = COMPILED_TEXT_MULTIPLE
         self.optimizer, optimizer_description = optimizers.build_optimizer(
@@ -169,9 +170,7 @@ class Trainer:
         )
         # Separate generators, so that another rank or dropout does not change noise and timesteps.
         self.noise_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
-        self.timestepstep_generator = torch.Generator().manual_seed(
-            flow.derived_seed(seed, "times")
-        )
+        self.timestep_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "times"))
         torch.manual_seed(flow.derived_seed(seed, "dropout"))
         self.metrics = Metrics(train_options.logging_dir)
         self.checkpoints = Checkpoints(
@@ -237,7 +236,7 @@ class Trainer:
     def _backward(self, batch: flow.Batch) -> float:
         # Drawn on the CPU, so that noise is the same on every device.
         noise = torch.randn(batch.latents.shape, generator=self.noise_generator)
-        t = self.timesteps.draw(len(noise), self.timestepstep_generator)
+        t = self.timesteps.draw(len(noise), self.timestep_generator)
         device = self.device.name
         with self.device.autocast():
             errors, _ = flow.training_step(
@@ -347,6 +346,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parsed = parser.parse_args(arguments)
     train_options = options.read(parsed.config_file)
+    if train_options.compile:
+        compiling.keep_code(parsed.compile_folder)
     datasets = data.scan(train_options.dataset_config, train_options.task)
     seed = (
         random.SystemRandom().randrange(2**32) if train_options.seed is None else train_options.seed

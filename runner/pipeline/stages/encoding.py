@@ -169,14 +169,15 @@ def cache_inputs_to_use(
         The cache inputs of the first that exists, or those to encode.
     """
     own = inputs.own_encoding
-    marks: list[dict[str, str]] = [{}, *({"engine": name} for name in EARLIER_ENCODINGS)]
+    encoders: list[dict[str, str]] = [{}, *({"engine": name} for name in EARLIER_ENCODINGS)]
     if own is not None:
-        marks = [{"engine": own}]
-    for one in () if force else acceptable:
-        for mark in marks:
-            if f"{namespace}/{cache_key(one | mark)}" in inputs.cached:
-                return one | mark
-    return acceptable[-1] | marks[0]
+        encoders = [{"engine": own}]
+    if not force:
+        for cache_inputs in acceptable:
+            for encoder in encoders:
+                if f"{namespace}/{cache_key(cache_inputs | encoder)}" in inputs.cached:
+                    return cache_inputs | encoder
+    return acceptable[-1] | encoders[0]
 
 
 def add_link(wanted: dict[str, CacheEntry], entry: CacheEntry) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TOP
 from safetensors.torch import load_file
 from test_forward import batch_of, build_model, random
 from torch import Tensor
@@ -97,6 +101,7 @@ def test_limit_of_the_compiled_error() -> None:
     assert not GradientErrors(0.02, 0.0301).right
     assert GradientErrors(0.0, 1e-6).right
     assert not GradientErrors(0.02, INFINITE).right
+    assert not GradientErrors(0.0, 0.002).right
 
 
 # Wrong gradients with a right output switch the compiler off for the run, which says so; the
@@ -118,6 +123,62 @@ def test_wrong_gradients_are_noticed(
     predict(forward)
     assert again.off
     assert "its gradients are wrong" in capsys.readouterr().out
+
+
+# So are those of a later block than the first.
+def test_wrong_gradients_of_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, forward, _ = compiler(
+        tmp_path, monkeypatch, lambda blocks: [blocks[0], *wrong_blocks(blocks[1:])]
+    )
+    predict(forward)
+    assert made.off
+
+
+# A verdict is of one combination of settings and versions.
+def test_verdicts_are_of_settings_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, forward, network = compiler(tmp_path, monkeypatch, list)
+    keys = {Compiler(forward, network, {"rank": rank}, tmp_path)._key("") for rank in "24"}
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    keys.add(Compiler(forward, network, {"rank": "2"}, tmp_path)._key(""))
+    assert len(keys) == 3
+
+
+# What has given wrong gradients is off, and no shape is compiled with dynamic sizes, or left
+# uncompiled because there were many.
+def test_options_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options))
+    settings: Any = inductor
+    with inductor.patch({"cpp.max_horizontal_fusion_size": 16, "triton.mix_order_reduction": True}):
+        compiling.compiled([lambda: (torch.zeros(1), torch.zeros(1))])
+        assert settings.cpp.max_horizontal_fusion_size == 1
+        assert not settings.triton.mix_order_reduction
+    limits: Any = dynamo
+    assert limits.recompile_limit == limits.accumulated_recompile_limit == 1024
+    assert asked == [{"dynamic": False}]
+
+
+# The reference is fp32 also where weights, inputs and autocast are not; every gradient counts, also
+# those of lora_down, which a new adapter does not have.
+def test_reference_is_fp32() -> None:
+    model = build_model()
+    model.transformer_blocks.bfloat16()
+    network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
+    forward = Forward(model)
+    parameters = list(network.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = batch_of((5, 3), i2v=False)
+        inputs = forward.embed(random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
+        errors = compiling.gradient_errors(forward, network, forward.blocks, inputs)
+    assert 1e-4 < errors.uncompiled < 0.2 and errors.compiled == errors.uncompiled
+    assert not all(parameter.any() for parameter in parameters)
+    with compiling._some_update(network, parameters, torch.Generator().manual_seed(0)):
+        assert all(parameter.any() for parameter in parameters)
 
 
 # Right blocks are used, each shape is checked once, and a shape that was not seen is checked.
@@ -143,6 +204,7 @@ def test_each_shape_is_checked_once(
         assert not made.off
         assert used[-2:] == [0, 1]
         assert capsys.readouterr().out.count("gradients against fp32") == checks
+    assert len(made._known()) == 2
     # Nothing is trained in a preview, which uses the plain blocks.
     used.clear()
     with torch.no_grad():
@@ -232,3 +294,59 @@ def test_compiled_run_equals_the_plain_one(
     plain, compiled = results
     for key, expected in plain.items():
         assert (compiled[key] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, key
+
+
+# Compiled code is kept beside the verdicts, which a fresh process shows: what the trainer imports
+# must not have chosen another folder before. A folder that the user has named stays.
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_code_is_kept_beside_the_verdicts(tmp_path: Path, named: str | None) -> None:
+    folder = write_run(tmp_path, compile=True, network_weights="missing.safetensors")
+    program = (
+        "import os, sys; from runner.engines.diffusers import train\n"
+        "try: train.main(sys.argv[1:])\n"
+        "finally: print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    if named is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / named)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config_file", "train.toml"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "network_weights=missing.safetensors: cannot be read" in done.stderr
+    assert done.stdout.strip() == str(tmp_path / (named or "compiled/code"))
+
+
+# A folder that cannot be written to costs what would be kept there, and not the run.
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    folder = tmp_path / "file" / "compiled"
+    folder.parent.touch()
+    compiling.keep_code(folder)
+    assert capsys.readouterr().out == (
+        f"note: {folder} cannot be written to: compiled code is not kept there.\n"
+    )
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    made, forward, _ = compiler(folder, monkeypatch, list)
+    predict(forward)
+    assert not made.off and made._right
+
+
+# Verdicts that cannot be read are made again.
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"KEY": 1}', '{"KEY": {}}', '{"KEY": {"uncompiled": "x", "compiled": 0}}']
+)
+def test_verdicts_that_cannot_be_read(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, forward, _ = compiler(tmp_path, monkeypatch, list)
+    key = made._key("1x48x8")
+    (tmp_path / "gradients.json").write_text(text.replace('"KEY"', json.dumps(key)))
+    predict(forward)
+    assert list(made._known().values()) == [GradientErrors(0.0, 0.0)] and not made.off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import runner.engines.diffusers.attention
 from runner.engines.diffusers import flow, networks
-from runner.engines.diffusers.attention import attention
+from runner.engines.diffusers.attention import attention, attention_backward
 from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 
@@ -145,11 +146,88 @@ def test_kernels_of_a_gpu(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert (ours.double() - right).norm() <= tolerance * right.norm()
 
 
-# The operator keeps what PyTorch promises the compiler of one: shapes and layouts without data,
-# and a registered backward pass.
-def test_attention_is_a_lawful_operator() -> None:
-    inputs = [random(2, 9, 3, 16, seed=seed).requires_grad_() for seed in range(3)]
-    torch.library.opcheck(attention, (*inputs, torch.tensor([9, 4])))
+# In autocast text tokens enter the blocks in fp32, as in musubi-tuner, and the rest is computed in
+# the half dtype: queries and keys too, whose norms give fp32.
+def test_autocast() -> None:
+    forward, batch = Forward(build_model()), batch_of((5, 3), i2v=False)
+    arguments = (random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch)
+    exact = forward(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = forward(*arguments)
+        model: Any = forward.model
+        model.cond_type_embed.bfloat16()
+        assert forward.embed(*arguments).text.dtype == torch.float32
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
+
+
+# Text is padded to the next multiple, and no further.
+@pytest.mark.parametrize(("multiple", "padded"), [(1, 8), (8, 8), (4, 8), (7, 14)])
+def test_text_is_padded_to_the_next_multiple(multiple: int, padded: int) -> None:
+    forward = Forward(build_model())
+    forward.text_multiple = multiple
+    hidden, batch = random(1, 65, 2, 4, 6, seed=3), batch_of((5, 3), i2v=False)
+    assert forward.embed(hidden, torch.tensor([300.0]), batch).text.shape[1] == padded
+
+
+# The kernel follows GPU and dtype: cuDNN's from Hopper on, and in fp32 or before Ampere the only
+# one that there is.
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has_cudnn", "expected"),
+    [
+        ((9, 0), torch.bfloat16, True, "cudnn"),
+        ((12, 0), torch.float16, True, "cudnn"),
+        ((9, 0), torch.bfloat16, False, "flash"),
+        ((8, 9), torch.bfloat16, True, "flash"),
+        ((8, 0), torch.float16, True, "flash"),
+        ((7, 5), torch.float16, True, "efficient"),
+        ((9, 0), torch.float32, True, "efficient"),
+    ],
+)
+def test_kernel_of_a_gpu(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    has_cudnn: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: has_cudnn)
+    choose = runner.engines.diffusers.attention._kernel.__wrapped__
+    assert choose(torch.device("cuda"), dtype) == expected
+    assert choose(torch.device("cpu"), dtype) == "cpu"
+
+
+# The operators keep what PyTorch promises the compiler of them: shapes and layouts without data,
+# and a registered backward pass. Results are contiguous, whatever the layout of the inputs.
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_attention_is_a_lawful_operator(heads_first: bool) -> None:
+    inputs = [random(2, 9, 3, 16, seed=seed) for seed in range(3)]
+    if heads_first:
+        inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+    lengths = torch.tensor([9, 4])
+    result, sums = attention(*inputs, lengths)
+    assert result.is_contiguous()
+    torch.library.opcheck(attention_backward, (inputs[0], *inputs, result, sums, lengths))
+    torch.library.opcheck(attention, (*(tensor.requires_grad_() for tensor in inputs), lengths))
+
+
+# With checkpointing each block is computed again in the backward pass, and gradients are the same.
+def test_checkpointing() -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = build_model()
+        network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
+        forward = Forward(model, checkpointing=checkpointing)
+        calls: list[int] = []
+        for block in model.transformer_blocks:
+            block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        hidden, batch = random(1, 65, 2, 4, 6, seed=3), batch_of((5, 3), i2v=False)
+        forward(hidden, torch.tensor([300.0]), batch).square().mean().backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        results.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert results[0]
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
 
 
 # The blocks of a copy in fp32 train the same adapters: the check of compiled gradients needs it.

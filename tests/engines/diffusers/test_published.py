@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sparse_weights import DTYPES, published, write_sparse
 
 from runner.core.errors import UserError
@@ -98,6 +98,18 @@ def test_dtypes(part: str, expected: torch.dtype, tmp_path: Path) -> None:
         assert {parameter.dtype for parameter in model.parameters()} == {given}
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not model.training
+
+
+# Each tensor has its own values, also where nothing is cast and all go through one buffer.
+def test_values_are_the_files(tmp_path: Path) -> None:
+    file = file_of("image_encoder", tmp_path, torch.float32)
+    small = SMALL["image_encoder"]
+    model = loading.fill("image_encoder", loading.build("image_encoder", file, **small), file)
+    own = dict(model.named_parameters())
+    tensors = load_file(file)
+    assert len(tensors) == len(own) > 40
+    for name, expected in tensors.items():
+        assert torch.equal(own[str(names.image_encoder_name(name))], expected), name
 
 
 # Buffers, which no file holds, are real, and stay exact when the weights are cast.

@@ -221,27 +221,45 @@ def test_a_cut_file(tmp_path: Path) -> None:
 
 
 # A LoRA's matrices must fit the layers that they are for, before it is loaded after all caching.
-@pytest.mark.parametrize("leaf", ["lora_down.weight", "hada_w1_b"])
 @pytest.mark.parametrize(
-    ("module", "inputs", "fits"),
+    "leaves", [("lora_down.weight", "lora_up.weight"), ("hada_w1_b", "hada_w1_a")]
+)
+@pytest.mark.parametrize(
+    ("module", "inputs", "outputs", "wrong"),
     [
-        ("double_blocks_0_img_attn_q", 2048, True),
-        ("double_blocks_53_txt_mlp_fc2", 8192, True),
-        ("double_blocks_0_img_attn_q", 3072, False),
-        ("double_blocks_54_img_attn_q", 2048, False),
+        ("double_blocks_0_img_attn_q", 2048, 2048, None),
+        ("double_blocks_53_txt_mlp_fc2", 8192, 2048, None),
+        ("double_blocks_0_img_attn_q", 3072, 2048, "inputs"),
+        ("double_blocks_0_img_mlp_fc1", 2048, 2048, "outputs"),
+        ("double_blocks_54_img_attn_q", 2048, 2048, "inputs"),
     ],
 )
 def test_a_lora_fits_the_transformer(
-    module: str, inputs: int, fits: bool, leaf: str, tmp_path: Path
+    module: str,
+    inputs: int,
+    outputs: int,
+    wrong: str | None,
+    leaves: tuple[str, str],
+    tmp_path: Path,
 ) -> None:
-    name = f"lora_unet_{module}"
-    file = write_sparse(tmp_path / "lora", {f"{name}.{leaf}": (32, inputs)}, "F32")
-    if fits:
+    down, up = (f"lora_unet_{module}.{leaf}" for leaf in leaves)
+    file = write_sparse(tmp_path / "lora", {down: (32, inputs), up: (outputs, 32)}, "F32")
+    if wrong is None:
         check_lora(file)
         return
     with pytest.raises(UserError) as error:
         check_lora(file)
+    found = f"{down} is [32, {inputs}]" if wrong == "inputs" else f"{up} is [{outputs}, 32]"
     assert str(error.value) == (
-        f"network.weights={file} is a LoRA for another model: {name} has {inputs} inputs, and no "
-        "such layer is in HunyuanVideo 1.5."
+        f"network.weights={file} is a LoRA for another model: {found}, which fits no layer of that "
+        "name in HunyuanVideo 1.5."
     )
+
+
+# A matrix that is none fits nothing.
+@pytest.mark.parametrize("leaf", ["lora_down.weight", "lora_up.weight"])
+def test_a_matrix_that_is_none(leaf: str, tmp_path: Path) -> None:
+    for module in ("double_blocks_0_img_attn_q", "other"):
+        file = write_sparse(tmp_path / "lora", {f"lora_unet_{module}.{leaf}": ()}, "F32")
+        with pytest.raises(UserError, match=r"is \[\], which fits no layer"):
+            check_lora(file)

@@ -43,7 +43,7 @@ def torch_is(folder: Path, version: str, cuda: str | None, patch: pytest.MonkeyP
 
 
 INSTALL = f"run {sys.executable} -m pip install --index-url https://download.pytorch.org/whl"
-CPU = "With CUDA_VISIBLE_DEVICES= it trains on the CPU."
+CPU = "With CUDA_VISIBLE_DEVICES= model=tiny trains on the CPU."
 
 
 # A torch that can't use the GPU is found without importing it, and the line has the remedy.
