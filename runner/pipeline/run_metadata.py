@@ -43,7 +43,8 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     if words:
         result["modelspec.trigger_phrase"] = ", ".join(words)
     sizes = [one["resolution"] for one in sources if one.get("resolution")]
-    if sizes:
+    # What musubi-tuner writes if nobody tells it the size.
+    if sizes and metadata.get("modelspec.resolution", "1280x720") == "1280x720":
         width, height = max(sizes, key=lambda size: size[0] * size[1])
         result["modelspec.resolution"] = f"{width}x{height}"
     for file in weights.get("files", []):

@@ -71,10 +71,8 @@ def training(tmp_path: Path, code: str, *overrides: str) -> tuple[Context, io.St
     """A run that has come to its training, by a trainer of this code."""
     out = io.StringIO()
     media = pictures(tmp_path / "media", 1)
-    context = context_of(
-        *(tmp_path / "out", media, "engine=diffusers", *overrides),
-        console=Console.for_stream(out),
-    )
+    console = Console.for_stream(out)
+    context = context_of(tmp_path / "out", media, "engine=diffusers", *overrides, console=console)
     (context.run_dir / "lora.bytes").write_bytes(lora())
     trainer = Command((sys.executable, "-S", "-c", TRAINER + code))
     stages = (
@@ -274,3 +272,6 @@ def test_metadata(tmp_path: Path) -> None:
     several = run_metadata(run, {})
     assert several["modelspec.trigger_phrase"] == "ohwx, zwx"
     assert several["modelspec.resolution"] == "960x960"
+    # A trainer that says what it trained on knows better.
+    told = run_metadata(run, {"modelspec.resolution": "544x960"})
+    assert told["modelspec.resolution"] == "544x960"
