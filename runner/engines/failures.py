@@ -43,10 +43,12 @@ def explained(failed: Failed) -> str:
     best = best_line(failed.lines)
     if failed.code == -signal.SIGKILL:
         best = "the program was ended by SIGKILL"
-    for line in (best, *_after_traceback(failed.lines)):
+    # "backend='inductor' raised:" has its cause in the next line.
+    said = sorted((best, *_after_traceback(failed.lines)), key=lambda line: line.endswith(":"))
+    for line in said:
         for pattern, remedies in _KINDS:
             if pattern.search(line):
-                reason = _sentences(line.strip(), _REASON_LENGTH).rstrip(" .")
+                reason = _sentences(line.strip(), _REASON_LENGTH).rstrip(" .:")
                 return f"{reason}. {_what_helps(remedies(failed))}"
     return best
 
@@ -86,7 +88,7 @@ def _sentences(text: str, length: int) -> str:
 
 
 def _after_traceback(lines: list[str]) -> list[str]:
-    """Return the lines of the last exception; one of torch.compile has its cause in the second."""
+    """Return the lines of the last exception."""
     starts = [at for at, line in enumerate(lines) if line.endswith(TRACEBACK)]
     return [line for line in lines[starts[-1] + 1 :] if line[:1].strip()] if starts else []
 

@@ -120,6 +120,17 @@ def test_a_long_reason_ends_with_a_sentence(tmp_path: Path) -> None:
     assert shortened("some words and more", 12) == "some words ..."
 
 
+# An exception that only says that another was raised is reported by that one, and answered so.
+def test_the_cause_of_an_exception(tmp_path: Path) -> None:
+    raised = f"{RAISED}torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised:\n"
+    line = answer(tmp_path, "train", f"{raised}RuntimeError: Failed to find C compiler. Please\n")
+    assert line.startswith("RuntimeError: Failed to find C compiler. ")
+    line = answer(tmp_path, "train", f"{raised}OutOfMemoryError: CUDA out of memory.\n")
+    assert "memory=16gb" in line and "compile" not in line
+    line = answer(tmp_path, "train", f"{raised}SomethingElse: unheard of\n")
+    assert "raised:. " not in line and line.endswith("training.compile=none")
+
+
 # A process that the system killed is short of main memory, whatever its log says last; accelerate
 # reports such an end of its trainer in words.
 def test_a_killed_process(tmp_path: Path) -> None:
