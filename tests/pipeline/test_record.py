@@ -110,7 +110,7 @@ def test_a_full_disk_hides_no_error(
     [
         (StageError("CUDA out of memory"), "FAILED", "stage train failed: CUDA out of memory"),
         (Stopped(15), "KILLED", "ended by SIGTERM"),
-        (ValueError("a bug"), "FAILED", "ValueError: a bug"),
+        (ValueError("a bug"), "FAILED", "unexpected ValueError: a bug in "),
     ],
 )
 def test_the_end_of_a_run_is_written_down(
@@ -119,10 +119,11 @@ def test_the_end_of_a_run_is_written_down(
     writer = Writer()
     folder = ends(tmp_path, io.StringIO(), writer, why)
     written = json.loads((folder / "run.json").read_text())
-    assert (written["status"], written["error"]) == (status, expected)
+    assert written["status"] == status
+    assert written["error"].startswith(expected)
     assert written["stages"].keys() == {"weights", "dataset", "latents", "text", "train"}
     result = {"config.fingerprint": written["config_fingerprint"]}
-    assert writer.calls == [result, {"run.error": expected}, status]
+    assert writer.calls == [result, {"run.error": written["error"]}, status]
     files = {"config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"}
     assert files < {file.name for file in folder.iterdir()}
 

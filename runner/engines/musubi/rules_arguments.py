@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,10 +86,6 @@ def _values(values: dict[str, Any]) -> Iterator[str]:
             )
     if values.get("vae_dtype", "float16") not in (*LONG, *SHORT):
         yield f"--vae_dtype can't be {values['vae_dtype']!r}: take float16, bfloat16 or float32."
-    size = values.get("metadata_reso")
-    if size is not None and not re.fullmatch(r"\d+(,\d+)?", size):
-        # It is read when the first checkpoint is saved.
-        yield f"--metadata_reso {size!r} must be one number or two with a comma, such as 544,960."
     if "huggingface_repo_id" not in values:
         for name in ("save_state_to_huggingface", "async_upload"):
             if name in values:

@@ -102,7 +102,7 @@ def test_recorded_version_is_the_pinned_one() -> None:
 
 def golden_commands(text: str) -> Iterator[Command]:
     for line in text.replace("\\\n", " ").splitlines():
-        if "musubi_tuner." in line:
+        if "musubi_tuner." in line and "bin/python" in line:
             words = shlex.split(line)
             start = next(n for n, word in enumerate(words) if word.endswith("bin/python"))
             yield Command(tuple(words[start:]))

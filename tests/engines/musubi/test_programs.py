@@ -32,7 +32,7 @@ def test_programs_stand_alone(file: Path) -> None:
             else [alias.name for alias in node.names]
         )
     }
-    assert modules <= {*sys.stdlib_module_names, "torch", "transformers"}
+    assert modules <= {*sys.stdlib_module_names, "av", "torch", "transformers"}
 
 
 # Nothing imports them: they would act at once.

@@ -100,8 +100,7 @@ BROKEN: dict[tuple[str, ...], str] = {
         "engine.extra_args: --vae_dtype can't be 'half': take float16, bfloat16 or float32."
     ),
     ("engine.extra_args=[--metadata_reso,544x960]",): (
-        "engine.extra_args: --metadata_reso '544x960' must be one number or two with a comma, such "
-        "as 544,960."
+        "engine.extra_args: --metadata_reso is set by the runner: use dataset.resolution instead."
     ),
     ("engine.extra_args=[--lr_scheduler_type,StepLR,--lr_scheduler_args,'a=b=c']",): (
         "engine.extra_args: --lr_scheduler_args 'a=b=c' must be KEY=VALUE with one equals sign."
