@@ -19,7 +19,8 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     Keys are those of Stability AI's model-spec (``modelspec.trigger_phrase``,
     ``modelspec.resolution``) and of sd-scripts (``ss_sd_model_name``, ``ss_new_sd_model_hash``, the
     SHA-256 of the base model's file); ``ss_run_id`` is the runner's own. The base model is the file
-    that weights.json lists; where it lists none, what the trainer wrote stays.
+    that weights.json lists; where it lists none, what the trainer wrote stays. A file of this
+    computer is named ``local:<name>``, without its folder, because LoRA files are passed on.
 
     Args:
         run: the run's folder; of its files, those that are missing add nothing.
@@ -51,6 +52,9 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
         named = (model.get("repository"), model.get("transformer"))
         if (file.get("repository"), file.get("file")) == named and file.get("sha256"):
             result["ss_sd_model_name"] = f"{named[0]}/{named[1]}"
+            result["ss_new_sd_model_hash"] = file["sha256"]
+        if (file.get("source"), file.get("part")) == ("local", "transformer"):
+            result["ss_sd_model_name"] = f"local:{Path(file['file']).name}"
             result["ss_new_sd_model_hash"] = file["sha256"]
     result["ss_run_id"] = record.get("mlflow_run_id") or run_label(run)
     return result

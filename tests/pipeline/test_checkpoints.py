@@ -26,6 +26,7 @@ from runner.core.command import Command
 from runner.core.console import Console
 from runner.core.errors import StageError
 from runner.core.process import Stopped, raise_on_signals
+from runner.hub.local_files import LocalFile
 from runner.pipeline.checkpoints import COMFYUI, CheckpointConversion, converted_name, parse_name
 from runner.pipeline.run_metadata import run_metadata
 from runner.pipeline.stages.convert import CONVERT
@@ -263,6 +264,15 @@ def test_metadata(tmp_path: Path) -> None:
         **described,
         "ss_sd_model_name": "tencent/HunyuanVideo-1.5/t/file.safetensors",
         "ss_new_sd_model_hash": "1234",
+    }
+    # A file of this computer is of no repository, whatever the config names.
+    local = LocalFile("transformer", Path("/home/me/t/file.safetensors"), 1, "5678").record()
+    vae = LocalFile("vae", Path("/home/me/vae.safetensors"), 1, "9").record()
+    (run / "weights.json").write_text(json.dumps({"files": [other, local, vae]}))
+    assert run_metadata(run, trained) == {
+        **described,
+        "ss_sd_model_name": "local:file.safetensors",
+        "ss_new_sd_model_hash": "5678",
     }
     (run / "config.yaml").write_text(
         "dataset:\n  trigger_word: ohwx\n  resolution: [544, 960]\n  sources:\n"
