@@ -60,6 +60,10 @@ def test_what_only_musubi_reads(tmp_path: Path) -> None:
         check_file("text_encoder", published("text_encoder", tmp_path / "qwen"), whole=True)
     with pytest.raises(UserError, match=r"shared\.weight is \[384, 1472\], not \[1510, 1472\]"):
         check_file("byt5", published("byt5", tmp_path / "byt5"), whole=True)
+    rows = {**layout("byt5"), "shared.weight": (1600, 1472)}
+    check_file("byt5", write_sparse(tmp_path / "rows", rows, "F16"))
+    with pytest.raises(UserError, match=r"shared\.weight is \[1600, 1472\], not \[1510, 1472\]"):
+        check_file("byt5", tmp_path / "rows", whole=True)
     more = {**layout("text_encoder", whole=True), "visual.blocks.32.norm1.weight": (1280,)}
     check_file("text_encoder", write_sparse(tmp_path / "more", more, "BF16"))
     with pytest.raises(UserError, match=r"has 1 tensor that .* such as visual\.blocks\.32"):
