@@ -6,20 +6,16 @@ This is the command of the weights stage.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from runner.core.console import Console
-from runner.core.errors import StageError, describe_os_error
-from runner.core.process import Stopped, raise_on_signals
 from runner.core.unexpected import guarded
+from runner.hub.command import run
 from runner.hub.fetch import fetch_files
 from runner.hub.hub_cache import HubCache, Request
-from runner.hub.progress import VARIABLE, DownloadProgress
-from runner.hub.remote import silence_warnings
+from runner.hub.progress import DownloadProgress
 
 AND = "--and"
 
@@ -40,22 +36,13 @@ def main() -> int:
     ]
     checked = next((one.checked for one in repositories if one.checked), None)
     force = any(one.force for one in repositories)
-    progress_file = os.environ.get(VARIABLE)
-    raise_on_signals()
-    console = Console.for_stream(sys.stdout)
-    if console.fancy:
-        silence_warnings()
-    try:
+
+    def work(progress: DownloadProgress) -> Iterator[str]:
         hub_cache = HubCache.of_user(checked or Path("outputs/cache/weights/checked").absolute())
-        with DownloadProgress(console, Path(progress_file) if progress_file else None) as progress:
-            for file in fetch_files(requests, hub_cache, progress, force=force):
-                console.line(f"{file.sha256}  {file.path}")
-    except (StageError, OSError) as error:
-        console.error(describe_os_error(error) if isinstance(error, OSError) else str(error))
-        return 1
-    except Stopped as stopped:
-        return stopped.exit_code
-    return 0
+        for file in fetch_files(requests, hub_cache, progress, force=force):
+            yield f"{file.sha256}  {file.path}"
+
+    return run(work)
 
 
 def _parts(arguments: Sequence[str]) -> Iterator[list[str]]:

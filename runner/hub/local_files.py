@@ -12,21 +12,21 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.core.atomic import write_text
-from runner.core.console import Console
-from runner.core.errors import StageError, UserError, describe_os_error
+from runner.core.errors import StageError, UserError
 from runner.core.file_identity import identity_of
 from runner.core.paths import absolute
-from runner.core.process import Stopped, raise_on_signals
 from runner.core.text import did_you_mean
 from runner.formats.published_check import check_file
 from runner.formats.safetensors_header import DamagedFileError
+from runner.hub.command import run
 from runner.hub.hub_cache import read_sha256
-from runner.hub.progress import VARIABLE, DownloadListener, DownloadProgress
+from runner.hub.progress import DownloadListener, DownloadProgress
 
 _SUFFIX = ".safetensors"
 
@@ -178,19 +178,13 @@ def main() -> int:
     parser.add_argument("--checked", type=Path, required=True, help="folder of the notes")
     parser.add_argument("--force", action="store_true", help="read files again that are known")
     parsed = parser.parse_args()
-    hashes, progress_file = Hashes(parsed.checked), os.environ.get(VARIABLE)
-    raise_on_signals()
-    console = Console.for_stream(sys.stdout)
-    try:
-        with DownloadProgress(console, Path(progress_file) if progress_file else None) as progress:
-            for file in parsed.files:
-                console.line(f"{hashes.compute(file, progress, again=parsed.force)}  {file}")
-    except (StageError, OSError) as error:
-        console.error(describe_os_error(error) if isinstance(error, OSError) else str(error))
-        return 1
-    except Stopped as stopped:
-        return stopped.exit_code
-    return 0
+    hashes = Hashes(parsed.checked)
+
+    def work(progress: DownloadProgress) -> Iterator[str]:
+        for file in parsed.files:
+            yield f"{hashes.compute(file, progress, again=parsed.force)}  {file}"
+
+    return run(work)
 
 
 if __name__ == "__main__":
