@@ -31,7 +31,7 @@ _BESIDES = 400 * 1024**2
 # Blocks' places on the GPU for streaming, and the blocks whose kept tensors stay there or are on
 # their way.
 SLOTS = 3
-_ON_THE_WAY = 4
+_ON_THE_WAY = 5
 
 
 @dataclass(frozen=True)
