@@ -61,6 +61,9 @@ class EngineInstall:
         source_path: folder to put on PYTHONPATH, for a checkout that is not installed.
         missing: why it cannot run, or None.
         cannot_compile: why torch.compile cannot work with it, or None.
+        own_encoding: id that keeps its entries in the shared cache apart from those that its engine
+            makes otherwise, or None.
+        notice: a notice about it for the plan, or None.
     """
 
     python: str
@@ -68,6 +71,8 @@ class EngineInstall:
     source_path: str | None = None
     missing: str | None = None
     cannot_compile: str | None = None
+    own_encoding: str | None = None
+    notice: str | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnviron
         memory_note=note,
         weights=weights,
         engine=install,
-        own_encoding=engine.own_encoding,
+        own_encoding=engine.own_encoding or install.own_encoding,
     )
 
 

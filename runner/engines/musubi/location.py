@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.paths import absolute
 from runner.engines.base import EngineInstall
 from runner.engines.musubi.packages import COMMAND, VERSION, engine_home, python_of
+from runner.engines.musubi.version import checkout_version
 
 
 def located(config: RunConfig, cwd: Path) -> EngineInstall:
@@ -41,14 +41,12 @@ def located(config: RunConfig, cwd: Path) -> EngineInstall:
         )
     if source is None:
         return EngineInstall(str(python), f"musubi-tuner {VERSION}", None, missing)
-    version = _checkout_version(source) or "of an unknown version"
-    return EngineInstall(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
-
-
-def _checkout_version(source: Path) -> str | None:
-    """Return the version that a checkout declares, written like its tags."""
-    try:
-        project = tomllib.loads((source / "pyproject.toml").read_text("utf-8"))["project"]
-        return f"v{project['version']}"
-    except (OSError, ValueError, KeyError):
-        return None
+    version = checkout_version(source)
+    return EngineInstall(
+        str(python),
+        version.text,
+        str(source / "src"),
+        missing,
+        own_encoding=version.own_encoding,
+        notice=version.notice,
+    )
