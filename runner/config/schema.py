@@ -78,6 +78,12 @@ class EngineConfig:
     extra_args: list[str] = option(
         [], "Extra command-line arguments for the trainer, passed on unchanged."
     )
+    cache_args: list[str] = option(
+        [],
+        "Extra command-line arguments for musubi-tuner's two cache scripts; each goes to the "
+        "script that takes it.",
+        digests="resume_key",
+    )
 
 
 @dataclass
@@ -162,6 +168,11 @@ class TrainingConfig:
     max_grad_norm: float = option(1.0, "Maximum gradient norm; 0 disables clipping.", at_least=0)
     attention: str = option(
         "sdpa", "Attention implementation.", choices=("sdpa", "flash", "xformers")
+    )
+    split_attention: bool = option(
+        False,
+        "Attend to each item of a batch by itself, without padding (split_attn); always so with "
+        "training.attention=xformers.",
     )
     compile: str = option(
         "auto", "torch.compile.", choices=("auto", "always", "none"), digests="resume_key"

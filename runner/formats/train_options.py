@@ -242,8 +242,8 @@ class TrainOptions:
     )
     # musubi-tuner requires split_attn with xformers.
     split_attn: bool = row(
-        "training.attention=xformers",
-        _if_attention_is("xformers"),
+        "training.split_attention",
+        lambda r: r.config.training.split_attention or _if_attention_is("xformers")(r) or None,
         default=False,
         embedded="ignored",
     )

@@ -134,6 +134,11 @@ def _training(config: RunConfig) -> Iterator[str]:
             f"training.attention={training.attention} needs engine=musubi; engine=diffusers takes "
             "sdpa."
         )
+    if training.split_attention:
+        yield (
+            "training.split_attention needs engine=musubi; engine=diffusers leaves padding out of "
+            "attention by itself."
+        )
     if training.save_state or training.resume_from:
         yield "training.save_state and training.resume_from need engine=musubi."
     if training.timestep_sampling not in _TIMESTEP_SAMPLINGS:
@@ -154,3 +159,5 @@ def _of_musubi(config: RunConfig) -> Iterator[str]:
         yield "engine.arguments=command_line needs engine=musubi."
     if engine.extra_args:
         yield "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
+    if engine.cache_args:
+        yield "engine.cache_args are arguments of musubi-tuner's scripts: they need engine=musubi."

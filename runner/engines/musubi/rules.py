@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.engines import rules
 from runner.engines.musubi import rules_optimizer
-from runner.engines.musubi.rules_arguments import extra_arguments, gives
+from runner.engines.musubi.rules_arguments import cache_arguments, extra_arguments, gives
 from runner.engines.musubi.weights import takes_half
 from runner.hub.local_files import is_local
 
@@ -30,6 +30,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         _timesteps,
         _previews,
         extra_arguments,
+        cache_arguments,
     ):
         yield from rule(config)
     if config.memory.name != "auto":

@@ -1,4 +1,7 @@
-"""Check ``engine.extra_args``: options that musubi-tuner has and the runner does not set; pure."""
+"""Check ``engine.extra_args`` and ``engine.cache_args``; pure.
+
+They give options that musubi-tuner has and the runner does not set.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig
+from runner.formats.cache_arguments import problems as cache_problems
 from runner.formats.dtypes import LONG, SHORT
 from runner.formats.train_options import SET_BY_RUNNER, TABLE
 from runner.formats.trainer_options import TRAIN, parse
@@ -53,6 +57,12 @@ def extra_arguments(config: RunConfig) -> Iterator[str]:
     if not problems:
         for problem in _values(values):
             yield f"engine.extra_args: {problem}"
+
+
+def cache_arguments(config: RunConfig) -> Iterator[str]:
+    """Yield one line for each problem with ``engine.cache_args``."""
+    for problem in cache_problems(config.engine.cache_args):
+        yield f"engine.cache_args: {problem}"
 
 
 def gives(config: RunConfig, name: str) -> bool:

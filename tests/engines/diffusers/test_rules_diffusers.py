@@ -68,6 +68,13 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.weighting_scheme=cosmap needs engine=musubi; engine=diffusers takes none."
     ),
     ("engine.arguments=command_line",): "engine.arguments=command_line needs engine=musubi.",
+    ("engine.cache_args=[--num_workers,2]",): (
+        "engine.cache_args are arguments of musubi-tuner's scripts: they need engine=musubi."
+    ),
+    ("training.split_attention=true",): (
+        "training.split_attention needs engine=musubi; engine=diffusers leaves padding out of "
+        "attention by itself."
+    ),
     ("engine.extra_args=[--save_state]",): (
         "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
     ),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import compose
 
 from runner.engines.musubi import version
 from runner.engines.musubi.engine import MusubiEngine
 from runner.engines.musubi.version import checkout_version, sources_digest
-from tests.conftest import compose
 
 
 def checkout(folder: Path, declared: str | None, script: str = "print(1)\n") -> Path:

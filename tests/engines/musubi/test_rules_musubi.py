@@ -127,6 +127,33 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("engine.extra_args=[--async_upload]",): (
         "engine.extra_args: --async_upload needs --huggingface_repo_id."
     ),
+    ("engine.cache_args=[--vae_dtyp,float32]",): (
+        "engine.cache_args: the cache scripts have no option --vae_dtyp. Did you mean --vae_dtype?"
+    ),
+    ("engine.cache_args=['--vae_sample_size=64']",): (
+        "engine.cache_args: --vae_sample_size is set by the runner: use memory.vae_tile instead."
+    ),
+    ("engine.cache_args=[--fp8_vl]",): (
+        "engine.cache_args: --fp8_vl is set by the runner: use memory.fp8_text_encoder instead."
+    ),
+    ("engine.cache_args=[--debug_mode,image]",): (
+        "engine.cache_args: --debug_mode can't be used: it shows the dataset instead of encoding "
+        "it."
+    ),
+    ("engine.cache_args=[--num_workers,many]",): (
+        "engine.cache_args: --num_workers must be a whole number, not 'many'."
+    ),
+    ("engine.cache_args=[--batch_size,0]",): (
+        "engine.cache_args: --batch_size 0 is too small: it must be at least 1."
+    ),
+    ("engine.cache_args=[--vae_dtype,half]",): (
+        "engine.cache_args: --vae_dtype can't be 'half': take float16, bfloat16 or float32."
+    ),
+    ("engine.cache_args=[cpu]",): "engine.cache_args: 'cpu' belongs to no option.",
+    ("engine.extra_args=[--split_attn]",): (
+        "engine.extra_args: --split_attn is set by the runner: use training.split_attention "
+        "instead."
+    ),
     ("memory=24gb", "engine.extra_args=[--block_swap_ring_size,3]"): (
         "engine.extra_args: --block_swap_ring_size does nothing in memory=24gb without "
         "memory.blocks_to_swap above 0 and memory.h2d_only=true."
