@@ -121,6 +121,12 @@ class SchedulerConfig:
         1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
     )
     power: float = option(1.0, "Exponent (scheduler=polynomial).", at_least=0)
+    timescale: int | None = option(
+        None,
+        "Steps after which the rate begins to fall as 1/sqrt (scheduler=inverse_sqrt); null is "
+        "scheduler.warmup_steps, or 10000 without warm-up.",
+        at_least=1,
+    )
     min_lr_ratio: float | None = option(
         None,
         "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex).",

@@ -33,6 +33,7 @@ SCHEDULERS = (
     "cosine_with_restarts",
     "cosine_with_min_lr",
     "polynomial",
+    "inverse_sqrt",
     "rex",
 )
 # The trainers call step() without a closure, and a LoRA's gradients are dense.
@@ -157,6 +158,10 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
     if scheduler.power != 1 and name != "polynomial":
         yield f"scheduler.power does nothing with scheduler={name}: take scheduler=polynomial."
+    if scheduler.timescale is not None and name != "inverse_sqrt":
+        yield (
+            f"scheduler.timescale does nothing with scheduler={name}: take scheduler=inverse_sqrt."
+        )
     if name == "polynomial" and config.optimizer.learning_rate <= 1e-7:
         yield (
             f"optimizer.learning_rate={config.optimizer.learning_rate:g} must be above 1e-07, "

@@ -179,10 +179,9 @@ class TrainOptions:
     learning_rate: float = row("optimizer.learning_rate", default=2e-6, original=14, in_lora=True)
     max_grad_norm: float = row("training.max_grad_norm", default=1.0, in_lora=True)
     lr_scheduler: str = row("scheduler", "scheduler.name", default="constant", in_lora=True)
-    # The runner sets none of these three; a train.toml written by hand may.
+    # The runner sets neither of these two; a train.toml written by hand may.
     lr_scheduler_type: str = row(default="")
     lr_scheduler_args: list[str] = row(default=[])
-    lr_scheduler_timescale: int | None = row(default=None)
     network_module: str = row(
         "network",
         lambda r: NETWORK_MODULES[r.config.network.name],
@@ -296,6 +295,9 @@ class TrainOptions:
     )
     lr_scheduler_power: float = row(
         "scheduler.power", _for_schedules(("polynomial",), "power"), default=1.0
+    )
+    lr_scheduler_timescale: int | None = row(
+        "scheduler.timescale", _for_schedules(("inverse_sqrt",), "timescale"), default=None
     )
     lr_scheduler_min_lr_ratio: float | None = row(
         "scheduler.min_lr_ratio", _for_schedules(WITH_MIN_LR, "min_lr_ratio"), default=None

@@ -70,6 +70,9 @@ BROKEN: dict[tuple[str, ...], str] = {
         "scheduler.num_cycles does nothing with scheduler=cosine: take "
         "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
     ),
+    ("scheduler.timescale=100",): (
+        "scheduler.timescale does nothing with scheduler=constant: take scheduler=inverse_sqrt."
+    ),
     ("scheduler.power=2",): (
         "scheduler.power does nothing with scheduler=constant: take scheduler=polynomial."
     ),

@@ -32,7 +32,6 @@ REFUSED = {
     "dim_from_weights": "it crashes; set network.rank to the file's rank",
     "flash3": "it is ignored beside the runner's own training.attention",
     "lr_decay_steps": "no schedule that the runner offers reads it",
-    "lr_scheduler_timescale": "no schedule that the runner offers reads it",
     "sage_attn": "musubi-tuner refuses it in training",
     "show_timesteps": "it ends the trainer before training",
 }

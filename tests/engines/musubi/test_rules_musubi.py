@@ -118,8 +118,8 @@ BROKEN: dict[tuple[str, ...], str] = {
         "runner offers reads it."
     ),
     ("engine.extra_args=[--lr_scheduler_timescale,10]",): (
-        "engine.extra_args: --lr_scheduler_timescale can't be used: no schedule that the "
-        "runner offers reads it."
+        "engine.extra_args: --lr_scheduler_timescale is set by the runner: use "
+        "scheduler.timescale instead."
     ),
     ("engine.extra_args=[--base_weights,/a,--base_weights_multiplier,nan]",): (
         "engine.extra_args: --base_weights_multiplier nan must be finite."
