@@ -28,13 +28,23 @@ def network(rank: int, alpha: float) -> torch.nn.Module:
 
 
 def save_state(
-    folder: Path, *, rank: int = 4, alpha: float = 2.0, rate: float = 1e-4, steps: int = 500
+    folder: Path,
+    *,
+    rank: int = 4,
+    alpha: float = 2.0,
+    rate: float = 1e-4,
+    steps: int = 500,
+    lambda_schedule: bool = True,
 ) -> None:
     """Save the state of a training at a constant rate, after so many steps."""
     accelerator = Accelerator(cpu=True)
     lora = network(rank, alpha)
     optimizer = torch.optim.AdamW(lora.parameters(), lr=rate)
-    schedule = get_constant_schedule(optimizer)
+    schedule = (
+        get_constant_schedule(optimizer)
+        if lambda_schedule
+        else torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    )
     accelerator.prepare(lora, optimizer, schedule)
     schedule.last_epoch = steps
     accelerator.save_state(str(folder))

@@ -47,10 +47,10 @@ def check_state(config: RunConfig) -> None:
     ]
     if not differences:
         return
-    theirs, ours = (" ".join(one[side] for one in differences) for side in (0, 1))
+    theirs, ours = (", ".join(one[side] for one in differences) for side in (0, 1))
     raise UserError(
-        f"training.resume_from={folder} is the state of another training: it has {theirs}, and "
-        f"this run {ours}. Give it what the state has; or start from the LoRA alone "
+        f"training.resume_from={folder} is the state of another training: it has {theirs}; this "
+        f"run has {ours}. Give the run what the state has, or start from the LoRA alone "
         "(network.weights), which leaves task, optimizer and rate free."
     )
 
@@ -100,8 +100,8 @@ def _network(
     if names != state.modules:
         more = len(state.modules - names)
         yield (
-            f"{counted(len(state.modules), 'module')} ({more} not among this run's)",
-            f"{len(names)} (network.include, network.exclude)",
+            f"{counted(len(state.modules), 'module')} ({more} of them not this run's)",
+            f"{counted(len(names), 'module')} (network.include, network.exclude)",
         )
 
 

@@ -57,9 +57,7 @@ def test_damaged_states_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scheduler\.bin can't be read as the state of a schedule"):
         read_state(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(
-        UserError, match=r"model\.safetensors can't be read as a LoRA file"
-    ):
+    with pytest.raises(UserError, match=r"model\.safetensors can't be read as a LoRA file"):
         read_state(tmp_path)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import compose, fake_facts, fake_item, plan_of
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from state_folders import ONE_MODULE, save_state
 
 from runner.config.schema import RunConfig
@@ -65,8 +68,8 @@ def test_the_same_training_goes_on(recorded: Path) -> None:
         ("network=loha", "network=lora", "network=loha"),
         (
             "network.include=['double_blocks.0.img_attn_k']",
-            "1 module (1 not among this run's)",
-            "1 (network.include, network.exclude)",
+            "1 module (1 of them not this run's)",
+            "1 module (network.include, network.exclude)",
         ),
         ("task=i2v", "task=t2v", "task=i2v"),
         ("optimizer.type=SGD", "optimizer.type=adamw", "optimizer.type=SGD"),
@@ -92,8 +95,8 @@ def test_another_training_is_refused(recorded: Path, change: str, theirs: str, o
     with pytest.raises(UserError) as caught:
         resumed(recorded, *SAME, change)
     assert str(caught.value) == (
-        f"training.resume_from={recorded} is the state of another training: it has {theirs}, and "
-        f"this run {ours}. Give it what the state has; or start from the LoRA alone "
+        f"training.resume_from={recorded} is the state of another training: it has {theirs}; this "
+        f"run has {ours}. Give the run what the state has, or start from the LoRA alone "
         "(network.weights), which leaves task, optimizer and rate free."
     )
 
@@ -113,11 +116,11 @@ def test_a_state_without_its_run(alone: Path) -> None:
     )
     assert notice in plan_of(config, gather(config, environment, inputs.sources)).notices
     for change, words in (
-        ("network.rank=8", "it has network.rank=4, and this run network.rank=8."),
-        ("optimizer.learning_rate=2e-4", "it has optimizer.learning_rate=0.0001, and"),
+        ("network.rank=8", "it has network.rank=4; this run has network.rank=8."),
+        ("optimizer.learning_rate=2e-4", "it has optimizer.learning_rate=0.0001; this"),
         (
             "optimizer.type=schedulefree.AdamWScheduleFree",
-            "it has the state of a schedule, and this run optimizer.type=schedulefree.",
+            "it has the state of a schedule; this run has optimizer.type=schedulefree.",
         ),
     ):
         with pytest.raises(UserError) as caught:
@@ -168,3 +171,33 @@ def test_weights_to_start_from_do_nothing() -> None:
         "network.weights does nothing with training.resume_from, whose weights replace it: leave "
         "one of them out."
     ]
+
+
+# A rex schedule's state can be loaded by its own kind alone: the trainer would fail on it.
+def test_a_state_of_rex_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path / "a-state", lambda_schedule=False)
+    with pytest.raises(UserError, match=r"it has the state of a schedule of its own kind \(rex\);"):
+        resumed(tmp_path / "a-state", *BASE)
+    resumed(tmp_path / "a-state", *BASE, "engine.extra_args=[--lr_scheduler_type,StepLR]")
+
+
+# A LoKr with a whole second factor is saved with its rank for alpha: the record has the option's.
+def test_the_alpha_of_a_lokr_is_its_records(tmp_path: Path, recorded: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(recorded.parent.parent, run)
+    state = run / "checkpoints" / "lora-state"
+    name = "lora_unet_double_blocks_0_img_attn_q"
+    factors = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(4, 4), "alpha": torch.tensor(4)}
+    tensors = {f"{name}.{leaf}": tensor for leaf, tensor in factors.items()}
+    save_file(tensors, state / "model.safetensors")
+    resumed(state, *SAME, "network=lokr", "network.rank=4")
+    with pytest.raises(UserError, match=r"network\.alpha=2; this run has network\.alpha=4\."):
+        resumed(state, *SAME, "network=lokr", "network.rank=4", "network.alpha=4")
+
+
+# A folder that is in the place of a run, but has no record of one, says nothing of the state.
+def test_another_programs_config_is_no_record(tmp_path: Path) -> None:
+    state = tmp_path / "checkpoints" / "lora-state"
+    save_state(state)
+    (tmp_path / "config.yaml").write_text("task: {name: i2v}")
+    assert len(list(state_notices(resumed(state, *BASE)))) == 1
