@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_groups_and_another_kind_of_schedule(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     lora = network(rank=2, alpha=2.0)
     first, *others = lora.parameters()
-    optimizer = torch.optim.AdamW([{"params": [first], "lr": 1e-4}, {"params": others}], lr=2e-4)
+    groups: list[dict[str, Any]] = [{"params": [first], "lr": 1e-4}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=2e-4)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     accelerator.prepare(lora, optimizer, schedule)
     accelerator.save_state(str(tmp_path))
