@@ -80,6 +80,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
             for note in (inputs.engine.notice, inputs.memory_note, inputs.lora_note, compile_note)
             if note
         ),
+        *inputs.state_notices,
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),
     ]
