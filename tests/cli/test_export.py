@@ -191,7 +191,7 @@ def test_what_is_not_there(
     make_run(outputs, "12-00-01-my-loha", kind="loha")
     Path("nothing").mkdir()
     Path("damaged").mkdir()
-    Path("damaged/run.json").write_text("[]")
+    Path("damaged/run.json").write_text("[1]")
     Path("file").touch()
     code, out, err = exported(capsys, *arguments)
     assert (code, out) == (2, "")
