@@ -563,7 +563,8 @@ def test_metrics_and_accumulation(tmp_path: Path) -> None:
     assert [value for _, value in found["lr/unet"]] == pytest.approx([1e-2] * 4)
 
 
-# A loss that is no number ends the run at once, and no file claims to be its result.
+# A loss that is no number for five steps in a row ends the run at the fifth, and no file claims to
+# be its result.
 def test_exploding_loss_stops(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "run",
@@ -571,6 +572,7 @@ def test_exploding_loss_stops(tmp_path: Path) -> None:
         learning_rate=1e30,
         max_grad_norm=0.0,
         max_train_epochs=5,
+        logging_dir="tensorboard",
     )
     with (
         inside(folder),
@@ -578,6 +580,8 @@ def test_exploding_loss_stops(tmp_path: Path) -> None:
     ):
         train.main(["--config_file", "train.toml"])
     assert not (folder / "checkpoints").exists()
+    losses = [math.isfinite(value) for _, value in scalars(folder)["loss/current"]]
+    assert losses == [True] * (len(losses) - 5) + [False] * 5
 
 
 # A single step whose loss is not finite changes nothing: neither weights nor the average, and the
