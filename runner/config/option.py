@@ -29,12 +29,10 @@ class Needs:
     Attributes:
         key: the other option.
         values: its values with which the option has an effect.
-        hint: ends the notice for an option that has none.
     """
 
     key: str
     values: tuple[str, ...]
-    hint: str = ""
 
 
 def option(

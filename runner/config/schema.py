@@ -188,17 +188,13 @@ class TrainingConfig:
         2.0,
         "Timestep shift.",
         above=0,
-        needs=Needs(
-            "training.timestep_sampling",
-            ("shift", "sigma", "logsnr"),
-            "; it shifts with training.timestep_sampling=shift",
-        ),
+        needs=Needs("training.timestep_sampling", ("shift", "sigma")),
     )
     sigmoid_scale: float = option(
         1.0,
         "Scale of the normal values before the sigmoid (timestep_sampling=shift, sigmoid).",
         above=0,
-        needs=Needs("training.timestep_sampling", ("shift", "sigmoid", "sigma", "logsnr")),
+        needs=Needs("training.timestep_sampling", ("shift", "sigmoid")),
     )
     weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")

@@ -111,6 +111,11 @@ class Selection:
         ]
 
     @property
+    def only_clips(self) -> bool:
+        """Whether there are items, and no picture among them."""
+        return bool(self.items) and all(item.media_kind == "video" for item in self.items)
+
+    @property
     def has_held_out(self) -> bool:
         """Whether any item is held out."""
         return any(item.held_out for item in self.items)

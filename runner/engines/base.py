@@ -90,6 +90,19 @@ class Job:
     root: Path
 
 
+@dataclass(frozen=True)
+class IdleOption:
+    """An option that is away from its default and does nothing.
+
+    Attributes:
+        key: what to leave out.
+        line: why it does nothing, and what to set.
+    """
+
+    key: str
+    line: str
+
+
 class Engine(Protocol):
     """A set of executables that accept the files between the stages."""
 
@@ -131,6 +144,14 @@ class Engine(Protocol):
 
     def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         """Yield warnings about settings that do nothing or are probably unintended; pure."""
+
+    def idle_options(self, config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+        """Yield the options that are away from their defaults and do nothing; pure.
+
+        Args:
+            config: the run's config.
+            only_clips: whether the dataset has clips and no pictures; False if it is not known yet.
+        """
 
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         """Make the paths of this engine's own options absolute, from ``cwd``. Reads only.

@@ -12,6 +12,7 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.text import did_you_mean
+from runner.engines.base import IdleOption
 from runner.engines.optimizer_classes import (
     ARGUMENTS,
     SHORT_NAMES,
@@ -55,6 +56,17 @@ def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
         yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
 
 
+def idle_options(config: RunConfig) -> Iterator[IdleOption]:
+    """Yield the learning rate where the optimizer sets its own."""
+    if ignores_learning_rate(config.optimizer):
+        yield IdleOption(
+            "optimizer.learning_rate",
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g} does nothing: Adafactor "
+            "sets its own rate, unless optimizer.args.relative_step=false and "
+            "optimizer.args.warmup_init=false.",
+        )
+
+
 def notices(config: RunConfig, *, steps: int) -> Iterator[str]:
     """Yield warnings about accepted but probably unintended settings."""
     warmup, optimizer = config.scheduler.warmup_steps, config.optimizer
@@ -64,13 +76,7 @@ def notices(config: RunConfig, *, steps: int) -> Iterator[str]:
             "rate is never reached."
         )
     rate, rates = optimizer.learning_rate, usual_rates(optimizer)
-    if ignores_learning_rate(optimizer):
-        yield (
-            f"optimizer.learning_rate={rate:g} does nothing: Adafactor "
-            "sets its own rate, unless optimizer.args.relative_step=false and "
-            "optimizer.args.warmup_init=false."
-        )
-    elif rates and not rates.low <= rate <= rates.high:
+    if rates and not ignores_learning_rate(optimizer) and not rates.low <= rate <= rates.high:
         size = "low" if rate < rates.low else "high"
         yield (
             f"optimizer.learning_rate={rate:g} is {size} for {class_name(optimizer.type)}: "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner.config.composed import given_keys
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
 from runner.core.paths import existing_file
@@ -46,7 +47,7 @@ def resolve_weights(config: RunConfig, overrides: Collection[str], cwd: Path) ->
     model, task = config.model, config.task.name
     if model.source != "hub":
         return ResolvedWeights(config, ())
-    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    given = given_keys(overrides)
     files: dict[str, Any] = {}
     for part in PART_NAMES:
         value = getattr(model, part)

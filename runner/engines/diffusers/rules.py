@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.rules import value_of
 from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
-from runner.engines import rules
-from runner.engines.base import Gpu
+from runner.engines import rules, rules_idle
+from runner.engines.base import Gpu, IdleOption
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.engines.optimizer_classes import class_path
 from runner.formats.published_layout import TRANSFORMER_BLOCKS
@@ -48,32 +49,54 @@ def plan_problems(config: RunConfig, gpu: Gpu | None, *, steps: int) -> Iterator
 
 def plan_notices(config: RunConfig, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
     """Yield warnings about settings that do nothing or are probably unintended."""
-    yield from rules.plan_notices(config, steps=steps, clips=clips)
+    yield from rules_idle.notices(config, steps=steps, clips=clips)
     if gpu is None and config.precision.mixed_precision != "no":
         yield (
             f"precision={config.precision.name} does nothing without a GPU: on the CPU everything "
             "is computed in fp32."
         )
+    for option in _of_others(config):
+        yield option.line
+
+
+def idle_options(config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+    """Yield the options that are away from their defaults and do nothing."""
+    yield from rules_idle.idle_options(config, only_clips=only_clips)
+    yield from _of_others(config)
+
+
+def _of_others(config: RunConfig) -> Iterator[IdleOption]:
+    """Yield options that only musubi-tuner, or only a model with published weights, obeys."""
     for key in ("path", "python"):
         if getattr(config.engine, key) is not None:
-            yield f"engine.{key} does nothing with engine=diffusers, which is the runner's own."
+            yield IdleOption(
+                f"engine.{key}",
+                f"engine.{key} does nothing with engine=diffusers, which is the runner's own: "
+                "leave it out, or take engine=musubi.",
+            )
     for key in ("fp8_text_encoder", "pinned", "h2d_only"):
         if getattr(config.memory, key):
-            yield f"memory.{key}=true does nothing with engine=diffusers."
+            yield IdleOption(
+                f"memory.{key}",
+                f"memory.{key}=true does nothing with engine=diffusers: leave it out, or take "
+                "engine=musubi.",
+            )
     workers = config.training.data_workers
     if workers != TrainingConfig().data_workers:
-        yield (
+        yield IdleOption(
+            "training.data_workers",
             f"training.data_workers={workers} does nothing with engine=diffusers, which reads "
-            "ahead in one thread."
+            "ahead in one thread: leave it out.",
         )
+    if config.model.source != "random":
+        return
     for option in options(ModelConfig, "model."):
-        name = option.key.removeprefix("model.")
-        if name in ("name", "source", "blocks"):
-            continue
-        if config.model.source == "random" and getattr(config.model, name) != option.default:
-            yield (
+        known = option.key in ("model.name", "model.source", "model.blocks")
+        if not known and value_of(config, option.key) != option.default:
+            yield IdleOption(
+                option.key,
                 f"{option.key} does nothing with model={config.model.name}, whose weights are "
-                "made at random."
+                "made at random: leave it out, or take model=hunyuan15_720p.",
             )
 
 

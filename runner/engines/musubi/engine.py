@@ -21,6 +21,7 @@ from runner.engines.base import (
     NO_GPU,
     EngineInstall,
     Gpu,
+    IdleOption,
     Job,
     latents_arguments,
     text_arguments,
@@ -107,6 +108,9 @@ class MusubiEngine:
 
     def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         return rules.plan_notices(job.config, steps=steps, clips=clips)
+
+    def idle_options(self, config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+        return rules.idle_options(config, only_clips=only_clips)
 
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         return option_paths.resolve_paths(config, cwd)

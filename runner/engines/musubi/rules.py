@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 
 from runner.config.schema import MemoryConfig, RunConfig
-from runner.engines import rules
+from runner.engines import rules, rules_idle
+from runner.engines.base import IdleOption
 from runner.engines.musubi import rules_optimizer
 from runner.engines.musubi.rules_arguments import cache_arguments, extra_arguments, gives
 from runner.engines.musubi.weights import takes_half
@@ -77,9 +78,29 @@ def plan_problems(
         )
 
 
+def idle_options(config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+    """Yield the options that are away from their defaults and do nothing."""
+    yield from rules_idle.idle_options(config, only_clips=only_clips)
+    yield from _without_block_swap(config)
+
+
+def _without_block_swap(config: RunConfig) -> Iterator[IdleOption]:
+    if config.memory.blocks_to_swap != 0:
+        return  # Not known before the plan with memory=auto.
+    for name in ("pinned", "h2d_only"):
+        if getattr(config.memory, name):
+            yield IdleOption(
+                f"memory.{name}",
+                f"memory.{name}=true does nothing without block swap: leave it out, or set "
+                "memory.blocks_to_swap above 0.",
+            )
+
+
 def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
     """Yield warnings about accepted but probably unintended settings."""
-    yield from rules.plan_notices(config, steps=steps, clips=clips)
+    yield from rules_idle.notices(config, steps=steps, clips=clips)
+    for option in _without_block_swap(config):
+        yield option.line
     if config.training.resume_from:
         yield (
             "training.resume_from gives the trainer weights, optimizer and learning rate; "

@@ -161,30 +161,41 @@ def test_published_weights_need_a_large_gpu(
 
 NOTICES_OF: dict[tuple[str, ...], str] = {
     ("memory.fp8_text_encoder=true",): (
-        "memory.fp8_text_encoder=true does nothing with engine=diffusers."
+        "memory.fp8_text_encoder=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
     ),
-    ("memory.pinned=true",): "memory.pinned=true does nothing with engine=diffusers.",
-    ("memory.h2d_only=true",): "memory.h2d_only=true does nothing with engine=diffusers.",
+    ("memory.pinned=true",): (
+        "memory.pinned=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
+    ),
+    ("memory.h2d_only=true",): (
+        "memory.h2d_only=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
+    ),
     ("engine.path=a",): (
-        "engine.path does nothing with engine=diffusers, which is the runner's own."
+        "engine.path does nothing with engine=diffusers, which is the runner's own: leave it "
+        "out, or take engine=musubi."
     ),
     ("engine.python=a",): (
-        "engine.python does nothing with engine=diffusers, which is the runner's own."
+        "engine.python does nothing with engine=diffusers, which is the runner's own: leave it "
+        "out, or take engine=musubi."
     ),
     ("training.data_workers=4",): (
         "training.data_workers=4 does nothing with engine=diffusers, which reads ahead in one "
-        "thread."
+        "thread: leave it out."
     ),
     ("model.transformer=mine.safetensors",): (
-        "model.transformer does nothing with model=tiny, whose weights are made at random."
+        "model.transformer does nothing with model=tiny, whose weights are made at random: leave "
+        "it out, or take model=hunyuan15_720p."
     ),
     ("model.revision=v1",): (
-        "model.revision does nothing with model=tiny, whose weights are made at random."
+        "model.revision does nothing with model=tiny, whose weights are made at random: leave "
+        "it out, or take model=hunyuan15_720p."
     ),
 }
 
 
-# What is accepted and does nothing is a notice.
+# What does nothing is a notice of the plan.
 @pytest.mark.parametrize("overrides", NOTICES_OF, ids=" ".join)
 def test_what_does_nothing_is_reported(overrides: tuple[str, ...]) -> None:
     assert not [line for line in plan().notices if "nothing" in line]
