@@ -29,10 +29,12 @@ class Needs:
     Attributes:
         key: the other option.
         values: its values with which the option has an effect.
+        otherwise: a third option, whose values do as well.
     """
 
     key: str
     values: tuple[str, ...]
+    otherwise: Needs | None = None
 
 
 def option(

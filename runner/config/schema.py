@@ -15,6 +15,13 @@ from runner.config.option import Bounds, Digests, Needs, Option, option, part
 
 TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "sigma", "logsnr")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+# All but sigma, which takes them from the noise schedule.
+_DRAWN = ("shift", "sigmoid", "uniform", "logsnr")
+_LOGIT = Needs(
+    "training.timestep_sampling",
+    ("logsnr",),
+    otherwise=Needs("training.weighting_scheme", ("logit_normal",)),
+)
 
 
 @dataclass
@@ -118,7 +125,9 @@ class SchedulerConfig:
     name: str = option("constant", "Learning-rate schedule.")
     warmup_steps: int = option(0, "Warm-up steps.", at_least=0)
     num_cycles: int = option(
-        1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
+        1,
+        "Cycles of cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay.",
+        at_least=1,
     )
     power: float = option(1.0, "Exponent (scheduler=polynomial).", at_least=0)
     timescale: int | None = option(
@@ -127,9 +136,16 @@ class SchedulerConfig:
         "scheduler.warmup_steps, or 10000 without warm-up.",
         at_least=1,
     )
+    decay_fraction: float = option(
+        0.0,
+        "Share of the steps, at the end, in which the rate falls (scheduler=warmup_stable_decay).",
+        at_least=0,
+        below=1,
+    )
     min_lr_ratio: float | None = option(
         None,
-        "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex).",
+        "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex, "
+        "warmup_stable_decay).",
     )
 
 
@@ -197,8 +213,34 @@ class TrainingConfig:
         needs=Needs("training.timestep_sampling", ("shift", "sigmoid")),
     )
     weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
+    logit_mean: float = option(
+        0.0,
+        "Mean of the normal values (timestep_sampling=logsnr, weighting_scheme=logit_normal).",
+        needs=_LOGIT,
+    )
+    logit_std: float = option(
+        1.0, "Standard deviation of the same normal values.", above=0, needs=_LOGIT
+    )
+    mode_scale: float = option(
+        1.29,
+        "Scale of weighting_scheme=mode: the larger, the more timesteps are in the middle.",
+        needs=Needs("training.weighting_scheme", ("mode",)),
+    )
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
     max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
+    preserve_distribution_shape: bool = option(
+        False,
+        "Draw timesteps outside min_timestep to max_timestep again, where all are squeezed into it "
+        "otherwise.",
+        needs=Needs("training.timestep_sampling", _DRAWN),
+    )
+    num_timestep_buckets: int | None = option(
+        None,
+        "Number of equal parts of the distribution that are drawn from equally often; null for "
+        "independent draws.",
+        at_least=2,
+        needs=Needs("training.timestep_sampling", _DRAWN),
+    )
     save_every_epochs: int | None = option(
         1, "Epochs between checkpoints; null for none.", at_least=1, digests="resume_key"
     )

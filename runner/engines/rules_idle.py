@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.option import Needs
 from runner.config.rules import value_of
 from runner.config.schema import RunConfig, SamplingConfig, options
 from runner.engines import rules, rules_optimizer
@@ -99,13 +100,31 @@ def _without_what_they_need(config: RunConfig) -> Iterator[IdleOption]:
                     option.key if value != option.default else "dataset.sources",
                     f"{option.key} does nothing without {needs.key}={needs.values[0]}.",
                 )
-        elif value != option.default and value_of(config, needs.key) not in needs.values:
+        elif value != option.default and not _met(needs, config):
             yield IdleOption(
                 option.key,
                 f"{option.key}={_text(value)} does nothing with "
-                f"{needs.key}={value_of(config, needs.key)}: take {needs.key}="
-                f"{' or '.join(map(_text, needs.values))}.",
+                f"{needs.key}={value_of(config, needs.key)}: take {_choices(needs)}.",
             )
+    training = config.training
+    whole = training.min_timestep is None and training.max_timestep is None
+    if whole and training.preserve_distribution_shape and training.timestep_sampling != "sigma":
+        yield IdleOption(
+            "training.preserve_distribution_shape",
+            "training.preserve_distribution_shape does nothing without a range: set "
+            "training.min_timestep or training.max_timestep.",
+        )
+
+
+def _met(needs: Needs, config: RunConfig) -> bool:
+    if value_of(config, needs.key) in needs.values:
+        return True
+    return needs.otherwise is not None and _met(needs.otherwise, config)
+
+
+def _choices(needs: Needs) -> str:
+    text = f"{needs.key}={' or '.join(needs.values)}"
+    return text if needs.otherwise is None else f"{text}, or {_choices(needs.otherwise)}"
 
 
 def _text(value: object) -> str:

@@ -35,6 +35,7 @@ SCHEDULERS = (
     "cosine_with_min_lr",
     "polynomial",
     "inverse_sqrt",
+    "warmup_stable_decay",
     "rex",
 )
 # The trainers call step() without a closure, and a LoRA's gradients are dense.
@@ -51,8 +52,15 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
     """Yield one line for each broken rule that depends on the number of optimizer steps."""
-    warmup = config.scheduler.warmup_steps
-    if config.scheduler.name == "rex" and warmup > steps:
+    scheduler = config.scheduler
+    warmup, decay = scheduler.warmup_steps, int(scheduler.decay_fraction * steps)
+    if scheduler.name == "warmup_stable_decay" and warmup + decay > steps:
+        yield (
+            f"scheduler.warmup_steps={warmup} and the {decay} steps of "
+            f"scheduler.decay_fraction={scheduler.decay_fraction:g} must not exceed the run's "
+            f"{steps} steps."
+        )
+    if scheduler.name == "rex" and warmup > steps:
         yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
 
 
@@ -155,15 +163,22 @@ def _schedule(config: RunConfig) -> Iterator[str]:
     elif ratio is not None and name not in WITH_MIN_LR:
         yield (
             f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_min_lr or scheduler=rex."
+            "scheduler=cosine_with_min_lr, rex or warmup_stable_decay."
         )
     if scheduler.num_cycles != 1 and name not in WITH_CYCLES:
         yield (
             f"scheduler.num_cycles does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
+            "scheduler=cosine_with_restarts, cosine_with_min_lr or warmup_stable_decay."
         )
     if scheduler.power != 1 and name != "polynomial":
         yield f"scheduler.power does nothing with scheduler={name}: take scheduler=polynomial."
+    if scheduler.decay_fraction and name != "warmup_stable_decay":
+        yield (
+            f"scheduler.decay_fraction does nothing with scheduler={name}: take "
+            "scheduler=warmup_stable_decay."
+        )
+    if not scheduler.decay_fraction and name == "warmup_stable_decay":
+        yield "scheduler=warmup_stable_decay needs scheduler.decay_fraction, for example 0.2."
     if scheduler.timescale is not None and name != "inverse_sqrt":
         yield (
             f"scheduler.timescale does nothing with scheduler={name}: take scheduler=inverse_sqrt."

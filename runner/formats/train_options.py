@@ -22,8 +22,8 @@ NETWORK_MODULES = {
     "lokr": "networks.lokr",
 }
 # Schedules with a number of cycles, and schedules with a minimum learning rate.
-WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr")
-WITH_MIN_LR = ("cosine_with_min_lr", "rex")
+WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
+WITH_MIN_LR = ("cosine_with_min_lr", "rex", "warmup_stable_decay")
 
 SET_BY_RUNNER = "the run's folder, set by the runner"
 
@@ -125,6 +125,15 @@ def optimizer_args(optimizer: OptimizerConfig) -> list[str]:
 
 def _for_schedules(names: tuple[str, ...], key: str) -> Callable[[Rendering], Any]:
     return lambda r: getattr(r.config.scheduler, key) if r.config.scheduler.name in names else None
+
+
+def _drawing_logits(key: str) -> Callable[[Rendering], Any]:
+    def value(r: Rendering) -> Any:
+        training = r.config.training
+        used = training.timestep_sampling == "logsnr" or training.weighting_scheme == "logit_normal"
+        return getattr(training, key) if used else None
+
+    return value
 
 
 def _for_previews(value: Callable[[Rendering], Any]) -> Callable[[Rendering], Any]:
@@ -266,6 +275,28 @@ class TrainOptions:
     )
     min_timestep: int | None = row("training.min_timestep", default=None)
     max_timestep: int | None = row("training.max_timestep", default=None)
+    logit_mean: float = row(
+        "training.logit_mean", _drawing_logits("logit_mean"), default=0.0, in_lora=True
+    )
+    logit_std: float = row(
+        "training.logit_std", _drawing_logits("logit_std"), default=1.0, in_lora=True
+    )
+    mode_scale: float = row(
+        "training.mode_scale",
+        lambda r: (
+            r.config.training.mode_scale if r.config.training.weighting_scheme == "mode" else None
+        ),
+        default=1.29,
+        embedded="ignored",
+    )
+    preserve_distribution_shape: bool = row(
+        "training.preserve_distribution_shape",
+        lambda r: r.config.training.preserve_distribution_shape or None,
+        default=False,
+    )
+    num_timestep_buckets: int | None = row(
+        "training.num_timestep_buckets", default=None, embedded="unsupported"
+    )
     save_every_n_epochs: int | None = row("training.save_every_epochs", default=None, original=21)
     save_every_n_steps: int | None = row("training.save_every_steps", default=None)
     save_last_n_epochs: int | None = row("training.keep_last", _epochs_to_keep, default=None)
@@ -295,6 +326,11 @@ class TrainOptions:
     )
     lr_scheduler_power: float = row(
         "scheduler.power", _for_schedules(("polynomial",), "power"), default=1.0
+    )
+    lr_decay_steps: int | float = row(
+        "scheduler.decay_fraction",
+        _for_schedules(("warmup_stable_decay",), "decay_fraction"),
+        default=0,
     )
     lr_scheduler_timescale: int | None = row(
         "scheduler.timescale", _for_schedules(("inverse_sqrt",), "timescale"), default=None

@@ -66,6 +66,10 @@ MORE = {
         "memory.h2d_only=true does nothing without block swap: leave it out, or set "
         "memory.blocks_to_swap above 0."
     ),
+    ("training.timestep_sampling=sigma", "training.num_timestep_buckets=4"): (
+        "training.num_timestep_buckets=4 does nothing with training.timestep_sampling=sigma: take "
+        "training.timestep_sampling=shift or sigmoid or uniform or logsnr."
+    ),
     ("engine=diffusers", "model=tiny", "training.data_workers=4"): (
         "training.data_workers=4 does nothing with engine=diffusers, which reads ahead in one "
         "thread: leave it out."

@@ -64,11 +64,18 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("scheduler=cosine", "scheduler.min_lr_ratio=0.1"): (
         "scheduler.min_lr_ratio does nothing with scheduler=cosine: take "
-        "scheduler=cosine_with_min_lr or scheduler=rex."
+        "scheduler=cosine_with_min_lr, rex or warmup_stable_decay."
     ),
     ("scheduler=cosine", "scheduler.num_cycles=3"): (
         "scheduler.num_cycles does nothing with scheduler=cosine: take "
-        "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
+        "scheduler=cosine_with_restarts, cosine_with_min_lr or warmup_stable_decay."
+    ),
+    ("scheduler=cosine", "scheduler.decay_fraction=0.5"): (
+        "scheduler.decay_fraction does nothing with scheduler=cosine: take "
+        "scheduler=warmup_stable_decay."
+    ),
+    ("scheduler=warmup_stable_decay", "scheduler.decay_fraction=0"): (
+        "scheduler=warmup_stable_decay needs scheduler.decay_fraction, for example 0.2."
     ),
     ("scheduler.timescale=100",): (
         "scheduler.timescale does nothing with scheduler=constant: take scheduler=inverse_sqrt."

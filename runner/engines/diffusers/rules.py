@@ -16,7 +16,7 @@ from runner.engines.diffusers.models import TINY_TRANSFORMER
 from runner.engines.optimizer_classes import class_path
 from runner.formats.published_layout import TRANSFORMER_BLOCKS
 
-_TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
+_TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "logsnr")
 # The stages that load networks.
 _COMPUTING = frozenset(("latents", "text", "train", "evaluate"))
 # GPU memory in GB (1,024 MiB) for the whole network without block swap: in bf16 a LoRA of rank 32
@@ -167,7 +167,12 @@ def _training(config: RunConfig) -> Iterator[str]:
     if training.timestep_sampling not in _TIMESTEP_SAMPLINGS:
         yield (
             f"training.timestep_sampling={training.timestep_sampling} needs "
-            "engine=musubi; engine=diffusers takes shift, sigmoid or uniform."
+            "engine=musubi; engine=diffusers takes shift, sigmoid, uniform or logsnr."
+        )
+    if training.num_timestep_buckets is not None:
+        yield (
+            f"training.num_timestep_buckets={training.num_timestep_buckets} needs engine=musubi; "
+            "engine=diffusers draws timesteps independently of each other."
         )
     if training.weighting_scheme != "none":
         yield (

@@ -31,7 +31,6 @@ OWNED = {
 REFUSED = {
     "dim_from_weights": "it crashes; set network.rank to the file's rank",
     "flash3": "it is ignored beside the runner's own training.attention",
-    "lr_decay_steps": "no schedule that the runner offers reads it",
     "sage_attn": "musubi-tuner refuses it in training",
     "show_timesteps": "it ends the trainer before training",
 }
@@ -39,7 +38,7 @@ REFUSED = {
 # Counts that musubi-tuner divides by, or that make no sense below one.
 _AT_LEAST_ONE = (
     *("block_swap_ring_size", "sample_every_n_steps", "compile_cache_size_limit"),
-    *("save_last_n_epochs_state", "save_last_n_steps_state", "num_timestep_buckets"),
+    *("save_last_n_epochs_state", "save_last_n_steps_state"),
 )
 
 

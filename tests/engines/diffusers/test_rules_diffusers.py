@@ -60,9 +60,13 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.save_state and training.resume_from need engine=musubi."
     ),
     ("training.resume_from=a",): "training.save_state and training.resume_from need engine=musubi.",
-    ("training.timestep_sampling=logsnr",): (
-        "training.timestep_sampling=logsnr needs engine=musubi; engine=diffusers takes shift, "
-        "sigmoid or uniform."
+    ("training.timestep_sampling=sigma",): (
+        "training.timestep_sampling=sigma needs engine=musubi; engine=diffusers takes shift, "
+        "sigmoid, uniform or logsnr."
+    ),
+    ("training.num_timestep_buckets=4",): (
+        "training.num_timestep_buckets=4 needs engine=musubi; engine=diffusers draws timesteps "
+        "independently of each other."
     ),
     ("training.weighting_scheme=cosmap",): (
         "training.weighting_scheme=cosmap needs engine=musubi; engine=diffusers takes none."

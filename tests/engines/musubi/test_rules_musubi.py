@@ -70,8 +70,8 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("engine.extra_args=[--save_stat]",): (
         f"engine.extra_args: {TRAIN} has no option --save_stat. Did you mean --save_state?"
     ),
-    ("engine.extra_args=[--logit_mean,high]",): (
-        "engine.extra_args: --logit_mean must be a number, not 'high'."
+    ("engine.extra_args=[--scale_weight_norms,high]",): (
+        "engine.extra_args: --scale_weight_norms must be a number, not 'high'."
     ),
     ("engine.extra_args=['--blocks_to_swap=4']",): (
         "engine.extra_args: --blocks_to_swap is set by the runner: use memory.blocks_to_swap "
@@ -114,8 +114,8 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.attention."
     ),
     ("engine.extra_args=[--lr_decay_steps,10%]",): (
-        "engine.extra_args: --lr_decay_steps can't be used: no schedule that the "
-        "runner offers reads it."
+        "engine.extra_args: --lr_decay_steps is set by the runner: use scheduler.decay_fraction "
+        "instead."
     ),
     ("engine.extra_args=[--lr_scheduler_timescale,10]",): (
         "engine.extra_args: --lr_scheduler_timescale is set by the runner: use "
@@ -182,7 +182,7 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("precision=fp16", "model.transformer=a_fp16.safetensors"),
         ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal"),
         (
-            "engine.extra_args=[--sample_every_n_steps,50,--save_state_on_train_end,'--logit_mean=-0.5']",
+            "engine.extra_args=[--sample_every_n_steps,50,--save_state_on_train_end,'--scale_weight_norms=1.5']",
         ),
         ("engine.extra_args=[--log_prefix,'a b',--base_weights,/a,/b]",),
         (
