@@ -208,8 +208,9 @@ class TrainingConfig:
     )
     resume_from: str | None = option(
         None,
-        "State folder (such as checkpoints/lora-state) to resume weights, optimizer and schedule "
-        "from; musubi-tuner restarts its step count at 0.",
+        "State folder (such as checkpoints/lora-state) to resume weights and optimizer from, of a "
+        "run with this network, task and optimizer; the learning rate is the state's, with "
+        "scheduler=constant or constant_with_warmup. musubi-tuner restarts its step count at 0.",
         path=True,
     )
     save_precision: str = option("bf16", "dtype of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
@@ -218,13 +219,6 @@ class TrainingConfig:
         False,
         "i2v: leave the latent of the first frame unscaled, as musubi-tuner trains by itself; its "
         "previews, ComfyUI and the published pipelines scale it.",
-    )
-    resume: str = option(
-        "auto",
-        "Not implemented yet: a run that is started again trains from the beginning, and reuses "
-        "the finished earlier stages.",
-        choices=("auto", "none"),
-        digests="neither",
     )
 
 

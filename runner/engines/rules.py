@@ -89,24 +89,36 @@ def _precision(config: RunConfig) -> Iterator[str]:
 def _network(config: RunConfig) -> Iterator[str]:
     network = config.network
     try:
-        include = [re.compile(pattern) for pattern in network.include]
-        exclude = [re.compile(pattern) for pattern in network.exclude]
+        trained = trained_modules(config)
     except re.error:
         return  # Reported by the rules of runner.config.rules.
-    if include and not exclude:
+    if network.include and not network.exclude:
         yield (
             "network.include does nothing alone, it adds back what network.exclude leaves out: "
             "add 'network.exclude=[\".*\"]' to train just those."
         )
-    names = [f"double_blocks.{n}.{m}" for n in range(config.model.blocks) for m in BLOCK_LINEARS]
-    if not any(
-        any(p.fullmatch(name) for p in include) or not any(p.fullmatch(name) for p in exclude)
-        for name in names
-    ):
+    if not trained:
         yield (
             "network.exclude leaves nothing to train: patterns match whole names such as "
             "double_blocks.0.img_mod.linear; add some back with network.include."
         )
+
+
+def trained_modules(config: RunConfig) -> list[str]:
+    """Return Tencent's names of the modules that the config trains, in the model's order.
+
+    Raises:
+        re.error: a pattern is no regular expression.
+    """
+    network = config.network
+    include = [re.compile(pattern) for pattern in network.include]
+    exclude = [re.compile(pattern) for pattern in network.exclude]
+    names = [f"double_blocks.{n}.{m}" for n in range(config.model.blocks) for m in BLOCK_LINEARS]
+    return [
+        name
+        for name in names
+        if any(p.fullmatch(name) for p in include) or not any(p.fullmatch(name) for p in exclude)
+    ]
 
 
 def _network_args(config: RunConfig, more: tuple[str, ...]) -> Iterator[str]:

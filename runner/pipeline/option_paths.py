@@ -16,6 +16,7 @@ from runner.formats.published_check import PART_NAMES
 from runner.hub.local_files import existing_folder, existing_weights, is_local
 from runner.hub.weights import REPOSITORIES, parts_of
 from runner.hub.weights_folder import find_weights
+from runner.pipeline.resumed_state import check_state
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def resolve_paths(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
         sampling=replace(config.sampling, image_path=image),
         network=replace(config.network, weights=weights),
     )
-    return engine.resolve_paths(resolved, cwd)
+    resolved = engine.resolve_paths(resolved, cwd)
+    check_state(resolved)
+    return resolved
 
 
 def _check_lora(config: RunConfig, file: Path) -> None:

@@ -76,6 +76,7 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
         *inputs.selection.notices,
         *engine.plan_notices(job, inputs.gpu, steps=total, clips=clips),
         *(note for note in (inputs.memory_note, inputs.lora_note, compile_note) if note),
+        *inputs.state_notices,
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),
     ]

@@ -31,7 +31,7 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
         UserError: a file of the run can't be read.
     """
     config, record, weights, training = (
-        _read(run / name) for name in ("config.yaml", "run.json", "weights.json", "train.toml")
+        read_file(run / name) for name in ("config.yaml", "run.json", "weights.json", "train.toml")
     )
     dataset, model = config.get("dataset", {}), config.get("model", {})
     result = {"ss_base_model_version": BASE_MODEL_VERSION, **metadata}
@@ -62,7 +62,12 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of a run's folder; empty if there is none.
+
+    Raises:
+        UserError: it can't be read.
+    """
     if not file.is_file():
         return {}
     try:

@@ -29,6 +29,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         _network,
         _timesteps,
         _previews,
+        _resume,
         extra_arguments,
     ):
         yield from rule(config)
@@ -80,8 +81,8 @@ def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]
     yield from rules.plan_notices(config, steps=steps, clips=clips)
     if config.training.resume_from:
         yield (
-            "training.resume_from gives the trainer weights, optimizer and schedule; musubi-tuner "
-            f"counts from 0 again and trains {steps} steps more."
+            "training.resume_from gives the trainer weights, optimizer and learning rate; "
+            f"musubi-tuner counts from 0 again and trains {steps} steps more."
         )
 
 
@@ -158,6 +159,28 @@ def _timesteps(config: RunConfig) -> Iterator[str]:
         yield (
             "training.min_timestep and max_timestep count from the noisy end with "
             "training.timestep_sampling=sigma: take uniform, sigmoid or shift."
+        )
+
+
+def _resume(config: RunConfig) -> Iterator[str]:
+    """Find options that a state defeats: accelerate loads it after all else was made.
+
+    A schedule over the number of steps would go on from the state's step, over the steps of this
+    run alone: past its end a cosine climbs again, and a linear one trains at 0.
+    """
+    if config.training.resume_from is None:
+        return
+    if config.scheduler.name not in ("constant", "constant_with_warmup"):
+        yield (
+            f"scheduler={config.scheduler.name} can't go on with training.resume_from: the state's "
+            "steps and this run's would count against this run's number of steps, and reach the "
+            "schedule's end too early. Take scheduler=constant, or start from the LoRA alone "
+            "(network.weights)."
+        )
+    if config.network.weights is not None:
+        yield (
+            "network.weights does nothing with training.resume_from, whose weights replace it: "
+            "leave one of them out."
         )
 
 
