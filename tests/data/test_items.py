@@ -241,8 +241,8 @@ def test_transparent_pictures_become_rgb() -> None:
     assert item.media_name.endswith(".png")
 
 
-# The size that the LoRA's metadata gives is the bucket of most samples, be they pictures or crops of
-# clips, repeats included and held-out items left out; of two equal counts it is the larger bucket.
+# The size that the LoRA's metadata gives is the bucket of most samples, be they pictures or crops
+# of clips, repeats included and held-out items left out; of two equal counts it is the larger one.
 def test_the_trained_size_of_a_mixed_dataset() -> None:
     def trained(tall: int, *overrides: str, repeats: int = 1) -> str:
         items = [fake_item(f"{n}.png", size=(600, 800), repeats=repeats) for n in range(tall)]
