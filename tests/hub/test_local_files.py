@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import run_program
 from hub_fetch import Notes
 
 from runner.core.errors import StageError, UserError
+from runner.hub.hub_cache import HubCache
 from runner.hub.local_files import Hashes, existing_folder, existing_weights, is_local
 
 
@@ -97,6 +99,40 @@ def test_a_damaged_note_is_ignored(tmp_path: Path) -> None:
         assert hashes.known(file) is None
     file.unlink()
     assert hashes.known(file) is None
+
+
+# Where no note can be written, the hash is returned all the same, and computed again next time.
+def test_a_note_that_cannot_be_written(tmp_path: Path) -> None:
+    file, notes = tmp_path / "w.safetensors", tmp_path / "notes"
+    file.write_bytes(b"first")
+    notes.touch()
+    listener = Reading()
+    for _ in range(2):
+        assert Hashes(notes).compute(file, listener) == hashlib.sha256(b"first").hexdigest()
+    assert len(listener.read) == 2
+
+
+# A file of the hub's cache may be named as one of this computer: each keeps a note of its own.
+def test_a_file_of_the_hubs_cache_has_two_notes(tmp_path: Path) -> None:
+    blob, notes = tmp_path / "blob.safetensors", tmp_path / "notes"
+    blob.write_bytes(b"first")
+    HubCache(tmp_path / "hub", notes).remember(blob, "1" * 64)
+    Hashes(notes).compute(blob, Reading())
+    HubCache(tmp_path / "hub", notes).remember(blob, "2" * 64)
+    assert Hashes(notes).known(blob) == hashlib.sha256(b"first").hexdigest()
+    assert len(list(notes.iterdir())) == 2
+
+
+# A network disk that is mounted again has another device number, and its files are not read again.
+def test_a_note_does_not_depend_on_the_device(tmp_path: Path) -> None:
+    file, notes = tmp_path / "w.safetensors", tmp_path / "notes"
+    file.write_bytes(b"first")
+    Hashes(notes).compute(file, Reading())
+    (note,) = notes.iterdir()
+    identity, stat = json.loads(note.read_text())["identity"], file.stat()
+    assert sorted(identity) == sorted(
+        [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    )
 
 
 # The hash of a file that changes meanwhile is neither returned nor noted.
