@@ -150,13 +150,19 @@ def test_the_command(tmp_path: Path) -> None:
     for file in files:
         file.write_bytes(file.name.encode())
 
-    def command(*names: Path) -> tuple[int, str, str]:
-        words = ["--checked", str(tmp_path / "notes"), "--", *map(str, names)]
+    def command(*names: Path, force: bool = False) -> tuple[int, str, str]:
+        words = ["--checked", str(tmp_path / "notes"), *["--force"] * force, "--"]
+        words += map(str, names)
         done = run_program(*words, cwd=tmp_path, module="runner.hub.local_files")
         return done.code, done.out, done.err
 
     lines = [f"{hashlib.sha256(f.name.encode()).hexdigest()}  {f}\n" for f in files]
     assert command(*files) == (0, "".join(lines), "")
     assert Hashes(tmp_path / "notes").known(files[1]) == lines[1].split()[0]
+    # A noted hash is printed as it is; with --force the file is read.
+    for note in (tmp_path / "notes").iterdir():
+        note.write_text(note.read_text().replace(lines[0].split()[0], "0" * 64))
+    assert command(files[0])[1] == f"{'0' * 64}  {files[0]}\n"
+    assert command(files[0], force=True)[1] == lines[0]
     gone = tmp_path / "gone.safetensors"
     assert command(gone) == (1, "", f"error: No such file or directory: {gone}\n")
