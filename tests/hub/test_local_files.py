@@ -124,13 +124,15 @@ def test_a_file_of_the_hubs_cache_has_two_notes(tmp_path: Path) -> None:
 
 
 # A network disk that is mounted again has another device number, and its files are not read again.
+# A note names its file, for people.
 def test_a_note_does_not_depend_on_the_device(tmp_path: Path) -> None:
     file, notes = tmp_path / "w.safetensors", tmp_path / "notes"
     file.write_bytes(b"first")
     Hashes(notes).compute(file, Reading())
-    (note,) = notes.iterdir()
-    identity, stat = json.loads(note.read_text())["identity"], file.stat()
-    assert sorted(identity) == sorted(
+    (path,) = notes.iterdir()
+    note, stat = json.loads(path.read_text()), file.stat()
+    assert note["file"] == str(file)
+    assert sorted(note["identity"]) == sorted(
         [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     )
 
