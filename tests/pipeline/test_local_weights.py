@@ -177,6 +177,16 @@ def test_a_local_file_is_checked(tmp_path: Path) -> None:
     assert refused("model.vae=./cut.safetensors").endswith(
         "bytes are missing (model.vae): copy it here again."
     )
+    # What only musubi-tuner reads may be missing for the embedded engine.
+    for part, line in (
+        ("text_encoder", "lacks 391 of the 729 tensors of HunyuanVideo 1.5's text encoder"),
+        ("byt5", "is not HunyuanVideo 1.5's ByT5 encoder: shared.weight is [384, 1472], not"),
+    ):
+        published(part, tmp_path / f"{part}.safetensors")
+        override = f"model.{part}=./{part}.safetensors"
+        assert line in refused(override)
+        config = resolved(tmp_path, override)
+        assert published_weights(config, tmp_path / "outputs", whole=False).local[0].part == part
     half = write_sparse(tmp_path / "bf16.safetensors", layout("transformer"), "F16")
     assert refused("model.transformer=./bf16.safetensors") == (
         f"model.transformer={half} holds fp16 weights, which can't be trained in precision=bf16: "
