@@ -53,6 +53,12 @@ def test_what_acts_is_accepted(engine: tuple[str, ...], overrides: list[str]) ->
     assert refused(*engine, *overrides) is None
 
 
+# One of two options that read it is enough; musubi-tuner alone has both.
+def test_one_reader_is_enough() -> None:
+    sampling = ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal")
+    assert refused(*sampling, "training.logit_mean=1") is None
+
+
 ADAFACTOR = ("optimizer=custom", "optimizer.type=adafactor")
 MORE = {
     (

@@ -268,6 +268,20 @@ def test_every_schedule_is_known() -> None:
     assert set(SCHEDULERS) == set(groups(conf_folder())["scheduler"])
 
 
+# Warm-up and decay must fit into the run: otherwise it would begin with a rate that falls.
+def test_a_decay_longer_than_the_run(engine: tuple[str, ...]) -> None:
+    steps = ("training.max_steps=20", "scheduler=warmup_stable_decay")
+    config = compose(*engine, "optimizer=adamw", *steps, "scheduler.warmup_steps=17")
+    with pytest.raises(UserError) as error:
+        plan_of(config, fake_facts(config, [fake_item("a.jpg")]))
+    assert str(error.value) == (
+        "scheduler.warmup_steps=17 and the 4 steps of scheduler.decay_fraction=0.2 must not exceed "
+        "the run's 20 steps."
+    )
+    config = compose(*engine, "optimizer=adamw", *steps, "scheduler.warmup_steps=16")
+    plan_of(config, fake_facts(config, [fake_item("a.jpg")]))
+
+
 # rex ends with an error where its warm-up is longer than the run, once everything is cached.
 def test_a_warmup_that_rex_refuses(engine: tuple[str, ...]) -> None:
     steps = ("training.max_steps=20", "scheduler=rex", "scheduler.warmup_steps=30")

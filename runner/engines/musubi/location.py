@@ -8,7 +8,7 @@ from runner.config.schema import RunConfig
 from runner.core.paths import absolute
 from runner.engines.base import EngineInstall
 from runner.engines.musubi.packages import COMMAND, VERSION, engine_home, python_of
-from runner.engines.musubi.version import checkout_version
+from runner.engines.musubi.version import checkout_version, installed_version
 
 
 def located(config: RunConfig, cwd: Path) -> EngineInstall:
@@ -39,13 +39,13 @@ def located(config: RunConfig, cwd: Path) -> EngineInstall:
             " engine.path and engine.python to an installed musubi-tuner, or rehearse "
             "without it: engine=diffusers model=tiny."
         )
-    if source is None:
+    if ours:
         return EngineInstall(str(python), f"musubi-tuner {VERSION}", None, missing)
-    version = checkout_version(source)
+    version = installed_version(python) if source is None else checkout_version(source)
     return EngineInstall(
         str(python),
         version.text,
-        str(source / "src"),
+        None if source is None else str(source / "src"),
         missing,
         own_encoding=version.own_encoding,
         notice=version.notice,
