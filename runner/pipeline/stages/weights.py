@@ -48,7 +48,6 @@ class Weights(Stage):
             "done" if done else "to run",
             commands=weights.commands,
             outputs=(weights.paths.transformer,),
-            notices=weights.notices,
         )
 
     def run(self, context: Context) -> None:
