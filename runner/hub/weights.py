@@ -31,6 +31,7 @@ class LocatedWeights:
         requests: those of the files that are on the hub.
         checked: whether all cached files were verified.
         local: the parts that options name as files of this computer, and which are not the hub's.
+        notices: what was noticed when they were looked for.
     """
 
     paths: WeightPaths
@@ -41,6 +42,7 @@ class LocatedWeights:
     requests: tuple[Request, ...] = ()
     checked: bool = True
     local: tuple[LocalFile, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def present(self) -> bool:

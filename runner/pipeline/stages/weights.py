@@ -48,6 +48,7 @@ class Weights(Stage):
             "done" if done else "to run",
             commands=weights.commands,
             outputs=(weights.paths.transformer,),
+            notices=weights.notices,
         )
 
     def run(self, context: Context) -> None:
