@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,8 @@ def test_a_local_file_is_recorded(hub: Hub, tmp_path: Path, byt5: Path) -> None:
     assert plan.stage("weights").state == "done" and hub.asked == []
     config = resolved(tmp_path, f"model.byt5={byt5}", "stages.force=[weights]")
     forced = summary_rows(config, tmp_path)
+    forced = replace(forced, weights=replace(forced.weights, notices=("noticed",)))
+    assert plan_of(config, forced).stage("weights").notices == ("noticed",)
     assert forced.weights.present and plan_of(config, forced).stage("weights").state == "to run"
     assert "--force" in forced.weights.commands[0].argv
 
