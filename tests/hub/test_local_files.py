@@ -24,6 +24,7 @@ class Reading(Notes):
         self._change = change
 
     def checking(self, name: str, done: int, total: int) -> None:
+        assert 0 < done <= total
         self.read.append(name)
         if self._change is not None:
             self._change.write_bytes(b"other")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import compose
+from conftest import compose, plan_of
 from hub_server import Hub
 from model_hub import COMMITS, ENCODERS, MODEL, model_hub, run, summary_rows
 from sparse_weights import published, write_sparse
@@ -69,9 +69,11 @@ def test_a_local_file_is_recorded(hub: Hub, tmp_path: Path, byt5: Path) -> None:
     hub.asked.clear()
     _, _, plan = run(config, tmp_path)
     assert plan.stage("weights").state == "done" and hub.asked == []
-    forced = summary_rows(
-        resolved(tmp_path, f"model.byt5={byt5}", "stages.force=[weights]"), tmp_path
-    )
+    config = resolved(tmp_path, f"model.byt5={byt5}", "stages.force=[weights]")
+    forced = summary_rows(config, tmp_path)
+    forced = replace(forced, weights=replace(forced.weights, notices=("noticed",)))
+    assert plan_of(config, forced).stage("weights").notices == ("noticed",)
+    assert forced.weights.present and plan_of(config, forced).stage("weights").state == "to run"
     assert "--force" in forced.weights.commands[0].argv
 
 
