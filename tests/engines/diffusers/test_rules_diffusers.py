@@ -60,14 +60,25 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.save_state and training.resume_from need engine=musubi."
     ),
     ("training.resume_from=a",): "training.save_state and training.resume_from need engine=musubi.",
-    ("training.timestep_sampling=logsnr",): (
-        "training.timestep_sampling=logsnr needs engine=musubi; engine=diffusers takes shift, "
-        "sigmoid or uniform."
+    ("training.timestep_sampling=sigma",): (
+        "training.timestep_sampling=sigma needs engine=musubi; engine=diffusers takes shift, "
+        "sigmoid, uniform or logsnr."
+    ),
+    ("training.num_timestep_buckets=4",): (
+        "training.num_timestep_buckets=4 needs engine=musubi; engine=diffusers draws timesteps "
+        "independently of each other."
     ),
     ("training.weighting_scheme=cosmap",): (
         "training.weighting_scheme=cosmap needs engine=musubi; engine=diffusers takes none."
     ),
     ("engine.arguments=command_line",): "engine.arguments=command_line needs engine=musubi.",
+    ("engine.cache_args=[--num_workers,2]",): (
+        "engine.cache_args are arguments of musubi-tuner's scripts: they need engine=musubi."
+    ),
+    ("training.split_attention=true",): (
+        "training.split_attention needs engine=musubi; engine=diffusers leaves padding out of "
+        "attention by itself."
+    ),
     ("engine.extra_args=[--save_state]",): (
         "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
     ),
@@ -154,30 +165,41 @@ def test_published_weights_need_a_large_gpu(
 
 NOTICES_OF: dict[tuple[str, ...], str] = {
     ("memory.fp8_text_encoder=true",): (
-        "memory.fp8_text_encoder=true does nothing with engine=diffusers."
+        "memory.fp8_text_encoder=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
     ),
-    ("memory.pinned=true",): "memory.pinned=true does nothing with engine=diffusers.",
-    ("memory.h2d_only=true",): "memory.h2d_only=true does nothing with engine=diffusers.",
+    ("memory.pinned=true",): (
+        "memory.pinned=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
+    ),
+    ("memory.h2d_only=true",): (
+        "memory.h2d_only=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
+    ),
     ("engine.path=a",): (
-        "engine.path does nothing with engine=diffusers, which is the runner's own."
+        "engine.path does nothing with engine=diffusers, which is the runner's own: leave it "
+        "out, or take engine=musubi."
     ),
     ("engine.python=a",): (
-        "engine.python does nothing with engine=diffusers, which is the runner's own."
+        "engine.python does nothing with engine=diffusers, which is the runner's own: leave it "
+        "out, or take engine=musubi."
     ),
     ("training.data_workers=4",): (
         "training.data_workers=4 does nothing with engine=diffusers, which reads ahead in one "
-        "thread."
+        "thread: leave it out."
     ),
     ("model.transformer=mine.safetensors",): (
-        "model.transformer does nothing with model=tiny, whose weights are made at random."
+        "model.transformer does nothing with model=tiny, whose weights are made at random: leave "
+        "it out, or take model=hunyuan15_720p."
     ),
     ("model.revision=v1",): (
-        "model.revision does nothing with model=tiny, whose weights are made at random."
+        "model.revision does nothing with model=tiny, whose weights are made at random: leave "
+        "it out, or take model=hunyuan15_720p."
     ),
 }
 
 
-# What is accepted and does nothing is a notice.
+# What does nothing is a notice of the plan.
 @pytest.mark.parametrize("overrides", NOTICES_OF, ids=" ".join)
 def test_what_does_nothing_is_reported(overrides: tuple[str, ...]) -> None:
     assert not [line for line in plan().notices if "nothing" in line]
