@@ -116,6 +116,8 @@ class DiffusersEngine:
             tier = "cpu"
             if gpu is not None:
                 tier, note = largest_tier(gpu, no_gpu_reason, memory.limit_gb)
+            if memory.limit_gb is not None:
+                note = None
             memory = filled(memory, tier)
         elif size_gb is not None and memory.limit_gb is None:
             memory = replace(memory, limit_gb=size_gb)

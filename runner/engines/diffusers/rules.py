@@ -13,17 +13,17 @@ from runner.config.schema import MemoryConfig, ModelConfig, RunConfig, TrainingC
 from runner.engines import rules, rules_idle
 from runner.engines.base import Gpu, IdleOption
 from runner.engines.diffusers.models import TINY_TRANSFORMER
-from runner.engines.memory import filled
+from runner.engines.memory import filled, tier_size_gb
 from runner.engines.optimizer_classes import class_path
 from runner.formats.published_layout import TRANSFORMER_BLOCKS
 
 _TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "logsnr")
 # The stages that load networks.
 _COMPUTING = frozenset(("latents", "text", "train", "evaluate"))
-# GPU memory in GB (1,024 MiB) for the whole network without block swap: in bf16 a LoRA of rank 32
-# on 25 frames of 960x544 peaked at 23.7 GB (10^9 bytes; docs/development/full-size-truth.md), which
-# a GPU of 24 GB has; in fp32 the weights alone are 33 GB.
-_HALF_GB, _FP32_GB = 22.0, 44.0
+# GPU memory in GB (1,024 MiB) that a run needs: in bf16 with all blocks in main memory a LoRA of
+# rank 32 on 25 frames of 960x544 took 7.2 of them (docs/performance.md); in fp32 the weights alone
+# are 33 GB, and nothing was measured.
+_HALF_GB, _FP32_GB = 7.5, 44.0
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -75,8 +75,9 @@ def _of_others(config: RunConfig) -> Iterator[IdleOption]:
                 f"engine.{key} does nothing with engine=diffusers, which is the runner's own: "
                 "leave it out, or take engine=musubi.",
             )
+    own = _of_tier(config)
     for key in ("fp8_text_encoder", "pinned", "h2d_only"):
-        if getattr(config.memory, key):
+        if getattr(config.memory, key) not in (False, getattr(own, key)):
             yield IdleOption(
                 f"memory.{key}",
                 f"memory.{key}=true does nothing with engine=diffusers: leave it out, or take "
@@ -120,12 +121,12 @@ def _whole_network(config: RunConfig, gpu: Gpu | None) -> Iterator[str]:
         )
         return
     fp32 = precision.mixed_precision == "no" or precision.dit_dtype == "float32"
-    needed_gb, size = (_FP32_GB, "48") if fp32 else (_HALF_GB, "24")
+    needed_gb, size = (_FP32_GB, "48") if fp32 else (_HALF_GB, "8")
     if gpu.memory_gb < needed_gb:
         yield (
             f"model={model.name} needs a GPU of {size} GB with engine=diffusers"
-            f"{' and weights in fp32' * fp32}, which has no block swap, and {gpu.name} has "
-            f"{gpu.memory_gb:.0f} GB: take engine=musubi."
+            f"{' and weights in fp32' * fp32}, and {gpu.name} has {gpu.memory_gb:.0f} GB"
+            f"{': take precision=bf16' * fp32}."
         )
 
 
@@ -140,8 +141,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
 
 def _memory(config: RunConfig) -> Iterator[str]:
     memory = config.memory
-    own = MemoryConfig() if memory.name == "auto" else filled(MemoryConfig(), memory.name)
-    if memory.blocks_to_swap and memory.blocks_to_swap != own.blocks_to_swap:
+    if memory.blocks_to_swap not in (None, 0, _of_tier(config).blocks_to_swap):
         yield (
             f"memory.blocks_to_swap={memory.blocks_to_swap} needs engine=musubi; engine=diffusers "
             "chooses the blocks that wait in main memory itself, from memory.limit_gb."
@@ -150,6 +150,12 @@ def _memory(config: RunConfig) -> Iterator[str]:
         yield (
             "memory.checkpointing=offload needs engine=musubi; engine=diffusers takes none or full."
         )
+
+
+def _of_tier(config: RunConfig) -> MemoryConfig:
+    """Return what a tier named by the run sets for musubi-tuner; here a tier is a limit."""
+    name = config.memory.name
+    return MemoryConfig() if tier_size_gb(name) is None else filled(MemoryConfig(), name)
 
 
 def _training(config: RunConfig) -> Iterator[str]:
