@@ -1,0 +1,94 @@
+"""The bench's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import check_common as common
+from bench_rows import ROWS, Row
+
+_UNDER = 0.5  # GiB that a row must stay under its limit
+
+
+def line(row: Row, found: dict[str, Any]) -> str:
+    """Say in one line what was measured of a row."""
+    cells = zip(HEAD, cells_of(row, found, {}), strict=True)
+    return "; ".join(f"{name} {cell}" if name != "row" else cell for name, cell in cells if cell)
+
+
+HEAD = ("row", "s a step", "musubi-tuner", "must reach", "goal", "GiB by the driver",
+        "GiB reserved", "s to the first step", "worst gradient: ours; musubi-tuner",
+        "result")  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table, and what they were measured on."""
+    rows = [cells_of(row, results[row.name], results) for row in ROWS.values()
+            if row.name in results and row.kind != "references"]  # fmt: skip
+    machines = sorted(
+        {f"{r['machine']}, driver {r['driver']}, {r['date']}" for r in results.values()}
+    )
+    return "\n".join([common.table(HEAD, rows), *machines])
+
+
+def cells_of(row: Row, found: dict[str, Any], results: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row's cells."""
+    median = found.get("median")
+    step = "" if median is None else f"{median:.3f} ({found['least']:.3f})"
+    if row.kind == "evaluate" and found["failure"] is None:
+        step = f"{found['seconds']:.0f} in all"
+    if "each" in found:
+        step = f"{found['each']:.3f} each"
+    driver = found.get("driver_mib")
+    use = "" if driver is None else f"{driver / 1024:.2f}"
+    reserved = found.get("reserved")
+    first = found.get("first_step")
+    return (
+        row.name,
+        step,
+        _musubi(row, results),
+        row.must,
+        row.goal,
+        use,
+        f"{reserved / 2**30:.2f}" if reserved else "",
+        "" if first is None or row.kind != "train" else f"{first:.1f}",
+        _gradients(found.get("gradients")),
+        _result(row, found, driver),
+    )
+
+
+def _musubi(row: Row, results: dict[str, Any]) -> str:
+    """Return musubi-tuner's figures for the same work: as it is, compiled or with its settings."""
+    if row.musubi:
+        return ""
+    found = []
+    for name in (f"musubi-{row.name}", f"musubi-{row.name}-compiled"):
+        value = results.get(name, {}).get("median") or results.get(name, {}).get("each")
+        if value is not None:
+            found.append(f"{value:.3f}" + (" compiled" if name.endswith("compiled") else ""))
+    return "; ".join(found)
+
+
+def _gradients(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["clipped"]:
+        return "clipped, not comparable"
+    parts = [f"{found[side]['ratio']:.2f}" for side in ("ours", "musubi") if side in found]
+    return "; ".join(parts) + f" ({found['worst']:.4f} at most)"
+
+
+def _result(row: Row, found: dict[str, Any], driver: int | None) -> str:
+    parts = []
+    if found["failure"] is not None:
+        parts.append(f"FAILED: {found['failure']}")
+    if row.kind == "train" and not row.musubi and "gradients" not in found:
+        parts.append("gradients not checked")
+    ours = found.get("gradients", {}).get("ours")
+    if ours is not None and not ours["ratio"] <= 1.5:
+        parts.append(f"GRADIENTS WRONG: {ours['tensor']}")
+    if row.limit is not None and driver is not None and driver / 1024 > row.limit - _UNDER:
+        parts.append(f"over {row.limit - _UNDER:g} GiB")
+    if row.must.replace(".", "").isdigit() and found.get("median") is not None:
+        parts.append("reached" if found["median"] <= float(row.must) else "missed")
+    return "; ".join(parts)
