@@ -1,4 +1,7 @@
-"""The files that the bench trains on: random weights, a LoRA, caches, dataset.toml, train.toml."""
+"""The files that the bench trains on: random weights, a LoRA, caches, dataset.toml, train.toml.
+
+bench_files.py FILES.json cpu|cuda [WORK ...]
+"""
 
 from __future__ import annotations
 
@@ -249,7 +252,7 @@ class Files:
             "dit": str(self.transformer),
             "dataset_config": "dataset.toml",
             "sdpa": True,
-            "mixed_precision": "bf16",
+            "mixed_precision": "no" if self.tiny else "bf16",
             "timestep_sampling": "shift",
             "discrete_flow_shift": 1.0,
             "weighting_scheme": "none",
@@ -271,6 +274,8 @@ class Files:
             "max_train_steps": steps,
             "gradient_checkpointing": True,
         }
+        if self.tiny:
+            usual["dit_dtype"] = "float32"
         tables = [self._table(work, steps) for work in works]
         (run / "dataset.toml").write_text(tomli_w.dumps({"datasets": tables}), "utf-8")
         (run / "train.toml").write_text(tomli_w.dumps(usual | options), "utf-8")
@@ -302,3 +307,15 @@ def read_files(path: Path) -> Files:
 def describe_files(files: Files, path: Path) -> None:
     """Say to another process where the files lie."""
     path.write_text(json.dumps({"folder": str(files.folder), "tiny": files.tiny}), "utf-8")
+
+
+def main() -> None:
+    """Write the transformer, the LoRA and the works that are named."""
+    files = read_files(Path(sys.argv[1]))
+    files.write_transformer(sys.argv[2])
+    for work in sys.argv[3:]:
+        files.write_work(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,8 +39,8 @@ def cells_of(row: Row, found: dict[str, Any], results: dict[str, Any]) -> tuple[
         step = f"{found['seconds']:.0f} in all"
     if "each" in found:
         step = f"{found['each']:.3f} each"
-    driver = found.get("driver_mib")
-    use = "" if driver is None else f"{driver / 1024:.2f}"
+    driver = found.get("driver_bytes")
+    use = "" if driver is None else f"{driver / 2**30:.2f}"
     reserved = found.get("reserved")
     first = found.get("first_step")
     return (
@@ -87,7 +87,7 @@ def _result(row: Row, found: dict[str, Any], driver: int | None) -> str:
     ours = found.get("gradients", {}).get("ours")
     if ours is not None and not ours["ratio"] <= 1.5:
         parts.append(f"GRADIENTS WRONG: {ours['tensor']}")
-    if row.limit is not None and driver is not None and driver / 1024 > row.limit - _UNDER:
+    if row.limit is not None and driver is not None and driver / 2**30 > row.limit - _UNDER:
         parts.append(f"over {row.limit - _UNDER:g} GiB")
     if row.must.replace(".", "").isdigit() and found.get("median") is not None:
         parts.append("reached" if found["median"] <= float(row.must) else "missed")
