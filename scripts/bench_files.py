@@ -1,6 +1,6 @@
 """The files that the bench trains on: random weights, a LoRA, caches, dataset.toml, train.toml.
 
-bench_files.py FILES.json cpu|cuda [WORK ...]
+bench_files.py FILES.json cpu|cuda [WORK ...] [part:PART ...]
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ SEED = 42
 TEXT, BYT5 = 64, 23
 # The tiny model's caption fits into one multiple of 64 tokens too.
 TINY_TEXT, TINY_BYT5 = 9, 2
-PARTS = ("vae", "text_encoder", "byt5", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -310,11 +309,15 @@ def describe_files(files: Files, path: Path) -> None:
 
 
 def main() -> None:
-    """Write the transformer, the LoRA and the works that are named."""
-    files = read_files(Path(sys.argv[1]))
-    files.write_transformer(sys.argv[2])
-    for work in sys.argv[3:]:
-        files.write_work(work)
+    """Write the parts that are named, or the transformer, the LoRA and the works."""
+    files, device, names = read_files(Path(sys.argv[1])), sys.argv[2], sys.argv[3:]
+    parts = [name.removeprefix("part:") for name in names if name.startswith("part:")]
+    for part in parts:
+        files.write_part(part, device)
+    if not parts:
+        files.write_transformer(device)
+        for work in names:
+            files.write_work(work)
 
 
 if __name__ == "__main__":

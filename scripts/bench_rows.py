@@ -49,6 +49,11 @@ class Row:
         return self.name.startswith("musubi-")
 
     @property
+    def encodes(self) -> bool:
+        """Whether it encodes media or captions."""
+        return self.kind in ("latents", "captions")
+
+    @property
     def work(self) -> str:
         """What it trains on."""
         return self.works[0]
