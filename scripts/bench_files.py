@@ -147,7 +147,7 @@ class Files:
         from runner.formats.transformer_keys import BLOCK_LINEARS
 
         width = self.sizes.hidden
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for block in range(self.sizes.depth):
             for module in BLOCK_LINEARS:
                 inputs = 4 * width if module.endswith("fc2") else width

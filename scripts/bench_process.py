@@ -172,7 +172,7 @@ def profile(events: Any, seconds: float) -> dict[str, Any]:
         Milliseconds of each group of kernels and of the costliest kernels, of the time in which
         the GPU computed, only copied or did nothing, and the waits of the host.
     """
-    cuda = torch.autograd.DeviceType.CUDA
+    cuda: Any = torch.profiler.DeviceType.CUDA
     kernels = [
         (e.name, e.time_range.start, e.time_range.end)
         for e in events
