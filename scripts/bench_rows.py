@@ -72,21 +72,20 @@ def _rows() -> list[Row]:
     ]
     clips = {24: "1.3", 16: "1.3", 12: "1.4", 8: "1.5"}
     rows += [
-        Row(f"clip-{limit}gb", "train", ("clip",), {**compiled, "memory_limit_gb": float(limit)},
+        Row(f"clip-{limit}gb", "train", ("clip",), compiled,
             limit=limit, must=clips[limit], goal="1.15")
         for limit in LIMITS
     ]  # fmt: skip
     rows.append(Row("image", "train", ("image",), compiled, must="0.15", goal="0.08"))
     rows += [
-        Row(f"image-{limit}gb", "train", ("image",), {**compiled, "memory_limit_gb": float(limit)},
+        Row(f"image-{limit}gb", "train", ("image",), compiled,
             limit=limit, must="half", goal="0.2")
         for limit in LIMITS
     ]  # fmt: skip
     unscaled: dict[str, Any] = {**compiled, "i2v_unscaled_condition": True}
-    large = {**compiled, "memory_limit_gb": 24.0}
     rows += [
         Row("i2v", "train", ("i2v",), unscaled, must="+5 %", goal="0"),
-        Row("large-24gb", "train", ("large",), large, limit=24, must="runs", steps=7),
+        Row("large-24gb", "train", ("large",), compiled, limit=24, must="runs", steps=7),
         Row("image-uncompiled", "train", ("image",)),
         Row("clip-uncompiled", "train", ("clip",)),
         Row("evaluate", "evaluate", ("image", "clip")),
