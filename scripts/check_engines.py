@@ -136,11 +136,14 @@ class Diffusers(Engine):
     ) -> None:
         from runner.engines.diffusers import networks
         from runner.engines.diffusers.forward import Forward
+        from runner.engines.diffusers.memory_plan import Keep
 
         self.model, self.compute, self.device = model.requires_grad_(False).eval(), compute, device
-        self.forward_pass = Forward(model, checkpointing=checkpointing)
+        self.forward_pass = Forward(
+            model, keep=Keep.ATTENTION if checkpointing else Keep.EVERYTHING
+        )
         spec = networks.NetworkSpec(rank=RANK, alpha=ALPHA)
-        self.network = networks.create(model, spec, seed=0).train()
+        self.network = networks.create(model, spec, seed=0, device=device).train()
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         from runner.engines.diffusers import flow
@@ -169,6 +172,6 @@ class Diffusers(Engine):
         from runner.engines.diffusers import compiling
         from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE
 
-        blocks = compiling.compiled(self.forward_pass.blocks)
+        blocks = compiling.compiled(self.forward_pass.blocks, self.forward_pass.keep)
         self.forward_pass.choose_blocks = lambda _inputs: blocks
         self.forward_pass.text_multiple = COMPILED_TEXT_MULTIPLE

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from runner.core.atomic import write_text
-from runner.engines.diffusers.forward import Block, BlockInputs, Forward
+from runner.engines.diffusers.forward import (
+    Block,
+    BlockInputs,
+    Forward,
+    recomputed,
+    run_block,
+)
+from runner.engines.diffusers.memory_plan import Keep
 from runner.engines.diffusers.networks import Network
 
 # The third is the first one whose text tokens matter to a later block and have gradients to keep.
@@ -81,7 +90,8 @@ class Compiler:
         self._verdicts = folder / _VERDICTS
         self._right: set[str] = set()
         self.off = False
-        self._compiled = compiled(forward.blocks)
+        self._plain = recomputed(forward.blocks, forward.keep)
+        self._compiled = compiled(forward.blocks, forward.keep)
 
     def blocks(self, inputs: BlockInputs) -> Sequence[Block]:
         """Return the blocks to use for these inputs: compiled, unless that is or was found wrong.
@@ -92,14 +102,14 @@ class Compiler:
         shape = f"{items}x{tokens}x{inputs.text.shape[1]}"
         if not self.off and shape not in self._right:
             if (items, tokens) in self._rare and self._key(shape) not in self._known():
-                return self._forward.blocks
+                return self._plain
             problem = self._problem(shape, inputs)
             if problem is None:
                 self._right.add(shape)
             else:
                 self.off = True
                 print(f"note: torch.compile is off for the rest of this run: {problem}", flush=True)
-        return self._forward.blocks if self.off else self._compiled
+        return self._plain if self.off else self._compiled
 
     def _problem(self, shape: str, inputs: BlockInputs) -> str | None:
         """Return why compiled blocks can't be used for a shape, or None."""
@@ -165,18 +175,27 @@ def keep_code(folder: Path) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code)
 
 
-def compiled(blocks: Sequence[Block]) -> list[Block]:
-    """Return compiled forms of blocks, which share their weights; compiled at the first call."""
+def compiled(blocks: Sequence[Block], keep: Keep) -> list[Block]:
+    """Return compiled forms of blocks, which share their weights; compiled at the first call.
+
+    Args:
+        blocks: the blocks.
+        keep: what they keep for the backward pass.
+    """
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
     settings: Any = inductor
+    # It says that what it computes again must not change its inputs, which nothing here does.
+    logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
     settings.triton.mix_order_reduction = False
     settings.cpp.max_horizontal_fusion_size = 1
     # Each shape is another two graphs; over the limit blocks would silently run uncompiled.
     limits: Any = dynamo
     limits.recompile_limit = limits.accumulated_recompile_limit = 1024
-    return [torch.compile(block, dynamic=False) for block in blocks]
+    # What is computed again is compiled with the backward pass, which leaves out what it needs not.
+    run = torch.compile(run_block, dynamic=False)
+    return [partial(run, block, keep) for block in blocks]
 
 
 def gradient_errors(
@@ -198,19 +217,28 @@ def gradient_errors(
     direction /= inputs.video[0].numel() ** 0.5
 
     def gradients(blocks: Sequence[Any], given: BlockInputs) -> list[Tensor | None]:
-        video = forward.run_blocks(blocks, given)
+        video = forward.run_blocks(blocks, given, chosen)
         loss = (video.float() * direction).sum()
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
-    plain: list[Any] = [forward.blocks[index] for index in chosen]
+    plain = recomputed([forward.blocks[index] for index in chosen], forward.keep)
     with _some_update(network, parameters, generator):
         with torch.autocast(inputs.video.device.type, enabled=False):
-            exact = [copy.deepcopy(block).float() for block in plain]
+            exact = recomputed([_in_fp32(forward, index) for index in chosen], forward.keep)
             reference = gradients(exact, inputs.float())
             del exact
         uncompiled = gradients(plain, inputs)
         found = gradients([compiled_blocks[index] for index in chosen], inputs)
     return GradientErrors(largest_error(uncompiled, reference), largest_error(found, reference))
+
+
+def _in_fp32(forward: Forward, index: int) -> Block:
+    """Return a copy of a block in fp32, on the device."""
+    if forward.streaming is not None:
+        forward.streaming.load(index)
+    block: Any = copy.deepcopy(forward.blocks[index])
+    exact: Block = block.float()
+    return exact
 
 
 def largest_error(found: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:

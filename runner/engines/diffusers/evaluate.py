@@ -81,7 +81,7 @@ def evaluate(train_options: TrainOptions, dataset_config: str, lora: str) -> dic
         raise UserError(f"{lora}: not a LoRA file that can be read ({error})") from None
     device = Device.choose(train_options)
     model = models.load_transformer(train_options.dit, dtype=device.weights, device=device.name)
-    network = network_files.from_weights(model, weights).eval()
+    network = network_files.from_weights(model, weights, device=device.name).eval()
     forward = Forward(model)
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from runner.engines.diffusers.attention import JointAttention
 from runner.engines.diffusers.flow import Batch
+from runner.engines.diffusers.memory_plan import Keep
+from runner.engines.diffusers.streaming import Streaming
 
 # A double block: (video, text, embedding, lengths, rotary) to new video and text tokens.
 Block = Callable[..., tuple[Tensor, Tensor]]
@@ -55,20 +62,21 @@ class Forward(nn.Module):
     Attributes:
         model: the HunyuanVideo15Transformer3DModel, whose attention processors are replaced.
         blocks: its double blocks.
-        checkpointing: keep only the inputs of each block, and compute it again in the backward
-            pass.
+        keep: what a block keeps for the backward pass.
+        streaming: has the blocks' weights, if some of them wait in main memory.
         choose_blocks: chooses compiled or plain blocks for a training step.
         text_multiple: text is padded to a multiple of this many tokens.
     """
 
-    def __init__(self, model: nn.Module, *, checkpointing: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, keep: Keep = Keep.EVERYTHING) -> None:
         super().__init__()
         self.model = model
         double_blocks: Any = model.transformer_blocks
         for block in double_blocks:
             block.attn.set_processor(JointAttention())
         self.blocks: Sequence[Block] = list(double_blocks)
-        self.checkpointing = checkpointing
+        self.keep = keep
+        self.streaming: Streaming | None = None
         self.choose_blocks: Callable[[BlockInputs], Sequence[Block]] | None = None
         self.text_multiple = 1
 
@@ -86,8 +94,9 @@ class Forward(nn.Module):
         inputs = self.embed(hidden, timestep, batch)
         blocks = self.blocks
         # Previews and evaluations have shapes of their own, too few of each to compile for.
-        if self.choose_blocks is not None and torch.is_grad_enabled():
-            blocks = self.choose_blocks(inputs)
+        if torch.is_grad_enabled():
+            choose = self.choose_blocks or (lambda _: recomputed(self.blocks, self.keep))
+            blocks = choose(inputs)
         video = self.run_blocks(blocks, inputs)
         model: Any = self.model
         video = model.proj_out(model.norm_out(video, inputs.embedding))
@@ -99,7 +108,8 @@ class Forward(nn.Module):
     def embed(self, hidden: Tensor, timestep: Tensor, batch: Batch) -> BlockInputs:
         """Compute what the blocks are given; the arguments are those of :meth:`forward`."""
         model: Any = self.model
-        video = model.x_embedder(hidden)
+        # Otherwise every block would go through its tokens in the order of channels.
+        video = model.x_embedder(hidden).contiguous()
         items = [self._text(timestep, batch, item) for item in range(len(hidden))]
         longest = max(len(item) for item in items)
         padded = -(-longest // self.text_multiple) * self.text_multiple
@@ -111,19 +121,29 @@ class Forward(nn.Module):
         lengths = torch.tensor([video.shape[1] + len(item) for item in items])
         return BlockInputs(video, text, model.time_embed(timestep), lengths, model.rope(hidden))
 
-    def run_blocks(self, blocks: Sequence[Block], inputs: BlockInputs) -> Tensor:
+    def run_blocks(
+        self, blocks: Sequence[Block], inputs: BlockInputs, positions: Sequence[int] | None = None
+    ) -> Tensor:
         """Run double blocks one after the other.
+
+        Args:
+            blocks: forms of the blocks: plain, recomputed or compiled ones.
+            inputs: their inputs.
+            positions: which blocks these are; by default all, from the first.
 
         Returns:
             The video tokens [B, N, width] behind the last one.
         """
         video, text = inputs.video, inputs.text
+        if self.choose_blocks is not None and torch.is_grad_enabled():
+            # One that needs no gradient would be compiled for separately: the first block's.
+            video, text = (tensor.detach().requires_grad_() for tensor in (video, text))
         rest = (inputs.embedding, inputs.lengths, inputs.rotary)
-        for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                video, text = checkpoint(block, video, text, *rest, use_reentrant=False)
-            else:
+        for position, block in zip(positions or range(len(blocks)), blocks, strict=True):
+            if self.streaming is None:
                 video, text = block(video, text, *rest)
+            else:
+                video, text = self.streaming.run(position, block, video, text, *rest, kept=2)
         return video
 
     def _text(self, timestep: Tensor, batch: Batch, item: int) -> Tensor:
@@ -139,3 +159,30 @@ class Forward(nn.Module):
         words = batch.text[one, : batch.text_lengths[item]]
         parts.append(model.context_embedder(words, timestep[one]) + kinds[0])
         return torch.cat(parts, dim=1)[0]
+
+
+def recomputed(blocks: Sequence[Block], keep: Keep) -> list[Block]:
+    """Return forms of blocks whose backward pass computes again what is not kept."""
+    return [partial(run_block, block, keep) for block in blocks]
+
+
+def run_block(block: Block, keep: Keep, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run a block, keeping for the backward pass only what is to be kept."""
+    if keep is Keep.EVERYTHING:
+        return block(*inputs)
+    if keep is Keep.INPUTS:
+        outputs = checkpoint(block, *inputs, use_reentrant=False)
+    else:
+        # The compiler takes these contexts by their name alone.
+        outputs = checkpoint(block, *inputs, use_reentrant=False, context_fn=_KEEPING_ATTENTION)
+    video, text = outputs
+    return video, text
+
+
+def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    if operator == torch.ops.hunyuan_runner.attention.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEPING_ATTENTION = partial(create_selective_checkpoint_contexts, _policy)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import UserError
+from runner.formats.published_check import check_file
 from runner.hub.weights import BYT5_TOKENIZER, QWEN_TOKENIZER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
@@ -122,19 +123,64 @@ def load_transformer(
     Raises:
         UserError: files are missing, or keys or shapes differ from the model's.
     """
+    model, file = build_transformer(path)
+    fill_transformer(model, file, dtype=dtype, device=device)
+    return model
+
+
+def build_transformer(path: Path | str) -> tuple[HunyuanVideo15Transformer3DModel, Path]:
+    """Build the transformer without weights.
+
+    Args:
+        path: as for :func:`load_transformer`.
+
+    Returns:
+        The model, whose parameters have shapes alone, and the file for :func:`fill_transformer`.
+
+    Raises:
+        UserError: the file is missing, or is not this model's.
+    """
     file = Path(path)
     file = file / TRANSFORMER_FILE if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{file}: no transformer weights there; run the weights stage again")
-    from runner.engines.diffusers.published import build, fill
+    from runner.engines.diffusers.published import build
 
     config_file = file.with_name("config.json")
     config = _load("transformer", config_file, lambda: _config(config_file))
-    if config.get("_class_name") != "HunyuanVideo15Transformer3DModel":
-        return _published("transformer", file, dtype, device)
-    options = {key: value for key, value in config.items() if not key.startswith("_")}
-    return _load("transformer", file, lambda: fill(
-        "transformer", build("transformer", file, **options), file, dtype=dtype, device=device
+    options: dict[str, Any] = {}
+    if config.get("_class_name") == "HunyuanVideo15Transformer3DModel":
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+    else:
+        check_file("transformer", file)
+    return _load("transformer", file, lambda: build("transformer", file, **options)), file
+
+
+def fill_transformer(
+    model: HunyuanVideo15Transformer3DModel,
+    file: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    on_cpu: Collection[int] = (),
+) -> None:
+    """Give a transformer its weights.
+
+    Args:
+        model: from :func:`build_transformer`, as is ``file``.
+        file: the weights.
+        dtype: dtype of the weights; by default as stored.
+        device: device to load to.
+        on_cpu: double blocks whose weights are loaded to the CPU.
+
+    Raises:
+        UserError: keys or shapes differ from the model's.
+    """
+    from runner.engines.diffusers.published import fill
+
+    prefixes = [f"double_blocks.{index}." for index in on_cpu]
+    _load("transformer", file, lambda: fill(
+        "transformer", model, file, dtype=dtype, device=device, on_cpu=prefixes
     ))  # fmt: skip
 
 

@@ -40,8 +40,13 @@ def start_from(network: Network, file: str) -> None:
         ) from None
 
 
-def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
+def from_weights(model: nn.Module, state: Mapping[str, Tensor], *, device: str = "cpu") -> Network:
     """Attach a network with a file's weights to ``model``, in fp32, whatever its adapter.
+
+    Args:
+        model: the transformer.
+        state: the contents of a LoRA file.
+        device: the device of the adapters.
 
     Raises:
         UserError: the weights are for a module or a shape that the transformer does not have.
@@ -69,7 +74,7 @@ def from_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Network:
             adapter.load_state_dict({"alpha": torch.tensor(alpha), **parts})
         except RuntimeError:
             raise UserError(f"LoRA file: {name!r} does not fit this transformer") from None
-        network.attach(linear, name, adapter.float().to(linear.weight.device))
+        network.attach(linear, name, adapter.float().to(device))
     return network
 
 

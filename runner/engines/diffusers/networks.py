@@ -365,13 +365,14 @@ def block_modules(model: nn.Module) -> dict[str, nn.Linear]:
     return result
 
 
-def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
+def create(model: nn.Module, spec: NetworkSpec, *, seed: int, device: str = "cpu") -> Network:
     """Attach a new network to ``model``; its update is zero.
 
     Args:
-        model: the transformer.
+        model: the transformer, whose weights may not be there yet.
         spec: which adapters to attach.
         seed: each adapter's weights depend only on it and on the module's name.
+        device: the device of the adapters.
 
     Raises:
         UserError: the patterns exclude every module.
@@ -388,7 +389,7 @@ def create(model: nn.Module, spec: NetworkSpec, *, seed: int) -> Network:
         )
         generator = torch.Generator().manual_seed(derived_seed(seed, "network", module))
         adapter.initialise(generator)
-        network.attach(linear, lora_name(module), adapter.to(linear.weight.device))
+        network.attach(linear, lora_name(module), adapter.to(device))
     if not network._hooks:
         raise UserError(
             "train.toml: network_args exclude every module, so nothing would be trained"

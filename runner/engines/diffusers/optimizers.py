@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -88,8 +89,12 @@ def build_optimizer(options: TrainOptions, groups: Groups) -> tuple[torch.optim.
         if arguments["relative_step"]:
             rate = None
             groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
+    # One kernel for all tensors of a step: the others read a number for each of them from the GPU,
+    # or need memory for a copy of all.
+    chosen = arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}
+    fused = {"fused": True} if not chosen and _can_be_fused(cls, groups) else {}
     try:
-        optimizer = cls(groups, lr=rate, **arguments)
+        optimizer = cls(groups, lr=rate, **fused, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"train.toml: optimizer_type={options.optimizer_type!r} refused its options: {error}"
@@ -97,6 +102,11 @@ def build_optimizer(options: TrainOptions, groups: Groups) -> tuple[torch.optim.
     text = ",".join(f"{key}={value}" for key, value in arguments.items())
     name = f"{cls.__module__}.{cls.__name__}"
     return optimizer, f"{name}({text})" if text else name
+
+
+def _can_be_fused(cls: type, groups: Groups) -> bool:
+    on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    return on_gpu and "fused" in inspect.signature(cls).parameters
 
 
 def _optimizer_class(name: str) -> type:

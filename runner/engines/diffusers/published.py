@@ -15,7 +15,7 @@ Sizes are those of musubi-tuner's loaders, which hold the published configs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,8 +115,18 @@ def fill(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    on_cpu: Sequence[str] = (),
 ) -> nn.Module:
     """Fill a network from :func:`build` with the tensors of a file, one after the other.
+
+    Args:
+        part: transformer, vae, text_encoder, byt5 or image_encoder.
+        model: the network.
+        file: its weights.
+        dtype: dtype of the parameters; by default musubi-tuner's for the part.
+        device: device to load to.
+        on_cpu: beginnings of names (Tencent's for the transformer, else the class's) of parameters
+            that are loaded to the CPU all the same.
 
     Returns:
         The network, in evaluation mode and without gradients.
@@ -133,7 +143,12 @@ def fill(
         for name, header in read_header(file).items()
         if part == "transformer" or _NAMES[part](name) is not None
     }
-    for name, tensor in _read_tensors(file, headers, dtype, device):
+
+    def place(name: str) -> str:
+        own = name if part == "transformer" else str(_NAMES[part](name))
+        return "cpu" if own.startswith(tuple(on_cpu)) else device
+
+    for name, tensor in _read_tensors(file, headers, dtype, place):
         for own, value in _renamed(part, name, tensor).items():
             _assign(model, own, value, file)
     if part == "byt5":
@@ -142,8 +157,10 @@ def fill(
     empty = [name for name, value in model.named_parameters() if value.is_meta]
     if empty:
         raise UserError(f"{file}: no tensor for {empty[0]} ({len(empty)} are missing)")
-    # Parameters are there already: this moves the buffers, and rounds nothing.
-    return model.to(device).requires_grad_(False).eval()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.requires_grad_(False).eval()
 
 
 def text_tokenizer() -> Any:
@@ -240,7 +257,10 @@ _BUILDERS: dict[str, Callable[[Path, dict[str, Any]], nn.Module]] = {
 
 
 def _read_tensors(
-    file: Path, headers: Mapping[str, TensorHeader], dtype: torch.dtype | None, device: str
+    file: Path,
+    headers: Mapping[str, TensorHeader],
+    dtype: torch.dtype | None,
+    place: Callable[[str], str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Read tensors one after the other, in the file's order, to a device.
 
@@ -248,7 +268,7 @@ def _read_tensors(
         file: the file.
         headers: the tensors to read.
         dtype: the dtype to give them, or None for their own.
-        device: the device.
+        place: gives the device for a name.
 
     Yields:
         Name and tensor; the tensor is the caller's alone.
@@ -257,7 +277,8 @@ def _read_tensors(
 
     size = max((header.end - header.start for header in headers.values()), default=0)
     # From pinned memory a GPU copies several times as fast.
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+    pinned = any(torch.device(place(name)).type == "cuda" for name in headers)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     with file.open("rb") as opened:
         for name, header in sorted(headers.items(), key=lambda item: item[1].start):
             raw = buffer[: header.end - header.start]
@@ -265,7 +286,7 @@ def _read_tensors(
             if opened.readinto(raw.numpy().data) != len(raw):
                 raise UserError(f"{file}: it was cut while it was read")
             read = raw.view(torch_dtype(SAFETENSORS_NAMES[header.dtype])).reshape(header.shape)
-            placed = read.to(device)
+            placed = read.to(place(name))
             yield name, placed.to(dtype or read.dtype, copy=placed is read)
 
 

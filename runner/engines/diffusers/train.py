@@ -32,16 +32,16 @@ from runner.engines.diffusers import (
     compiling,
     data,
     flow,
-    models,
     network_files,
     networks,
     optimizers,
     options,
+    placement,
     sampling,
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
 from runner.engines.diffusers.device import Device
-from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE, Forward
+from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE
 from runner.formats.train_options import TrainOptions
 from runner.tracking.metrics import LossGuard
 
@@ -111,6 +111,7 @@ class Trainer:
         seed: int,
         compile_folder: Path = Path("compiled"),
         compile_from: int = 0,
+        memory_limit_gb: float | None = None,
     ) -> None:
         """Load the transformer and build network, optimizer and schedule.
 
@@ -120,6 +121,7 @@ class Trainer:
             seed: the seed of every random stream.
             compile_folder: where compiled code is kept, if it is wanted.
             compile_from: number of steps of one shape from which it is compiled for.
+            memory_limit_gb: GPU memory to use, in GiB; by default all that is free.
 
         Raises:
             UserError: an option is not supported, or weights cannot be loaded.
@@ -143,18 +145,20 @@ class Trainer:
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
 
         self.previewer = sampling.previewer(train_options, self.device.name)
-        model = models.load_transformer(
-            train_options.dit, dtype=self.device.weights, device=self.device.name
+        self.forward, self.network = placement.load(
+            train_options,
+            self.device,
+            lambda model: networks.create(model, spec, seed=seed, device=self.device.name),
+            tokens=max(len(batch) * math.prod(batch[0].shape[1:]) for batch in first_epoch),
+            limit_gb=memory_limit_gb,
         )
-        self.forward = Forward(model, checkpointing=train_options.gradient_checkpointing)
-        self.network = networks.create(model, spec, seed=seed)
         if train_options.network_weights is not None:
             network_files.start_from(self.network, train_options.network_weights)
         if train_options.compile:
             settings = {
                 "weights": str(self.device.weights),
                 "arithmetic": str(self.device.compute),
-                "checkpointing": str(train_options.gradient_checkpointing),
+                "keep": self.forward.keep.value,
                 "network": str(spec),
             }
             uses = Counter((len(b), math.prod(b[0].shape[1:])) for b in first_epoch)
@@ -234,17 +238,18 @@ class Trainer:
         After each step ``rates`` has the learning rates that the step used.
         """
         batches = data.epoch_batches(self.datasets, seed=self.seed, epoch=epoch)
-        losses: list[float] = []
+        losses: list[Callable[[], float]] = []
         for number, batch in enumerate(data.load_batches(batches), 1):
             losses.append(self._backward(batch))
             full = len(losses) == self.options.gradient_accumulation_steps
             if full or number == len(batches):
-                loss = statistics.fmean(losses)
+                loss = statistics.fmean(read() for read in losses)
                 self._update(usable=math.isfinite(loss))
                 yield loss
                 losses.clear()
 
-    def _backward(self, batch: flow.Batch) -> float:
+    def _backward(self, batch: flow.Batch) -> Callable[[], float]:
+        """Give the GPU a forward and a backward pass; the result returns the loss."""
         # Drawn on the CPU, so that noise is the same on every device.
         noise = torch.randn(batch.latents.shape, generator=self.noise_generator)
         t = self.timesteps.draw(len(noise), self.timestep_generator)
@@ -253,15 +258,16 @@ class Trainer:
             errors, _ = flow.training_step(
                 self.forward,
                 batch.to(device),
-                noise.to(device),
-                t.to(device),
+                flow.to_device(noise, device),
+                flow.to_device(t, device),
                 scale_condition=not self.options.i2v_unscaled_condition,
             )
         loss = errors.mean()
+        read = self.device.reader(loss)
         # As in musubi-tuner, the last step of an epoch divides by this too if it has fewer batches:
         # its gradient is smaller.
         self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
-        return loss.item()
+        return read
 
     def _update(self, *, usable: bool) -> None:
         """Take an optimizer step; one whose gradients are not ``usable`` leaves the weights."""
@@ -355,6 +361,9 @@ def main(arguments: Sequence[str]) -> None:
         default=0,
         help="number of steps of one shape from which it is compiled for",
     )
+    parser.add_argument(
+        "--memory_limit_gb", type=float, help="GPU memory to use, in GiB; by default all of it"
+    )
     parsed = parser.parse_args(arguments)
     train_options = options.read(parsed.config_file)
     if train_options.compile:
@@ -366,7 +375,14 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         # Costs nothing on the CPU, and warns if an operation has no deterministic form.
         torch.use_deterministic_algorithms(True, warn_only=True)
-    trainer = Trainer(train_options, datasets, seed, parsed.compile_folder, parsed.compile_from)
+    trainer = Trainer(
+        train_options,
+        datasets,
+        seed,
+        parsed.compile_folder,
+        parsed.compile_from,
+        parsed.memory_limit_gb,
+    )
     item_count = sum(len(dataset.examples) for dataset in datasets)
     print(
         f"{item_count} items, {trainer.batches} batches per epoch, {trainer.steps} steps, "

@@ -21,6 +21,7 @@ from training_run import inside, write_run
 from runner.engines.diffusers import compiling, networks, train
 from runner.engines.diffusers.compiling import Compiler, GradientErrors, largest_error
 from runner.engines.diffusers.forward import Block, Forward
+from runner.engines.diffusers.memory_plan import Keep
 
 INFINITE = float("inf")
 
@@ -38,7 +39,7 @@ class WrongGradient(torch.autograd.Function):
         return wrong
 
 
-def wrong_blocks(blocks: Sequence[Block]) -> list[Block]:
+def wrong_blocks(blocks: Sequence[Block], keep: Keep) -> list[Block]:
     """Return blocks with the right output and a gradient that is off by one per cent."""
 
     def wrapped(block: Block) -> Block:
@@ -51,10 +52,15 @@ def wrong_blocks(blocks: Sequence[Block]) -> list[Block]:
     return [wrapped(block) for block in blocks]
 
 
+def plain(blocks: Sequence[Block], keep: Keep) -> list[Block]:
+    """Return blocks as they are."""
+    return list(blocks)
+
+
 def compiler(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    compiled: Callable[[Sequence[Block]], list[Block]],
+    compiled: Callable[[Sequence[Block], Keep], list[Block]],
     **spec: Any,
 ) -> tuple[Compiler, Forward, networks.Network]:
     monkeypatch.setattr(compiling, "compiled", compiled)
@@ -128,7 +134,7 @@ def test_wrong_gradients_are_noticed(
 # So are those of a later block than the first.
 def test_wrong_gradients_of_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, forward, _ = compiler(
-        tmp_path, monkeypatch, lambda blocks: [blocks[0], *wrong_blocks(blocks[1:])]
+        tmp_path, monkeypatch, lambda blocks, keep: [blocks[0], *wrong_blocks(blocks[1:], keep)]
     )
     predict(forward)
     assert made.off
@@ -138,7 +144,7 @@ def test_wrong_gradients_of_a_later_block(tmp_path: Path, monkeypatch: pytest.Mo
 def test_verdicts_are_of_settings_and_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, forward, network = compiler(tmp_path, monkeypatch, list)
+    _, forward, network = compiler(tmp_path, monkeypatch, plain)
     keys = {Compiler(forward, network, {"rank": rank}, tmp_path)._key("") for rank in "24"}
     monkeypatch.setattr(torch, "__version__", "9.9")
     keys.add(Compiler(forward, network, {"rank": "2"}, tmp_path)._key(""))
@@ -152,10 +158,15 @@ def test_options_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config as inductor
 
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options))
+
+    def compile_(run: Any, **options: Any) -> Any:
+        asked.append(options)
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
     settings: Any = inductor
     with inductor.patch({"cpp.max_horizontal_fusion_size": 16, "triton.mix_order_reduction": True}):
-        compiling.compiled([lambda: (torch.zeros(1), torch.zeros(1))])
+        compiling.compiled([lambda: (torch.zeros(1), torch.zeros(1))], Keep.EVERYTHING)
         assert settings.cpp.max_horizontal_fusion_size == 1
         assert not settings.triton.mix_order_reduction
     limits: Any = dynamo
@@ -188,7 +199,7 @@ def test_each_shape_is_checked_once(
 ) -> None:
     used: list[int] = []
 
-    def counting(blocks: Sequence[Block]) -> list[Block]:
+    def counting(blocks: Sequence[Block], keep: Keep) -> list[Block]:
         def wrapped(number: int, block: Block) -> Block:
             def call(*inputs: Any) -> tuple[Tensor, Tensor]:
                 used.append(number)
@@ -216,7 +227,7 @@ def test_each_shape_is_checked_once(
 # A shape of which the run has too few steps is not compiled for, unless an earlier run has; the
 # others are.
 def test_rare_shapes_stay_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, forward, network = compiler(tmp_path, monkeypatch, list)
+    made, forward, network = compiler(tmp_path, monkeypatch, plain)
     rare = Compiler(forward, network, {}, tmp_path, rare={(1, 48)})
     forward.choose_blocks = rare.blocks
     predict(forward)
@@ -234,7 +245,7 @@ def test_rare_shapes_stay_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_trainer_counts_the_steps_of_a_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "compiled", list)
+    monkeypatch.setattr(compiling, "compiled", plain)
     for compile_from, checked in ((3, ["1x24x64"]), (2, ["1x24x64", "2x72x64"]), (7, [])):
         folder = write_run(tmp_path / str(compile_from), compile=True)
         with inside(folder):
@@ -247,7 +258,7 @@ def test_trainer_counts_the_steps_of_a_shape(
 
 # The check leaves weights, gradients, modes and the random state as they were.
 def test_check_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, forward, network = compiler(tmp_path, monkeypatch, list, dropout=0.5)
+    _, forward, network = compiler(tmp_path, monkeypatch, plain, dropout=0.5)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state = torch.get_rng_state()
     batch = batch_of((5, 3), i2v=False)
@@ -265,7 +276,7 @@ def test_check_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_failing_compiler_is_switched_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(blocks: Sequence[Block]) -> list[Block]:
+    def broken(blocks: Sequence[Block], keep: Keep) -> list[Block]:
         def call(*_: Any) -> tuple[Tensor, Tensor]:
             raise RuntimeError("no compiler\nwith details")
 
@@ -292,8 +303,8 @@ def test_compiled_run_equals_the_plain_one(
     said = capsys.readouterr().out
     assert "gradients against fp32" in said and "note:" not in said
     assert (tmp_path / "compiled" / "compiled" / "gradients.json").is_file()
-    plain, compiled = results
-    for key, expected in plain.items():
+    uncompiled, compiled = results
+    for key, expected in uncompiled.items():
         assert (compiled[key] - expected).norm() <= 1e-3 * expected.norm() + 1e-6, key
 
 
@@ -334,7 +345,7 @@ def test_a_folder_that_cannot_be_written(
         f"note: {folder} cannot be written to: compiled code is not kept there.\n"
     )
     assert str(folder) not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    made, forward, _ = compiler(folder, monkeypatch, list)
+    made, forward, _ = compiler(folder, monkeypatch, plain)
     predict(forward)
     assert not made.off and made._right
 
@@ -346,7 +357,7 @@ def test_a_folder_that_cannot_be_written(
 def test_verdicts_that_cannot_be_read(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, forward, _ = compiler(tmp_path, monkeypatch, list)
+    made, forward, _ = compiler(tmp_path, monkeypatch, plain)
     key = made._key("1x48x8")
     (tmp_path / "gradients.json").write_text(text.replace('"KEY"', json.dumps(key)))
     predict(forward)

@@ -16,6 +16,7 @@ import runner.engines.diffusers.attention
 from runner.engines.diffusers import flow, networks
 from runner.engines.diffusers.attention import attention, attention_backward
 from runner.engines.diffusers.forward import Forward
+from runner.engines.diffusers.memory_plan import Keep
 from runner.engines.diffusers.models import TINY_TRANSFORMER
 
 torch.set_num_threads(1)
@@ -211,23 +212,35 @@ def test_attention_is_a_lawful_operator(heads_first: bool) -> None:
     torch.library.opcheck(attention, (*(tensor.requires_grad_() for tensor in inputs), lengths))
 
 
-# With checkpointing each block is computed again in the backward pass, and gradients are the same.
-def test_checkpointing() -> None:
-    results = []
-    for checkpointing in (False, True):
+# What is not kept is computed again in the backward pass, attention only if its result is not kept,
+# and gradients are the same to the bit.
+def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    attended: list[int] = []
+
+    def counting(*tensors: Tensor) -> Any:
+        attended.append(1)
+        return attend(*tensors)
+
+    module = runner.engines.diffusers.attention
+    attend = module._attend
+    monkeypatch.setattr(module, "_attend", counting)
+    results, counts = [], []
+    for keep in Keep:
         model = build_model()
         network = networks.create(model, networks.NetworkSpec(rank=2), seed=1).train()
-        forward = Forward(model, checkpointing=checkpointing)
+        forward = Forward(model, keep=keep)
         calls: list[int] = []
         for block in model.transformer_blocks:
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        attended.clear()
         hidden, batch = random(1, 65, 2, 4, 6, seed=3), batch_of((5, 3), i2v=False)
         forward(hidden, torch.tensor([300.0]), batch).square().mean().backward()
-        assert len(calls) == (4 if checkpointing else 2)
+        counts.append((keep, len(calls), len(attended)))
         results.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert counts == [(Keep.EVERYTHING, 2, 2), (Keep.ATTENTION, 4, 2), (Keep.INPUTS, 4, 4)]
     assert results[0]
-    for plain, again in zip(*results, strict=True):
-        assert torch.equal(plain, again)
+    for plain, *again in zip(*results, strict=True):
+        assert all(torch.equal(plain, other) for other in again)
 
 
 # The blocks of a copy in fp32 train the same adapters: the check of compiled gradients needs it.

@@ -128,19 +128,3 @@ def test_condition_is_scaled_without_its_mask() -> None:
     assert torch.equal(hidden[:, 32:64], batch.condition[:, :32] * flow.VAE_SCALING_FACTOR)
     assert torch.equal(hidden[:, 64:], batch.condition[:, 32:])
     assert not RunConfig().training.i2v_unscaled_condition
-
-
-# A gradient checkpointed is the same gradient.
-def test_checkpointing_changes_nothing() -> None:
-    case = given.CASES[0]
-    batch, noise = batch_of(case)
-    gradients = []
-    for checkpointed in (False, True):
-        model = build_model()
-        network = networks.create(model, networks.NetworkSpec(rank=2), seed=3).train()
-        forward = Forward(model, checkpointing=checkpointed)
-        errors, _ = flow.training_step(forward, batch, noise, torch.tensor([0.4]))
-        errors.mean().backward()
-        gradients.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
