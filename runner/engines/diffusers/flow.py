@@ -184,6 +184,38 @@ def model_input(noisy: Tensor, batch: Batch, *, scale_condition: bool) -> Tensor
     return torch.cat([noisy, latent, mask], dim=1)
 
 
+def noisy_input(
+    batch: Batch, noise: Tensor, t: Tensor, *, scale_condition: bool
+) -> tuple[Tensor, Tensor]:
+    """Mix latents with noise.
+
+    Args:
+        batch: latents unscaled.
+        noise: [B, 32, F, h, w], standard normal.
+        t: [B], timesteps in 0..1; 1 is pure noise.
+        scale_condition: see :func:`model_input`.
+
+    Returns:
+        The network's input [B, 65, F, h, w] and the velocity that it is to predict,
+        [B, 32, F, h, w].
+    """
+    latents = batch.latents * VAE_SCALING_FACTOR
+    mix = t.view(-1, 1, 1, 1, 1)
+    noisy = (1 - mix) * latents + mix * noise
+    return model_input(noisy, batch, scale_condition=scale_condition), noise - latents
+
+
+def network_time(t: Tensor) -> Tensor:
+    """Return what the network is given for timesteps in 0..1."""
+    return t * 1000.0 + 1
+
+
+def squared_errors(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """Return the mean squared error of each example, [B], whose mean is the loss."""
+    errors = nn.functional.mse_loss(prediction.float(), velocity, reduction="none")
+    return errors.mean(dim=(1, 2, 3, 4))
+
+
 def training_step(
     forward: nn.Module, batch: Batch, noise: Tensor, t: Tensor, *, scale_condition: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -193,17 +225,12 @@ def training_step(
         forward: the network, as :class:`runner.engines.diffusers.forward.Forward`.
         batch: latents unscaled.
         noise: [B, 32, F, h, w], standard normal.
-        t: [B], timesteps in 0..1; 1 is pure noise. The network gets 1000 * t + 1.
+        t: [B], timesteps in 0..1.
         scale_condition: see :func:`model_input`.
 
     Returns:
-        The squared error of each example, [B], whose mean is the loss, and the prediction
-        [B, 32, F, h, w].
+        The squared error of each example, [B], and the prediction [B, 32, F, h, w].
     """
-    latents = batch.latents * VAE_SCALING_FACTOR
-    mix = t.view(-1, 1, 1, 1, 1)
-    noisy = (1 - mix) * latents + mix * noise
-    hidden = model_input(noisy, batch, scale_condition=scale_condition)
-    prediction = forward(hidden, t * 1000.0 + 1, batch)
-    error = nn.functional.mse_loss(prediction.float(), noise - latents, reduction="none")
-    return error.mean(dim=(1, 2, 3, 4)), prediction
+    hidden, velocity = noisy_input(batch, noise, t, scale_condition=scale_condition)
+    prediction = forward(hidden, network_time(t), batch)
+    return squared_errors(prediction, velocity), prediction

@@ -50,6 +50,15 @@ class BlockInputs:
     lengths: Tensor
     rotary: tuple[Tensor, Tensor]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that are on the device."""
+        return (self.video, self.text, self.embedding, *self.rotary)
+
+    def clone(self) -> BlockInputs:
+        """Return a copy."""
+        video, text, embedding, cosines, sines = (tensor.clone() for tensor in self.tensors())
+        return BlockInputs(video, text, embedding, self.lengths, (cosines, sines))
+
     def float(self) -> BlockInputs:
         """Return the same inputs in fp32."""
         tensors = (self.video.float(), self.text.float(), self.embedding.float())
@@ -91,7 +100,18 @@ class Forward(nn.Module):
         Returns:
             [B, 32, F, h, w].
         """
-        inputs = self.embed(hidden, timestep, batch)
+        return self.predict(self.embed(hidden, timestep, batch), hidden.shape[2:])
+
+    def predict(self, inputs: BlockInputs, size: Sequence[int]) -> Tensor:
+        """Predict the velocity from what :meth:`embed` has computed.
+
+        Args:
+            inputs: the blocks' inputs.
+            size: F, h and w of the latents.
+
+        Returns:
+            [B, 32, F, h, w].
+        """
         blocks = self.blocks
         # Previews and evaluations have shapes of their own, too few of each to compile for.
         if torch.is_grad_enabled():
@@ -101,7 +121,7 @@ class Forward(nn.Module):
         model: Any = self.model
         video = model.proj_out(model.norm_out(video, inputs.embedding))
         # Patches are of one latent pixel.
-        result: Tensor = video.transpose(1, 2).unflatten(2, hidden.shape[2:])
+        result: Tensor = video.transpose(1, 2).unflatten(2, tuple(size))
         return result
 
     @torch.no_grad()

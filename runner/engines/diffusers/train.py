@@ -17,14 +17,13 @@ import functools
 import math
 import random
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runner.core.errors import StageError
 from runner.engines.diffusers import (
@@ -32,6 +31,7 @@ from runner.engines.diffusers import (
     compiling,
     data,
     flow,
+    graphs,
     network_files,
     networks,
     optimizers,
@@ -41,64 +41,10 @@ from runner.engines.diffusers import (
 )
 from runner.engines.diffusers.checkpoints import Checkpoints
 from runner.engines.diffusers.device import Device
-from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE
+from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE, BlockInputs
+from runner.engines.diffusers.progress import AverageLoss, Metrics, Progress
 from runner.formats.train_options import TrainOptions
 from runner.tracking.metrics import LossGuard
-
-
-class Metrics:
-    """TensorBoard scalars under ``<folder>/network_train``, written to disk within a second.
-
-    Without a folder nothing is written.
-    """
-
-    def __init__(self, folder: str | None) -> None:
-        self._writer: Any = None
-        self._flushed = 0.0
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(Path(folder) / "network_train"), flush_secs=1)
-
-    def write(self, values: dict[str, float], step: int, *, flush: bool = False) -> None:
-        """Add values at ``step``."""
-        if self._writer is None:
-            return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        if flush or time.monotonic() - self._flushed >= 0.5:
-            self._writer.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Write the remaining values and close the file."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-class AverageLoss:
-    """Average of the latest loss at each position of the epoch, as in musubi-tuner.
-
-    From the second epoch on it is a moving average over as many steps as an epoch has. A loss that
-    is not finite is left out, as its step is.
-    """
-
-    def __init__(self) -> None:
-        self._losses: list[float] = []
-
-    def add(self, index: int, loss: float) -> None:
-        """Record the loss of step ``index`` of the epoch, from 0."""
-        if not math.isfinite(loss):
-            return
-        if index < len(self._losses):
-            self._losses[index] = loss
-        else:
-            self._losses.append(loss)
-
-    @property
-    def value(self) -> float:
-        """The average."""
-        return math.fsum(self._losses) / len(self._losses) if self._losses else math.nan
 
 
 class Trainer:
@@ -176,6 +122,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.name, enabled=self.device.compute == torch.float16
         )
+        self.step: graphs.Step = self._step
+        whole = self.forward.streaming is None and not self.scaler.is_enabled()
+        if self.device.name == "cuda" and train_options.compile and whole and not spec.drops:
+            self.step = graphs.GraphedSteps(self._step, self.network.parameters())
         # Separate generators, so that another rank or dropout does not change noise and timesteps.
         self.noise_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))
         self.timestep_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "times"))
@@ -254,20 +204,26 @@ class Trainer:
         noise = torch.randn(batch.latents.shape, generator=self.noise_generator)
         t = self.timesteps.draw(len(noise), self.timestep_generator)
         device = self.device.name
+        batch, noise, t = batch.to(device), flow.to_device(noise, device), flow.to_device(t, device)
         with self.device.autocast():
-            errors, _ = flow.training_step(
-                self.forward,
-                batch.to(device),
-                flow.to_device(noise, device),
-                flow.to_device(t, device),
-                scale_condition=not self.options.i2v_unscaled_condition,
+            hidden, velocity = flow.noisy_input(
+                batch, noise, t, scale_condition=not self.options.i2v_unscaled_condition
             )
-        loss = errors.mean()
+            inputs = self.forward.embed(hidden, flow.network_time(t), batch)
+        loss, backward = self.step(inputs, velocity)
         read = self.device.reader(loss)
+        backward()
+        return read
+
+    def _step(self, inputs: BlockInputs, velocity: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+        """Compute the loss, and return it with its backward pass."""
+        with self.device.autocast():
+            prediction = self.forward.predict(inputs, velocity.shape[2:])
+            loss = flow.squared_errors(prediction, velocity).mean()
         # As in musubi-tuner, the last step of an epoch divides by this too if it has fewer batches:
         # its gradient is smaller.
-        self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
-        return read
+        scaled = self.scaler.scale(loss / self.options.gradient_accumulation_steps)
+        return loss, scaled.backward
 
     def _update(self, *, usable: bool) -> None:
         """Take an optimizer step; one whose gradients are not ``usable`` leaves the weights."""
@@ -285,7 +241,7 @@ class Trainer:
             for name, group in zip(names, groups, strict=False):
                 self.rates[f"lr/d*lr/{name}"] = float(group["d"] * group["lr"])
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.step == self._step)
 
     def _end_step(self, epoch: int, step: int) -> None:
         path = self.checkpoints.save_step(self.network, epoch=epoch, step=step)
@@ -317,27 +273,6 @@ class Trainer:
         switch = getattr(self.optimizer, "train" if training else "eval", None)
         if callable(switch):
             switch()
-
-
-class Progress:
-    """Progress lines on standard output: the first step, the last, and at most one a second."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._begun = self._printed = time.monotonic()
-
-    def show(self, epoch: int, step: int, loss: float, average: float) -> None:
-        """Print a line, unless the last one is less than a second old; ``step`` counts from 1."""
-        now = time.monotonic()
-        if now - self._printed < 1 and step not in (1, self._steps):
-            return
-        self._printed = now
-        speed = step / max(now - self._begun, 1e-9)
-        print(
-            f"step {step}/{self._steps} epoch {epoch} loss {loss:.4f} average {average:.4f} "
-            f"{speed:.2f} steps/s",
-            flush=True,
-        )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -110,15 +110,15 @@ def test_same_seed_same_tensors(tmp_path: Path, task: str) -> None:
 # Noise and times come from the seed alone: rank and dropout leave every step's as they are.
 def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
-    step = flow.training_step
+    step = flow.noisy_input
 
     def recording(
-        model: torch.nn.Module, batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
+        batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
         drawn.extend([noise.clone(), t.clone()])
-        return step(model, batch, noise, t, **options)
+        return step(batch, noise, t, **options)
 
-    monkeypatch.setattr(flow, "training_step", recording)
+    monkeypatch.setattr(flow, "noisy_input", recording)
     sequences = []
     runs: dict[str, Any] = {"a": {}, "b": {"network_dim": 8, "network_dropout": 0.5}}
     for name, changed in runs.items():
@@ -136,15 +136,15 @@ def test_network_does_not_change_the_noise(tmp_path: Path, monkeypatch: pytest.M
 # nothing.
 def test_random_streams_are_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Tensor, Tensor]] = []
-    step = flow.training_step
+    step = flow.noisy_input
 
     def recording(
-        model: torch.nn.Module, batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
+        batch: flow.Batch, noise: Tensor, t: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
         drawn.append((noise.clone(), t.clone()))
-        return step(model, batch, noise, t, **options)
+        return step(batch, noise, t, **options)
 
-    monkeypatch.setattr(flow, "training_step", recording)
+    monkeypatch.setattr(flow, "noisy_input", recording)
     folder = write_run(tmp_path / "run", network_dropout=0.5)
     states = []
     for disturbance in (1, 2):
@@ -585,14 +585,14 @@ def test_exploding_loss_stops(tmp_path: Path) -> None:
 def test_a_step_without_a_finite_loss_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, calls = flow.training_step, []
+    squared_errors, calls = flow.squared_errors, []
 
-    def breaking(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        errors, prediction = step(*given, **options)
-        calls.append(errors)
-        return errors * (math.nan if len(calls) == broken else 1.0), prediction
+    def breaking(prediction: Tensor, velocity: Tensor) -> Tensor:
+        calls.append(velocity)
+        errors = squared_errors(prediction, velocity)
+        return errors * (math.nan if len(calls) == broken else 1.0)
 
-    monkeypatch.setattr(flow, "training_step", breaking)
+    monkeypatch.setattr(flow, "squared_errors", breaking)
     plain: dict[str, Any] = {"optimizer_type": "torch.optim.SGD", "logging_dir": "tensorboard"}
     broken = 2
     state = run(write_run(tmp_path / "a", **plain))
