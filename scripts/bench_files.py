@@ -19,6 +19,8 @@ from check_common import ALPHA, FULL, RANK, TINY, Sizes
 sys.path.insert(0, str(common.TOP))
 
 SEED = 42
+# The step whose gradients are compared. The first ones compile, capture graphs and fill buffers.
+CHECKED_STEP = 3
 TEXT, BYT5 = 64, 23
 # The tiny model's caption fits into one multiple of 64 tokens too.
 TINY_TEXT, TINY_BYT5 = 9, 2
@@ -103,7 +105,7 @@ class Files:
         return self.folder / "caches" / work
 
     def inputs(self, work: str) -> Path:
-        """Return the file with noise and timestep of a work's first step."""
+        """Return the file with noise and timestep of a work's checked step."""
         return self.folder / "inputs" / f"{work}.safetensors"
 
     def gradients(self, work: str) -> Path:
@@ -164,7 +166,7 @@ class Files:
         save_file(tensors, self.lora)
 
     def write_work(self, name: str) -> None:
-        """Write a work's cached item, and its first step's noise and timestep."""
+        """Write a work's cached item, and noise and timestep of its checked step."""
         from runner.engines.diffusers import flow
         from runner.formats import cache_files
         from runner.formats.frames import Crop
@@ -197,20 +199,21 @@ class Files:
             common.normal(f"{name}/byt5", glyphs, sizes.byt5).half(),
             caption="a caption",
         )
-        # As the embedded engine draws its first ones.
+        # As the embedded engine draws them.
         noise = torch.Generator().manual_seed(flow.derived_seed(SEED, "noise"))
         times = torch.Generator().manual_seed(flow.derived_seed(SEED, "times"))
-        drawn = {
-            "noise": torch.randn((1, 32, *grid), generator=noise),
-            "times": flow.TimeSampling().draw(1, times),
-        }
+        for _ in range(CHECKED_STEP):
+            drawn = {
+                "noise": torch.randn((1, 32, *grid), generator=noise),
+                "times": flow.TimeSampling().draw(1, times),
+            }
         from safetensors.torch import save_file
 
         self.inputs(name).parent.mkdir(parents=True, exist_ok=True)
         save_file(drawn, self.inputs(name))
 
     def read_inputs(self, name: str) -> common.Inputs:
-        """Return a work's first step, as check_engines takes it.
+        """Return a work's checked step, as check_engines takes it.
 
         It needs nothing but torch and safetensors: musubi-tuner's Python reads it too.
         """
@@ -256,7 +259,8 @@ class Files:
             "discrete_flow_shift": 1.0,
             "weighting_scheme": "none",
             "optimizer_type": "AdamW",
-            "learning_rate": 1e-4,
+            # So small that the checked step has the weights that the first one had.
+            "learning_rate": 1e-8,
             "max_grad_norm": 1.0,
             "network_module": "networks.lora_hv_1_5",
             "network_dim": RANK,

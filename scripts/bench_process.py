@@ -4,7 +4,7 @@
 
 It runs in this project's Python and in musubi-tuner's (3.10 or newer). The trainer is not changed:
 hooks around every optimizer's step see when a step ends and which gradients it has. The report is
-written after the first step, and again at the end.
+written after the first steps, and again at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Settings:
     Attributes:
         report: the JSON file to write.
         lora: the file that the LoRA starts from, whose values name the parameters.
-        reference: the float32 gradients of the first step, if they are to be compared.
+        reference: the float32 gradients of the checked step, if they are to be compared.
+        checked: the number of the checked step.
         profile_at: the number of steps after which one step is watched for waits of the host and
             the next one profiled; 0 for never.
     """
@@ -53,6 +54,7 @@ class Settings:
     report: str
     lora: str
     reference: str | None
+    checked: int
     profile_at: int
 
     @classmethod
@@ -69,23 +71,30 @@ class Watch:
         self.report: dict[str, Any] = {"ended": []}
         self.waits: dict[str, int] = {}
         self.profiler: Any = None
+        self.names: dict[int, str] = {}
 
     def before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Compare the gradients of the first step."""
-        if not self.report["ended"] and self.settings.reference is not None:
-            self.compare(optimizer, Path(self.settings.reference))
-
-    def compare(self, optimizer: torch.optim.Optimizer, reference: Path) -> None:
-        """Compare gradients with the reference, tensor by tensor."""
+        """Find the names of what is trained, and compare the gradients of the checked step."""
+        if self.settings.reference is None:
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        with safe_open(self.settings.lora, framework="pt") as file:
-            names = {key_of(file.get_tensor(n)): n for n in file.keys() if "lora_" in n}  # noqa: SIM118
+        now = len(self.report["ended"]) + 1
+        if now == 1:
+            with safe_open(self.settings.lora, framework="pt") as file:
+                known = {key_of(file.get_tensor(n)): n for n in file.keys() if "lora_" in n}  # noqa: SIM118
+            keys = ((p, key_of(p.detach())) for p in parameters)
+            self.names = {id(p): known[key] for p, key in keys if key in known}
+        if now == self.settings.checked:
+            self.compare(parameters, Path(self.settings.reference))
+
+    def compare(self, parameters: list[torch.Tensor], reference: Path) -> None:
+        """Compare gradients with the reference, tensor by tensor."""
         found: dict[str, float] = {}
         square = 0.0
         with safe_open(reference, framework="pt", device=str(parameters[0].device)) as file:
             known = set(file.keys())
             for parameter in parameters:
-                name = names.get(key_of(parameter.detach()))
+                name = self.names.get(id(parameter))
                 if name is None:
                     continue
                 # The last block's text tokens lead nowhere: their tensors have no gradient.
@@ -100,7 +109,7 @@ class Watch:
         ended = self.report["ended"]
         ended.append(time.time())
         at = self.settings.profile_at
-        if len(ended) == 1:
+        if len(ended) <= self.settings.checked:
             self.write()
         if not at or not torch.cuda.is_available():
             return

@@ -2,7 +2,7 @@
 
     bench_references.py FILES.json ours|musubi WORK ...
 
-The gradients are those of a work's first step from the bench's LoRA. ``ours`` runs in this
+The gradients are those of a work's checked step from the bench's LoRA. ``ours`` runs in this
 project's Python and writes the reference; ``musubi`` runs in musubi-tuner's.
 """
 

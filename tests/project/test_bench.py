@@ -40,6 +40,7 @@ def test_a_bench_goes_on_where_it_was(tmp_path: Path) -> None:
     assert row["gradients"]["tensors"] >= 48
     assert row["gradients"]["worst"] < 1e-5
     assert row["steps"] == 2
+    assert len(row["losses"]) == 5
     assert 0 < row["least"] <= row["median"] <= row["most"] < row["first_step"]
     again = bench(tmp_path, "image-uncompiled,latents-image")
     joined = json.loads((tmp_path / "bench.json").read_text("utf-8"))
