@@ -19,8 +19,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -120,6 +120,11 @@ class Compiler:
             print(f"compiling for {shape} (items x video tokens x text tokens)", flush=True)
             try:
                 errors = gradient_errors(self._forward, self._network, self._compiled, inputs)
+            except torch.OutOfMemoryError:
+                if self._forward.streaming is None:
+                    return f"{shape} could not be checked: the GPU memory is full"
+                # Uncompiled blocks need more memory than the check.
+                raise
             except Exception as error:
                 # Not a verdict: memory can be free and a compiler installed the next time.
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -216,29 +221,66 @@ def gradient_errors(
     direction = torch.randn(inputs.video.shape, generator=generator).to(inputs.video.device)
     direction /= inputs.video[0].numel() ** 0.5
 
-    def gradients(blocks: Sequence[Any], given: BlockInputs) -> list[Tensor | None]:
-        video = forward.run_blocks(blocks, given, chosen)
-        loss = (video.float() * direction).sum()
-        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    def exact(index: int) -> Block:
+        block: Any = copy.deepcopy(plain(index))
+        in_fp32: Block = block.float()
+        return in_fp32
 
-    plain = recomputed([forward.blocks[index] for index in chosen], forward.keep)
+    def plain(index: int) -> Block:
+        if forward.streaming is not None:
+            forward.streaming.load(index)
+        return forward.blocks[index]
+
+    def one_by_one(block_of: Callable[[int], Block], given: BlockInputs) -> list[Tensor | None]:
+        parts = [(index, of_blocks[index]) for index in chosen]
+        return _one_by_one(block_of, parts, given, direction, spare=forward.streaming is not None)
+
     with _some_update(network, parameters, generator):
         with torch.autocast(inputs.video.device.type, enabled=False):
-            exact = recomputed([_in_fp32(forward, index) for index in chosen], forward.keep)
-            reference = gradients(exact, inputs.float())
-            del exact
-        uncompiled = gradients(plain, inputs)
-        found = gradients([compiled_blocks[index] for index in chosen], inputs)
+            reference = one_by_one(exact, inputs.float())
+        uncompiled = one_by_one(plain, inputs)
+        video = forward.run_blocks([compiled_blocks[i] for i in chosen], inputs, chosen)
+        found = torch.autograd.grad(
+            (video.float() * direction).sum(), parameters, allow_unused=True
+        )
     return GradientErrors(largest_error(uncompiled, reference), largest_error(found, reference))
 
 
-def _in_fp32(forward: Forward, index: int) -> Block:
-    """Return a copy of a block in fp32, on the device."""
-    if forward.streaming is not None:
-        forward.streaming.load(index)
-    block: Any = copy.deepcopy(forward.blocks[index])
-    exact: Block = block.float()
-    return exact
+def _one_by_one(
+    block_of: Callable[[int], Block],
+    parts: Sequence[tuple[int, Sequence[nn.Parameter]]],
+    inputs: BlockInputs,
+    direction: Tensor,
+    *,
+    spare: bool,
+) -> list[Tensor | None]:
+    """Compute the gradients of blocks that follow each other, with one at a time in memory.
+
+    Args:
+        block_of: makes a block ready, by its position.
+        parts: the positions, and the parameters whose gradients are wanted.
+        inputs: the inputs of the first.
+        direction: the gradient of the last one's video tokens.
+        spare: whether what the forward pass of a block keeps waits in main memory meanwhile.
+    """
+    rest = (inputs.embedding, inputs.lengths, inputs.rotary)
+    before = [(inputs.video, inputs.text)]
+    with torch.no_grad():
+        for index, _ in parts[:-1]:
+            before.append(block_of(index)(*before[-1], *rest))
+    following: Sequence[Tensor | None] = (direction, None)
+    found: list[Tensor | None] = []
+    for (index, parameters), given in reversed(list(zip(parts, before, strict=True))):
+        tokens = [tensor.detach().requires_grad_() for tensor in given]
+        with torch.autograd.graph.save_on_cpu() if spare else nullcontext():
+            outputs = block_of(index)(*tokens, *rest)
+        pairs = [
+            (o, g.to(o.dtype)) for o, g in zip(outputs, following, strict=True) if g is not None
+        ]
+        results, gradients = zip(*pairs, strict=True)
+        both = torch.autograd.grad(results, [*tokens, *parameters], gradients, allow_unused=True)
+        following, found = both[:2], [*both[2:], *found]
+    return found
 
 
 def largest_error(found: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from runner.formats.train_options import TrainOptions
 
 _GIB = 1024**3
 # What stays free, and what CUDA's context and the kernels' code take: measured on an H200.
-_MARGIN, _CONTEXT = _GIB // 2, round(0.7 * _GIB)
+_MARGIN, _CONTEXT = _GIB // 2, round(0.9 * _GIB)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Device:
         limit = None if limit_gb is None else round(limit_gb * _GIB)
         if self.name == "cpu":
             return limit
+        if "microsoft" not in platform.release().lower():
+            # Memory that is free in pieces serves for large tensors too; not supported by WSL.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         free, total = torch.cuda.mem_get_info()
         budget = free - _MARGIN
         if limit is not None:

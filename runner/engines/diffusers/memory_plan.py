@@ -24,8 +24,10 @@ class Keep(Enum):
 
 
 # GPU memory in bytes for a token and a channel of the network's width.
-_KEPT_BY_A_BLOCK = {Keep.EVERYTHING: 38.0, Keep.ATTENTION: 4.1, Keep.INPUTS: 2.0}
-_WHILE_A_BLOCK_COMPUTES = 60.0
+_KEPT_BY_A_BLOCK = {Keep.EVERYTHING: 42.0, Keep.ATTENTION: 4.1, Keep.INPUTS: 2.0}
+_WHILE_A_BLOCK_COMPUTES, _UNCOMPILED = 60.0, 120.0
+# Workspaces of libraries.
+_BESIDES = 400 * 1024**2
 # Blocks' places on the GPU for streaming, and the blocks whose kept tensors stay there or are on
 # their way.
 SLOTS = 3
@@ -42,6 +44,7 @@ class Sizes:
         other_bytes: frozen weights outside the blocks.
         trained_bytes: weights that are trained, their gradients and the optimizer's states.
         channels: the network's width times the tokens of the largest batch, of video and text.
+        compiled: whether the blocks are compiled, which needs less memory.
     """
 
     blocks: int
@@ -49,6 +52,7 @@ class Sizes:
     other_bytes: int
     trained_bytes: int
     channels: int
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def memory_plan(sizes: Sizes, budget: int, *, everything: bool = True) -> Memory
 def _plan(sizes: Sizes, keep: Keep, *, streamed: int = 0, offload: bool = False) -> MemoryPlan:
     on_device = sizes.blocks - streamed + min(SLOTS, streamed)
     kept = sizes.channels * _KEPT_BY_A_BLOCK[keep]
+    computing = _WHILE_A_BLOCK_COMPUTES if sizes.compiled else _UNCOMPILED
     held = min(_ON_THE_WAY, sizes.blocks) if offload else sizes.blocks
     return MemoryPlan(
         keep,
@@ -109,7 +114,8 @@ def _plan(sizes: Sizes, keep: Keep, *, streamed: int = 0, offload: bool = False)
             + sizes.trained_bytes
             + on_device * sizes.block_bytes
             + held * kept
-            + sizes.channels * _WHILE_A_BLOCK_COMPUTES
+            + sizes.channels * computing
+            + _BESIDES
         ),
         round(streamed * sizes.block_bytes + (sizes.blocks * kept if offload else 0)),
     )

@@ -66,11 +66,6 @@ class NetworkSpec:
     factor: int = -1
     loraplus_lr_ratio: float | None = None
 
-    @property
-    def drops(self) -> bool:
-        """Whether something is left out at random."""
-        return any((self.dropout, self.rank_dropout, self.module_dropout))
-
 
 def parse_spec(
     module: str,

@@ -82,6 +82,7 @@ def _sizes(
         # Weights and gradients are fp32.
         trained * (8 + states),
         (tokens + _TEXT_TOKENS) * width,
+        compiled=bool(options.compile),
     )
 
 

@@ -10,7 +10,7 @@ the same code copies at once, and results are the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner.engines.diffusers.offloading import KeptTensors
+from runner.engines.diffusers.transfers import Copies, mark, storage_of, wait_for
+
 # With three, two copies can be under way while a block computes.
 _SLOTS = 3
 # Tensors start at multiples of this in a buffer, as PyTorch's own allocations do.
 _ALIGNMENT = 512
-# Smaller tensors stay on the GPU.
-_LEAST_KEPT = 1 << 20
 # The backward pass begins with the last blocks, so what they keep stays on the GPU.
 _STAYING = 2
 
@@ -57,7 +58,9 @@ class Streaming:
         pinned = pinned and device.type == "cuda"
         self._weights = _Weights({i: blocks[i] for i in streamed}, device, pinned)
         offloaded = range(len(blocks) - _STAYING) if offload else range(0)
-        self._kept = _Kept(offloaded, device, pinned, {_storage(tensor) for tensor in staying})
+        self._kept = KeptTensors(
+            offloaded, device, pinned, {storage_of(tensor) for tensor in staying}
+        )
 
     @property
     def host_bytes(self) -> int:
@@ -131,39 +134,6 @@ class _Gate(torch.autograd.Function):
         return (None, *gradients)
 
 
-class _Copies:
-    """Copies made beside the computation, in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(self, target: Tensor, source: Tensor, after: Iterable[Any]) -> None:
-        """Copy after these events."""
-        if self._stream is None:
-            target.copy_(source)
-            return
-        for event in after:
-            if event is not None:
-                self._stream.wait_event(event)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-
-    def mark(self) -> Any:
-        """Return the event that all copies so far are done; None on the CPU."""
-        return None if self._stream is None else self._stream.record_event()
-
-
-def _mark(device: torch.device) -> Any:
-    """Return the event that all computation so far is done; None on the CPU."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-def _wait(event: Any) -> None:
-    """Let computation that follows wait for an event."""
-    if event is not None:
-        torch.cuda.current_stream().wait_event(event)
-
-
 @dataclass
 class _Slot:
     """A place on the GPU for the weights of one block.
@@ -204,8 +174,8 @@ class _Weights:
             _Slot(torch.empty(size, dtype=torch.uint8, device=device))
             for _ in range(min(_SLOTS, len(blocks)))
         ]
-        self._of_storage = {_storage(slot.buffer) for slot in self._slots}
-        self._copies = _Copies(device)
+        self._of_storage = {storage_of(slot.buffer) for slot in self._slots}
+        self._copies = Copies(device)
         self._last: int | None = None
 
     @property
@@ -232,7 +202,7 @@ class _Weights:
         if not self._order:
             return
         if (last := self._slot(self._last)) is not None:
-            last.free = _mark(self._device)
+            last.free = mark(self._device)
         self._last = index
         distinct = dict.fromkeys(i for i in islice(following, 2 * _SLOTS) if i != index)
         coming = list(distinct)[: len(self._slots) - 1]
@@ -241,11 +211,11 @@ class _Weights:
             if self._slot(position) is None:
                 self._fetch(position, wanted)
         if (slot := self._slot(index)) is not None:
-            _wait(slot.arrived)
+            wait_for(slot.arrived)
 
     def reference(self, index: int, tensor: Tensor) -> _WeightReference | None:
         """Describe a saved tensor by its place in the block's buffer, if it lies in a slot."""
-        if _storage(tensor) not in self._of_storage:
+        if storage_of(tensor) not in self._of_storage:
             return None
         return _WeightReference(
             index, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride()
@@ -295,127 +265,3 @@ class _HostWeights:
         for parameter, start, length in self._places:
             raw = buffer[start : start + length]
             parameter.data = raw.view(parameter.dtype).view(parameter.shape)
-
-
-@dataclass
-class _Waiting:
-    """A kept tensor in main memory.
-
-    Attributes:
-        host: its copy.
-        device: the tensor on the device, until the copy is made, and again from when it is
-            fetched.
-        arrived: the event that it has been fetched.
-    """
-
-    host: Tensor
-    device: Tensor | None
-    arrived: Any = None
-
-
-class _Kept:
-    """What forward passes keep, on its way to main memory and back.
-
-    A block's place in main memory is made once, and grows if a larger batch comes.
-    """
-
-    def __init__(
-        self, offloaded: Collection[int], device: torch.device, pinned: bool, staying: set[int]
-    ) -> None:
-        self._offloaded, self._device, self._pinned = offloaded, device, pinned
-        self._staying = staying
-        self._out, self._back = _Copies(device), _Copies(device)
-        self._places: dict[int, list[Tensor]] = {}
-        self._waiting: dict[int, list[_Waiting]] = {}
-        self._gone: dict[int, Any] = {}
-        self._shared: set[int] = set()
-
-    @property
-    def active(self) -> bool:
-        return bool(self._offloaded)
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(place.numel() for places in self._places.values() for place in places)
-
-    def begin(self, index: int, shared: Iterable[Any]) -> None:
-        """Prepare for a block's forward pass; ``shared`` are inputs of all blocks."""
-        if index in self._offloaded:
-            self._shared = {_storage(tensor) for tensor in _tensors(shared)}
-            self._waiting[index] = []
-
-    def put(self, index: int, tensor: Tensor) -> Tensor | _Waiting:
-        """Keep a tensor in main memory, if it is large and not kept elsewhere anyway."""
-        size = tensor.numel() * tensor.element_size()
-        if (
-            index not in self._waiting
-            or size < _LEAST_KEPT
-            or tensor.device.type != self._device.type
-            or not tensor.is_contiguous()
-            or _storage(tensor) in self._shared | self._staying
-        ):
-            return tensor
-        place = self._place(index, len(self._waiting[index]), size)
-        entry = _Waiting(place.view(tensor.dtype).view(tensor.shape), tensor.detach())
-        self._out.copy(entry.host, tensor, [_mark(self._device), self._back.mark()])
-        self._waiting[index].append(entry)
-        return entry
-
-    def end(self, index: int) -> None:
-        """Note the end of a block's forward pass, and free what has gone to main memory."""
-        # The copies of one block may be under way: to wait for those before bounds the memory.
-        for earlier in list(self._gone):
-            _wait(self._gone.pop(earlier))
-            for entry in self._waiting[earlier]:
-                entry.device = None
-        if index in self._waiting:
-            self._gone[index] = self._out.mark()
-
-    def enter_backward(self, index: int) -> None:
-        """Fetch what a block and the one before it keep; what later blocks kept is done with."""
-        for event in self._gone.values():
-            _wait(event)
-        self._gone.clear()
-        for later in [i for i in self._waiting if i > index]:
-            del self._waiting[later]
-        for position in (index, index - 1):
-            for entry in self._waiting.get(position, ()):
-                if entry.device is None:
-                    self._fetch(entry)
-
-    def take(self, entry: _Waiting) -> Tensor:
-        """Return a kept tensor on the device, where nothing else holds it any more."""
-        tensor = self._fetch(entry) if entry.device is None else entry.device
-        _wait(entry.arrived)
-        entry.device = None
-        return tensor
-
-    def _fetch(self, entry: _Waiting) -> Tensor:
-        # Its memory belongs to the computation's stream, which may have used it for something else
-        # just now.
-        entry.device = torch.empty_like(entry.host, device=self._device)
-        self._back.copy(entry.device, entry.host, [_mark(self._device), self._out.mark()])
-        entry.arrived = self._back.mark()
-        return entry.device
-
-    def _place(self, index: int, number: int, size: int) -> Tensor:
-        """Return main memory of ``size`` bytes for the tensor ``number`` that a block keeps."""
-        places = self._places.setdefault(index, [])
-        if number == len(places):
-            places.append(torch.empty(0, dtype=torch.uint8))
-        if places[number].numel() < size:
-            places[number] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-        return places[number][:size]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)

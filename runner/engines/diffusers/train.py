@@ -123,8 +123,9 @@ class Trainer:
             self.device.name, enabled=self.device.compute == torch.float16
         )
         self.step: graphs.Step = self._step
-        whole = self.forward.streaming is None and not self.scaler.is_enabled()
-        if self.device.name == "cuda" and train_options.compile and whole and not spec.drops:
+        drops = spec.dropout or spec.rank_dropout or spec.module_dropout
+        fixed = self.forward.streaming is None and not self.scaler.is_enabled() and not drops
+        if self.device.name == "cuda" and train_options.compile and fixed:
             self.step = graphs.GraphedSteps(self._step, self.network.parameters())
         # Separate generators, so that another rank or dropout does not change noise and timesteps.
         self.noise_generator = torch.Generator().manual_seed(flow.derived_seed(seed, "noise"))

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from test_forward import batch_of, random
 from torch import Tensor
 
-from runner.engines.diffusers import networks, streaming
+from runner.engines.diffusers import networks, offloading
 from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.memory_plan import Keep
 from runner.engines.diffusers.models import TINY_TRANSFORMER
@@ -74,7 +74,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_the_same_to_the_bit(
     keep: Keep, streamed: Sequence[int], offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_LEAST_KEPT", 1024)
+    monkeypatch.setattr(offloading, "_LEAST_KEPT", 1024)
     plain, step = Step(Keep.EVERYTHING), Step(keep)
     step.stream(streamed, offload=offload)
     for frames in (2, 3, 1, 2):
@@ -128,7 +128,7 @@ def test_weights_are_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 # What the forward pass keeps is in main memory alone until the backward pass comes to it: all of
 # the blocks but the last two, trained weights and what all blocks share excepted.
 def test_kept_tensors_wait_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_LEAST_KEPT", 1024)
+    monkeypatch.setattr(offloading, "_LEAST_KEPT", 1024)
     step = Step(Keep.INPUTS)
     made = step.stream((), offload=True)
     step.forward(random(1, 65, 2, 4, 6, seed=3), torch.tensor([300.0]), batch_of((5, 3), i2v=False))
