@@ -133,6 +133,11 @@ class PrecisionConfig:
 @dataclass
 class MemoryConfig:
     name: str = option("auto", "Memory tier; auto picks it from the GPU's memory.")
+    limit_gb: float | None = option(
+        None,
+        "GPU memory to use, in GiB, the driver's share included; by default all that is free.",
+        above=0,
+    )
     blocks_to_swap: int | None = option(
         None, "Block swap: number of transformer blocks kept in main memory.", at_least=0
     )

@@ -17,16 +17,27 @@ _DISPLAY_GB = 1.5
 _LEAST_GB = 7.0
 
 
-def largest_tier(gpu: Gpu | None, no_gpu_reason: str) -> tuple[str, str | None]:
+def largest_tier(
+    gpu: Gpu | None, no_gpu_reason: str, limit_gb: float | None = None
+) -> tuple[str, str | None]:
     """Choose the largest memory tier that fits the GPU.
 
     Args:
         gpu: the GPU, if there is one.
         no_gpu_reason: why there is no GPU.
+        limit_gb: memory of the GPU that may be used; by default all of it.
 
     Returns:
         The tier, and a notice if it is a guess.
     """
+    if limit_gb is not None:
+        fitting = [name for name, needed_gb in TIERS if limit_gb >= needed_gb]
+        if not fitting:
+            return TIERS[0][0], (
+                f"memory.limit_gb={limit_gb:g} is less than the smallest tier: planned as "
+                f"memory={TIERS[0][0]}."
+            )
+        return fitting[-1], None
     if gpu is None:
         reason = no_gpu_reason.replace("no GPU", "No GPU")
         return "24gb", f"{reason}: memory=auto is planned as memory=24gb."
@@ -42,6 +53,11 @@ def largest_tier(gpu: Gpu | None, no_gpu_reason: str) -> tuple[str, str | None]:
         f"{gpu.name} has {gpu.memory_gb:.0f} GB, less than the smallest tier: planned as "
         "memory=12gb."
     )
+
+
+def tier_size_gb(name: str) -> float | None:
+    """Return the GPU memory in GB that a tier is named after; None for auto and cpu."""
+    return float(name.removesuffix("gb")) if name in dict(TIERS) else None
 
 
 def tier_notice(memory: MemoryConfig, gpu: Gpu | None) -> str | None:

@@ -1,7 +1,7 @@
 """Encode captions with Qwen2.5-VL and ByT5 into musubi-tuner's cache files.
 
 python -m runner.engines.diffusers.cache_text --dataset_config dataset.toml
-    --text_encoder QWEN --byt5 BYT5 [--batch_size 4]
+    --text_encoder QWEN --byt5 BYT5 [--batch_size 4] [--memory_limit_gb 8]
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from runner.core.errors import UserError
 from runner.engines.diffusers import cli
 from runner.engines.diffusers.media_list import read_dataset
-from runner.engines.diffusers.models import load_byt5, load_text_encoder
+from runner.engines.diffusers.models import load_byt5
+from runner.engines.diffusers.placement import load_text_encoder
 from runner.engines.diffusers.text_encoding import encode_captions, encode_glyphs
 from runner.formats import cache_files
+from runner.formats.captions import MAX_TOKENS
 
 
 def main(arguments: list[str]) -> None:
@@ -30,7 +32,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--batch_size {options.batch_size}: must be 1 or more")
     datasets = read_dataset(options.dataset_config)
 
-    tokenizer, text_encoder = load_text_encoder(options.text_encoder, device=options.device)
+    items = max((options.batch_size or dataset.batch_size for dataset, _ in datasets), default=1)
+    tokenizer, text_encoder = load_text_encoder(
+        options.text_encoder,
+        options.device,
+        tokens=items * MAX_TOKENS,
+        limit_gb=options.memory_limit_gb,
+    )
     byt5_tokenizer, byt5 = load_byt5(options.byt5, device=options.device)
 
     total = sum(len(all_media) for _, all_media in datasets)
@@ -62,6 +70,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, help="captions per batch; default: the dataset's batch_size"
     )
+    cli.add_memory_limit(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 

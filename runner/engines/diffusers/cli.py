@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from runner.core.errors import StageError, UserError
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Callable
     from io import TextIOWrapper
     from types import FrameType
@@ -41,6 +42,15 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def add_memory_limit(parser: ArgumentParser) -> None:
+    """Add the argument that limits GPU memory."""
+    parser.add_argument(
+        "--memory_limit_gb",
+        type=float,
+        help="GPU memory to use, in GiB; by default all that is free",
+    )
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

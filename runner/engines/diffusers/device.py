@@ -54,29 +54,6 @@ class Device:
             )
         return cls("cuda", weights, compute)
 
-    def memory_budget(self, limit_gb: float | None) -> int | None:
-        """Return how many bytes of its memory a process may use, and let it use no more.
-
-        Args:
-            limit_gb: what all of the process may use, in GiB; None for all that is free. On the CPU
-                it stands for a GPU's memory.
-
-        Returns:
-            The bytes for tensors; None on a CPU without a limit.
-        """
-        limit = None if limit_gb is None else round(limit_gb * _GIB)
-        if self.name == "cpu":
-            return limit
-        if "microsoft" not in platform.release().lower():
-            # Memory that is free in pieces serves for large tensors too; not supported by WSL.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        free, total = torch.cuda.mem_get_info()
-        budget = free - _MARGIN
-        if limit is not None:
-            budget = min(budget, limit - _MARGIN - _CONTEXT)
-        torch.cuda.set_per_process_memory_fraction(max(budget, 0) / total)
-        return budget
-
     def reader(self, value: Tensor) -> Callable[[], float]:
         """Return a function that returns a scalar.
 
@@ -100,3 +77,28 @@ class Device:
         if self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.name, dtype=self.compute)
+
+
+def memory_budget(device: str, limit_gb: float | None) -> int | None:
+    """Return how many bytes of its memory a process may use, and let it use no more.
+
+    Args:
+        device: torch's name of the device.
+        limit_gb: what all of the process may use, in GiB; None for all that is free. On the CPU
+            it stands for a GPU's memory.
+
+    Returns:
+        The bytes for tensors; None on a CPU without a limit.
+    """
+    limit = None if limit_gb is None else round(limit_gb * _GIB)
+    if device == "cpu":
+        return limit
+    if "microsoft" not in platform.release().lower():
+        # Memory that is free in pieces serves for large tensors too; not supported by WSL.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    free, total = torch.cuda.mem_get_info()
+    budget = free - _MARGIN
+    if limit is not None:
+        budget = min(budget, limit - _MARGIN - _CONTEXT)
+    torch.cuda.set_per_process_memory_fraction(max(budget, 0) / total)
+    return budget

@@ -33,7 +33,7 @@ from runner.engines.diffusers.check import (
 from runner.engines.diffusers.executables import module_command
 from runner.engines.diffusers.weights import model_weights
 from runner.engines.failures import Failed, explained
-from runner.engines.memory import filled, largest_tier, occupied, tier_notice
+from runner.engines.memory import filled, largest_tier, occupied, tier_size_gb
 from runner.engines.musubi.check import cannot_compile
 from runner.formats.published_check import check_lora
 from runner.formats.train_options import optimizer_args
@@ -106,11 +106,19 @@ class DiffusersEngine:
     def memory_plan(
         self, config: RunConfig, gpu: Gpu | None, no_gpu_reason: str
     ) -> tuple[MemoryConfig, str | None]:
-        if config.memory.name != "auto":
-            return config.memory, tier_notice(config.memory, gpu)
-        tier, note = ("cpu", None) if gpu is None else largest_tier(gpu, no_gpu_reason)
-        memory = filled(config.memory, tier)
-        # This engine supports neither block swap nor fp8 text encoders, which tiers may set.
+        memory, note = config.memory, None
+        size_gb = tier_size_gb(memory.name)
+        if memory.name == "auto":
+            tier = "cpu"
+            if gpu is not None:
+                tier, note = largest_tier(gpu, no_gpu_reason, memory.limit_gb)
+            memory = filled(memory, tier)
+        elif size_gb is not None and memory.limit_gb is None:
+            memory = replace(memory, limit_gb=size_gb)
+            note = (
+                f"memory={memory.name} is memory.limit_gb={size_gb:g} with engine=diffusers, which "
+                "chooses by itself how many blocks wait in main memory."
+            )
         return replace(memory, blocks_to_swap=0, fp8_text_encoder=False), note
 
     def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
@@ -133,10 +141,11 @@ class DiffusersEngine:
         return self._command(job, "cache_latents", *latents_arguments(job, dataset_toml))
 
     def cache_text(self, job: Job, dataset_toml: str) -> Command:
-        return self._command(job, "cache_text", *text_arguments(job, dataset_toml))
+        arguments = text_arguments(job, dataset_toml)
+        return self._command(job, "cache_text", *arguments, *_memory_limit(job))
 
     def train(self, job: Job, options: Mapping[str, Any]) -> Command:
-        arguments = ["--config_file", "train.toml"]
+        arguments = ["--config_file", "train.toml", *_memory_limit(job)]
         if options.get("compile"):
             arguments += ["--compile_folder", str(job.root / "cache" / "compiled")]
             if job.config.training.compile == "auto":
@@ -151,6 +160,7 @@ class DiffusersEngine:
             *("--dataset_config", dataset_toml),
             *("--lora", "lora.safetensors"),
             *("--output", "evaluation.json"),
+            *_memory_limit(job),
         )
 
     def files(self, job: Job, options: Mapping[str, Any]) -> dict[str, str]:
@@ -165,3 +175,8 @@ class DiffusersEngine:
 
     def _command(self, job: Job, name: str, *arguments: str) -> Command:
         return module_command(job.engine.python, job.engine.source_path, name, *arguments)
+
+
+def _memory_limit(job: Job) -> list[str]:
+    limit_gb = job.memory.limit_gb
+    return [] if limit_gb is None else ["--memory_limit_gb", repr(limit_gb)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,8 @@ from torch import Tensor, nn
 
 from runner.core.atomic import write_text
 from runner.core.errors import UserError
-from runner.engines.diffusers import cli, data, flow, models, network_files, options
+from runner.engines.diffusers import cli, data, flow, network_files, options, placement
 from runner.engines.diffusers.device import Device
-from runner.engines.diffusers.forward import Forward
 from runner.formats.train_options import TrainOptions
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
@@ -67,8 +67,19 @@ def example_losses(
     return losses
 
 
-def evaluate(train_options: TrainOptions, dataset_config: str, lora: str) -> dict[str, Any]:
+def evaluate(
+    train_options: TrainOptions,
+    dataset_config: str,
+    lora: str,
+    memory_limit_gb: float | None = None,
+) -> dict[str, Any]:
     """Compute the contents of evaluation.json.
+
+    Args:
+        train_options: the options of train.toml.
+        dataset_config: the dataset.toml to evaluate on.
+        lora: the LoRA file.
+        memory_limit_gb: GPU memory to use, in GiB; by default all that is free.
 
     Raises:
         UserError: cache files, weights or the LoRA file are missing or do not fit.
@@ -80,9 +91,14 @@ def evaluate(train_options: TrainOptions, dataset_config: str, lora: str) -> dic
     except (OSError, SafetensorError) as error:
         raise UserError(f"{lora}: not a LoRA file that can be read ({error})") from None
     device = Device.choose(train_options)
-    model = models.load_transformer(train_options.dit, dtype=device.weights, device=device.name)
-    network = network_files.from_weights(model, weights, device=device.name).eval()
-    forward = Forward(model)
+    forward, network = placement.load(
+        train_options,
+        device,
+        lambda model: network_files.from_weights(model, weights, device=device.name).eval(),
+        tokens=max(math.prod(files.shape[1:]) for files in examples),
+        limit_gb=memory_limit_gb,
+        training=False,
+    )
 
     sums: dict[bool, list[float]] = {False: [0.0] * len(TIMES), True: [0.0] * len(TIMES)}
     printed = time.monotonic()
@@ -120,8 +136,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--dataset_config", required=True, help="dataset.toml to evaluate on")
     parser.add_argument("--lora", required=True, help="LoRA file in musubi's names")
     parser.add_argument("--output", required=True, help="evaluation.json to write")
+    cli.add_memory_limit(parser)
     parsed = parser.parse_args(arguments)
-    figures = evaluate(options.read(parsed.config_file), parsed.dataset_config, parsed.lora)
+    figures = evaluate(
+        options.read(parsed.config_file),
+        parsed.dataset_config,
+        parsed.lora,
+        parsed.memory_limit_gb,
+    )
     write_text(Path(parsed.output), json.dumps(figures, indent=2) + "\n")
     print(f"base loss {figures['base_loss']:.6f}, with LoRA {figures['loss']:.6f}")
 

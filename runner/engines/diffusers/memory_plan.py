@@ -31,7 +31,7 @@ _BESIDES = 400 * 1024**2
 # Blocks' places on the GPU for streaming, and the blocks whose kept tensors stay there or are on
 # their way.
 SLOTS = 3
-_ON_THE_WAY = 4
+_ON_THE_WAY = 5
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Sizes:
         trained_bytes: weights that are trained, their gradients and the optimizer's states.
         channels: the network's width times the tokens of the largest batch, of video and text.
         compiled: whether the blocks are compiled, which needs less memory.
+        training: whether there is a backward pass.
     """
 
     blocks: int
@@ -53,6 +54,7 @@ class Sizes:
     trained_bytes: int
     channels: int
     compiled: bool = True
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class MemoryPlan:
     host_bytes: int
 
 
-def memory_plan(sizes: Sizes, budget: int, *, everything: bool = True) -> MemoryPlan:
+def memory_plan(sizes: Sizes, budget: int) -> MemoryPlan:
     """Choose the fastest way that fits.
 
     To send what is kept to main memory costs one copy to the GPU a step, and to send weights two,
@@ -83,16 +85,15 @@ def memory_plan(sizes: Sizes, budget: int, *, everything: bool = True) -> Memory
     Args:
         sizes: what has to find room.
         budget: GPU memory in bytes.
-        everything: whether to keep everything for the backward pass where that fits.
 
     Returns:
         The plan. If nothing fits it is the smallest, whose ``device_bytes`` are above ``budget``.
     """
     plans = (
-        *([_plan(sizes, Keep.EVERYTHING)] if everything else []),
+        _plan(sizes, Keep.EVERYTHING),
         _plan(sizes, Keep.ATTENTION),
         *(
-            _plan(sizes, Keep.ATTENTION, streamed=count, offload=True)
+            _plan(sizes, Keep.ATTENTION, streamed=count, offload=sizes.training)
             for count in range(sizes.blocks + 1)
         ),
     )
@@ -101,7 +102,7 @@ def memory_plan(sizes: Sizes, budget: int, *, everything: bool = True) -> Memory
 
 def _plan(sizes: Sizes, keep: Keep, *, streamed: int = 0, offload: bool = False) -> MemoryPlan:
     on_device = sizes.blocks - streamed + min(SLOTS, streamed)
-    kept = sizes.channels * _KEPT_BY_A_BLOCK[keep]
+    kept = sizes.channels * _KEPT_BY_A_BLOCK[keep] if sizes.training else 0
     computing = _WHILE_A_BLOCK_COMPUTES if sizes.compiled else _UNCOMPILED
     held = min(_ON_THE_WAY, sizes.blocks) if offload else sizes.blocks
     return MemoryPlan(

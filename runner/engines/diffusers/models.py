@@ -185,7 +185,11 @@ def fill_transformer(
 
 
 def load_text_encoder(
-    path: Path | str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    stream: Callable[[Any], Collection[int]] = lambda _: (),
 ) -> tuple[Any, Any]:
     """Load tokenizer and Qwen2.5-VL text model.
 
@@ -194,6 +198,8 @@ def load_text_encoder(
             cache.
         dtype: dtype of the weights; by default a folder's as stored, a published file's bfloat16.
         device: device to load to.
+        stream: chooses, for the model without weights, the layers whose weights are to wait in main
+            memory.
 
     Raises:
         UserError: files are missing or cannot be loaded.
@@ -202,7 +208,9 @@ def load_text_encoder(
         from runner.engines.diffusers.published import text_tokenizer
 
         tokenizer = _load("tokenizer", Path(QWEN_TOKENIZER), text_tokenizer)
-        return tokenizer, _published("text_encoder", file, dtype, device)
+        return tokenizer, _load(
+            "text encoder", file, lambda: _streamed_text_encoder(file, dtype, device, stream)
+        )
     folder = _folder(path, "text encoder", ("config.json", "tokenizer"))
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -211,7 +219,26 @@ def load_text_encoder(
         folder / "tokenizer", local_files_only=True, padding_side="right"))  # fmt: skip
     model = _load("text encoder", folder, lambda: Qwen2_5_VLTextModel.from_pretrained(
         folder, local_files_only=True, dtype=dtype or "auto"))  # fmt: skip
-    return tokenizer, model.to(device).eval()
+    from runner.engines.diffusers.streaming import stream_layers
+
+    model.to(device).eval()
+    stream_layers(model.layers, stream(model), device=device)
+    return tokenizer, model
+
+
+def _streamed_text_encoder(
+    file: Path, dtype: torch.dtype | None, device: str, stream: Callable[[Any], Collection[int]]
+) -> Any:
+    from runner.engines.diffusers import published
+    from runner.engines.diffusers.streaming import stream_layers
+
+    check_file("text_encoder", file)
+    model: Any = published.build("text_encoder", file)
+    streamed = stream(model)
+    on_cpu = [f"layers.{index}." for index in streamed]
+    published.fill("text_encoder", model, file, dtype=dtype, device=device, on_cpu=on_cpu)
+    stream_layers(model.layers, streamed, device=device)
+    return model
 
 
 def load_byt5(

@@ -90,13 +90,16 @@ class KeptTensors:
             self._gone[index] = self._out.mark()
 
     def enter_backward(self, index: int) -> None:
-        """Fetch what a block and the one before it keep; what later blocks kept is done with."""
+        """Fetch what a block and the two before it keep; what later blocks kept is done with.
+
+        Two, because a copy may have to wait for that of a whole block's weights.
+        """
         for event in self._gone.values():
             wait_for(event)
         self._gone.clear()
         for later in [i for i in self._waiting if i > index]:
             del self._waiting[later]
-        for position in (index, index - 1):
+        for position in (index, index - 1, index - 2):
             for entry in self._waiting.get(position, ()):
                 if entry.device is None:
                     self._fetch(entry)

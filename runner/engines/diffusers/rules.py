@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runner.config.schema import ModelConfig, RunConfig, TrainingConfig, options
+from runner.config.schema import MemoryConfig, ModelConfig, RunConfig, TrainingConfig, options
 from runner.engines import rules
 from runner.engines.base import Gpu
 from runner.engines.diffusers.models import TINY_TRANSFORMER
+from runner.engines.memory import filled
 from runner.engines.optimizer_classes import class_path
 from runner.formats.published_layout import TRANSFORMER_BLOCKS
 
@@ -116,10 +117,11 @@ def _precision(config: RunConfig) -> Iterator[str]:
 
 def _memory(config: RunConfig) -> Iterator[str]:
     memory = config.memory
-    if memory.blocks_to_swap:
+    own = MemoryConfig() if memory.name == "auto" else filled(MemoryConfig(), memory.name)
+    if memory.blocks_to_swap and memory.blocks_to_swap != own.blocks_to_swap:
         yield (
-            f"memory.blocks_to_swap={memory.blocks_to_swap} needs engine=musubi; with "
-            "engine=diffusers take memory=auto, or memory.blocks_to_swap=0."
+            f"memory.blocks_to_swap={memory.blocks_to_swap} needs engine=musubi; engine=diffusers "
+            "chooses the blocks that wait in main memory itself, from memory.limit_gb."
         )
     if memory.checkpointing == "offload":
         yield (

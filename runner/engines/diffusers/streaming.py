@@ -118,6 +118,26 @@ class Streaming:
         self._kept.enter_backward(index)
 
 
+def stream_layers(
+    layers: Sequence[nn.Module], streamed: Collection[int], *, device: torch.device | str
+) -> None:
+    """Have a network's layers streamed whenever it computes, without gradients.
+
+    Args:
+        layers: the layers, in order.
+        streamed: positions of those whose weights are to wait in main memory.
+        device: the device that computes.
+    """
+    device = torch.device(device)
+    weights = _Weights({i: layers[i] for i in streamed}, device, device.type == "cuda")
+
+    def use(index: int) -> None:
+        weights.use(index, weights.after(index, backward=False))
+
+    for position, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, index=position: use(index))
+
+
 class _Gate(torch.autograd.Function):
     """The identity; its backward pass makes a call before that of the block begins."""
 

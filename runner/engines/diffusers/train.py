@@ -297,9 +297,7 @@ def main(arguments: Sequence[str]) -> None:
         default=0,
         help="number of steps of one shape from which it is compiled for",
     )
-    parser.add_argument(
-        "--memory_limit_gb", type=float, help="GPU memory to use, in GiB; by default all of it"
-    )
+    cli.add_memory_limit(parser)
     parsed = parser.parse_args(arguments)
     train_options = options.read(parsed.config_file)
     if train_options.compile:

@@ -145,7 +145,7 @@ class MusubiEngine:
     ) -> tuple[MemoryConfig, str | None]:
         if config.memory.name != "auto":
             return config.memory, tier_notice(config.memory, gpu)
-        tier, note = largest_tier(gpu, no_gpu_reason)
+        tier, note = largest_tier(gpu, no_gpu_reason, config.memory.limit_gb)
         return filled(config.memory, tier), note
 
     def weights(self, config: RunConfig, root: Path) -> LocatedWeights:
