@@ -3,6 +3,8 @@
 import sys
 
 from runner.cli.export import main
+from runner.core.unexpected import guarded
+from runner.tracking.client import without_secrets
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, without_secrets))

@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.config.schema import MemoryConfig, RunConfig
 from runner.core.command import Command
-from runner.engines.base import Engine, EngineInstall, Gpu, Job
+from runner.engines.base import Engine, EngineInstall, Gpu, IdleOption, Job
 from runner.engines.registry import ENGINES
 from runner.formats.train_toml import WeightPaths
 from runner.hub.weights import LocatedWeights
@@ -73,6 +73,10 @@ class ThirdEngine:
 
     def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         yield f"the third engine counts {steps} steps."
+
+    def idle_options(self, config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+        if only_clips and config.network.alpha != 1:
+            yield IdleOption("network.alpha", "network.alpha does nothing in the third engine.")
 
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         return config

@@ -316,7 +316,3 @@ def ago(seconds: float) -> str:
         if number >= 1:
             return f"{number} {unit}{'' if number == 1 else 's'} ago"
     return "just now"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

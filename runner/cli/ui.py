@@ -250,7 +250,3 @@ def _print_tail(log: IO[bytes], problem: str) -> None:
     lines = log.read().decode(errors="replace").strip().splitlines()[-15:]
     print(without_secrets("\n".join(lines)), file=sys.stderr)
     print(f"error: {problem}; its last lines are above", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,3 +24,8 @@ class Composed:
     resolved: Mapping[str, Any]
     overrides: tuple[str, ...]
     choices: Mapping[str, str]
+
+
+def given_keys(overrides: Collection[str]) -> frozenset[str]:
+    """Return the options and groups that overrides name, as typed on a command line."""
+    return frozenset(override.lstrip("+").partition("=")[0] for override in overrides)

@@ -29,12 +29,12 @@ class Needs:
     Attributes:
         key: the other option.
         values: its values with which the option has an effect.
-        hint: ends the notice for an option that has none.
+        otherwise: a third option, whose values do as well.
     """
 
     key: str
     values: tuple[str, ...]
-    hint: str = ""
+    otherwise: Needs | None = None
 
 
 def option(

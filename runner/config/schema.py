@@ -15,6 +15,13 @@ from runner.config.option import Bounds, Digests, Needs, Option, option, part
 
 TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "sigma", "logsnr")
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+# All but sigma, which takes them from the noise schedule.
+_DRAWN = ("shift", "sigmoid", "uniform", "logsnr")
+_LOGIT = Needs(
+    "training.timestep_sampling",
+    ("logsnr",),
+    otherwise=Needs("training.weighting_scheme", ("logit_normal",)),
+)
 
 
 @dataclass
@@ -78,6 +85,12 @@ class EngineConfig:
     extra_args: list[str] = option(
         [], "Extra command-line arguments for the trainer, passed on unchanged."
     )
+    cache_args: list[str] = option(
+        [],
+        "Extra command-line arguments for musubi-tuner's two cache scripts; each goes to the "
+        "script that takes it.",
+        digests="resume_key",
+    )
 
 
 @dataclass
@@ -112,12 +125,27 @@ class SchedulerConfig:
     name: str = option("constant", "Learning-rate schedule.")
     warmup_steps: int = option(0, "Warm-up steps.", at_least=0)
     num_cycles: int = option(
-        1, "Cycles of cosine_with_restarts and cosine_with_min_lr.", at_least=1
+        1,
+        "Cycles of cosine_with_restarts, cosine_with_min_lr and warmup_stable_decay.",
+        at_least=1,
     )
     power: float = option(1.0, "Exponent (scheduler=polynomial).", at_least=0)
+    timescale: int | None = option(
+        None,
+        "Steps after which the rate begins to fall as 1/sqrt (scheduler=inverse_sqrt); null is "
+        "scheduler.warmup_steps, or 10000 without warm-up.",
+        at_least=1,
+    )
+    decay_fraction: float = option(
+        0.0,
+        "Share of the steps, at the end, in which the rate falls (scheduler=warmup_stable_decay).",
+        at_least=0,
+        below=1,
+    )
     min_lr_ratio: float | None = option(
         None,
-        "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex).",
+        "Final learning rate as a fraction of optimizer.learning_rate (cosine_with_min_lr, rex, "
+        "warmup_stable_decay).",
     )
 
 
@@ -168,6 +196,11 @@ class TrainingConfig:
     attention: str = option(
         "sdpa", "Attention implementation.", choices=("sdpa", "flash", "xformers")
     )
+    split_attention: bool = option(
+        False,
+        "Attend to each item of a batch by itself, without padding (split_attn); always so with "
+        "training.attention=xformers.",
+    )
     compile: str = option(
         "auto", "torch.compile.", choices=("auto", "always", "none"), digests="resume_key"
     )
@@ -176,21 +209,43 @@ class TrainingConfig:
         2.0,
         "Timestep shift.",
         above=0,
-        needs=Needs(
-            "training.timestep_sampling",
-            ("shift", "sigma", "logsnr"),
-            "; it shifts with training.timestep_sampling=shift",
-        ),
+        needs=Needs("training.timestep_sampling", ("shift", "sigma")),
     )
     sigmoid_scale: float = option(
         1.0,
         "Scale of the normal values before the sigmoid (timestep_sampling=shift, sigmoid).",
         above=0,
-        needs=Needs("training.timestep_sampling", ("shift", "sigmoid", "sigma", "logsnr")),
+        needs=Needs("training.timestep_sampling", ("shift", "sigmoid")),
     )
     weighting_scheme: str = option("none", "Loss weight by timestep.", choices=WEIGHTING_SCHEMES)
+    logit_mean: float = option(
+        0.0,
+        "Mean of the normal values (timestep_sampling=logsnr, weighting_scheme=logit_normal).",
+        needs=_LOGIT,
+    )
+    logit_std: float = option(
+        1.0, "Standard deviation of the same normal values.", above=0, needs=_LOGIT
+    )
+    mode_scale: float = option(
+        1.29,
+        "Scale of weighting_scheme=mode: the larger, the more timesteps are in the middle.",
+        needs=Needs("training.weighting_scheme", ("mode",)),
+    )
     min_timestep: int | None = option(None, "Lowest timestep, 0 to 999.")
     max_timestep: int | None = option(None, "Highest timestep, 1 to 1000.")
+    preserve_distribution_shape: bool = option(
+        False,
+        "Draw timesteps outside min_timestep to max_timestep again, where all are squeezed into it "
+        "otherwise.",
+        needs=Needs("training.timestep_sampling", _DRAWN),
+    )
+    num_timestep_buckets: int | None = option(
+        None,
+        "Number of equal parts of the distribution that are drawn from equally often; null for "
+        "independent draws.",
+        at_least=2,
+        needs=Needs("training.timestep_sampling", _DRAWN),
+    )
     save_every_epochs: int | None = option(
         1, "Epochs between checkpoints; null for none.", at_least=1, digests="resume_key"
     )
@@ -213,8 +268,9 @@ class TrainingConfig:
     )
     resume_from: str | None = option(
         None,
-        "State folder (such as checkpoints/lora-state) to resume weights, optimizer and schedule "
-        "from; musubi-tuner restarts its step count at 0.",
+        "State folder (such as checkpoints/lora-state) to resume weights and optimizer from, of a "
+        "run with this network, task and optimizer; the learning rate is the state's, with "
+        "scheduler=constant or constant_with_warmup. musubi-tuner restarts its step count at 0.",
         path=True,
     )
     save_precision: str = option("bf16", "dtype of saved LoRAs.", choices=("bf16", "fp16", "fp32"))
@@ -223,13 +279,6 @@ class TrainingConfig:
         False,
         "i2v: leave the latent of the first frame unscaled, as musubi-tuner trains by itself; its "
         "previews, ComfyUI and the published pipelines scale it.",
-    )
-    resume: str = option(
-        "auto",
-        "Not implemented yet: a run that is started again trains from the beginning, and reuses "
-        "the finished earlier stages.",
-        choices=("auto", "none"),
-        digests="neither",
     )
 
 

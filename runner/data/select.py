@@ -111,6 +111,11 @@ class Selection:
         ]
 
     @property
+    def only_clips(self) -> bool:
+        """Whether there are items, and no picture among them."""
+        return bool(self.items) and all(item.media_kind == "video" for item in self.items)
+
+    @property
     def has_held_out(self) -> bool:
         """Whether any item is held out."""
         return any(item.held_out for item in self.items)
@@ -158,8 +163,7 @@ def select(sources: Sequence[Source], *, task: str, validation_fraction: float) 
     notices: list[str] = []
     for index, source in enumerate(sources):
         notices += [*source.notices, *_unreadable(source)]
-        _refuse_missing_captions(source)
-        left = _without_missing_captions(source, notices)
+        left = _captioned(source, notices)
         if task == "i2v":
             left = _clips_only(left, notices)
         chosen += _items_of_source(index, source, left, task, validation_fraction, notices)
@@ -204,12 +208,12 @@ def _unreadable(source: Source) -> Iterator[str]:
         yield f"{name} is left out: {why}."
 
 
-def _has_no_caption(source: Source, media: SourceMedia) -> bool:
-    return not media.caption and source.options.default_caption is None
+def _has_caption(media: SourceMedia, options: SourceOptions) -> bool:
+    return bool(media.caption) or options.default_caption is not None
 
 
-def _refuse_missing_captions(source: Source) -> None:
-    missing = [media.name for media in source.media if _has_no_caption(source, media)]
+def _captioned(source: Source, notices: list[str]) -> list[SourceMedia]:
+    missing = [media.name for media in source.media if not _has_caption(media, source.options)]
     if missing and source.options.missing_captions == "error":
         raise UserError(
             f"{len(missing)} of {len(source.media)} media in {source.path} have no caption: "
@@ -218,13 +222,9 @@ def _refuse_missing_captions(source: Source) -> None:
             "dataset.missing_captions=skip to leave them out."
             + "".join(f" {notice}" for notice in source.notices)
         )
-
-
-def _without_missing_captions(source: Source, notices: list[str]) -> list[SourceMedia]:
-    missing = [media.name for media in source.media if _has_no_caption(source, media)]
     if missing:
         notices.append(f"{len(missing)} media without a caption are left out: {named(missing)}.")
-    return [media for media in source.media if not _has_no_caption(source, media)]
+    return [media for media in source.media if _has_caption(media, source.options)]
 
 
 def _clips_only(media: list[SourceMedia], notices: list[str]) -> list[SourceMedia]:
@@ -239,7 +239,7 @@ def _clips_only(media: list[SourceMedia], notices: list[str]) -> list[SourceMedi
 
 def would_be_selected(media: SourceMedia, options: SourceOptions, task: str) -> bool:
     """Return whether :func:`select` would take the media, judged without the others."""
-    if not media.caption and options.default_caption is None:
+    if not _has_caption(media, options):
         return False
     if media.media_kind == "image":
         return task != "i2v"

@@ -61,6 +61,9 @@ class EngineInstall:
         source_path: folder to put on PYTHONPATH, for a checkout that is not installed.
         missing: why it cannot run, or None.
         cannot_compile: why torch.compile cannot work with it, or None.
+        own_encoding: id that keeps its entries in the shared cache apart from those that its engine
+            makes otherwise, or None.
+        notice: a notice about it for the plan, or None.
     """
 
     python: str
@@ -68,6 +71,8 @@ class EngineInstall:
     source_path: str | None = None
     missing: str | None = None
     cannot_compile: str | None = None
+    own_encoding: str | None = None
+    notice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,19 @@ class Job:
     weights: WeightPaths
     memory: MemoryConfig
     root: Path
+
+
+@dataclass(frozen=True)
+class IdleOption:
+    """An option that is away from its default and does nothing.
+
+    Attributes:
+        key: what to leave out.
+        line: why it does nothing, and what to set.
+    """
+
+    key: str
+    line: str
 
 
 class Engine(Protocol):
@@ -126,6 +144,14 @@ class Engine(Protocol):
 
     def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         """Yield warnings about settings that do nothing or are probably unintended; pure."""
+
+    def idle_options(self, config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+        """Yield the options that are away from their defaults and do nothing; pure.
+
+        Args:
+            config: the run's config.
+            only_clips: whether the dataset has clips and no pictures; False if it is not known yet.
+        """
 
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         """Make the paths of this engine's own options absolute, from ``cwd``. Reads only.

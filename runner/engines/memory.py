@@ -108,4 +108,4 @@ def filled(chosen: MemoryConfig, tier: str) -> MemoryConfig:
         own = getattr(chosen, field.name)
         if field.name != "name" and own is not None:
             values[field.name] = own
-    return MemoryConfig(**{field.name: values[field.name] for field in fields(MemoryConfig)})
+    return MemoryConfig(**values)

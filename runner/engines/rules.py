@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.config.rules import value_of
-from runner.config.schema import RunConfig, options
+from runner.config.schema import RunConfig
 from runner.core.text import did_you_mean
 from runner.engines import rules_optimizer
 from runner.engines.optimizer_classes import class_name, finds_its_rate, ignores_learning_rate
@@ -46,19 +45,6 @@ def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
     return rules_optimizer.plan_problems(config, steps=steps)
 
 
-def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
-    """Yield warnings about settings that do nothing or are probably unintended."""
-    yield from rules_optimizer.notices(config, steps=steps)
-    if config.network.dropout and config.network.name != "lora":
-        yield (
-            f"network.dropout does nothing with network={config.network.name}; "
-            "network.args.rank_dropout and network.args.module_dropout do."
-        )
-    yield from _without_effect(config)
-    if clips:
-        yield from _buckets_of_clips(config)
-
-
 def datasets(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Yield each source of media with its option key: ``dataset`` itself if it lists none."""
     if not config.dataset.sources:
@@ -89,24 +75,36 @@ def _precision(config: RunConfig) -> Iterator[str]:
 def _network(config: RunConfig) -> Iterator[str]:
     network = config.network
     try:
-        include = [re.compile(pattern) for pattern in network.include]
-        exclude = [re.compile(pattern) for pattern in network.exclude]
+        trained = trained_modules(config)
     except re.error:
         return  # Reported by the rules of runner.config.rules.
-    if include and not exclude:
+    if network.include and not network.exclude:
         yield (
             "network.include does nothing alone, it adds back what network.exclude leaves out: "
             "add 'network.exclude=[\".*\"]' to train just those."
         )
-    names = [f"double_blocks.{n}.{m}" for n in range(config.model.blocks) for m in BLOCK_LINEARS]
-    if not any(
-        any(p.fullmatch(name) for p in include) or not any(p.fullmatch(name) for p in exclude)
-        for name in names
-    ):
+    if not trained:
         yield (
             "network.exclude leaves nothing to train: patterns match whole names such as "
             "double_blocks.0.img_mod.linear; add some back with network.include."
         )
+
+
+def trained_modules(config: RunConfig) -> list[str]:
+    """Return Tencent's names of the modules that the config trains, in the model's order.
+
+    Raises:
+        re.error: a pattern is no regular expression.
+    """
+    network = config.network
+    include = [re.compile(pattern) for pattern in network.include]
+    exclude = [re.compile(pattern) for pattern in network.exclude]
+    names = [f"double_blocks.{n}.{m}" for n in range(config.model.blocks) for m in BLOCK_LINEARS]
+    return [
+        name
+        for name in names
+        if any(p.fullmatch(name) for p in include) or not any(p.fullmatch(name) for p in exclude)
+    ]
 
 
 def _network_args(config: RunConfig, more: tuple[str, ...]) -> Iterator[str]:
@@ -179,51 +177,3 @@ def _preview_text(key: str, text: str) -> Iterator[str]:
         yield f"{key} has ' --' in it, where the trainer would read an option: leave it out."
     if "\n" in text or "\r" in text:
         yield f"{key} has a line break, where the trainer would begin another prompt."
-
-
-def _without_effect(config: RunConfig) -> Iterator[str]:
-    training, sampling = config.training, config.sampling
-    yield from _without_what_they_need(config)
-    if training.keep_last and not (training.save_every_epochs or training.save_every_steps):
-        yield (
-            "training.keep_last does nothing without checkpoints: set training.save_every_epochs "
-            "or training.save_every_steps."
-        )
-    # experiment=original sets it for both tasks.
-    original = config.engine.arguments == "command_line"
-    if training.i2v_unscaled_condition and config.task.name != "i2v" and not original:
-        yield "training.i2v_unscaled_condition does nothing with task=t2v, which has no condition."
-    if sampling.name == "none" and sampling.prompts:
-        yield "sampling.prompts does nothing with sampling=none: add sampling=prompts."
-    if sampling.name == "prompts" and sampling.image_path and config.task.name != "i2v":
-        yield "sampling.image_path does nothing with task=t2v, whose previews begin from noise."
-
-
-def _without_what_they_need(config: RunConfig) -> Iterator[str]:
-    """Notices of options that are set while the option that they need has another value."""
-    sources = [source for _, source in datasets(config)]
-    for option in options():
-        needs = option.needs
-        if needs is None:
-            continue
-        group, _, name = option.key.rpartition(".")
-        if group == "dataset":
-            other = needs.key.removeprefix("dataset.")
-            chosen = {own(source, config.dataset, other) for source in sources}
-            values = {own(source, config.dataset, name) for source in sources} - {option.default}
-            if values and chosen.isdisjoint(needs.values):
-                yield f"{option.key} does nothing without {needs.key}={needs.values[0]}."
-            continue
-        value, other_value = value_of(config, option.key), value_of(config, needs.key)
-        if value != option.default and other_value not in needs.values:
-            yield f"{option.key}={value:g} does nothing with {needs.key}={other_value}{needs.hint}."
-
-
-def _buckets_of_clips(config: RunConfig) -> Iterator[str]:
-    for key, source in datasets(config):
-        for flag, right in (("enable_bucket", True), ("bucket_no_upscale", False)):
-            if own(source, config.dataset, flag) is not right:
-                yield (
-                    f"{key}.{flag}={str(not right).lower()} does nothing for clips, which are "
-                    "sorted into buckets and enlarged to them in any case."
-                )

@@ -12,6 +12,7 @@ from typing import Any
 
 from runner.config.schema import RunConfig
 from runner.core.text import did_you_mean
+from runner.engines.base import IdleOption
 from runner.engines.optimizer_classes import (
     ARGUMENTS,
     SHORT_NAMES,
@@ -33,6 +34,8 @@ SCHEDULERS = (
     "cosine_with_restarts",
     "cosine_with_min_lr",
     "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
     "rex",
 )
 # The trainers call step() without a closure, and a LoRA's gradients are dense.
@@ -49,9 +52,27 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def plan_problems(config: RunConfig, *, steps: int) -> Iterator[str]:
     """Yield one line for each broken rule that depends on the number of optimizer steps."""
-    warmup = config.scheduler.warmup_steps
-    if config.scheduler.name == "rex" and warmup > steps:
+    scheduler = config.scheduler
+    warmup, decay = scheduler.warmup_steps, int(scheduler.decay_fraction * steps)
+    if scheduler.name == "warmup_stable_decay" and warmup + decay > steps:
+        yield (
+            f"scheduler.warmup_steps={warmup} and the {decay} steps of "
+            f"scheduler.decay_fraction={scheduler.decay_fraction:g} must not exceed the run's "
+            f"{steps} steps."
+        )
+    if scheduler.name == "rex" and warmup > steps:
         yield f"scheduler.warmup_steps={warmup} must not exceed the run's {steps} steps (rex)."
+
+
+def idle_options(config: RunConfig) -> Iterator[IdleOption]:
+    """Yield the learning rate where the optimizer sets its own."""
+    if ignores_learning_rate(config.optimizer):
+        yield IdleOption(
+            "optimizer.learning_rate",
+            f"optimizer.learning_rate={config.optimizer.learning_rate:g} does nothing: Adafactor "
+            "sets its own rate, unless optimizer.args.relative_step=false and "
+            "optimizer.args.warmup_init=false.",
+        )
 
 
 def notices(config: RunConfig, *, steps: int) -> Iterator[str]:
@@ -63,13 +84,7 @@ def notices(config: RunConfig, *, steps: int) -> Iterator[str]:
             "rate is never reached."
         )
     rate, rates = optimizer.learning_rate, usual_rates(optimizer)
-    if ignores_learning_rate(optimizer):
-        yield (
-            f"optimizer.learning_rate={rate:g} does nothing: Adafactor "
-            "sets its own rate, unless optimizer.args.relative_step=false and "
-            "optimizer.args.warmup_init=false."
-        )
-    elif rates and not rates.low <= rate <= rates.high:
+    if rates and not ignores_learning_rate(optimizer) and not rates.low <= rate <= rates.high:
         size = "low" if rate < rates.low else "high"
         yield (
             f"optimizer.learning_rate={rate:g} is {size} for {class_name(optimizer.type)}: "
@@ -148,15 +163,26 @@ def _schedule(config: RunConfig) -> Iterator[str]:
     elif ratio is not None and name not in WITH_MIN_LR:
         yield (
             f"scheduler.min_lr_ratio does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_min_lr or scheduler=rex."
+            "scheduler=cosine_with_min_lr, rex or warmup_stable_decay."
         )
     if scheduler.num_cycles != 1 and name not in WITH_CYCLES:
         yield (
             f"scheduler.num_cycles does nothing with scheduler={name}: take "
-            "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
+            "scheduler=cosine_with_restarts, cosine_with_min_lr or warmup_stable_decay."
         )
     if scheduler.power != 1 and name != "polynomial":
         yield f"scheduler.power does nothing with scheduler={name}: take scheduler=polynomial."
+    if scheduler.decay_fraction and name != "warmup_stable_decay":
+        yield (
+            f"scheduler.decay_fraction does nothing with scheduler={name}: take "
+            "scheduler=warmup_stable_decay."
+        )
+    if not scheduler.decay_fraction and name == "warmup_stable_decay":
+        yield "scheduler=warmup_stable_decay needs scheduler.decay_fraction, for example 0.2."
+    if scheduler.timescale is not None and name != "inverse_sqrt":
+        yield (
+            f"scheduler.timescale does nothing with scheduler={name}: take scheduler=inverse_sqrt."
+        )
     if name == "polynomial" and config.optimizer.learning_rate <= 1e-7:
         yield (
             f"optimizer.learning_rate={config.optimizer.learning_rate:g} must be above 1e-07, "

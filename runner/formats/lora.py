@@ -24,6 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from runner.core.errors import UserError
+from runner.formats.safetensors_header import DamagedFileError, read_header, read_scalar
 from runner.formats.transformer_keys import BLOCK_LINEARS
 
 if TYPE_CHECKING:
@@ -105,41 +106,46 @@ class LoraInfo(NamedTuple):
 
 
 def describe(file: Path) -> LoraInfo:
-    """Describe a LoRA file with musubi-tuner's names, without loading all of it.
+    """Describe a LoRA file with musubi-tuner's names, by its header and one alpha, without torch.
 
     Raises:
         UserError: it can't be read, or is not such a file (the message names a file of ComfyUI's).
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt") as handle:
-            keys = list(handle.keys())
-            names = {match[2] for key in keys if (match := _NAME.fullmatch(key.partition(".")[0]))}
-            if any(name in _MUSUBI or name.endswith("_qkv") for name in names):
-                raise UserError(
-                    f"{file} is a LoRA for ComfyUI: take the run's lora.safetensors, or one in its "
-                    "checkpoints"
-                )
-            for key in keys:
-                name, _, leaf = key.partition(".")
-                if _NAME.fullmatch(name) and leaf in _RANK_OF:
-                    kind, side = _RANK_OF[leaf]
-                    rank = handle.get_slice(key).get_shape()[side]
-                    alpha = f"{name}.alpha"
-                    scale = float(handle.get_tensor(alpha)) if alpha in keys else float(rank)
-                    return LoraInfo(kind, rank, scale)
-            for key in keys:
-                name, _, leaf = key.partition(".")
-                if _NAME.fullmatch(name) and leaf == "lokr_w2" and f"{name}.alpha" in keys:
-                    # With a full second factor, musubi-tuner writes the rank as alpha; it does not
-                    # scale the update.
-                    scale = float(handle.get_tensor(f"{name}.alpha"))
-                    return LoraInfo("lokr", round(scale), scale)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} can't be read as a LoRA file: {error}") from None
-    except (IndexError, RuntimeError, ValueError):
+        return _described(file)
+    except DamagedFileError as error:
+        why = str(error).removeprefix(f"{file}: ")
+        raise UserError(f"{file} can't be read as a LoRA file: {why}") from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(f"{file} can't be read as a LoRA file: {why}") from None
+    except (IndexError, ValueError):
         raise UserError(f"{file} can't be read as a LoRA file: a tensor's shape is wrong") from None
+
+
+def _described(file: Path) -> LoraInfo:
+    with file.open("rb"):
+        header = read_header(file)
+    names = {match[2] for key in header if (match := _NAME.fullmatch(key.partition(".")[0]))}
+    if any(name in _MUSUBI or name.endswith("_qkv") for name in names):
+        raise UserError(
+            f"{file} is a LoRA for ComfyUI: take the run's lora.safetensors, or one in its "
+            "checkpoints"
+        )
+    for key, tensor in header.items():
+        name, _, leaf = key.partition(".")
+        if _NAME.fullmatch(name) and leaf in _RANK_OF:
+            kind, side = _RANK_OF[leaf]
+            rank = tensor.shape[side]
+            alpha = header.get(f"{name}.alpha")
+            return LoraInfo(kind, rank, float(rank) if alpha is None else read_scalar(file, alpha))
+    for key in header:
+        name, _, leaf = key.partition(".")
+        if _NAME.fullmatch(name) and leaf == "lokr_w2" and f"{name}.alpha" in header:
+            # With a full second factor, musubi-tuner writes the rank as alpha; it does not scale
+            # the update.
+            scale = read_scalar(file, header[f"{name}.alpha"])
+            return LoraInfo("lokr", round(scale), scale)
     raise UserError(f"{file} is not a LoRA of this model")
 
 

@@ -8,6 +8,7 @@ offsets of their bytes, then the bytes.
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +72,28 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     if end > size:
         _raise_cut(path, end - size, "bytes")
     return header
+
+
+# The formats of struct; a BF16 is the upper half of an F32.
+_NUMBERS = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q"}
+
+
+def read_scalar(path: Path, tensor: TensorHeader) -> float:
+    """Read a tensor of one number, which torch makes I64 of a whole one.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has several values, or is of another dtype.
+    """
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        data = file.read(min(tensor.end - tensor.start, 9))
+    form = _NUMBERS.get(tensor.dtype)
+    if tensor.dtype == "BF16":
+        form, data = "<f", b"\0\0" + data
+    if form is None or len(data) != struct.calcsize(form):
+        raise ValueError("not a single number")
+    return float(struct.unpack(form, data)[0])
 
 
 def _tensor(entry: Any, first: int) -> TensorHeader:

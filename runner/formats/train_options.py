@@ -22,8 +22,8 @@ NETWORK_MODULES = {
     "lokr": "networks.lokr",
 }
 # Schedules with a number of cycles, and schedules with a minimum learning rate.
-WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr")
-WITH_MIN_LR = ("cosine_with_min_lr", "rex")
+WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
+WITH_MIN_LR = ("cosine_with_min_lr", "rex", "warmup_stable_decay")
 
 SET_BY_RUNNER = "the run's folder, set by the runner"
 
@@ -127,6 +127,15 @@ def _for_schedules(names: tuple[str, ...], key: str) -> Callable[[Rendering], An
     return lambda r: getattr(r.config.scheduler, key) if r.config.scheduler.name in names else None
 
 
+def _drawing_logits(key: str) -> Callable[[Rendering], Any]:
+    def value(r: Rendering) -> Any:
+        training = r.config.training
+        used = training.timestep_sampling == "logsnr" or training.weighting_scheme == "logit_normal"
+        return getattr(training, key) if used else None
+
+    return value
+
+
 def _for_previews(value: Callable[[Rendering], Any]) -> Callable[[Rendering], Any]:
     return lambda r: value(r) if r.config.sampling.name != "none" else None
 
@@ -179,10 +188,9 @@ class TrainOptions:
     learning_rate: float = row("optimizer.learning_rate", default=2e-6, original=14, in_lora=True)
     max_grad_norm: float = row("training.max_grad_norm", default=1.0, in_lora=True)
     lr_scheduler: str = row("scheduler", "scheduler.name", default="constant", in_lora=True)
-    # The runner sets none of these three; a train.toml written by hand may.
+    # The runner sets neither of these two; a train.toml written by hand may.
     lr_scheduler_type: str = row(default="")
     lr_scheduler_args: list[str] = row(default=[])
-    lr_scheduler_timescale: int | None = row(default=None)
     network_module: str = row(
         "network",
         lambda r: NETWORK_MODULES[r.config.network.name],
@@ -242,8 +250,8 @@ class TrainOptions:
     )
     # musubi-tuner requires split_attn with xformers.
     split_attn: bool = row(
-        "training.attention=xformers",
-        _if_attention_is("xformers"),
+        "training.split_attention",
+        lambda r: r.config.training.split_attention or _if_attention_is("xformers")(r) or None,
         default=False,
         embedded="ignored",
     )
@@ -267,6 +275,28 @@ class TrainOptions:
     )
     min_timestep: int | None = row("training.min_timestep", default=None)
     max_timestep: int | None = row("training.max_timestep", default=None)
+    logit_mean: float = row(
+        "training.logit_mean", _drawing_logits("logit_mean"), default=0.0, in_lora=True
+    )
+    logit_std: float = row(
+        "training.logit_std", _drawing_logits("logit_std"), default=1.0, in_lora=True
+    )
+    mode_scale: float = row(
+        "training.mode_scale",
+        lambda r: (
+            r.config.training.mode_scale if r.config.training.weighting_scheme == "mode" else None
+        ),
+        default=1.29,
+        embedded="ignored",
+    )
+    preserve_distribution_shape: bool = row(
+        "training.preserve_distribution_shape",
+        lambda r: r.config.training.preserve_distribution_shape or None,
+        default=False,
+    )
+    num_timestep_buckets: int | None = row(
+        "training.num_timestep_buckets", default=None, embedded="unsupported"
+    )
     save_every_n_epochs: int | None = row("training.save_every_epochs", default=None, original=21)
     save_every_n_steps: int | None = row("training.save_every_steps", default=None)
     save_last_n_epochs: int | None = row("training.keep_last", _epochs_to_keep, default=None)
@@ -296,6 +326,14 @@ class TrainOptions:
     )
     lr_scheduler_power: float = row(
         "scheduler.power", _for_schedules(("polynomial",), "power"), default=1.0
+    )
+    lr_decay_steps: int | float = row(
+        "scheduler.decay_fraction",
+        _for_schedules(("warmup_stable_decay",), "decay_fraction"),
+        default=0,
+    )
+    lr_scheduler_timescale: int | None = row(
+        "scheduler.timescale", _for_schedules(("inverse_sqrt",), "timescale"), default=None
     )
     lr_scheduler_min_lr_ratio: float | None = row(
         "scheduler.min_lr_ratio", _for_schedules(WITH_MIN_LR, "min_lr_ratio"), default=None

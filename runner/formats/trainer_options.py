@@ -98,13 +98,13 @@ def parse(script: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        if not _is_option(word):
+        if not is_option(word):
             problems.append(f"{word!r} belongs to no option.")
             continue
         dashed, equals, inline = word.partition("=")
         option = known.get(dashed[2:]) if dashed.startswith("--") else None
         words = [inline] if equals else []
-        while not equals and rest and not _is_option(rest[0]) and _takes(option, len(words)):
+        while not equals and rest and not is_option(rest[0]) and _takes(option, len(words)):
             words.append(rest.pop(0))
         if option is None:
             names = [f"--{name}" for name in known]
@@ -165,7 +165,7 @@ def arguments_of(script: str, table: Mapping[str, Any]) -> list[str]:
             arguments += [f"--{key}"] if value else []
         elif isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
-        elif _is_option(str(value)):
+        elif is_option(str(value)):
             # As an argument of its own, argparse would take it for an option.
             arguments += [f"--{key}={value}"]
         else:
@@ -173,7 +173,7 @@ def arguments_of(script: str, table: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def _is_option(word: str) -> bool:
+def is_option(word: str) -> bool:
     """Whether argparse takes the word for an option: it starts with a dash and is not a number."""
     return len(word) > 1 and word[0] == "-" and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
 

@@ -6,13 +6,11 @@ This is the command of the weights stage.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from runner.core.unexpected import guarded
-from runner.hub.command import run
+from runner.hub.command import exit_code_of, run
 from runner.hub.fetch import fetch_files
 from runner.hub.hub_cache import HubCache, Request
 from runner.hub.progress import DownloadProgress
@@ -88,14 +86,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _without_secrets(text: str) -> str:
-    """Remove the hub's token and the passwords of addresses."""
-    from huggingface_hub import get_token
-
-    return re.sub(r"//[^\s/@]*@", "//***@", text.replace(get_token() or "\0", "***"))
-
-
 if __name__ == "__main__":
-    # The weights stage starts this in the run's folder.
-    here = Path.cwd() if Path("run.json").is_file() else None
-    sys.exit(guarded(main, _without_secrets, here))
+    sys.exit(exit_code_of(main))

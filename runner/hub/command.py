@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from runner.core.console import Console
 from runner.core.errors import StageError, describe_os_error
 from runner.core.process import Stopped, raise_on_signals
+from runner.core.unexpected import guarded
 from runner.hub.progress import VARIABLE, DownloadProgress
 from runner.hub.remote import silence_warnings
 
@@ -35,3 +37,21 @@ def run(work: Callable[[DownloadProgress], Iterator[str]]) -> int:
     except Stopped as stopped:
         return stopped.exit_code
     return 0
+
+
+def exit_code_of(main: Callable[[], int]) -> int:
+    """Call a command's main function; what nobody expected is one line, without secrets.
+
+    Returns:
+        Its exit code, or that of :func:`runner.core.unexpected.guarded`.
+    """
+    # The weights stage starts the commands in the run's folder.
+    here = Path.cwd() if Path("run.json").is_file() else None
+    return guarded(main, _without_secrets, here)
+
+
+def _without_secrets(text: str) -> str:
+    """Remove the hub's token and the passwords of addresses."""
+    from huggingface_hub import get_token
+
+    return re.sub(r"//[^\s/@]*@", "//***@", text.replace(get_token() or "\0", "***"))

@@ -24,7 +24,7 @@ from runner.core.paths import absolute
 from runner.core.text import did_you_mean
 from runner.formats.published_check import check_file
 from runner.formats.safetensors_header import DamagedFileError
-from runner.hub.command import run
+from runner.hub.command import exit_code_of, run
 from runner.hub.hub_cache import read_sha256
 from runner.hub.progress import DownloadListener, DownloadProgress
 
@@ -188,4 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

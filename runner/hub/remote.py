@@ -135,7 +135,6 @@ def download(
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
-    _check_proxies()
     partial.parent.mkdir(parents=True, exist_ok=True)
     most, failures = -1, 0
     while True:

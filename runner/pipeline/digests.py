@@ -60,7 +60,7 @@ def fingerprint(inputs: Inputs, plan: Plan, engine: Engine) -> str | None:
     if weights is None:
         return None
     compiled, _ = engine.compiles(inputs.job, inputs.gpu)
-    encoding = {"engine": engine.own_encoding or engine.name}
+    encoding = {"engine": inputs.own_encoding or engine.name}
     cached = (entry for entry in plan.entries if entry.namespace != "media")
     return _digest(
         {

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import rules
-from runner.config.composed import Composed
-from runner.config.schema import RunConfig
+from runner.config.composed import Composed, given_keys
 from runner.core.atomic import write_text
 from runner.core.command import Command
 from runner.core.console import Console
@@ -62,14 +61,28 @@ class Prepared:
     plan: Plan
 
 
-def check(config: RunConfig, engine: Engine) -> None:
+def check(composed: Composed, engine: Engine) -> None:
     """Check a config by all rules that need nothing else.
 
     Raises:
-        UserError: the first rule that ``config`` breaks.
+        UserError: the first rule that the config breaks.
     """
+    config = composed.config
     for problem in chain(rules.problems(config), engine.problems(config), stages.problems(config)):
         raise UserError(problem)
+    _refuse_idle(composed, engine, only_clips=False)
+
+
+def _refuse_idle(composed: Composed, engine: Engine, *, only_clips: bool) -> None:
+    """Refuse an option of the command line that does nothing; those of recipes are notices.
+
+    Raises:
+        UserError: there is one.
+    """
+    given = given_keys(composed.overrides)
+    for option in engine.idle_options(composed.config, only_clips=only_clips):
+        if option.key in given:
+            raise UserError(option.line)
 
 
 def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
@@ -82,7 +95,7 @@ def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
         Stopped: a signal arrived.
     """
     engine = engine_named(composed.config.engine.name)
-    check(composed.config, engine)
+    check(composed, engine)
     local = resolve_weights(composed.config, composed.overrides, cwd)
     config = resolve_paths(local.config, engine, cwd)
     raise_on_signals()
@@ -91,6 +104,7 @@ def prepare(composed: Composed, console: Console, cwd: Path) -> Prepared:
     weights = replace(environment.weights, notices=local.notices)
     environment = replace(environment, weights=weights)
     inputs = gather(config, environment, acquire(config, cwd, environment, console))
+    _refuse_idle(composed, engine, only_clips=inputs.selection.only_clips)
     cache = SharedCache(inputs.root / "cache")
     # Compare sizes only: a dry run must not read gigabytes.
     verified = verify.plan_with_valid_cache(

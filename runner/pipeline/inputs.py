@@ -18,6 +18,7 @@ from runner.data.balance import weigh
 from runner.data.select import Source, select
 from runner.engines.base import NO_GPU, Engine, Gpu
 from runner.pipeline.model import Inputs, RunEnvironment
+from runner.pipeline.resumed_state import state_notices
 from runner.pipeline.stages import STAGES, trains
 from runner.storage.shared_cache import SharedCache
 
@@ -45,7 +46,7 @@ def read_environment(config: RunConfig, cwd: Path, engine: Engine) -> RunEnviron
         memory_note=note,
         weights=weights,
         engine=install,
-        own_encoding=engine.own_encoding,
+        own_encoding=engine.own_encoding or install.own_encoding,
     )
 
 
@@ -65,6 +66,7 @@ def gather(config: RunConfig, environment: RunEnvironment, sources: Sequence[Sou
         selection=selection,
         cached=SharedCache(environment.root / "cache").full_keys(),
         lora_note=lora_note(config),
+        state_notices=tuple(state_notices(config)),
         seed=config.training.seed if config.training.seed >= 0 else random.randrange(2**31),
     )
 

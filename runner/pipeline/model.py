@@ -42,6 +42,8 @@ class Inputs(RunEnvironment):
     seed: int
     # A notice about the LoRA that the run starts from.
     lora_note: str | None = None
+    # Notices about the training state that it resumes from.
+    state_notices: tuple[str, ...] = ()
 
     @property
     def job(self) -> Job:

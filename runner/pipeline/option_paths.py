@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner.config.composed import given_keys
 from runner.config.schema import RunConfig
 from runner.core.errors import UserError
 from runner.core.paths import existing_file
@@ -16,6 +17,7 @@ from runner.formats.published_check import PART_NAMES
 from runner.hub.local_files import existing_folder, existing_weights, is_local
 from runner.hub.weights import REPOSITORIES, parts_of
 from runner.hub.weights_folder import find_weights
+from runner.pipeline.resumed_state import check_state
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def resolve_weights(config: RunConfig, overrides: Collection[str], cwd: Path) ->
     model, task = config.model, config.task.name
     if model.source != "hub":
         return ResolvedWeights(config, ())
-    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    given = given_keys(overrides)
     files: dict[str, Any] = {}
     for part in PART_NAMES:
         value = getattr(model, part)
@@ -98,7 +100,9 @@ def resolve_paths(config: RunConfig, engine: Engine, cwd: Path) -> RunConfig:
         sampling=replace(config.sampling, image_path=image),
         network=replace(config.network, weights=weights),
     )
-    return engine.resolve_paths(resolved, cwd)
+    resolved = engine.resolve_paths(resolved, cwd)
+    check_state(resolved)
+    return resolved
 
 
 def _check_lora(config: RunConfig, file: Path) -> None:

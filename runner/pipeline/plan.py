@@ -75,7 +75,12 @@ def make_plan(inputs: Inputs, engine: Engine) -> Plan:
     notices = [
         *inputs.selection.notices,
         *engine.plan_notices(job, inputs.gpu, steps=total, clips=clips),
-        *(note for note in (inputs.memory_note, inputs.lora_note, compile_note) if note),
+        *(
+            note
+            for note in (inputs.engine.notice, inputs.memory_note, inputs.lora_note, compile_note)
+            if note
+        ),
+        *inputs.state_notices,
         *(why for stage, why in missing.items() if stage not in config.stages.skip),
         *(notice for stage in stages for notice in stage.notices),
     ]

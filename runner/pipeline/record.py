@@ -103,12 +103,18 @@ def check_tracking(config: RunConfig) -> None:
 class Recorder:
     """The record of a run in progress, in ``run.json`` and in MLflow."""
 
-    def __init__(self, writer: RunWriter | NullWriter, run_dir: Path, resume_key: str) -> None:
-        """Start the record, in a run's folder and with its resume key."""
+    def __init__(
+        self,
+        writer: RunWriter | NullWriter,
+        run_dir: Path,
+        resume_key: str,
+        engine_version: str,
+    ) -> None:
+        """Start the record, in a run's folder, with its resume key and its engine's version."""
         self.writer, self.run_dir = writer, run_dir
         self._stages: dict[str, float] = {}
         self._started = time.time()
-        self._resume_key = resume_key
+        self._resume_key, self._engine_version = resume_key, engine_version
         self._fingerprint: str | None = None
         self._plan: Plan | None = None
         self._local_weights: list[dict[str, str | int | None]] = []
@@ -143,12 +149,12 @@ class Recorder:
         from runner.tracking.parent_run import child_tags, open_parent
 
         config, resolved, choices = composed.config, composed.resolved, composed.choices
-        key = resume_key(inputs, engine)
+        key, version = resume_key(inputs, engine), engine.full_version(inputs.engine)
         uri = tracking_uri(config.tracking, inputs.root)
         if uri is None:
             if job is not None:
                 job.note(run_folder=str(run_dir))
-            return cls(mlflow_run.NullWriter(), run_dir, key)
+            return cls(mlflow_run.NullWriter(), run_dir, key, version)
         experiment = config.tracking.experiment
         mlflow_store.initialise(uri, inputs.root)
         tags = {
@@ -185,7 +191,7 @@ class Recorder:
         )
         if job is not None:
             job.note(run_folder=str(run_dir), mlflow_run_id=writer.run_id)
-        return cls(writer, run_dir, key)
+        return cls(writer, run_dir, key, version)
 
     def record_fingerprint(self, inputs: Inputs, plan: Plan, engine: Engine) -> None:
         """Record the digest of what the result depends on, once it is known and when it changes."""
@@ -236,6 +242,7 @@ class Recorder:
             "error": why,
             "config_fingerprint": self._fingerprint,
             "resume_key": self._resume_key,
+            "engine_version": self._engine_version,
             "mlflow_run_id": self.writer.run_id,
             "started": self._started,
             "seconds": round(time.time() - self._started, 3),

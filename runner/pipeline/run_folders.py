@@ -63,6 +63,8 @@ def find_run(text: str, outputs: Path, cwd: Path) -> tuple[RunRecord, str | None
     Raises:
         UserError: there is none; the message has the nearest names.
     """
+    if not text:
+        raise UserError("RUN is empty: give a run's folder, its name or its MLflow run id")
     folder = absolute(text, cwd)
     if (folder / "run.json").is_file() or (folder / "checkpoints").is_dir():
         return _record(folder), None
@@ -100,7 +102,8 @@ def _runs(outputs: Path) -> Iterator[RunRecord]:
 
 def _record(folder: Path) -> RunRecord:
     try:
-        record: Any = json.loads((folder / "run.json").read_text("utf-8"))
+        content: Any = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
-        record = {}
+        content = None
+    record: dict[str, Any] = content if isinstance(content, dict) else {}
     return RunRecord(folder, record.get("mlflow_run_id") or "", record.get("status") or "unknown")

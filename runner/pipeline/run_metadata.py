@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UserError: a file of the run can't be read.
     """
-    config, record, weights = (
-        _read(run / name) for name in ("config.yaml", "run.json", "weights.json")
+    config, record, weights, training = (
+        read_file(run / name) for name in ("config.yaml", "run.json", "weights.json", "train.toml")
     )
     dataset, model = config.get("dataset", {}), config.get("model", {})
     result = {"ss_base_model_version": BASE_MODEL_VERSION, **metadata}
@@ -45,7 +46,8 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
         result["modelspec.trigger_phrase"] = ", ".join(words)
     sizes = [one["resolution"] for one in sources if one.get("resolution")]
     # What musubi-tuner writes if nobody tells it the size.
-    if sizes and metadata.get("modelspec.resolution", "1280x720") == "1280x720":
+    unknown = metadata.get("modelspec.resolution", "1280x720") == "1280x720"
+    if sizes and unknown and "metadata_reso" not in training:
         width, height = max(sizes, key=lambda size: size[0] * size[1])
         result["modelspec.resolution"] = f"{width}x{height}"
     for file in weights.get("files", []):
@@ -60,7 +62,12 @@ def run_metadata(run: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of a run's folder; empty if there is none.
+
+    Raises:
+        UserError: it can't be read.
+    """
     if not file.is_file():
         return {}
     try:
@@ -69,6 +76,8 @@ def _read(file: Path) -> dict[str, Any]:
 
             # Interpolations, such as a password's, stay as they are.
             content: Any = OmegaConf.to_container(OmegaConf.load(file))
+        elif file.suffix == ".toml":
+            content = tomllib.loads(file.read_text("utf-8"))
         else:
             content = json.loads(file.read_text("utf-8"))
     except Exception as error:

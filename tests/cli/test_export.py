@@ -172,6 +172,8 @@ def test_an_unfinished_run(outputs: Path, capsys: pytest.CaptureFixture[str]) ->
         (("my cta",), "there is no run my cta in outputs/runs. Did you mean my-cat?"),
         (("no",), "there is no run no in outputs/runs. There are: "),
         (("nothing",), "nothing is not the folder of a run: it has no run.json"),
+        (("",), "RUN is empty: give a run's folder, its name or its MLflow run id"),
+        (("damaged",), "damaged has no checkpoint: checkpoints has no whole LoRA file"),
         (("my cat", "--outputs", "other"), "there is no run my cat: other/runs has none; give the"),
         (
             ("my cat", "--step", "17"),
@@ -188,6 +190,8 @@ def test_what_is_not_there(
     make_run(outputs, "12-00-00-my-cat")
     make_run(outputs, "12-00-01-my-loha", kind="loha")
     Path("nothing").mkdir()
+    Path("damaged").mkdir()
+    Path("damaged/run.json").write_text("[1]")
     Path("file").touch()
     code, out, err = exported(capsys, *arguments)
     assert (code, out) == (2, "")

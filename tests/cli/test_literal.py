@@ -160,6 +160,7 @@ def test_what_is_not_literal(typed: str, arrives: str | None) -> None:
         ("name=choice(a,b)", ["a", "b"]),
         ("metadata.tags=[1e3,a],[007]", [["1e3", "a"], ["007"]]),
         ("metadata.tags=[1e3,a]", ["1e3", "a"]),
+        ("metadata.tags=[a), (b]", ["a)", "(b"]),
         ("network.include=[a{1,2}b,(c]", ["a{1", "2}b", "(c"]),
         (r"network.include=[a{1,2}\.[0-9]+,c]", [r"a{1,2}\.[0-9]+", "c"]),
     ],

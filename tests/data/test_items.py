@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from typing import Any
 
@@ -238,3 +239,23 @@ def test_transparent_pictures_become_rgb() -> None:
     (item,) = selection([fake_item("a.png", mode="RGBA")]).items
     assert item.correction.only_rgb
     assert item.media_name.endswith(".png")
+
+
+# The size that the LoRA's metadata gives is the bucket of most samples, be they pictures or crops
+# of clips, repeats included and held-out items left out; of two equal counts it is the larger one.
+def test_the_trained_size_of_a_mixed_dataset() -> None:
+    def trained(tall: int, *overrides: str, repeats: int = 1) -> str:
+        items = [fake_item(f"{n}.png", size=(600, 800), repeats=repeats) for n in range(tall)]
+        config = compose(*overrides)
+        plan = plan_of(config, fake_facts(config, [fake_item("clip.mp4"), *items]))
+        return str(tomllib.loads(dict(plan.files)["train.toml"])["metadata_reso"])
+
+    # The clip has a crop for each of its three targets; 960x544 has more pixels than 624x832.
+    wide, upright = "960,544", "624,832"
+    assert [trained(tall) for tall in (0, 2, 3, 4)] == [wide, wide, wide, upright]
+    assert trained(2, "dataset.target_frames=[1]") == upright
+    assert trained(2, repeats=2) == upright
+    assert trained(4, "dataset.validation_fraction=0.5") == wide
+    small = "dataset.sources=[{path: a}, {path: b, resolution: [480, 272], num_repeats: 2}]"
+    assert trained(0, small) == "480,272"
+    assert trained(0, small.replace("2}", "1}")) == wide

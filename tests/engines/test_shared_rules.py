@@ -64,11 +64,21 @@ BROKEN: dict[tuple[str, ...], str] = {
     ),
     ("scheduler=cosine", "scheduler.min_lr_ratio=0.1"): (
         "scheduler.min_lr_ratio does nothing with scheduler=cosine: take "
-        "scheduler=cosine_with_min_lr or scheduler=rex."
+        "scheduler=cosine_with_min_lr, rex or warmup_stable_decay."
     ),
     ("scheduler=cosine", "scheduler.num_cycles=3"): (
         "scheduler.num_cycles does nothing with scheduler=cosine: take "
-        "scheduler=cosine_with_restarts or scheduler=cosine_with_min_lr."
+        "scheduler=cosine_with_restarts, cosine_with_min_lr or warmup_stable_decay."
+    ),
+    ("scheduler=cosine", "scheduler.decay_fraction=0.5"): (
+        "scheduler.decay_fraction does nothing with scheduler=cosine: take "
+        "scheduler=warmup_stable_decay."
+    ),
+    ("scheduler=warmup_stable_decay", "scheduler.decay_fraction=0"): (
+        "scheduler=warmup_stable_decay needs scheduler.decay_fraction, for example 0.2."
+    ),
+    ("scheduler.timescale=100",): (
+        "scheduler.timescale does nothing with scheduler=constant: take scheduler=inverse_sqrt."
     ),
     ("scheduler.power=2",): (
         "scheduler.power does nothing with scheduler=constant: take scheduler=polynomial."
@@ -256,6 +266,20 @@ def test_what_is_right_passes(engine: tuple[str, ...], overrides: tuple[str, ...
 # The schedules that pass are those that there are choices for.
 def test_every_schedule_is_known() -> None:
     assert set(SCHEDULERS) == set(groups(conf_folder())["scheduler"])
+
+
+# Warm-up and decay must fit into the run: otherwise it would begin with a rate that falls.
+def test_a_decay_longer_than_the_run(engine: tuple[str, ...]) -> None:
+    steps = ("training.max_steps=20", "scheduler=warmup_stable_decay")
+    config = compose(*engine, "optimizer=adamw", *steps, "scheduler.warmup_steps=17")
+    with pytest.raises(UserError) as error:
+        plan_of(config, fake_facts(config, [fake_item("a.jpg")]))
+    assert str(error.value) == (
+        "scheduler.warmup_steps=17 and the 4 steps of scheduler.decay_fraction=0.2 must not exceed "
+        "the run's 20 steps."
+    )
+    config = compose(*engine, "optimizer=adamw", *steps, "scheduler.warmup_steps=16")
+    plan_of(config, fake_facts(config, [fake_item("a.jpg")]))
 
 
 # rex ends with an error where its warm-up is longer than the run, once everything is cached.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import run_program
 from hub_fetch import Notes
 
 from runner.core.errors import StageError, UserError
+from runner.hub.hub_cache import HubCache
 from runner.hub.local_files import Hashes, existing_folder, existing_weights, is_local
 
 
@@ -22,6 +24,7 @@ class Reading(Notes):
         self._change = change
 
     def checking(self, name: str, done: int, total: int) -> None:
+        assert 0 < done <= total
         self.read.append(name)
         if self._change is not None:
             self._change.write_bytes(b"other")
@@ -99,6 +102,42 @@ def test_a_damaged_note_is_ignored(tmp_path: Path) -> None:
     assert hashes.known(file) is None
 
 
+# Where no note can be written, the hash is returned all the same, and computed again next time.
+def test_a_note_that_cannot_be_written(tmp_path: Path) -> None:
+    file, notes = tmp_path / "w.safetensors", tmp_path / "notes"
+    file.write_bytes(b"first")
+    notes.touch()
+    listener = Reading()
+    for _ in range(2):
+        assert Hashes(notes).compute(file, listener) == hashlib.sha256(b"first").hexdigest()
+    assert len(listener.read) == 2
+
+
+# A file of the hub's cache may be named as one of this computer: each keeps a note of its own.
+def test_a_file_of_the_hubs_cache_has_two_notes(tmp_path: Path) -> None:
+    blob, notes = tmp_path / "blob.safetensors", tmp_path / "notes"
+    blob.write_bytes(b"first")
+    HubCache(tmp_path / "hub", notes).remember(blob, "1" * 64)
+    Hashes(notes).compute(blob, Reading())
+    HubCache(tmp_path / "hub", notes).remember(blob, "2" * 64)
+    assert Hashes(notes).known(blob) == hashlib.sha256(b"first").hexdigest()
+    assert len(list(notes.iterdir())) == 2
+
+
+# A network disk that is mounted again has another device number, and its files are not read again.
+# A note names its file, for people.
+def test_a_note_does_not_depend_on_the_device(tmp_path: Path) -> None:
+    file, notes = tmp_path / "w.safetensors", tmp_path / "notes"
+    file.write_bytes(b"first")
+    Hashes(notes).compute(file, Reading())
+    (path,) = notes.iterdir()
+    note, stat = json.loads(path.read_text()), file.stat()
+    assert note["file"] == str(file)
+    assert sorted(note["identity"]) == sorted(
+        [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    )
+
+
 # The hash of a file that changes meanwhile is neither returned nor noted.
 def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
     file, hashes = tmp_path / "w.safetensors", Hashes(tmp_path / "notes")
@@ -114,13 +153,19 @@ def test_the_command(tmp_path: Path) -> None:
     for file in files:
         file.write_bytes(file.name.encode())
 
-    def command(*names: Path) -> tuple[int, str, str]:
-        words = ["--checked", str(tmp_path / "notes"), "--", *map(str, names)]
+    def command(*names: Path, force: bool = False) -> tuple[int, str, str]:
+        words = ["--checked", str(tmp_path / "notes"), *["--force"] * force, "--"]
+        words += map(str, names)
         done = run_program(*words, cwd=tmp_path, module="runner.hub.local_files")
         return done.code, done.out, done.err
 
     lines = [f"{hashlib.sha256(f.name.encode()).hexdigest()}  {f}\n" for f in files]
     assert command(*files) == (0, "".join(lines), "")
     assert Hashes(tmp_path / "notes").known(files[1]) == lines[1].split()[0]
+    # A noted hash is printed as it is; with --force the file is read.
+    for note in (tmp_path / "notes").iterdir():
+        note.write_text(note.read_text().replace(lines[0].split()[0], "0" * 64))
+    assert command(files[0])[1] == f"{'0' * 64}  {files[0]}\n"
+    assert command(files[0], force=True)[1] == lines[0]
     gone = tmp_path / "gone.safetensors"
     assert command(gone) == (1, "", f"error: No such file or directory: {gone}\n")

@@ -161,6 +161,11 @@ def test_which_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one.variable, one.scheme, one.host, one.port) == ("https_proxy", "http", "one", 3128)
     assert (every.variable, every.scheme, every.port) == ("ALL_PROXY", "socks5", 1080)
     assert proxy_of("http://local.example") is None
+    # A variable that an address does not use can't be wrong for it, but for all that may be asked.
+    monkeypatch.setenv("ALL_PROXY", "foo://all")
+    assert wrong_proxy(url="https://a.example") is None
+    for url in (None, "http://a.example"):
+        assert (wrong_proxy(url=url) or "").startswith("ALL_PROXY can't be used (foo:// is no")
 
 
 @contextmanager

@@ -285,3 +285,7 @@ def test_metadata(tmp_path: Path) -> None:
     # A trainer that says what it trained on knows better.
     trained = run_metadata(run, {"modelspec.resolution": "544x960"})
     assert trained["modelspec.resolution"] == "544x960"
+    # So does one that was told 1280x720, which is also what it says when it was told nothing.
+    (run / "train.toml").write_text('metadata_reso = "1280,720"\n')
+    trained = run_metadata(run, {"modelspec.resolution": "1280x720"})
+    assert trained["modelspec.resolution"] == "1280x720"

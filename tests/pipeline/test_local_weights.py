@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import compose
+from conftest import compose, plan_of
 from hub_server import Hub
 from model_hub import COMMITS, ENCODERS, MODEL, model_hub, run, summary_rows
 from sparse_weights import published, write_sparse
@@ -69,9 +69,11 @@ def test_a_local_file_is_recorded(hub: Hub, tmp_path: Path, byt5: Path) -> None:
     hub.asked.clear()
     _, _, plan = run(config, tmp_path)
     assert plan.stage("weights").state == "done" and hub.asked == []
-    forced = summary_rows(
-        resolved(tmp_path, f"model.byt5={byt5}", "stages.force=[weights]"), tmp_path
-    )
+    config = resolved(tmp_path, f"model.byt5={byt5}", "stages.force=[weights]")
+    forced = summary_rows(config, tmp_path)
+    forced = replace(forced, weights=replace(forced.weights, notices=("noticed",)))
+    assert plan_of(config, forced).stage("weights").notices == ("noticed",)
+    assert forced.weights.present and plan_of(config, forced).stage("weights").state == "to run"
     assert "--force" in forced.weights.commands[0].argv
 
 
@@ -177,6 +179,16 @@ def test_a_local_file_is_checked(tmp_path: Path) -> None:
     assert refused("model.vae=./cut.safetensors").endswith(
         "bytes are missing (model.vae): copy it here again."
     )
+    # What only musubi-tuner reads may be missing for the embedded engine.
+    for part, line in (
+        ("text_encoder", "lacks 391 of the 729 tensors of HunyuanVideo 1.5's text encoder"),
+        ("byt5", "is not HunyuanVideo 1.5's ByT5 encoder: shared.weight is [384, 1472], not"),
+    ):
+        published(part, tmp_path / f"{part}.safetensors")
+        override = f"model.{part}=./{part}.safetensors"
+        assert line in refused(override)
+        config = resolved(tmp_path, override)
+        assert published_weights(config, tmp_path / "outputs", whole=False).local[0].part == part
     half = write_sparse(tmp_path / "bf16.safetensors", layout("transformer"), "F16")
     assert refused("model.transformer=./bf16.safetensors") == (
         f"model.transformer={half} holds fp16 weights, which can't be trained in precision=bf16: "

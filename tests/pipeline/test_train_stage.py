@@ -17,6 +17,7 @@ from other_processes import pictures
 from runner.core.command import Command
 from runner.core.console import Console
 from runner.core.errors import StageError
+from runner.pipeline.stages import STAGES
 from runner.pipeline.stages.train import TRAIN, preview_steps
 from runner.tracking.metrics import Point
 from runner.tracking.mlflow_run import NullWriter
@@ -250,6 +251,39 @@ def test_a_few_such_steps_end_nothing(tmp_path: Path) -> None:
     training_as(context, LOSSES.format("0.5 nan nan nan nan 0.5 nan") + "write()", "-c")
     TRAIN.run(context)
     assert (context.run_dir / "lora.safetensors").is_file()
+
+
+# A trainer that does nothing for as long as stages.timeout_minutes says is ended with all that it
+# started, and what it saved is kept; without that option it goes on.
+def test_a_stuck_trainer(tmp_path: Path) -> None:
+    media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
+    waits = "import os, time; write(); print(os.getpid(), flush=True); time.sleep({})"
+    context = context_of(tmp_path / "out", media, "engine=diffusers", console=silent)
+    assert end_of(context, waits.format(2.5)) is None
+    options = ("engine=diffusers", "stages.timeout_minutes=0.02")
+    context = context_of(tmp_path / "out", media, *options, console=silent)
+    said = end_of(context, waits.format(600))
+    log = context.log("train")
+    process = log.read_text().split()[-1]
+    assert said is not None and said.startswith("it was ended after 1 second without any progress")
+    assert said.endswith(f"the last line of its log is: {process} (log: {log})")
+    assert not psutil.pid_exists(int(process))
+    assert (context.run_dir / "checkpoints/lora.safetensors").is_file()
+    assert not (context.run_dir / "lora.safetensors").exists()
+
+
+# The limit is that of other stages' commands too.
+@pytest.mark.parametrize("name", ["weights", "convert", "evaluate"])
+def test_any_stuck_stage(tmp_path: Path, name: str) -> None:
+    media, silent = pictures(tmp_path / "media", 1), Console.for_stream(io.StringIO())
+    options = ("engine=diffusers", "stages.timeout_minutes=0.02")
+    context = context_of(tmp_path / "out", media, *options, console=silent)
+    waits = Command((sys.executable, "-S", "-c", "import time; time.sleep(600)"))
+    planned = tuple(replace(stage, commands=(waits,)) for stage in context.plan.stages)
+    context.plan = replace(context.plan, stages=planned)
+    [stage] = (stage for stage in STAGES if stage.name == name)
+    with pytest.raises(StageError, match=r"^it was ended after 1 second without any progress"):
+        stage.run(context)
 
 
 # A trainer that runs out of memory is reported with what helps in training, and its log.

@@ -172,6 +172,7 @@ def test_the_run_is_in_mlflow(first: tuple[Path, Finished]) -> None:
     # The weights were made by this very run, and what gave the result is known since.
     assert tags["config.fingerprint"] == recorded(run)["config_fingerprint"]
     assert tags["config.resume_key"] == recorded(run)["resume_key"]
+    assert tags["engine.version"] == recorded(run)["engine_version"]
     assert tags["eval.items"].endswith("training items")
     names = artifacts(cwd, run)
     for name in ("config.yaml", "overrides.txt", "dataset.toml", "train.toml", "commands.sh"):

@@ -17,6 +17,8 @@ from runner.core.console import Console
 from runner.core.errors import StageError
 
 SECRET = "hf_gEh3iMnI5qX9vLk2wZabc"
+PASSWORD = "pr0xy-pa55"
+PROXY = f"http://ann:{PASSWORD}@proxy.invalid:3128"
 # Python runs a file of this name before anything else.
 BROKEN = f"""
 import argparse, omegaconf
@@ -25,7 +27,7 @@ def fails(*_, **__):
     try:
         raise KeyError("why")
     except KeyError as error:
-        raise RuntimeError("broken for {SECRET}\\nand more") from error
+        raise RuntimeError("broken for {SECRET} by {PROXY}\\nand more") from error
 
 {{name}} = fails
 """
@@ -40,7 +42,10 @@ def fails(*_, **__):
         ("runner", "omegaconf.OmegaConf.create", ["dry_run=true"]),
         ("runner.cache", "argparse.ArgumentParser.parse_args", []),
         ("runner.ui", "argparse.ArgumentParser.parse_args", []),
+        ("runner.export", "argparse.ArgumentParser.parse_args", []),
+        ("runner.stages.convert", "argparse.ArgumentParser.parse_args", []),
         ("runner.hub", "argparse.ArgumentParser.parse_args", ["a/b", "c"]),
+        ("runner.hub.local_files", "argparse.ArgumentParser.parse_args", []),
     ],
 )
 def test_a_library_that_fails(tmp_path: Path, module: str, name: str, arguments: list[str]) -> None:
@@ -49,33 +54,37 @@ def test_a_library_that_fails(tmp_path: Path, module: str, name: str, arguments:
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(TOP)]),
         "TMPDIR": str(tmp_path),
         "HF_TOKEN": SECRET,
+        "HTTPS_PROXY": PROXY,
     }
     done = run_program(*arguments, cwd=tmp_path, env=env, module=module)
     assert done.code == 1, done.err
     [line] = done.err.splitlines()
     assert re.match(
-        r"error: unexpected RuntimeError: broken for \*\*\* in .*, line \d+; its ", line
+        r"error: unexpected RuntimeError: broken for \*\*\* by http://(ann:)?\*\*\*@proxy"
+        r"\.invalid:3128 in .*, line \d+; its ",
+        line,
     )
     log = Path(line.rpartition("its traceback is in ")[2])
     text = log.read_text()
     assert log.parent == tmp_path and text.count("Traceback (most recent call last)") == 2
     assert "KeyError: 'why'" in text and "and more" in text
-    assert SECRET not in done.err + text
+    assert SECRET not in done.err + text and PASSWORD not in done.err + text
 
 
 # In a run the traceback is beside its other logs, and its record has the line.
 def test_in_a_run(tmp_path: Path) -> None:
     def fails(_: object) -> None:
-        raise KeyError("why")
+        raise KeyError(f"why {SECRET}")
 
     media = pictures(tmp_path / "media", 2)
     console = Console.for_stream(io.StringIO())
     with pytest.raises(
-        StageError, match=r"^unexpected KeyError: 'why' in .*, line \d+; "
+        StageError, match=r"^unexpected KeyError: 'why \*\*\*' in .*, line \d+; "
     ) as caught:
         carry_out(console, tmp_path / "outputs", media, stages={"dataset": fails})
     folder = run_folder_of(tmp_path / "outputs")
     assert str(caught.value).endswith(f"its traceback is in {folder / 'logs' / 'runner.log'}")
-    assert "in fails" in (folder / "logs" / "runner.log").read_text()
+    log = (folder / "logs" / "runner.log").read_text()
+    assert "in fails" in log and SECRET not in log
     record = json.loads((folder / "run.json").read_text())
     assert (record["status"], record["error"]) == ("FAILED", str(caught.value))

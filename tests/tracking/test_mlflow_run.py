@@ -187,7 +187,7 @@ def ends(writer: RunWriter, folder: Path) -> None:
     """The end of a run with all it sends, as the record of a run does it."""
     from runner.pipeline.record import Recorder
 
-    record = Recorder(writer, folder, "key")
+    record = Recorder(writer, folder, "key", "engine 1")
     for name in ("config.yaml", "train.toml", "lora.safetensors"):
         (folder / name).write_text("x")
     writer.set_tags({"kept": "yes"})

@@ -18,6 +18,7 @@ from runner.core.process import last_error, log_lines
 from runner.engines.base import (
     EngineInstall,
     Gpu,
+    IdleOption,
     Job,
     latents_arguments,
     text_arguments,
@@ -63,6 +64,9 @@ class DiffusersEngine:
 
     def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         return rules.plan_notices(job.config, gpu, steps=steps, clips=clips)
+
+    def idle_options(self, config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+        return rules.idle_options(config, only_clips=only_clips)
 
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         if config.network.weights is not None and config.model.source == "hub":
@@ -112,6 +116,8 @@ class DiffusersEngine:
             tier = "cpu"
             if gpu is not None:
                 tier, note = largest_tier(gpu, no_gpu_reason, memory.limit_gb)
+            if memory.limit_gb is not None:
+                note = None
             memory = filled(memory, tier)
         elif size_gb is not None and memory.limit_gb is None:
             memory = replace(memory, limit_gb=size_gb)

@@ -21,7 +21,9 @@ from runner.formats.train_options import TrainOptions
 # The VAE's ``scaling_factor``; cache files hold unscaled latents.
 VAE_SCALING_FACTOR = 1.03682
 LATENT_CHANNELS = 32
-TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform")
+TIMESTEP_SAMPLINGS = ("shift", "sigmoid", "uniform", "logsnr")
+# How often musubi-tuner draws until enough timesteps are in their range.
+_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,14 @@ class TimeSampling:
     """The distribution of training timesteps; the fields are musubi-tuner's options.
 
     Attributes:
-        timestep_sampling: ``shift``, ``sigmoid`` or ``uniform``.
+        timestep_sampling: ``shift``, ``sigmoid``, ``uniform`` or ``logsnr``.
         discrete_flow_shift: the timestep shift of ``shift``.
         sigmoid_scale: scale of the normal value before the logistic function.
         min_timestep: lower end (0..1000) of the range that the drawn timestep is mapped to.
         max_timestep: upper end of that range.
+        logit_mean: mean of the log signal-to-noise ratio of ``logsnr``.
+        logit_std: its standard deviation.
+        preserve_distribution_shape: draw again what is outside the range, instead of mapping to it.
     """
 
     timestep_sampling: str = "shift"
@@ -131,6 +136,9 @@ class TimeSampling:
     sigmoid_scale: float = 1.0
     min_timestep: int | None = None
     max_timestep: int | None = None
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    preserve_distribution_shape: bool = False
 
     def __post_init__(self) -> None:
         if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
@@ -146,21 +154,43 @@ class TimeSampling:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``count`` timesteps in 0..1, [count]."""
+        low, high = self._range
+        if not self.preserve_distribution_shape:
+            return self._draw(count, generator) * (high - low) + low
+        within = torch.empty(0)
+        for _ in range(_DRAWS):
+            t = self._draw(count, generator)
+            within = torch.cat([within, t[(t >= low) & (t <= high)]])
+            if len(within) >= count:
+                return within[:count]
+        # As musubi-tuner does, which warns of it.
+        return self._draw(count, generator)
+
+    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
         if self.timestep_sampling == "uniform":
-            return self._squeeze(torch.rand(count, generator=generator))
-        return self.from_normal(torch.randn(count, generator=generator))
+            return torch.rand(count, generator=generator)
+        return self._logistic(torch.randn(count, generator=generator))
 
     def from_normal(self, z: Tensor) -> Tensor:
-        """Turn standard normal values into timesteps by the logistic function and the shift."""
-        t = torch.sigmoid(z * self.sigmoid_scale)
-        if self.timestep_sampling == "shift":
-            t = shift_time(t, self.discrete_flow_shift)
-        return self._squeeze(t)
+        """Turn standard normal values into timesteps of the range.
 
-    def _squeeze(self, t: Tensor) -> Tensor:
+        They go through the logistic function and the shift; for ``logsnr`` they are log
+        signal-to-noise ratios (arXiv 2411.14793), and t is sigmoid(-logsnr / 2).
+        """
+        low, high = self._range
+        return self._logistic(z) * (high - low) + low
+
+    def _logistic(self, z: Tensor) -> Tensor:
+        if self.timestep_sampling == "logsnr":
+            return torch.sigmoid(-(self.logit_mean + self.logit_std * z) / 2)
+        t = torch.sigmoid(z * self.sigmoid_scale)
+        return shift_time(t, self.discrete_flow_shift) if self.timestep_sampling == "shift" else t
+
+    @property
+    def _range(self) -> tuple[float, float]:
         low = (0.0 if self.min_timestep is None else self.min_timestep) / 1000
         high = (1000.0 if self.max_timestep is None else self.max_timestep) / 1000
-        return t * (high - low) + low
+        return low, high
 
 
 def model_input(noisy: Tensor, batch: Batch, *, scale_condition: bool) -> Tensor:

@@ -198,6 +198,11 @@ def build_scheduler(
     elif name == "cosine_with_min_lr":
         extra["num_cycles"] = options.lr_scheduler_num_cycles / 2
         extra["min_lr_rate"] = options.lr_scheduler_min_lr_ratio
+    elif name == "warmup_stable_decay":
+        decay = options.lr_decay_steps
+        extra["num_decay_steps"] = int(decay * total_steps) if isinstance(decay, float) else decay
+        extra["num_cycles"] = options.lr_scheduler_num_cycles / 2
+        extra["min_lr_ratio"] = options.lr_scheduler_min_lr_ratio or 0.0
     elif name == "inverse_sqrt":
         extra["timescale"] = options.lr_scheduler_timescale
     elif name not in ("constant_with_warmup", "linear", "cosine"):

@@ -33,7 +33,7 @@ _IGNORED = frozenset(
         "flash3", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph",
         "cuda_allow_tf32", "cuda_cudnn_benchmark", "dynamo_backend", "log_config",
         "disable_numpy_memmap", "vae_enable_patch_conv", "vae_dtype", "guidance_scale",
-        "logit_mean", "logit_std", "mode_scale", "lr_decay_steps", "config_file", "ddp_timeout",
+        "config_file", "ddp_timeout",
     ]
 )
 # fmt: on
@@ -42,8 +42,8 @@ _IGNORED = frozenset(
 # fmt: off
 _UNSUPPORTED = frozenset(
     [
-        "block_swap_ring_size", "img_in_txt_in_offloading", "preserve_distribution_shape",
-        "num_timestep_buckets", "show_timesteps", "no_metadata", "dim_from_weights",
+        "block_swap_ring_size", "img_in_txt_in_offloading", "show_timesteps",
+        "no_metadata", "dim_from_weights",
         "scale_weight_norms", "base_weights", "base_weights_multiplier",
         "save_last_n_epochs_state", "save_last_n_steps_state", "save_state_on_train_end",
         "sample_every_n_steps", "log_prefix", "log_tracker_name", "log_tracker_config",

@@ -21,6 +21,7 @@ from runner.engines.base import (
     NO_GPU,
     EngineInstall,
     Gpu,
+    IdleOption,
     Job,
     latents_arguments,
     text_arguments,
@@ -34,8 +35,9 @@ from runner.engines.musubi.failure import trainer_lines
 from runner.engines.musubi.location import located
 from runner.engines.musubi.original import command_line
 from runner.engines.musubi.weights import model_weights
+from runner.formats.cache_arguments import for_script
 from runner.formats.train_toml import render
-from runner.formats.trainer_options import TRAIN, check_table
+from runner.formats.trainer_options import LATENTS, TEXT, TRAIN, check_table
 from runner.hub.weights import LocatedWeights
 
 # Written into the run's folder, where every command runs, so that commands can be repeated by hand.
@@ -107,6 +109,9 @@ class MusubiEngine:
     def plan_notices(self, job: Job, gpu: Gpu | None, *, steps: int, clips: bool) -> Iterator[str]:
         return rules.plan_notices(job.config, steps=steps, clips=clips)
 
+    def idle_options(self, config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+        return rules.idle_options(config, only_clips=only_clips)
+
     def resolve_paths(self, config: RunConfig, cwd: Path) -> RunConfig:
         return option_paths.resolve_paths(config, cwd)
 
@@ -153,12 +158,14 @@ class MusubiEngine:
 
     def cache_latents(self, job: Job, dataset_toml: str) -> Command:
         arguments = latents_arguments(job, dataset_toml)
+        arguments += for_script(LATENTS, job.config.engine.cache_args)
         return python_command(job.engine, *_corrected("hv_1_5_cache_latents"), *arguments)
 
     def cache_text(self, job: Job, dataset_toml: str) -> Command:
         arguments = text_arguments(job, dataset_toml)
         if job.memory.fp8_text_encoder:
             arguments.append("--fp8_vl")
+        arguments += for_script(TEXT, job.config.engine.cache_args)
         script = _corrected("hv_1_5_cache_text_encoder_outputs")
         return python_command(job.engine, *script, *arguments)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from runner.config.schema import RunConfig
 from runner.core.paths import absolute
 from runner.engines.base import EngineInstall
 from runner.engines.musubi.packages import COMMAND, VERSION, engine_home, python_of
+from runner.engines.musubi.version import checkout_version, installed_version
 
 
 def located(config: RunConfig, cwd: Path) -> EngineInstall:
@@ -39,16 +39,14 @@ def located(config: RunConfig, cwd: Path) -> EngineInstall:
             " engine.path and engine.python to an installed musubi-tuner, or rehearse "
             "without it: engine=diffusers model=tiny."
         )
-    if source is None:
+    if ours:
         return EngineInstall(str(python), f"musubi-tuner {VERSION}", None, missing)
-    version = _checkout_version(source) or "of an unknown version"
-    return EngineInstall(str(python), f"musubi-tuner {version}", str(source / "src"), missing)
-
-
-def _checkout_version(source: Path) -> str | None:
-    """Return the version that a checkout declares, written like its tags."""
-    try:
-        project = tomllib.loads((source / "pyproject.toml").read_text("utf-8"))["project"]
-        return f"v{project['version']}"
-    except (OSError, ValueError, KeyError):
-        return None
+    version = installed_version(python) if source is None else checkout_version(source)
+    return EngineInstall(
+        str(python),
+        version.text,
+        None if source is None else str(source / "src"),
+        missing,
+        own_encoding=version.own_encoding,
+        notice=version.notice,
+    )

@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator
 
 from runner.config.schema import MemoryConfig, RunConfig
-from runner.engines import rules
+from runner.engines import rules, rules_idle
+from runner.engines.base import IdleOption
 from runner.engines.musubi import rules_optimizer
-from runner.engines.musubi.rules_arguments import extra_arguments, gives
+from runner.engines.musubi.rules_arguments import cache_arguments, extra_arguments, gives
 from runner.engines.musubi.weights import takes_half
 from runner.hub.local_files import is_local
 
@@ -29,7 +30,9 @@ def problems(config: RunConfig) -> Iterator[str]:
         _network,
         _timesteps,
         _previews,
+        _resume,
         extra_arguments,
+        cache_arguments,
     ):
         yield from rule(config)
     if config.memory.name != "auto":
@@ -75,13 +78,33 @@ def plan_problems(
         )
 
 
+def idle_options(config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]:
+    """Yield the options that are away from their defaults and do nothing."""
+    yield from rules_idle.idle_options(config, only_clips=only_clips)
+    yield from _without_block_swap(config)
+
+
+def _without_block_swap(config: RunConfig) -> Iterator[IdleOption]:
+    if config.memory.blocks_to_swap != 0:
+        return  # Not known before the plan with memory=auto.
+    for name in ("pinned", "h2d_only"):
+        if getattr(config.memory, name):
+            yield IdleOption(
+                f"memory.{name}",
+                f"memory.{name}=true does nothing without block swap: leave it out, or set "
+                "memory.blocks_to_swap above 0.",
+            )
+
+
 def plan_notices(config: RunConfig, *, steps: int, clips: bool) -> Iterator[str]:
     """Yield warnings about accepted but probably unintended settings."""
-    yield from rules.plan_notices(config, steps=steps, clips=clips)
+    yield from rules_idle.notices(config, steps=steps, clips=clips)
+    for option in _without_block_swap(config):
+        yield option.line
     if config.training.resume_from:
         yield (
-            "training.resume_from gives the trainer weights, optimizer and schedule; musubi-tuner "
-            f"counts from 0 again and trains {steps} steps more."
+            "training.resume_from gives the trainer weights, optimizer and learning rate; "
+            f"musubi-tuner counts from 0 again and trains {steps} steps more."
         )
 
 
@@ -158,6 +181,28 @@ def _timesteps(config: RunConfig) -> Iterator[str]:
         yield (
             "training.min_timestep and max_timestep count from the noisy end with "
             "training.timestep_sampling=sigma: take uniform, sigmoid or shift."
+        )
+
+
+def _resume(config: RunConfig) -> Iterator[str]:
+    """Find options that a state defeats: accelerate loads it after all else was made.
+
+    A schedule over the number of steps would go on from the state's step, over the steps of this
+    run alone: past its end a cosine climbs again, and a linear one trains at 0.
+    """
+    if config.training.resume_from is None:
+        return
+    if config.scheduler.name not in ("constant", "constant_with_warmup"):
+        yield (
+            f"scheduler={config.scheduler.name} can't go on with training.resume_from: the state's "
+            "steps and this run's would count against this run's number of steps, and reach the "
+            "schedule's end too early. Take scheduler=constant, or start from the LoRA alone "
+            "(network.weights)."
+        )
+    if config.network.weights is not None:
+        yield (
+            "network.weights does nothing with training.resume_from, whose weights replace it: "
+            "leave one of them out."
         )
 
 

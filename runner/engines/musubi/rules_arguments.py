@@ -1,4 +1,7 @@
-"""Check ``engine.extra_args``: options that musubi-tuner has and the runner does not set; pure."""
+"""Check ``engine.extra_args`` and ``engine.cache_args``; pure.
+
+They give options that musubi-tuner has and the runner does not set.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.config.schema import RunConfig
+from runner.formats.cache_arguments import problems as cache_problems
 from runner.formats.dtypes import LONG, SHORT
 from runner.formats.train_options import SET_BY_RUNNER, TABLE
 from runner.formats.trainer_options import TRAIN, parse
@@ -27,8 +31,6 @@ OWNED = {
 REFUSED = {
     "dim_from_weights": "it crashes; set network.rank to the file's rank",
     "flash3": "it is ignored beside the runner's own training.attention",
-    "lr_decay_steps": "no schedule that the runner offers reads it",
-    "lr_scheduler_timescale": "no schedule that the runner offers reads it",
     "sage_attn": "musubi-tuner refuses it in training",
     "show_timesteps": "it ends the trainer before training",
 }
@@ -36,7 +38,7 @@ REFUSED = {
 # Counts that musubi-tuner divides by, or that make no sense below one.
 _AT_LEAST_ONE = (
     *("block_swap_ring_size", "sample_every_n_steps", "compile_cache_size_limit"),
-    *("save_last_n_epochs_state", "save_last_n_steps_state", "num_timestep_buckets"),
+    *("save_last_n_epochs_state", "save_last_n_steps_state"),
 )
 
 
@@ -53,6 +55,12 @@ def extra_arguments(config: RunConfig) -> Iterator[str]:
     if not problems:
         for problem in _values(values):
             yield f"engine.extra_args: {problem}"
+
+
+def cache_arguments(config: RunConfig) -> Iterator[str]:
+    """Yield one line for each problem with ``engine.cache_args``."""
+    for problem in cache_problems(config.engine.cache_args):
+        yield f"engine.cache_args: {problem}"
 
 
 def gives(config: RunConfig, name: str) -> bool:

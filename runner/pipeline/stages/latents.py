@@ -9,10 +9,12 @@ from runner.core.command import Command
 from runner.data.select import SelectedItem
 from runner.engines.base import Engine, Job
 from runner.formats import jsonl
+from runner.formats.cache_arguments import changing
 from runner.formats.cache_files import image_latents_name, video_latents_name
 from runner.formats.dataset_toml import DatasetTable
 from runner.formats.frames import Crop
 from runner.formats.media_types import MediaKind
+from runner.formats.trainer_options import LATENTS as LATENTS_SCRIPT
 from runner.pipeline.model import CacheEntry, Inputs
 from runner.pipeline.stages.encoding import Encoding, Encodings, add_link, cache_inputs_to_use
 from runner.pipeline.stages.filling import WorkWords
@@ -97,6 +99,9 @@ def _latents_entry(
     }
     if item.correction.changes:
         cache_inputs["correction"] = item.correction.cache_inputs(copy=False)
+    arguments = changing(LATENTS_SCRIPT, inputs.config.engine.cache_args)
+    if arguments:
+        cache_inputs["arguments"] = arguments
     # Tiling is an approximation, and with another tile another one, so entries of different tiles
     # stay apart; but an untiled entry is exact, and serves any tile.
     acceptable = [{**cache_inputs, "vae_tile": 0}, cache_inputs]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from runner.core.command import Command
 from runner.engines.base import Engine, Job
 from runner.formats import jsonl
+from runner.formats.cache_arguments import changing
 from runner.formats.cache_files import text_name
 from runner.formats.dataset_toml import DatasetTable
+from runner.formats.trainer_options import TEXT as TEXT_SCRIPT
 from runner.pipeline.model import CacheEntry, Inputs
 from runner.pipeline.stages.encoding import Encoding, Encodings, add_link, cache_inputs_to_use
 from runner.pipeline.stages.filling import WorkWords
@@ -29,9 +33,10 @@ class Text(Encoding):
         """List the text embeddings of all items, one entry per distinct caption; pure."""
         digests = inputs.weights.digests or {}
         force = self.name in inputs.config.stages.force
+        arguments = changing(TEXT_SCRIPT, inputs.config.engine.cache_args)
         wanted: dict[str, CacheEntry] = {}
         for item in inputs.selection.items:
-            asked = {
+            asked: dict[str, Any] = {
                 "caption": item.caption,
                 "text_encoder": digests.get("text_encoder"),
                 "byt5": digests.get("byt5"),
@@ -40,6 +45,8 @@ class Text(Encoding):
                 # apart, also between the runs of one engine.
                 "fp8": bool(inputs.memory.fp8_text_encoder),
             }
+            if arguments:
+                asked["arguments"] = arguments
             cache_inputs = cache_inputs_to_use(inputs, "text", [asked], force=force)
             produced = text_name(json_digest(cache_inputs))
             link_path = f"{run_cache_folder(item)}/{text_name(item.id)}"

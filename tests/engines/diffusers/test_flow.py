@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import (
@@ -117,6 +120,39 @@ def test_times() -> None:
     assert 0 <= drawn.min() < 0.01 < 0.99 < drawn.max() <= 1
     with pytest.raises(UserError, match="timestep_sampling='sigma'"):
         flow.TimeSampling("sigma")
+
+
+# logsnr: t = sigmoid(-(mean + std * z) / 2), whose middle is sigmoid(-mean / 2).
+def test_log_snr_times() -> None:
+    sampling = flow.TimeSampling("logsnr", logit_mean=-2.0, logit_std=3.0)
+    z = torch.tensor([-1.0, 0.0, 1.0])
+    expected = torch.tensor([1 / (1 + math.exp(x / 2)) for x in (-5, -2, 1)])
+    assert torch.allclose(sampling.from_normal(z), expected)
+    drawn = sampling.draw(4000, torch.Generator().manual_seed(0))
+    assert drawn.median().item() == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
+
+
+# Kept in shape, the timesteps of a range are those that fall into it by themselves; squeezed, all
+# are mapped to it. A range that is never met gives any, as musubi-tuner does.
+def test_a_range_keeps_the_shape() -> None:
+    kept = flow.TimeSampling(
+        "shift", 3.0, min_timestep=500, max_timestep=900, preserve_distribution_shape=True
+    )
+    t = kept.draw(2000, torch.Generator().manual_seed(1))
+    free = flow.TimeSampling("shift", 3.0).draw(9000, torch.Generator().manual_seed(2))
+    within = free[(free >= 0.5) & (free <= 0.9)]
+    assert t.shape == (2000,) and t.min() >= 0.5 and t.max() <= 0.9
+    assert t.mean().item() == pytest.approx(within.mean().item(), abs=0.01)
+    squeezed = replace(kept, preserve_distribution_shape=False).draw(
+        2000, torch.Generator().manual_seed(1)
+    )
+    assert abs(t.mean() - squeezed.mean()) > 0.01
+    never = flow.TimeSampling(
+        "sigmoid", sigmoid_scale=0.01, min_timestep=990, preserve_distribution_shape=True
+    )
+    assert never.draw(3, torch.Generator().manual_seed(1)).tolist() == pytest.approx(
+        [0.5] * 3, abs=0.02
+    )
 
 
 # A batch is t2v or i2v as a whole: mixed, the network would take the zeros for a picture.

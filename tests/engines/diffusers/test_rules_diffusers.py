@@ -43,9 +43,9 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("precision=fp32", "precision.dit_dtype=bfloat16"): (
         "precision.mixed_precision=no needs precision.dit_dtype=float32: take precision=fp32."
     ),
-    ("memory=24gb",): (
-        "memory.blocks_to_swap=8 needs engine=musubi; with engine=diffusers take memory=auto, or "
-        "memory.blocks_to_swap=0."
+    ("memory=24gb", "memory.blocks_to_swap=12"): (
+        "memory.blocks_to_swap=12 needs engine=musubi; engine=diffusers chooses the blocks that "
+        "wait in main memory itself, from memory.limit_gb."
     ),
     ("memory.checkpointing=offload",): (
         "memory.checkpointing=offload needs engine=musubi; engine=diffusers takes none or full."
@@ -60,14 +60,25 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.save_state and training.resume_from need engine=musubi."
     ),
     ("training.resume_from=a",): "training.save_state and training.resume_from need engine=musubi.",
-    ("training.timestep_sampling=logsnr",): (
-        "training.timestep_sampling=logsnr needs engine=musubi; engine=diffusers takes shift, "
-        "sigmoid or uniform."
+    ("training.timestep_sampling=sigma",): (
+        "training.timestep_sampling=sigma needs engine=musubi; engine=diffusers takes shift, "
+        "sigmoid, uniform or logsnr."
+    ),
+    ("training.num_timestep_buckets=4",): (
+        "training.num_timestep_buckets=4 needs engine=musubi; engine=diffusers draws timesteps "
+        "independently of each other."
     ),
     ("training.weighting_scheme=cosmap",): (
         "training.weighting_scheme=cosmap needs engine=musubi; engine=diffusers takes none."
     ),
     ("engine.arguments=command_line",): "engine.arguments=command_line needs engine=musubi.",
+    ("engine.cache_args=[--num_workers,2]",): (
+        "engine.cache_args are arguments of musubi-tuner's scripts: they need engine=musubi."
+    ),
+    ("training.split_attention=true",): (
+        "training.split_attention needs engine=musubi; engine=diffusers leaves padding out of "
+        "attention by itself."
+    ),
     ("engine.extra_args=[--save_state]",): (
         "engine.extra_args are arguments of musubi-tuner: they need engine=musubi."
     ),
@@ -116,31 +127,27 @@ NEEDS_GPU = (
     "model=hunyuan15_720p needs an NVIDIA GPU, and none was found: take model=tiny for a rehearsal "
     "on the CPU."
 )
-TOO_SMALL = (
-    "model=hunyuan15_720p needs a GPU of {} GB with engine=diffusers{}, which has no block swap, "
-    "and {} has {} GB: take engine=musubi."
-)
+TOO_SMALL = "model=hunyuan15_720p needs a GPU of {} GB with engine=diffusers{}, and {} has {} GB{}."
 FETCH_ONLY = "stages.skip=[dataset,latents,text,train,convert,evaluate]"
 
 
-# The published weights are computed with on a GPU that has room for the whole network, and fetched
-# anywhere.
+# The published weights are computed with on any GPU of 8 GB or more, and fetched anywhere.
 @pytest.mark.parametrize(
     ("gpu", "overrides", "refusal"),
     [
         (None, (), NEEDS_GPU),
         (None, (FETCH_ONLY,), None),
-        (SMALL, (), TOO_SMALL.format(24, "", "small GPU", 12)),
-        (Gpu("4090", 23.99, (8, 9)), (), None),
+        (Gpu("1060", 6.0, (6, 1)), (), TOO_SMALL.format(8, "", "1060", 6, "")),
+        (Gpu("3070", 7.99, (8, 6)), (), None),
         (
             Gpu("4090", 23.99, (8, 9)),
             ("precision.dit_dtype=float32",),
-            TOO_SMALL.format(48, " and weights in fp32", "4090", 24),
+            TOO_SMALL.format(48, " and weights in fp32", "4090", 24, ": take precision=bf16"),
         ),
         (Gpu("A6000", 47.5, (8, 6)), ("precision=fp32",), None),
     ],
 )
-def test_published_weights_need_a_large_gpu(
+def test_published_weights_need_a_gpu(
     gpu: Gpu | None, overrides: tuple[str, ...], refusal: str | None
 ) -> None:
     arguments = ("model=hunyuan15_720p", *overrides)
@@ -154,30 +161,41 @@ def test_published_weights_need_a_large_gpu(
 
 NOTICES_OF: dict[tuple[str, ...], str] = {
     ("memory.fp8_text_encoder=true",): (
-        "memory.fp8_text_encoder=true does nothing with engine=diffusers."
+        "memory.fp8_text_encoder=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
     ),
-    ("memory.pinned=true",): "memory.pinned=true does nothing with engine=diffusers.",
-    ("memory.h2d_only=true",): "memory.h2d_only=true does nothing with engine=diffusers.",
+    ("memory.pinned=true",): (
+        "memory.pinned=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
+    ),
+    ("memory.h2d_only=true",): (
+        "memory.h2d_only=true does nothing with engine=diffusers: leave it out, or take "
+        "engine=musubi."
+    ),
     ("engine.path=a",): (
-        "engine.path does nothing with engine=diffusers, which is the runner's own."
+        "engine.path does nothing with engine=diffusers, which is the runner's own: leave it "
+        "out, or take engine=musubi."
     ),
     ("engine.python=a",): (
-        "engine.python does nothing with engine=diffusers, which is the runner's own."
+        "engine.python does nothing with engine=diffusers, which is the runner's own: leave it "
+        "out, or take engine=musubi."
     ),
     ("training.data_workers=4",): (
         "training.data_workers=4 does nothing with engine=diffusers, which reads ahead in one "
-        "thread."
+        "thread: leave it out."
     ),
     ("model.transformer=mine.safetensors",): (
-        "model.transformer does nothing with model=tiny, whose weights are made at random."
+        "model.transformer does nothing with model=tiny, whose weights are made at random: leave "
+        "it out, or take model=hunyuan15_720p."
     ),
     ("model.revision=v1",): (
-        "model.revision does nothing with model=tiny, whose weights are made at random."
+        "model.revision does nothing with model=tiny, whose weights are made at random: leave "
+        "it out, or take model=hunyuan15_720p."
     ),
 }
 
 
-# What is accepted and does nothing is a notice.
+# What does nothing is a notice of the plan.
 @pytest.mark.parametrize("overrides", NOTICES_OF, ids=" ".join)
 def test_what_does_nothing_is_reported(overrides: tuple[str, ...]) -> None:
     assert not [line for line in plan().notices if "nothing" in line]
@@ -262,3 +280,26 @@ def test_an_optimizer_that_takes_no_step(tmp_path: Path, monkeypatch: pytest.Mon
         "train.toml: optimizer_type='halting.Halts' failed in its first step: LookupError: no "
         "ground"
     )
+
+
+# memory.limit_gb reaches every stage that loads a large network, and a tier's name is a limit.
+@pytest.mark.parametrize(
+    ("overrides", "limit", "noticed"),
+    [
+        ((), None, False),
+        (("memory.limit_gb=8",), "8.0", False),
+        (("memory=16gb",), "16.0", True),
+        (("memory=16gb", "memory.limit_gb=10"), "10.0", False),
+    ],
+)
+def test_memory_is_limited(overrides: tuple[str, ...], limit: str | None, noticed: bool) -> None:
+    made = plan("model=hunyuan15_720p", *overrides, gpu=Gpu("4090", 23.99, (8, 9)))
+    given = ["--memory_limit_gb", limit] if limit else []
+    for name in ("text", "train", "evaluate"):
+        argv = made.stage(name).commands[0].argv
+        assert [a for a in argv if a in ("--memory_limit_gb", limit)] == given, name
+    notice = (
+        "memory=16gb is memory.limit_gb=16 with engine=diffusers, which chooses by itself how many "
+        "blocks wait in main memory."
+    )
+    assert [line for line in made.notices if "memory" in line] == [notice] * noticed

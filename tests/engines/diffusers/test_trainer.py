@@ -378,6 +378,25 @@ SCHEDULES: list[tuple[dict[str, Any], list[float]]] = [
         {"lr_scheduler": "rex"},
         [0.01 + 0.99 * z / (0.1 + 0.9 * z) for z in (1, 0.75, 0.5, 0.25)],
     ),
+    # sqrt(timescale / (step + timescale - warm-up)); unset, the timescale is the warm-up.
+    (
+        {"lr_scheduler": "inverse_sqrt", "lr_warmup_steps": 2},
+        [0, 0.5, 1, math.sqrt(2 / 3)],
+    ),
+    (
+        {"lr_scheduler": "inverse_sqrt", "lr_warmup_steps": 1, "lr_scheduler_timescale": 4},
+        [0, 1, math.sqrt(4 / 5), math.sqrt(4 / 6)],
+    ),
+    (
+        {
+            "lr_scheduler": "warmup_stable_decay",
+            "lr_warmup_steps": 1,
+            "lr_decay_steps": 2,
+            "lr_scheduler_min_lr_ratio": 0.2,
+        },
+        [0.2, 1, 1, 0.6],
+    ),
+    ({"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 0.5}, [1, 1, 1, 0.5]),
     ({"lr_scheduler": "rex", "lr_warmup_steps": 3}, [0.01, 0.01, 0.505, 1]),
     (
         {"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=2", "gamma=0.1"]},
@@ -563,7 +582,8 @@ def test_metrics_and_accumulation(tmp_path: Path) -> None:
     assert [value for _, value in found["lr/unet"]] == pytest.approx([1e-2] * 4)
 
 
-# A loss that is no number ends the run at once, and no file claims to be its result.
+# A loss that is no number for five steps in a row ends the run at the fifth, and no file claims to
+# be its result.
 def test_exploding_loss_stops(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "run",
@@ -571,6 +591,7 @@ def test_exploding_loss_stops(tmp_path: Path) -> None:
         learning_rate=1e30,
         max_grad_norm=0.0,
         max_train_epochs=5,
+        logging_dir="tensorboard",
     )
     with (
         inside(folder),
@@ -578,6 +599,8 @@ def test_exploding_loss_stops(tmp_path: Path) -> None:
     ):
         train.main(["--config_file", "train.toml"])
     assert not (folder / "checkpoints").exists()
+    losses = [math.isfinite(value) for _, value in scalars(folder)["loss/current"]]
+    assert losses == [True] * (len(losses) - 5) + [False] * 5
 
 
 # A single step whose loss is not finite changes nothing: neither weights nor the average, and the
@@ -618,6 +641,7 @@ def test_a_step_without_a_finite_loss_is_left_out(
         ({"learning_rat": 1e-4}, "'learning_rat'.*did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
         ({"timestep_sampling": "sigma"}, "timestep_sampling='sigma' is not supported"),
+        ({"num_timestep_buckets": 4}, "num_timestep_buckets=4 is not supported"),
         ({"weighting_scheme": "cosmap"}, "weighting_scheme='cosmap' is not supported"),
         ({"optimizer_type": "AdamW8bit"}, "optimizer=adamw"),
         ({"optimizer_type": "bitsandbytes.optim.Lion8bit"}, "optimizer=adamw"),

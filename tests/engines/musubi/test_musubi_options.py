@@ -164,6 +164,8 @@ def test_owned_options_are_those_the_runner_writes() -> None:
         *[f"precision={name}" for name in GROUPS["precision"]],
         "task=i2v",
         "training.max_steps=3",
+        "training.timestep_sampling=logsnr",
+        "training.weighting_scheme=mode",
     ]
     everything = [
         "memory=12gb",
@@ -172,6 +174,8 @@ def test_owned_options_are_those_the_runner_writes() -> None:
         "memory.h2d_only=true",
         "training.min_timestep=1",
         "training.max_timestep=9",
+        "training.preserve_distribution_shape=true",
+        "training.num_timestep_buckets=4",
         "training.keep_last=1",
         "training.save_every_steps=5",
         "training.save_state=true",
@@ -187,6 +191,7 @@ def test_owned_options_are_those_the_runner_writes() -> None:
         "+optimizer.args.eps=1e-8",
         "scheduler.warmup_steps=1",
         "scheduler.min_lr_ratio=0.1",
+        "scheduler.timescale=9",
         "sampling=prompts",
         "sampling.prompts=[a]",
         "sampling.at_first=true",

@@ -70,8 +70,8 @@ BROKEN: dict[tuple[str, ...], str] = {
     ("engine.extra_args=[--save_stat]",): (
         f"engine.extra_args: {TRAIN} has no option --save_stat. Did you mean --save_state?"
     ),
-    ("engine.extra_args=[--logit_mean,high]",): (
-        "engine.extra_args: --logit_mean must be a number, not 'high'."
+    ("engine.extra_args=[--scale_weight_norms,high]",): (
+        "engine.extra_args: --scale_weight_norms must be a number, not 'high'."
     ),
     ("engine.extra_args=['--blocks_to_swap=4']",): (
         "engine.extra_args: --blocks_to_swap is set by the runner: use memory.blocks_to_swap "
@@ -114,18 +114,45 @@ BROKEN: dict[tuple[str, ...], str] = {
         "training.attention."
     ),
     ("engine.extra_args=[--lr_decay_steps,10%]",): (
-        "engine.extra_args: --lr_decay_steps can't be used: no schedule that the "
-        "runner offers reads it."
+        "engine.extra_args: --lr_decay_steps is set by the runner: use scheduler.decay_fraction "
+        "instead."
     ),
     ("engine.extra_args=[--lr_scheduler_timescale,10]",): (
-        "engine.extra_args: --lr_scheduler_timescale can't be used: no schedule that the "
-        "runner offers reads it."
+        "engine.extra_args: --lr_scheduler_timescale is set by the runner: use "
+        "scheduler.timescale instead."
     ),
     ("engine.extra_args=[--base_weights,/a,--base_weights_multiplier,nan]",): (
         "engine.extra_args: --base_weights_multiplier nan must be finite."
     ),
     ("engine.extra_args=[--async_upload]",): (
         "engine.extra_args: --async_upload needs --huggingface_repo_id."
+    ),
+    ("engine.cache_args=[--vae_dtyp,float32]",): (
+        "engine.cache_args: the cache scripts have no option --vae_dtyp. Did you mean --vae_dtype?"
+    ),
+    ("engine.cache_args=['--vae_sample_size=64']",): (
+        "engine.cache_args: --vae_sample_size is set by the runner: use memory.vae_tile instead."
+    ),
+    ("engine.cache_args=[--fp8_vl]",): (
+        "engine.cache_args: --fp8_vl is set by the runner: use memory.fp8_text_encoder instead."
+    ),
+    ("engine.cache_args=[--debug_mode,image]",): (
+        "engine.cache_args: --debug_mode can't be used: it shows the dataset instead of encoding "
+        "it."
+    ),
+    ("engine.cache_args=[--num_workers,many]",): (
+        "engine.cache_args: --num_workers must be a whole number, not 'many'."
+    ),
+    ("engine.cache_args=[--batch_size,0]",): (
+        "engine.cache_args: --batch_size 0 is too small: it must be at least 1."
+    ),
+    ("engine.cache_args=[--vae_dtype,half]",): (
+        "engine.cache_args: --vae_dtype can't be 'half': take float16, bfloat16 or float32."
+    ),
+    ("engine.cache_args=[cpu]",): "engine.cache_args: 'cpu' belongs to no option.",
+    ("engine.extra_args=[--split_attn]",): (
+        "engine.extra_args: --split_attn is set by the runner: use training.split_attention "
+        "instead."
     ),
     ("memory=24gb", "engine.extra_args=[--block_swap_ring_size,3]"): (
         "engine.extra_args: --block_swap_ring_size does nothing in memory=24gb without "
@@ -155,7 +182,7 @@ def test_rules_say_what_is_wrong(overrides: tuple[str, ...]) -> None:
         ("precision=fp16", "model.transformer=a_fp16.safetensors"),
         ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal"),
         (
-            "engine.extra_args=[--sample_every_n_steps,50,--save_state_on_train_end,'--logit_mean=-0.5']",
+            "engine.extra_args=[--sample_every_n_steps,50,--save_state_on_train_end,'--scale_weight_norms=1.5']",
         ),
         ("engine.extra_args=[--log_prefix,'a b',--base_weights,/a,/b]",),
         (
