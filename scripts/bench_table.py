@@ -22,19 +22,30 @@ HEAD = ("row", "s a step", "musubi-tuner", "must reach", "goal", "GiB by the dri
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown table, and what they were measured on."""
-    rows = [cells_of(row, results[row.name], results) for row in ROWS.values()
-            if row.name in results and row.kind != "references"]  # fmt: skip
-    machines = sorted(
-        {f"{r['machine']}, driver {r['driver']}, {r['date']}" for r in results.values()}
-    )
+    """Return the results as a Markdown table, and what they were measured on.
+
+    Rows of ours that were not measured are there too, and say so.
+    """
+    rows = []
+    for row in ROWS.values():
+        if row.kind == "references":
+            continue
+        if row.name in results:
+            rows.append(cells_of(row, results[row.name], results))
+        elif not row.musubi:
+            rows.append((row.name, "", _musubi(row, results), row.must, row.goal,
+                         *[""] * (len(HEAD) - 6), "not run"))  # fmt: skip
+    machines = sorted({
+        f"{r['machine']}, driver {r['driver']}, {r['date']}, commit {r['commit']}"
+        for r in results.values()
+    })  # fmt: skip
     return "\n".join([common.table(HEAD, rows), *machines])
 
 
 def cells_of(row: Row, found: dict[str, Any], results: dict[str, Any]) -> tuple[str, ...]:
     """Return a row's cells."""
     median = found.get("median")
-    step = "" if median is None else f"{median:.3f} ({found['least']:.3f})"
+    step = "" if median is None else f"{median:.3f}"
     if row.kind == "evaluate" and found["failure"] is None:
         step = f"{found['seconds']:.0f} in all"
     if "each" in found:
@@ -53,7 +64,7 @@ def cells_of(row: Row, found: dict[str, Any], results: dict[str, Any]) -> tuple[
         f"{reserved / 2**30:.2f}" if reserved else "",
         "" if first is None or row.kind != "train" else f"{first:.1f}",
         _gradients(found.get("gradients")),
-        _result(row, found, driver),
+        _result(row, found, results),
     )
 
 
@@ -78,8 +89,9 @@ def _gradients(found: dict[str, Any] | None) -> str:
     return "; ".join(parts) + f" ({found['worst']:.4f} at most)"
 
 
-def _result(row: Row, found: dict[str, Any], driver: int | None) -> str:
+def _result(row: Row, found: dict[str, Any], results: dict[str, Any]) -> str:
     parts = []
+    driver = found.get("driver_bytes")
     if found["failure"] is not None:
         parts.append(f"FAILED: {found['failure']}")
     if row.kind == "train" and not row.musubi and "gradients" not in found:
@@ -87,8 +99,22 @@ def _result(row: Row, found: dict[str, Any], driver: int | None) -> str:
     ours = found.get("gradients", {}).get("ours")
     if ours is not None and not ours["ratio"] <= 1.5:
         parts.append(f"GRADIENTS WRONG: {ours['tensor']}")
-    if row.limit is not None and driver is not None and driver / 2**30 > row.limit - _UNDER:
+    if row.limit is not None and driver is None:
+        parts.append("memory not measured")
+    elif row.limit is not None and driver is not None and driver / 2**30 > row.limit - _UNDER:
         parts.append(f"over {row.limit - _UNDER:g} GiB")
-    if row.must.replace(".", "").isdigit() and found.get("median") is not None:
-        parts.append("reached" if found["median"] <= float(row.must) else "missed")
+    value, bound = found.get("median", found.get("each")), _bound(row, results)
+    if bound is None and row.must in ("half", "twice"):
+        parts.append("not judged: musubi-tuner was not measured")
+    if found["failure"] is None and bound is not None and value is not None:
+        parts.append("reached" if value <= bound else "missed")
     return "; ".join(parts)
+
+
+def _bound(row: Row, results: dict[str, Any]) -> float | None:
+    """Return the seconds that must be reached, if they are known."""
+    if row.must.replace(".", "").isdigit():
+        return float(row.must)
+    theirs = results.get(f"musubi-{row.name}", {})
+    value = theirs.get("median", theirs.get("each"))
+    return value / 2 if value is not None and row.must in ("half", "twice") else None

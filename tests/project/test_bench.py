@@ -54,19 +54,47 @@ def test_what_the_table_says(scripts: Any) -> None:
     row = scripts["bench_rows"].ROWS["clip-8gb"]
     agreement = {"worst": 0.01, "clipped": False}
     right = {"ratio": 1.5, "tensor": "x"}
-    found = {"failure": None, "median": 1.5, "least": 1.4, "driver_bytes": int(7.5 * 2**30)}
+    found = {"failure": None, "median": 1.5, "driver_bytes": int(7.5 * 2**30)}
 
     def result(**changes: Any) -> str:
-        cells = scripts["bench_table"].cells_of(row, {**found, **changes}, {})
-        return cells[-1]
+        return scripts["bench_table"].cells_of(row, {**found, **changes}, {})[-1]
 
     assert result(gradients={**agreement, "ours": right}) == "reached"
     assert result(gradients={**agreement, "ours": right}, median=1.51) == "missed"
     assert result() == "gradients not checked; reached"
     assert "over 7.5 GiB" in result(driver_bytes=int(7.51 * 2**30))
+    assert "memory not measured" in result(driver_bytes=None)
     for ratio in (1.51, float("nan")):
         wrong = {**agreement, "ours": {"ratio": ratio, "tensor": "x"}}
         assert "GRADIENTS WRONG: x" in result(gradients=wrong)
+    assert result(failure="out of memory", gradients={**agreement, "ours": right}) == (
+        "FAILED: out of memory"
+    )
+
+
+# What was not run stands in the table and says so, and nothing is judged by a figure of
+# musubi-tuner's that was not measured.
+def test_the_table_says_what_was_not_run(scripts: Any) -> None:
+    common = {"machine": "a GPU", "driver": "1", "date": "today", "commit": "abc", "failure": None}
+    image = {**common, "median": 0.5, "driver_bytes": 2**30}
+    rows = {"image-8gb": image, "musubi-clip": {**common, "median": 2.7}}
+
+    def lines(**more: Any) -> dict[str, str]:
+        text = scripts["bench_table"].table({**rows, **more})
+        return {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+
+    found = lines()
+    known = scripts["bench_rows"].ROWS.values()
+    ours = {row.name for row in known if not row.musubi and row.kind != "references"}
+    assert found.keys() - {"row", "---"} == ours | {"musubi-clip"}
+    not_run = {name for name, line in found.items() if line.endswith("| not run |")}
+    assert not_run == ours - {"image-8gb"}
+    assert "2.700" in found["clip"]
+    assert "musubi-tuner was not measured" in found["image-8gb"]
+    for theirs, verdict in ((1.0, "reached"), (0.99, "missed")):
+        measured = {"musubi-image-8gb": {**common, "median": theirs}}
+        assert found["image-8gb"] != lines(**measured)["image-8gb"]
+        assert verdict in lines(**measured)["image-8gb"]
 
 
 # Time in which copies and kernels overlap counts once, and copies that hide behind kernels not at
