@@ -113,7 +113,13 @@ def _gpu_memory(failed: Failed) -> list[str]:
             helps.append("smaller dataset.target_frames")
         helps.append("a lower dataset.resolution")
     if not failed.saves_memory and failed.stage != "latents":
-        helps.append("engine=musubi, which has block swap and fp8")
+        limit_gb = memory.limit_gb
+        helps.insert(
+            1 if failed.stage == "evaluate" else 0,
+            "memory.limit_gb below what the GPU has"
+            if limit_gb is None
+            else f"memory.limit_gb={max(1.0, limit_gb - 1):g}",
+        )
     return [*helps, "ending other programs on the GPU (nvidia-smi)"]
 
 
@@ -122,9 +128,9 @@ def _of_network(failed: Failed) -> list[str]:
     if failed.stage != "train":
         return [f"stages.skip=[{failed.stage}]"]
     helps = []
-    if memory.checkpointing == "none":
-        helps.append("memory.checkpointing=full")
     if failed.saves_memory:
+        if memory.checkpointing == "none":
+            helps.append("memory.checkpointing=full")
         names = [name for name, _ in TIERS]
         if memory.name in names[1:]:
             helps.append(f"memory={names[names.index(memory.name) - 1]}")
