@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.engines.diffusers.transfers import Copies, mark, storage_of, wait_for
+from runner.engines.diffusers.transfers import Copies, host_memory, mark, storage_of, wait_for
 
 # Smaller tensors stay on the GPU.
 _LEAST_KEPT = 1 << 20
@@ -125,7 +125,7 @@ class KeptTensors:
         if number == len(places):
             places.append(torch.empty(0, dtype=torch.uint8))
         if places[number].numel() < size:
-            places[number] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            places[number] = host_memory(size, pinned=self._pinned)
         return places[number][:size]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.diffusers.offloading import KeptTensors
-from runner.engines.diffusers.transfers import Copies, mark, storage_of, wait_for
+from runner.engines.diffusers.transfers import Copies, host_memory, mark, storage_of, wait_for
 
 # With three, two copies can be under way while a block computes.
 _SLOTS = 3
@@ -275,7 +275,7 @@ class _HostWeights:
             length = parameter.numel() * parameter.element_size()
             self._places.append((parameter, size, length))
             size += -(-length // _ALIGNMENT) * _ALIGNMENT
-        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self.buffer = host_memory(size, pinned=pinned)
         for parameter, start, length in self._places:
             raw = parameter.data.contiguous().view(-1).view(torch.uint8)
             self.buffer[start : start + length].copy_(raw)

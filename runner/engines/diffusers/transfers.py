@@ -48,3 +48,27 @@ def wait_for(event: Any) -> None:
 def storage_of(tensor: Tensor) -> int:
     """Return the address of the memory that a tensor is a view of."""
     return tensor.untyped_storage().data_ptr()
+
+
+def host_memory(size: int, *, pinned: bool) -> Tensor:
+    """Allocate main memory, [size] uint8, pinned if it is wanted and the system allows it.
+
+    Systems limit pinned memory (WSL to half of all), and copies from other memory are several times
+    as slow.
+    """
+    if pinned and not _REFUSED:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            _REFUSED.append(str(error))
+            print(
+                "note: main memory can't be pinned any further "
+                f"({str(error).splitlines()[0]}): copies of the rest are several times as slow. A "
+                "higher memory.limit_gb needs less of it.",
+                flush=True,
+            )
+    return torch.empty(size, dtype=torch.uint8)
+
+
+# Why the system refused to pin memory, once it has.
+_REFUSED: list[str] = []

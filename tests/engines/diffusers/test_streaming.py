@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
 from test_forward import batch_of, random
 from torch import Tensor, nn
 
-from runner.engines.diffusers import networks, offloading
+from runner.engines.diffusers import networks, offloading, transfers
 from runner.engines.diffusers.forward import Forward
 from runner.engines.diffusers.memory_plan import Keep
 from runner.engines.diffusers.models import TINY_TRANSFORMER
@@ -182,3 +182,14 @@ def test_absent_gradients_stay_absent() -> None:
     names = set(plain.run()) ^ {"prediction", "preview"}
     assert set(step.run()) ^ {"prediction", "preview"} == names
     assert len(names) < len(list(plain.network.parameters()))
+
+
+# Where memory can't be pinned, which this computer without a GPU stands for, it is said once.
+def test_memory_that_cannot_be_pinned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transfers, "_REFUSED", [])
+    for _ in range(2):
+        assert transfers.host_memory(16, pinned=True).shape == (16,)
+    said = capsys.readouterr().out
+    assert said.count("note: main memory can't be pinned") == 1 and said.count("\n") == 1
