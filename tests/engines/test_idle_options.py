@@ -53,6 +53,18 @@ def test_what_acts_is_accepted(engine: tuple[str, ...], overrides: list[str]) ->
     assert refused(*engine, *overrides) is None
 
 
+# With musubi-tuner a limit chooses the tier, so that a tier by name leaves it nothing to do.
+def test_a_limit_beside_a_tier() -> None:
+    limit = ("memory.limit_gb=12", "engine=musubi")
+    line = refused(*limit, "memory=24gb")
+    assert line == (
+        "memory.limit_gb=12 does nothing with memory=24gb and engine=musubi: take memory=auto, "
+        "which chooses a tier by it."
+    )
+    assert refused(*limit) is None
+    assert refused("memory.limit_gb=12", "engine=diffusers", "memory=24gb") is None
+
+
 # One of two options that read it is enough; musubi-tuner alone has both.
 def test_one_reader_is_enough() -> None:
     sampling = ("training.timestep_sampling=sigma", "training.weighting_scheme=logit_normal")

@@ -83,12 +83,17 @@ def test_the_tier_follows_what_is_free(engine: str) -> None:
     free = "NVIDIA RTX 4090 has 8.5 of 24.0 GB free (python3, process 4321, 15.5 GB)"
     assert planned(BUSY) == ("12gb", f"{free}: memory=auto is planned as memory=12gb.")
     assert planned(replace(BUSY, used_gb=8.5))[0] == "16gb"
-    assert planned(BUSY, "memory=16gb") == (
-        "16gb",
-        f"{free}, and memory=16gb is meant for 15 GB: it may run out.",
-    )
-    assert planned(replace(BUSY, used_gb=8.0), "memory=16gb") == ("16gb", None)
-    assert planned(RTX, "memory=80gb") == ("80gb", None)
+    # A limit is memory of the GPU for which the tier is chosen.
+    assert planned(RTX, "memory.limit_gb=16") == ("16gb", None)
+    below = "memory.limit_gb=8 is less than the smallest tier: planned as memory=12gb."
+    assert planned(RTX, "memory.limit_gb=8") == ("12gb", below if engine == "musubi" else None)
+    if engine == "musubi":
+        assert planned(BUSY, "memory=16gb") == (
+            "16gb",
+            f"{free}, and memory=16gb is meant for 15 GB: it may run out.",
+        )
+        assert planned(replace(BUSY, used_gb=8.0), "memory=16gb") == ("16gb", None)
+        assert planned(RTX, "memory=80gb") == ("80gb", None)
 
 
 # Where other programs leave less than any tier needs, or hold the GPU for themselves, a run with

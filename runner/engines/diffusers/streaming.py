@@ -58,11 +58,11 @@ class Streaming:
         pinned = pinned and device.type == "cuda"
         self._weights = _Weights({i: blocks[i] for i in streamed}, device, pinned)
         offloaded = range(len(blocks) - _STAYING) if offload else range(0)
-        # A compiled block keeps its weights too, and those that are not streamed lie on the device.
-        resident = (p for i, block in enumerate(blocks) if i not in streamed
-                    for p in block.parameters())  # fmt: skip
-        lasting = {storage_of(tensor) for tensor in chain(staying, resident)}
-        self._kept = KeptTensors(offloaded, device, pinned, lasting)
+        # The backward pass keeps the weights as well, and those are on the device already.
+        resident = [block for i, block in enumerate(blocks) if i not in streamed]
+        weights = (weight for block in resident for weight in block.parameters())
+        stays = {storage_of(tensor) for tensor in chain(weights, staying)}
+        self._kept = KeptTensors(offloaded, device, pinned, stays)
 
     @property
     def host_bytes(self) -> int:

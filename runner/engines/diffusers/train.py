@@ -42,6 +42,7 @@ from runner.engines.diffusers import (
 from runner.engines.diffusers.checkpoints import Checkpoints
 from runner.engines.diffusers.device import Device
 from runner.engines.diffusers.forward import COMPILED_TEXT_MULTIPLE, BlockInputs
+from runner.engines.diffusers.memory_plan import Keep
 from runner.engines.diffusers.progress import AverageLoss, Metrics, Progress
 from runner.formats.train_options import TrainOptions
 from runner.tracking.metrics import LossGuard
@@ -124,7 +125,8 @@ class Trainer:
         )
         self.step: graphs.Step = self._step
         drops = spec.dropout or spec.rank_dropout or spec.module_dropout
-        fixed = self.forward.streaming is None and not self.scaler.is_enabled() and not drops
+        # Of steps that compute something again no graph was measured.
+        fixed = self.forward.keep is Keep.EVERYTHING and not self.scaler.is_enabled() and not drops
         if self.device.name == "cuda" and train_options.compile and fixed:
             self.step = graphs.GraphedSteps(self._step, self.network.parameters())
         # Separate generators, so that another rank or dropout does not change noise and timesteps.

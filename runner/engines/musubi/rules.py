@@ -82,6 +82,13 @@ def idle_options(config: RunConfig, *, only_clips: bool) -> Iterator[IdleOption]
     """Yield the options that are away from their defaults and do nothing."""
     yield from rules_idle.idle_options(config, only_clips=only_clips)
     yield from _without_block_swap(config)
+    memory = config.memory
+    if memory.limit_gb is not None and memory.name != "auto":
+        yield IdleOption(
+            "memory.limit_gb",
+            f"memory.limit_gb={memory.limit_gb:g} does nothing with memory={memory.name} and "
+            "engine=musubi: take memory=auto, which chooses a tier by it.",
+        )
 
 
 def _without_block_swap(config: RunConfig) -> Iterator[IdleOption]:

@@ -115,15 +115,16 @@ def test_glyph_embeddings(byt5: tuple[Any, Any]) -> None:
     assert not torch.equal(some, encoding.encode_glyphs(*byt5, 'a "dog"'))
 
 
-# The stage writes, for each caption, just what a preview of that caption is given.
-@pytest.mark.parametrize("batch_size", ["1", "3"])
+# The stage writes, for each caption, just what a preview of that caption is given, also when all
+# layers wait in main memory.
+@pytest.mark.parametrize("chosen", [["1"], ["3"], ["3", "--memory_limit_gb", "0.001"]])
 def test_stage(
     weights: Path,
     qwen: tuple[Any, Any],
     byt5: tuple[Any, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
-    batch_size: str,
+    chosen: list[str],
 ) -> None:
     # The media themselves are not needed.
     rows = [
@@ -138,8 +139,12 @@ def test_stage(
         encoding="utf-8",
     )
     paths = ["--text_encoder", str(weights / "text_encoder"), "--byt5", str(weights / "byt5")]
-    cache_text.main(["--dataset_config", str(toml), *paths, "--batch_size", batch_size])
-    assert capsys.readouterr().out.splitlines() == [f"{i}/4 {i - 1}.png" for i in range(1, 5)]
+    cache_text.main(["--dataset_config", str(toml), *paths, "--batch_size", *chosen])
+    memory, said = [], capsys.readouterr().out.splitlines()
+    if len(chosen) > 1:
+        memory = [said.pop(0)]
+    assert all("4 of 4 blocks in main memory" in line for line in memory)
+    assert said == [f"{i}/4 {i - 1}.png" for i in range(1, 5)]
     for index, caption in enumerate(CAPTIONS):
         text = cache_files.read_text(tmp_path / "cache" / cache_files.text_name(str(index)))
         vl_embed, byt5_embed = encoding.encode_prompt(*qwen, *byt5, caption)

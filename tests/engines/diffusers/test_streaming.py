@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
 from test_forward import batch_of, random
-from torch import Tensor, nn
+from torch import Tensor
 
 from runner.engines.diffusers import networks, offloading
 from runner.engines.diffusers.forward import Forward
@@ -96,40 +96,6 @@ def test_memory_of_weights() -> None:
     assert places <= slots
 
 
-class KeepingItsWeight(nn.Module):
-    """A block that keeps its weight for the backward pass, as compiled ones do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(random(32, 32, seed=0), requires_grad=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (_Product.apply(x, self.weight),)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.saved_tensors[0], None
-
-
-# Weights that lie on the device stay there, though the backward pass needs them: they were sent to
-# main memory and back in each step.
-def test_resident_weights_are_not_sent_to_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offloading, "_LEAST_KEPT", 1024)
-    blocks = [KeepingItsWeight() for _ in range(BLOCKS)]
-    made = Streaming(blocks, (), device="cpu", offload=True)
-    x = random(1, 32, seed=1).requires_grad_()
-    for index, block in enumerate(blocks):
-        (x,) = made.run(index, block, x, kept=1)
-    assert made.host_bytes == 0
-
-
 # The copy of a block's weights has begun before the block that comes before it computes.
 def test_weights_are_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(Keep.INPUTS)
@@ -173,6 +139,23 @@ def test_kept_tensors_wait_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(entry.device is None for entries in waiting.values() for entry in entries)
     video, text = 48 * 64 * 4, 8 * 64 * 4
     assert made.host_bytes == 4 * (video + text)
+
+
+# Weights that are on the device stay there, though the backward pass needs them as well.
+@pytest.mark.parametrize("streamed", [(), (0, 2)])
+def test_weights_on_the_device_are_not_kept_again(
+    streamed: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offloading, "_LEAST_KEPT", 1024)
+    step = Step(Keep.EVERYTHING)
+    made = step.stream(streamed, offload=True)
+    made._kept.begin(0, ())
+    blocks = step.model.transformer_blocks
+    resident = [block for i, block in enumerate(blocks) if i not in streamed]
+    weights = [p for block in resident for p in block.parameters() if p.numel() > 4096]
+    for weight in [*weights, *step.network.parameters()]:
+        made._kept.put(0, weight.detach())
+    assert weights and made._kept._waiting == {0: []}
 
 
 # A gradient that must be absent is not made zero: the last block's text tokens lead nowhere.
