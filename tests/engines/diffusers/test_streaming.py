@@ -141,23 +141,6 @@ def test_kept_tensors_wait_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert made.host_bytes == 4 * (video + text)
 
 
-# Weights that are on the device stay there, though the backward pass needs them as well.
-@pytest.mark.parametrize("streamed", [(), (0, 2)])
-def test_weights_on_the_device_are_not_kept_again(
-    streamed: Sequence[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offloading, "_LEAST_KEPT", 1024)
-    step = Step(Keep.EVERYTHING)
-    made = step.stream(streamed, offload=True)
-    made._kept.begin(0, ())
-    blocks = step.model.transformer_blocks
-    resident = [block for i, block in enumerate(blocks) if i not in streamed]
-    weights = [p for block in resident for p in block.parameters() if p.numel() > 4096]
-    for weight in [*weights, *step.network.parameters()]:
-        made._kept.put(0, weight.detach())
-    assert weights and made._kept._waiting == {0: []}
-
-
 # A gradient that must be absent is not made zero: the last block's text tokens lead nowhere.
 def test_absent_gradients_stay_absent() -> None:
     plain, step = Step(Keep.INPUTS), Step(Keep.INPUTS)
