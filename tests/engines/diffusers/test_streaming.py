@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import (
     HunyuanVideo15Transformer3DModel,
 )
 from test_forward import batch_of, random
-from torch import Tensor
+from torch import Tensor, nn
 
 from runner.engines.diffusers import networks, offloading
 from runner.engines.diffusers.forward import Forward
@@ -94,6 +94,40 @@ def test_memory_of_weights() -> None:
     assert {parameter.device.type for parameter in weights} == {"cpu"}
     slots = {slot.buffer.data_ptr() for slot in made._weights._slots}
     assert places <= slots
+
+
+class KeepingItsWeight(nn.Module):
+    """A block that keeps its weight for the backward pass, as compiled ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(32, 32, seed=0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (_Product.apply(x, self.weight),)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.saved_tensors[0], None
+
+
+# Weights that lie on the device stay there, though the backward pass needs them: they were sent to
+# main memory and back in each step.
+def test_resident_weights_are_not_sent_to_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offloading, "_LEAST_KEPT", 1024)
+    blocks = [KeepingItsWeight() for _ in range(BLOCKS)]
+    made = Streaming(blocks, (), device="cpu", offload=True)
+    x = random(1, 32, seed=1).requires_grad_()
+    for index, block in enumerate(blocks):
+        (x,) = made.run(index, block, x, kept=1)
+    assert made.host_bytes == 0
 
 
 # The copy of a block's weights has begun before the block that comes before it computes.
