@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,6 +117,8 @@ def context_of(
     config = compose(*base, *overrides)
     engine = engine_on_tiny(config.engine.name)
     here = read_environment(config, Path.cwd(), engine)
+    # The fake one stands for the pinned version, whose caches have no keys of their own.
+    here = replace(here, own_encoding=None)
     inputs = gather(config, here, looked_through(config, Path.cwd(), here))
     plan = make_plan(inputs, engine)
     run_dir = run_folder(outputs, name)

@@ -132,7 +132,7 @@ def test_a_sweep_that_went_well(made: Path, launcher: str) -> None:
 def test_texts_arrive(made: Path, launcher: str) -> None:
     texts = {
         "dataset.trigger_word": "1_000",
-        "model.revision": "5e10123",
+        "metadata.license": "5e10123",
         "metadata.author": "it's ${x} \\${y",
         "metadata.title": "foo bar [007",
     }
