@@ -96,6 +96,8 @@ def memory_budget(device: str, limit_gb: float | None) -> int | None:
     if "microsoft" not in platform.release().lower():
         # Memory that is free in pieces serves for large tensors too; not supported by WSL.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # What earlier work of this process has left behind is free as well.
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     budget = free - _MARGIN
     if limit is not None:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from runner.config.latent_frames import latent_frames, valid_frames
 from runner.core.atomic import whole
 from runner.core.errors import UserError
-from runner.engines.diffusers import flow, models, text_encoding
+from runner.engines.diffusers import flow, models, placement, text_encoding
+from runner.formats.captions import MAX_TOKENS
 from runner.formats.frames import MODEL_FPS
 from runner.formats.train_options import TrainOptions
 
@@ -135,8 +136,15 @@ class Conditions:
     negative: flow.Batch | None
 
 
-def previewer(options: TrainOptions, device: str) -> Previewer | None:
+def previewer(
+    options: TrainOptions, device: str, memory_limit_gb: float | None = None
+) -> Previewer | None:
     """Make a Previewer for the run; None if it has no prompts.
+
+    Args:
+        options: the options of train.toml.
+        device: torch's name of the device.
+        memory_limit_gb: GPU memory to encode the prompts in, in GiB; by default all that is free.
 
     Raises:
         UserError: the prompt file, a model or a first frame is missing or cannot be read.
@@ -153,19 +161,25 @@ def previewer(options: TrainOptions, device: str) -> Previewer | None:
     for key in needed:
         if getattr(options, key) is None:
             raise UserError(f"train.toml: {key} is missing; previews need it")
-    return Previewer(options, prompts, device)
+    return Previewer(options, prompts, device, memory_limit_gb)
 
 
 class Previewer:
     """The previews of one run; text and first frames are encoded once, at the start."""
 
-    def __init__(self, options: TrainOptions, prompts: Sequence[Prompt], device: str) -> None:
+    def __init__(
+        self,
+        options: TrainOptions,
+        prompts: Sequence[Prompt],
+        device: str,
+        memory_limit_gb: float | None,
+    ) -> None:
         self._folder = Path(options.output_dir) / "sample"
         self._name = options.output_name
         self._device = device
         self._unscaled = options.i2v_unscaled_condition
         self._vae: Any = models.load_vae(str(options.vae))
-        self._conditions = self._encode(options, prompts)
+        self._conditions = self._encode(options, prompts, memory_limit_gb)
 
     @torch.no_grad()
     def sample(self, forward: nn.Module, *, epoch: int) -> list[Path]:
@@ -219,10 +233,15 @@ class Previewer:
         return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
     @torch.no_grad()
-    def _encode(self, options: TrainOptions, prompts: Sequence[Prompt]) -> list[Conditions]:
+    def _encode(
+        self, options: TrainOptions, prompts: Sequence[Prompt], memory_limit_gb: float | None
+    ) -> list[Conditions]:
         first_frames = self._first_frames(options, prompts)
-        tokenizer, encoder = models.load_text_encoder(
-            str(options.text_encoder), device=self._device
+        tokenizer, encoder = placement.load_text_encoder(
+            Path(str(options.text_encoder)),
+            self._device,
+            tokens=MAX_TOKENS,
+            limit_gb=memory_limit_gb,
         )
         byt5_tokenizer, byt5 = models.load_byt5(str(options.byt5), device=self._device)
         known: dict[str, tuple[Tensor, Tensor]] = {}

@@ -91,7 +91,7 @@ class Trainer:
             self.steps = train_options.max_train_epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
 
-        self.previewer = sampling.previewer(train_options, self.device.name)
+        self.previewer = sampling.previewer(train_options, self.device.name, memory_limit_gb)
         self.forward, self.network = placement.load(
             train_options,
             self.device,
