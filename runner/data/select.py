@@ -104,11 +104,8 @@ class Selection:
 
     def of(self, source: int, media_kind: MediaKind, *, held_out: bool) -> list[SelectedItem]:
         """Return the items of one source and media kind on one side of the split, in order."""
-        return [
-            item
-            for item in self.items
-            if (item.source, item.media_kind, item.held_out) == (source, media_kind, held_out)
-        ]
+        wanted = (source, media_kind, held_out)
+        return [i for i in self.items if (i.source, i.media_kind, i.held_out) == wanted]
 
     @property
     def only_clips(self) -> bool:

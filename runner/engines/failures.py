@@ -128,9 +128,9 @@ def _of_network(failed: Failed) -> list[str]:
     if failed.stage != "train":
         return [f"stages.skip=[{failed.stage}]"]
     helps = []
+    if memory.checkpointing == "none":
+        helps.append("memory.checkpointing=full")
     if failed.saves_memory:
-        if memory.checkpointing == "none":
-            helps.append("memory.checkpointing=full")
         names = [name for name, _ in TIERS]
         if memory.name in names[1:]:
             helps.append(f"memory={names[names.index(memory.name) - 1]}")

@@ -3,7 +3,7 @@
 Names, types and defaults are those of ``hv_1_5_train_network.py`` in musubi-tuner v0.3.4, whose
 ``--config_file`` reads train.toml, except for options that only the embedded engine has. An
 option that equals the trainer's default is written as well if another default would change the
-result.
+result. One table has all of them, so the file is longer than others.
 """
 
 from __future__ import annotations

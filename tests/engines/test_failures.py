@@ -50,6 +50,7 @@ CASES: list[tuple[str, str, tuple[str, ...], str, str]] = [
     ("train", MEMORY, ("precision=fp8", "dataset.batch_size=2"), "dataset.batch_size=1", "=fp8"),
     ("train", MEMORY, (OURS,), "first: memory.limit_gb below what", "blocks_to_swap"),
     ("train", MEMORY, (OURS, "memory.limit_gb=8"), "first: memory.limit_gb=7, smaller", "musubi"),
+    ("train", MEMORY, (OURS, "memory.checkpointing=none"), "memory.checkpointing=full", "="),
     ("train", MEMORY, ("sampling=prompts", "sampling.prompts=[a]"), "smaller sampling.width", "x"),
     ("evaluate", MEMORY, (OURS,), "first: stages.skip=[evaluate]", "precision"),
     ("train", "RuntimeError: CUDA error: out of memory", (), "memory=16gb", "nvidia-smi, "),

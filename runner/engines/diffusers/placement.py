@@ -49,7 +49,8 @@ def load(
     plan = MemoryPlan(
         Keep.ATTENTION if options.gradient_checkpointing else Keep.EVERYTHING, (), False, 0, 0
     )
-    if budget is not None:
+    # memory.checkpointing=none leaves nothing to choose.
+    if budget is not None and (options.gradient_checkpointing or not training):
         sizes = _sizes(model, network, options, device, tokens, training)
         plan = memory_plan(sizes, budget)
         print(_described(plan, sizes, budget), flush=True)

@@ -38,3 +38,11 @@ def test_a_run_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert plain.pop("figures") == limited.pop("figures")
     assert plain.keys() == limited.keys()
     assert all(torch.equal(plain[key], limited[key]) for key in plain)
+
+
+# memory.checkpointing=none is obeyed: everything is kept, and nothing waits in main memory.
+def test_checkpointing_can_be_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path, gradient_checkpointing=False, max_train_epochs=1)
+    with inside(folder):
+        train.main(["--config_file", "train.toml", *LIMIT])
+    assert "in main memory" not in capsys.readouterr().out
