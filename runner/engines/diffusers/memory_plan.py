@@ -28,9 +28,9 @@ _KEPT_BY_A_BLOCK = {Keep.EVERYTHING: 42.0, Keep.ATTENTION: 4.1, Keep.INPUTS: 2.0
 _WHILE_A_BLOCK_COMPUTES, _UNCOMPILED = 60.0, 120.0
 # Workspaces of libraries.
 _BESIDES = 400 * 1024**2
-# Blocks' places on the GPU for streaming, and the blocks whose kept tensors stay there or are on
-# their way.
+# Streamed blocks' places on the GPU: with three, two copies can be under way while one computes.
 SLOTS = 3
+# Blocks whose kept tensors stay on the GPU or are on their way.
 _ON_THE_WAY = 5
 
 
@@ -89,11 +89,13 @@ def memory_plan(sizes: Sizes, budget: int) -> MemoryPlan:
     Returns:
         The plan. If nothing fits it is the smallest, whose ``device_bytes`` are above ``budget``.
     """
+    # Uncompiled, what is kept of attention never leaves the GPU.
+    offloaded = Keep.ATTENTION if sizes.compiled else Keep.INPUTS
     plans = (
         _plan(sizes, Keep.EVERYTHING),
         _plan(sizes, Keep.ATTENTION),
         *(
-            _plan(sizes, Keep.ATTENTION, streamed=count, offload=sizes.training)
+            _plan(sizes, offloaded, streamed=count, offload=sizes.training)
             for count in range(sizes.blocks + 1)
         ),
     )

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner.engines.diffusers.memory_plan import SLOTS
 from runner.engines.diffusers.offloading import KeptTensors
 from runner.engines.diffusers.transfers import Copies, host_memory, mark, storage_of, wait_for
 
-# With three, two copies can be under way while a block computes.
-_SLOTS = 3
 # Tensors start at multiples of this in a buffer, as PyTorch's own allocations do.
 _ALIGNMENT = 512
 # The backward pass begins with the last blocks, so what they keep stays on the GPU.
@@ -194,7 +193,7 @@ class _Weights:
         size = max((host.buffer.numel() for host in self._hosts.values()), default=0)
         self._slots = [
             _Slot(torch.empty(size, dtype=torch.uint8, device=device))
-            for _ in range(min(_SLOTS, len(blocks)))
+            for _ in range(min(SLOTS, len(blocks)))
         ]
         self._of_storage = {storage_of(slot.buffer) for slot in self._slots}
         self._copies = Copies(device)
@@ -226,7 +225,7 @@ class _Weights:
         if (last := self._slot(self._last)) is not None:
             last.free = mark(self._device)
         self._last = index
-        distinct = dict.fromkeys(i for i in islice(following, 2 * _SLOTS) if i != index)
+        distinct = dict.fromkeys(i for i in islice(following, 2 * SLOTS) if i != index)
         coming = list(distinct)[: len(self._slots) - 1]
         wanted = [index, *coming] if index in self._hosts else coming
         for position in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -56,3 +57,13 @@ def test_main_memory() -> None:
     assert memory_plan(CLIP, 139 * GIB).host_bytes == 0
     plan = memory_plan(CLIP, 0)
     assert plan.host_bytes == pytest.approx(54 * 302e6 + 54 * 4.1 * CLIP.channels)
+
+
+# Uncompiled blocks keep attention's results on the GPU, whatever is offloaded: they keep none where
+# room is short, and need more while they compute.
+def test_uncompiled_blocks() -> None:
+    sizes = replace(CLIP, compiled=False)
+    assert memory_plan(sizes, 40 * GIB).keep is Keep.ATTENTION
+    small = memory_plan(sizes, 12 * GIB)
+    assert (small.keep, small.offload) == (Keep.INPUTS, True)
+    assert len(small.streamed) > len(memory_plan(CLIP, 12 * GIB).streamed)
